@@ -1,0 +1,37 @@
+//! The domain model and the seams of kafold.
+//!
+//! Pure: no IO, no database, no broker; with default features not even a runtime. A domain is an
+//! [`Aggregate`] whose [`DomainEvent`]s are its truth; a [`CommandHandler`] loads, decides and
+//! appends; an [`EventStore`] keeps what was decided and an [`EventSource`] hands everything to
+//! those who read.
+//!
+//! - [`ids`]: streams, versions, positions, commands, as types that cannot be swapped;
+//! - [`event`]: domain events, and events before and after the append;
+//! - [`aggregate`]: the consistency boundary;
+//! - [`handler`]: the command handler with the one retry loop;
+//! - [`store`]: the seams [`EventStore`] and [`EventSource`], their errors;
+//! - [`index`]: the seam [`StreamIndex`] to events by stream and version;
+//! - [`snapshot`]: saved states of long streams;
+//! - [`codec`]: JSON payloads and upcasters;
+//! - [`row`]: a read model's row as named columns;
+//! - [`memory`]: the exact in-memory store and index: whoever writes another reads them first;
+//! - [`scenario`]: given, when, then for the tests of a domain;
+//! - [`clock`]: the only way here to time and randomness.
+
+pub mod aggregate;
+pub mod clock;
+pub mod codec;
+pub mod event;
+pub mod ids;
+pub mod index;
+pub mod row;
+pub mod snapshot;
+pub mod store;
+
+pub use aggregate::Aggregate;
+pub use clock::{Clock, IdGenerator};
+pub use event::{Commit, DomainEvent, EventType, Metadata, NewEvent, Recorded, RecordedEvent};
+pub use ids::{CommandId, ExpectedVersion, Offset, Partition, Position, StreamId, Version};
+pub use index::StreamIndex;
+pub use snapshot::{Snapshot, SnapshotStore};
+pub use store::{AppendError, Appended, EventSource, EventStore, ReadError};
