@@ -1,12 +1,353 @@
 //! JSON payloads and upcasters.
+//!
+//! A payload holds the fields of an event's variant alone: a struct variant is an object of its
+//! fields, a newtype variant its inner value, a tuple variant an array, a unit variant `{}`. Which
+//! variant it is stands in the event's type name, so renaming the variant changes nothing stored;
+//! renaming a field does.
+
+use std::any::type_name;
+use std::error::Error;
+use std::fmt;
+use std::sync::Arc;
+
+use serde::Deserializer;
+use serde_json::Value;
+
+use crate::event::{DomainEvent, Metadata, NewEvent, Recorded, RecordedEvent};
+use variant::{Fields, Variant};
+
+mod variant;
+
+/// Why an event cannot become a payload, or a payload an event.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum CodecError {
+    /// The program has no event of this name.
+    #[error(
+        "{events} has no event type {event_type}: a newer program wrote it (update this one), or \
+         its variant was removed (keep it, or rename it in `upcasters`)"
+    )]
+    UnknownType {
+        /// As recorded, such as `order.placed.v1`.
+        event_type: String,
+        /// The enum that was asked for.
+        events: &'static str,
+    },
+    /// The program knows the event, but only in older shapes.
+    #[error("{event_type} was written by a newer program, this one knows up to v{known}: update it")]
+    NewerVersion {
+        /// As recorded.
+        event_type: String,
+        /// The version of the variant in this program.
+        known: u32,
+    },
+    /// The program knows the event in a newer shape only.
+    #[error("{event_type} needs an upcaster to v{known}: add one in `upcasters` of {events}")]
+    NoUpcaster {
+        /// As recorded.
+        event_type: String,
+        /// The version of the variant in this program.
+        known: u32,
+        /// The enum that was asked for.
+        events: &'static str,
+    },
+    /// The payload is not what the variant reads.
+    #[error("payload of {event_type}: {reason}")]
+    Malformed {
+        /// As recorded.
+        event_type: String,
+        /// serde's own words, with line and column.
+        reason: String,
+    },
+    /// An upcaster refused the payload.
+    #[error("payload of {event_type}: the upcaster of {step} says: {reason}")]
+    Upcast {
+        /// As recorded.
+        event_type: String,
+        /// The type at which the upcaster stood.
+        step: String,
+        /// The upcaster's own words.
+        reason: String,
+    },
+    /// The event has something that JSON or this codec cannot express.
+    #[error("{event_type} cannot be stored: {reason}")]
+    Unstorable {
+        /// The type of the event.
+        event_type: String,
+        /// serde's own words.
+        reason: String,
+    },
+    /// The upcasters contradict themselves or the enum; nothing is read or written until they do not.
+    #[error("upcasters of {events}: {mistake}")]
+    Upcasters {
+        /// The enum they belong to.
+        events: &'static str,
+        /// What is wrong with them.
+        mistake: String,
+    },
+}
+
+/// The payload of an event.
+pub fn encode<E: DomainEvent>(event: &E) -> Result<Vec<u8>, CodecError> {
+    // Most payloads fit; a longer one grows.
+    let mut payload = Vec::with_capacity(256);
+    match event.serialize(Fields(&mut serde_json::Serializer::new(&mut payload))) {
+        Ok(()) => Ok(payload),
+        Err(error) => Err(CodecError::Unstorable {
+            event_type: event.event_type().to_string(),
+            reason: error.to_string(),
+        }),
+    }
+}
+
+/// The event that is to be appended.
+pub fn new_event<E: DomainEvent>(event: &E, metadata: Metadata) -> Result<NewEvent, CodecError> {
+    let event_type = E::codec().ready::<E>()?.names[event.type_index()].clone();
+    Ok(NewEvent { event_type, payload: encode(event)?.into(), metadata })
+}
+
+/// The event with this recorded type and payload, lifted by upcasters if its shape is an older one.
+///
+/// Missing and additional fields are treated as serde treats them.
+pub fn decode<E: DomainEvent>(event_type: &str, payload: &[u8]) -> Result<E, CodecError> {
+    let table = E::codec().ready::<E>()?;
+    let malformed = |error: serde_json::Error| CodecError::Malformed {
+        event_type: event_type.to_owned(),
+        reason: error.to_string(),
+    };
+    if let Some(index) = table.names.iter().position(|name| **name == *event_type) {
+        let mut json = serde_json::Deserializer::from_slice(payload);
+        let event = decode_variant(index, &mut json).map_err(malformed)?;
+        json.end().map_err(malformed)?;
+        return Ok(event);
+    }
+    let shape = Shape::parse(event_type).ok_or_else(|| unknown::<E>(event_type))?;
+    let first = table.upcasters.find(shape).ok_or_else(|| unreadable::<E>(shape))?;
+    let old = serde_json::from_slice(payload).map_err(malformed)?;
+    let (index, new) = table.upcast::<E>(event_type, first, old)?;
+    decode_variant(index, new).map_err(malformed)
+}
+
+/// A recorded event with its payload decoded.
+pub fn decode_recorded<E: DomainEvent>(event: &RecordedEvent) -> Result<Recorded<E>, CodecError> {
+    Ok(Recorded {
+        event: decode(&event.event_type, &event.payload)?,
+        stream: event.stream.clone(),
+        version: event.version,
+        position: event.position,
+        metadata: event.metadata.clone(),
+    })
+}
+
+fn decode_variant<'de, E: DomainEvent, D: Deserializer<'de>>(
+    index: usize,
+    fields: D,
+) -> Result<E, D::Error> {
+    // An enum has fewer than 2³² variants.
+    E::deserialize(Variant { index: index as u32, fields })
+}
+
+/// No upcaster starts at `shape` and no variant has it: why.
+fn unreadable<E: DomainEvent>(shape: Shape<'_>) -> CodecError {
+    let event_type = shape.to_string();
+    let known = E::TYPES.iter().find(|known| known.name == shape.name);
+    match known.map(|known| known.version) {
+        None => unknown::<E>(&event_type),
+        Some(known) if shape.version > known => CodecError::NewerVersion { event_type, known },
+        Some(known) => CodecError::NoUpcaster { event_type, known, events: type_name::<E>() },
+    }
+}
+
+fn unknown<E: DomainEvent>(event_type: &str) -> CodecError {
+    CodecError::UnknownType { event_type: event_type.to_owned(), events: type_name::<E>() }
+}
+
+/// What the codec needs of one enum beside the enum itself, made once; the derive keeps it.
+#[derive(Debug)]
+pub struct Codec(Result<Table, String>);
+
+#[derive(Debug)]
+struct Table {
+    /// The shown forms of [`DomainEvent::TYPES`], in that order.
+    names: Box<[Arc<str>]>,
+    upcasters: Upcasters,
+}
+
+impl Codec {
+    /// The codec of one enum; what [`DomainEvent::codec`] keeps in a static.
+    pub fn of<E: DomainEvent>() -> Self {
+        let upcasters = E::upcasters();
+        Self(match upcasters.mistake::<E>() {
+            Some(mistake) => Err(mistake),
+            None => {
+                let names = E::TYPES.iter().map(|shown| shown.to_string().into()).collect();
+                Ok(Table { names, upcasters })
+            }
+        })
+    }
+
+    fn ready<E>(&self) -> Result<&Table, CodecError> {
+        self.0.as_ref().map_err(|mistake| CodecError::Upcasters {
+            events: type_name::<E>(),
+            mistake: mistake.clone(),
+        })
+    }
+}
+
+impl Table {
+    /// Lifts an old payload step by step to a current variant's. It ends: [`Upcasters::mistake`]
+    /// has followed every chain.
+    fn upcast<E: DomainEvent>(
+        &self,
+        event_type: &str,
+        first: &Upcaster,
+        old: Value,
+    ) -> Result<(usize, Value), CodecError> {
+        let (mut step, mut value) = (first, old);
+        loop {
+            value = (step.lift)(value).map_err(|error| CodecError::Upcast {
+                event_type: event_type.to_owned(),
+                step: step.from.to_string(),
+                reason: error.to_string(),
+            })?;
+            if let Some(index) = step.to.index_in::<E>() {
+                return Ok((index, value));
+            }
+            step = self.upcasters.find(step.to).ok_or_else(|| unreadable::<E>(step.to))?;
+        }
+    }
+}
+
+/// A name and a version, which need not be a variant's.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Shape<'a> {
+    name: &'a str,
+    version: u32,
+}
+
+impl<'a> Shape<'a> {
+    fn parse(event_type: &'a str) -> Option<Self> {
+        let (name, version) = event_type.rsplit_once(".v")?;
+        // `parse` alone would take a leading '+'.
+        let digits = version.bytes().all(|byte| byte.is_ascii_digit());
+        let version = version.parse().ok().filter(|_| digits)?;
+        Some(Self { name, version })
+    }
+
+    fn index_in<E: DomainEvent>(self) -> Option<usize> {
+        let is_self = |known: &crate::event::EventType| {
+            known.name == self.name && known.version == self.version
+        };
+        E::TYPES.iter().position(is_self)
+    }
+}
+
+impl fmt::Display for Shape<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}.v{}", self.name, self.version)
+    }
+}
+
+type Lift = dyn Fn(Value) -> Result<Value, Box<dyn Error + Send + Sync>> + Send + Sync;
+
+struct Upcaster {
+    from: Shape<'static>,
+    to: Shape<'static>,
+    lift: Box<Lift>,
+}
 
 /// How payloads of older versions become payloads of the current one.
-#[derive(Debug, Default)]
-pub struct Upcasters;
+///
+/// Each entry lifts one version of one event to the next, and entries apply one after another, so
+/// an entry is written once and never touched again. They work on [`serde_json::Value`], and only
+/// events of an older shape meet them.
+///
+/// ```
+/// # use kafold_core::codec::Upcasters;
+/// fn upcasters() -> Upcasters {
+///     Upcasters::none()
+///         // Version 1 had whole euros.
+///         .add("order.paid", 1, |mut json| {
+///             let euros = json["amount"].as_u64().ok_or("amount is not a number")?;
+///             json["amount_cents"] = (euros * 100).into();
+///             Ok(json)
+///         })
+///         .renamed("order.created", 1, "order.placed", 1)
+/// }
+/// # assert!(format!("{:?}", upcasters()).contains("order.created.v1"));
+/// ```
+#[derive(Default)]
+pub struct Upcasters(Vec<Upcaster>);
 
 impl Upcasters {
     /// No event has had another shape.
     pub fn none() -> Self {
-        Self
+        Self::default()
+    }
+
+    /// Lifts payloads of `name` from version `from` to `from + 1`. The error of `lift` is told to
+    /// whoever reads the event.
+    #[must_use]
+    pub fn add(
+        mut self,
+        name: &'static str,
+        from: u32,
+        lift: impl Fn(Value) -> Result<Value, Box<dyn Error + Send + Sync>> + Send + Sync + 'static,
+    ) -> Self {
+        let to = Shape { name, version: from.saturating_add(1) };
+        self.0.push(Upcaster { from: Shape { name, version: from }, to, lift: Box::new(lift) });
+        self
+    }
+
+    /// Version `old_version` of `old` is read as version `version` of `name`, payload unchanged.
+    #[must_use]
+    pub fn renamed(
+        mut self,
+        old: &'static str,
+        old_version: u32,
+        name: &'static str,
+        version: u32,
+    ) -> Self {
+        let from = Shape { name: old, version: old_version };
+        self.0.push(Upcaster { from, to: Shape { name, version }, lift: Box::new(Ok) });
+        self
+    }
+
+    fn find(&self, from: Shape<'_>) -> Option<&Upcaster> {
+        self.0.iter().find(|upcaster| upcaster.from == from)
+    }
+
+    /// The first entry that could not do what its author meant.
+    fn mistake<E: DomainEvent>(&self) -> Option<String> {
+        self.0.iter().enumerate().find_map(|(place, upcaster)| {
+            let from = upcaster.from;
+            if from.index_in::<E>().is_some() {
+                return Some(format!("{from} is current and needs none: raise its version"));
+            }
+            if self.0[..place].iter().any(|earlier| earlier.from == from) {
+                return Some(format!("two of them start at {from}"));
+            }
+            self.dead_end::<E>(upcaster)
+        })
+    }
+
+    fn dead_end<E: DomainEvent>(&self, start: &Upcaster) -> Option<String> {
+        let (from, mut to) = (start.from, start.to);
+        // A chain without a circle has at most as many steps as there are entries.
+        for _ in 0..self.0.len() {
+            if to.index_in::<E>().is_some() {
+                return None;
+            }
+            match self.find(to) {
+                Some(next) => to = next.to,
+                None => return Some(format!("{from} becomes {to}, which is no variant's type")),
+            }
+        }
+        Some(format!("{from} turns in a circle"))
+    }
+}
+
+impl fmt::Debug for Upcasters {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_map().entries(self.0.iter().map(|each| (each.from, each.to))).finish()
     }
 }

@@ -8,7 +8,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use uuid::Uuid;
 
-use crate::codec::Upcasters;
+use crate::codec::{Codec, Upcasters};
 use crate::ids::{CommandId, Position, StreamId, Version};
 
 /// The stable name and version of one kind of event, shown `order.placed.v1`.
@@ -51,6 +51,9 @@ pub trait DomainEvent:
     fn upcasters() -> Upcasters {
         Upcasters::none()
     }
+
+    /// The enum's codec, made once: [`Codec::of`] in a `static OnceLock`.
+    fn codec() -> &'static Codec;
 }
 
 /// What is known about an event beside what happened.
