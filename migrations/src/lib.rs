@@ -1,1 +1,37 @@
-//! placeholder
+//! The toolkit's own SQL tables, and the [`Database`] handle that brings them up to date.
+//!
+//! One migration set for each kind of database, in `postgres/` and `sqlite/`, one table a file; what
+//! has been applied stands in the table `kafold_migrations`, with sqlx's columns. Times are
+//! `TIMESTAMPTZ` on PostgreSQL and whole microseconds since 1970 in UTC on SQLite (see
+//! [`micros`]); ids are `UUID` there and 16 bytes here; payloads are the bytes that were written.
+//!
+//! - [`database`]: opening either kind of database by its URL;
+//! - [`postgres`] and [`sqlite`]: pools with their limits; SQLite's one writer a file and process;
+//! - [`identifier`]: names of tables and columns, and the only way here to SQL made at run time;
+//! - [`error`]: what is worth waiting for, and what is refused for good.
+//!
+//! ```
+//! # async fn example() -> Result<(), kafold_migrations::DatabaseError> {
+//! use kafold_migrations::{Database, Mode};
+//!
+//! let database = Database::open("sqlite://orders.db", Mode::Migrate).await?;
+//! println!("tables are up to date in {}", database.url());
+//! # Ok(())
+//! # }
+//! ```
+
+pub mod database;
+pub mod error;
+pub mod identifier;
+pub mod micros;
+pub mod postgres;
+mod schema;
+pub mod sqlite;
+mod url;
+
+pub use database::{Database, Mode};
+pub use error::{DatabaseError, is_transient};
+pub use identifier::{Identifier, InvalidIdentifier, SqlText};
+pub use postgres::PostgresDatabase;
+pub use sqlite::{SqliteDatabase, WriteTransaction};
+pub use sqlx;

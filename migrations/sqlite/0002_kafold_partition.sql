@@ -1,0 +1,7 @@
+-- Written by: the stream index, in the transaction that adds the events.
+-- Read by: the stream index at start and at every load; a partition without a row stands at 0.
+CREATE TABLE kafold_partition (
+    partition   INTEGER PRIMARY KEY,
+    next_offset INTEGER NOT NULL,          -- everything accepted below it is in kafold_event
+    fold_state  TEXT NOT NULL              -- the reader's state there
+) STRICT;

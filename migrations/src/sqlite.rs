@@ -1,0 +1,255 @@
+//! A SQLite file: readers, and one writer a file and process.
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, LazyLock, Mutex, PoisonError, Weak};
+use std::time::Duration;
+
+use sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePoolOptions, SqliteSynchronous};
+use sqlx::{Connection, Sqlite, SqliteConnection, SqlitePool, Transaction};
+use tokio::sync::watch;
+
+use crate::database::Mode;
+use crate::error::{DatabaseError, SqliteCode, is_transient};
+use crate::schema::{self, Applied, Standing};
+
+/// Most connections of one process that read one file.
+pub const READERS_MAX: u32 = 4;
+/// How long a statement waits for another process that holds the file; then it fails as transient.
+pub const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long a write waits for its turn within this process; then it fails as transient.
+pub const WRITE_TURN_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// A transaction that may write, begun with `BEGIN IMMEDIATE`: it is the only one in the file.
+/// Commit it; dropped, it rolls back, and a connection whose state is then unknown is replaced.
+pub type WriteTransaction = Transaction<'static, Sqlite>;
+
+/// A SQLite file whose tables are current. Cheap to clone.
+///
+/// All handles on one file in a process share its connections: several readers and one writer, whose
+/// turns are given in the order of asking, so that a busy projection does not starve the log. WAL,
+/// `synchronous=FULL`: what is committed survives a power loss.
+#[derive(Debug, Clone)]
+pub struct SqliteDatabase {
+    file: Arc<OpenFile>,
+}
+
+#[derive(Debug)]
+struct OpenFile {
+    path: PathBuf,
+    url: String,
+    readers: SqlitePool,
+    writer: SqlitePool,
+    changes: watch::Sender<u64>,
+}
+
+impl SqliteDatabase {
+    /// Begins a transaction that may write, when those that asked before are through.
+    pub async fn write(&self) -> Result<WriteTransaction, sqlx::Error> {
+        // Deferred, it would fail at once when it turns to writing beside another process.
+        self.file.writer.begin_with("BEGIN IMMEDIATE").await
+    }
+
+    /// Connections that read; they refuse to write. One transaction on one connection sees one state
+    /// of the file.
+    pub fn readers(&self) -> &SqlitePool {
+        &self.file.readers
+    }
+
+    /// The file, as an absolute path without links.
+    pub fn path(&self) -> &Path {
+        &self.file.path
+    }
+
+    /// The URL.
+    pub fn url(&self) -> &str {
+        &self.file.url
+    }
+
+    /// Tells all handles on this file in this process that something was committed.
+    pub fn notify_changed(&self) {
+        self.file.changes.send_modify(|count| *count += 1);
+    }
+
+    /// Counts the calls of [`SqliteDatabase::notify_changed`]: await its next value to be woken.
+    pub fn changes(&self) -> watch::Receiver<u64> {
+        self.file.changes.subscribe()
+    }
+
+    pub(crate) async fn open_file(file: &Path, mode: Mode) -> Result<Self, DatabaseError> {
+        let url = format!("sqlite://{}", file.display());
+        check_place(&url, file, mode)?;
+        prepare(&url, file, mode).await?;
+        let path = file.canonicalize().map_err(|error| DatabaseError::Unavailable {
+            url: url.clone(),
+            cause: sqlx::Error::Io(error),
+        })?;
+        Ok(Self { file: shared(path, url) })
+    }
+
+    /// Closes the connections when this is the last handle on the file in this process.
+    pub(crate) async fn close(self) {
+        if let Some(file) = Arc::into_inner(self.file) {
+            file.writer.close().await;
+            file.readers.close().await;
+        }
+    }
+}
+
+/// The connections to a file, shared by all its handles.
+fn shared(path: PathBuf, url: String) -> Arc<OpenFile> {
+    static OPEN: LazyLock<Mutex<HashMap<PathBuf, Weak<OpenFile>>>> = LazyLock::new(Mutex::default);
+    let mut open = OPEN.lock().unwrap_or_else(PoisonError::into_inner);
+    open.retain(|_, file| file.strong_count() > 0);
+    if let Some(file) = open.get(&path).and_then(Weak::upgrade) {
+        return file;
+    }
+    let file = Arc::new(OpenFile::new(path.clone(), url));
+    open.insert(path, Arc::downgrade(&file));
+    file
+}
+
+impl OpenFile {
+    fn new(path: PathBuf, url: String) -> Self {
+        let options = connect_options(&path);
+        // Connections are kept for good: opening one costs more than all it holds.
+        let pool = || {
+            SqlitePoolOptions::new()
+                .idle_timeout(None)
+                .max_lifetime(None)
+                .test_before_acquire(false)
+                .acquire_timeout(WRITE_TURN_TIMEOUT)
+        };
+        let writer = pool()
+            .max_connections(1)
+            .after_release(|connection, _| {
+                Box::pin(async move {
+                    // A rollback may still be on its way to the connection's thread; behind it, a
+                    // transaction that is still open is one that SQLite itself has ended, as it does
+                    // when the disk is full: the connection must not be used again.
+                    connection.ping().await?;
+                    Ok(!connection.is_in_transaction())
+                })
+            })
+            .connect_lazy_with(options.clone().journal_mode(SqliteJournalMode::Wal));
+        let readers = pool()
+            .max_connections(READERS_MAX)
+            .connect_lazy_with(options.pragma("query_only", "ON"));
+        Self { path, url, readers, writer, changes: watch::Sender::new(0) }
+    }
+}
+
+fn connect_options(path: &Path) -> SqliteConnectOptions {
+    SqliteConnectOptions::new()
+        .filename(path)
+        .synchronous(SqliteSynchronous::Full)
+        .foreign_keys(true)
+        .busy_timeout(BUSY_TIMEOUT)
+}
+
+/// Refuses what SQLite would only call "unable to open database file".
+fn check_place(url: &str, file: &Path, mode: Mode) -> Result<(), DatabaseError> {
+    let folder = match file.parent() {
+        Some(folder) if !folder.as_os_str().is_empty() => folder,
+        _ => Path::new("."),
+    };
+    if !folder.is_dir() {
+        return Err(DatabaseError::refused(
+            format!("{url}: {} is not a folder", folder.display()),
+            "create it (folders are never created here), or name another file",
+        ));
+    }
+    if file.is_dir() {
+        return Err(DatabaseError::refused(
+            format!("{url}: {} is a folder", file.display()),
+            "name a file in it",
+        ));
+    }
+    if mode == Mode::Check && !file.exists() {
+        return Err(DatabaseError::refused(
+            format!("{url}: there is no file {}", file.display()),
+            "start the service once, or run its `migrate`, or name the file that it uses",
+        ));
+    }
+    Ok(())
+}
+
+/// Sees to the tables over a connection of its own.
+async fn prepare(url: &str, file: &Path, mode: Mode) -> Result<(), DatabaseError> {
+    let failed = |error| opening_failed(url, file, error);
+    let options = connect_options(file).create_if_missing(mode == Mode::Migrate);
+    let mut connection = SqliteConnection::connect_with(&options).await.map_err(failed)?;
+    // A look before anything is written, so that a file of someone else's stays untouched.
+    match (standing(url, file, &mut connection).await?, mode) {
+        (Standing::Current, _) => {}
+        (Standing::Behind { found, known }, Mode::Check) => {
+            return Err(DatabaseError::NotMigrated { url: url.to_owned(), found, known });
+        }
+        (Standing::Behind { .. }, Mode::Migrate) => migrate(url, file, &mut connection).await?,
+    }
+    connection.close().await.map_err(failed)
+}
+
+async fn migrate(
+    url: &str,
+    file: &Path,
+    connection: &mut SqliteConnection,
+) -> Result<(), DatabaseError> {
+    let failed = |error| opening_failed(url, file, error);
+    sqlx::query("PRAGMA journal_mode = WAL").execute(&mut *connection).await.map_err(failed)?;
+    let mut transaction = connection.begin_with("BEGIN IMMEDIATE").await.map_err(failed)?;
+    // Again, now that nobody else can be doing the same.
+    if let Standing::Behind { found, known } = standing(url, file, &mut transaction).await? {
+        tracing::info!(database = url, found, known, "making the tables current");
+        let made = schema::sqlite().run(&mut *transaction).await;
+        made.map_err(|error| DatabaseError::of_migration(error, failed, url))?;
+    }
+    transaction.commit().await.map_err(failed)
+}
+
+async fn standing(
+    url: &str,
+    file: &Path,
+    connection: &mut SqliteConnection,
+) -> Result<Standing, DatabaseError> {
+    let failed = |error| opening_failed(url, file, error);
+    let tables: Vec<String> =
+        sqlx::query_scalar("SELECT name FROM sqlite_schema WHERE type = 'table' ORDER BY name")
+            .fetch_all(&mut *connection)
+            .await
+            .map_err(failed)?;
+    let ours = tables.iter().any(|name| name == schema::TABLE);
+    if let (false, Some(other)) = (ours, tables.first()) {
+        return Err(DatabaseError::refused(
+            format!(
+                "{url} is a SQLite database of something else: it has a table {other:?} and none of kafold's"
+            ),
+            "name another file; it is created when it does not exist",
+        ));
+    }
+    let applied: Vec<Applied> = match ours {
+        true => sqlx::query_as("SELECT version, checksum FROM kafold_migrations WHERE success")
+            .fetch_all(connection)
+            .await
+            .map_err(failed)?,
+        false => Vec::new(),
+    };
+    schema::standing(url, &schema::sqlite(), &applied)
+}
+
+/// Tells a file that is busy from one that cannot be used.
+fn opening_failed(url: &str, file: &Path, error: sqlx::Error) -> DatabaseError {
+    let refused = |remedy: &str| DatabaseError::refused(format!("{url}: {error}"), remedy);
+    match SqliteCode::of_error(&error) {
+        Some(SqliteCode::NOTADB) => refused("name another file: this one is not a SQLite database"),
+        Some(SqliteCode::CORRUPT) => refused("restore the file from a copy: it is damaged"),
+        Some(SqliteCode::CANTOPEN | SqliteCode::READONLY | SqliteCode::PERM) => refused(&format!(
+            "make {} and its folder writable for this user, or name another file",
+            file.display()
+        )),
+        _ if is_transient(&error) => {
+            DatabaseError::Unavailable { url: url.to_owned(), cause: error }
+        }
+        _ => refused("check the file"),
+    }
+}
