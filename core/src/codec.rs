@@ -33,7 +33,9 @@ pub enum CodecError {
         events: &'static str,
     },
     /// The program knows the event, but only in older shapes.
-    #[error("{event_type} was written by a newer program, this one knows up to v{known}: update it")]
+    #[error(
+        "{event_type} was written by a newer program, this one knows up to v{known}: update it"
+    )]
     NewerVersion {
         /// As recorded.
         event_type: String,

@@ -33,6 +33,10 @@ impl fmt::Display for EventType {
 /// Derive it: `#[derive(DomainEvent)]` with `#[event("order.placed", version = 1)]` on every
 /// variant. A payload holds the fields of the variant alone, as JSON; which variant it is stands in
 /// the type name.
+#[diagnostic::on_unimplemented(
+    message = "`{Self}` is not a domain event",
+    note = "derive it: #[derive(DomainEvent, Serialize, Deserialize, Clone, Debug)] on an enum"
+)]
 pub trait DomainEvent:
     Serialize + DeserializeOwned + Clone + fmt::Debug + Send + Sync + 'static
 {

@@ -18,6 +18,10 @@
 //! - [`scenario`]: given, when, then for the tests of a domain;
 //! - [`clock`]: the only way here to time and randomness.
 
+// The derives write `::kafold_core::…`, also in this crate's own tests.
+#[allow(unused_extern_crates, reason = "used where this crate derives, which is not everywhere")]
+extern crate self as kafold_core;
+
 pub mod aggregate;
 pub mod clock;
 pub mod codec;
@@ -33,5 +37,7 @@ pub use clock::{Clock, IdGenerator};
 pub use event::{Commit, DomainEvent, EventType, Metadata, NewEvent, Recorded, RecordedEvent};
 pub use ids::{CommandId, ExpectedVersion, Offset, Partition, Position, StreamId, Version};
 pub use index::StreamIndex;
+pub use kafold_core_macros::{DomainEvent, Row};
+pub use row::Row;
 pub use snapshot::{Snapshot, SnapshotStore};
 pub use store::{AppendError, Appended, EventSource, EventStore, ReadError};

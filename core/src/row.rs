@@ -101,6 +101,12 @@ pub struct InvalidValue {
 }
 
 /// A Rust type that is a column's value.
+#[diagnostic::on_unimplemented(
+    message = "`{Self}` is not a column's type",
+    label = "cannot be stored as a column",
+    note = "columns are integers of at most 64 bits, bool, f64, String, NaiveDate, DateTime<Utc>, \
+            Uuid and Options of them; mark any other type that has serde with #[row(json)]"
+)]
 pub trait ColumnValue: Sized {
     /// What the column holds.
     const KIND: ColumnKind;
@@ -173,4 +179,66 @@ impl<T: ColumnValue> ColumnValue for Option<T> {
 
 fn mismatch(kind: ColumnKind, value: &Value) -> String {
     format!("expected {kind:?}, found {value:?}")
+}
+
+/// What `#[derive(Row)]` calls; not for use by hand.
+#[doc(hidden)]
+pub mod derived {
+    use std::marker::PhantomData;
+    use std::vec::IntoIter;
+
+    use serde::Serialize;
+    use serde::de::DeserializeOwned;
+
+    use super::{ColumnKind, ColumnValue, InvalidValue, Row, Value, mismatch};
+
+    /// The values of one row, taken in the order of its columns.
+    #[derive(Debug)]
+    pub struct Values<R> {
+        left: IntoIter<Value>,
+        row: PhantomData<R>,
+    }
+
+    impl<R: Row> Values<R> {
+        /// As many values as the row has columns.
+        pub fn new(values: Vec<Value>) -> Result<Self, InvalidValue> {
+            let (found, expected) = (values.len(), R::COLUMNS.len());
+            if found != expected {
+                let column = R::COLUMNS[found.min(expected - 1)].name;
+                let reason = format!("the row has {expected} columns, found {found} values");
+                return Err(InvalidValue { column, reason });
+            }
+            Ok(Self { left: values.into_iter(), row: PhantomData })
+        }
+
+        /// The next column's value.
+        pub fn take<T: ColumnValue>(&mut self) -> Result<T, InvalidValue> {
+            self.convert(T::from_value)
+        }
+
+        /// The next column's value, from JSON text.
+        pub fn take_json<T: DeserializeOwned>(&mut self) -> Result<T, InvalidValue> {
+            self.convert(|value| match value {
+                Value::Json(text) => serde_json::from_str(&text).map_err(|error| error.to_string()),
+                other => Err(mismatch(ColumnKind::Json, &other)),
+            })
+        }
+
+        fn convert<T>(
+            &mut self,
+            convert: impl FnOnce(Value) -> Result<T, String>,
+        ) -> Result<T, InvalidValue> {
+            let column = R::COLUMNS[R::COLUMNS.len() - self.left.len()].name;
+            let value = self.left.next().expect("one for each column, counted in `new`");
+            convert(value).map_err(|reason| InvalidValue { column, reason })
+        }
+    }
+
+    /// A value as JSON text. Panics when it has none, as `#[derive(Row)]` says.
+    pub fn json<T: Serialize>(value: &T) -> Value {
+        match serde_json::to_string(value) {
+            Ok(text) => Value::Json(text),
+            Err(error) => panic!("a #[row(json)] field has no JSON: {error}"),
+        }
+    }
 }

@@ -1,1 +1,44 @@
-//! placeholder
+//! The derive macros of kafold-core, which re-exports them beside the traits: depend on that.
+//!
+//! - `domain_event`: `#[derive(DomainEvent)]`;
+//! - `row`: `#[derive(Row)]`;
+//! - `support`: what both need.
+
+use proc_macro::TokenStream;
+use syn::{DeriveInput, parse_macro_input};
+
+mod domain_event;
+mod row;
+mod support;
+
+/// Gives every variant of an enum a stable name and version: the type its events are stored under.
+///
+/// - `#[event("order.placed", version = 1)]` on each variant. The name is
+///   `[a-z][a-z0-9_]*(\.[a-z0-9_]+)*` of at most 100 bytes, not `kafold` or below it, and unique in
+///   the enum; the version counts from 1 and is 1 when left out.
+/// - `#[event(upcasters = path::to::function)]` on the enum, when events have had other shapes: a
+///   `fn() -> Upcasters`.
+///
+/// The enum also derives `Serialize`, `Deserialize`, `Clone` and `Debug`, and keeps serde's default
+/// representation; which field names a payload has is serde's business, which variant it is stands
+/// in the type name.
+#[proc_macro_derive(DomainEvent, attributes(event))]
+pub fn derive_domain_event(input: TokenStream) -> TokenStream {
+    let input = parse_macro_input!(input as DeriveInput);
+    domain_event::expand(&input).unwrap_or_else(syn::Error::into_compile_error).into()
+}
+
+/// Makes a struct the row of a read model: every field is a column of its name.
+///
+/// - `#[row(key)]` on exactly one field: it identifies the row and is not an `Option`;
+/// - `#[row(index)]` on fields that rows are searched by;
+/// - `#[row(json)]` on fields of any other type with serde, stored as JSON text. Storing panics if
+///   such a value has no JSON (a map whose keys are not texts or numbers).
+///
+/// Field names are `[a-z][a-z0-9_]*` of at most 50 bytes and do not begin with `kafold_`. The struct
+/// also derives `Clone` and `PartialEq`.
+#[proc_macro_derive(Row, attributes(row))]
+pub fn derive_row(input: TokenStream) -> TokenStream {
+    let input = parse_macro_input!(input as DeriveInput);
+    row::expand(&input).unwrap_or_else(syn::Error::into_compile_error).into()
+}
