@@ -28,6 +28,7 @@ pub mod codec;
 pub mod event;
 pub mod ids;
 pub mod index;
+pub mod memory;
 pub mod row;
 pub mod snapshot;
 pub mod store;
@@ -38,6 +39,7 @@ pub use event::{Commit, DomainEvent, EventType, Metadata, NewEvent, Recorded, Re
 pub use ids::{CommandId, ExpectedVersion, Offset, Partition, Position, StreamId, Version};
 pub use index::StreamIndex;
 pub use kafold_core_macros::{DomainEvent, Row};
+pub use memory::MemoryStore;
 pub use row::Row;
 pub use snapshot::{Snapshot, SnapshotStore};
 pub use store::{AppendError, Appended, EventSource, EventStore, ReadError};

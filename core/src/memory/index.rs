@@ -1,0 +1,171 @@
+//! A [`StreamIndex`] and a [`SnapshotStore`] in memory.
+
+use std::collections::HashMap;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use async_trait::async_trait;
+
+use crate::event::RecordedEvent;
+use crate::ids::{CommandId, Offset, Partition, StreamId};
+use crate::index::{Advanced, IndexBatch, IndexLoad, IndexRead, StreamIndex};
+use crate::snapshot::{Snapshot, SnapshotStore};
+use crate::store::{Appended, Cursor, ReadError};
+
+/// The index of a process without a database: it holds every event of the log in memory and is fed
+/// from the beginning after every start.
+#[derive(Default)]
+pub struct MemoryIndex {
+    tables: Mutex<Tables>,
+}
+
+#[derive(Default)]
+struct Tables {
+    cursors: HashMap<Partition, Cursor>,
+    /// The event of version n at index n − 1.
+    streams: HashMap<StreamId, Vec<RecordedEvent>>,
+    commands: HashMap<(StreamId, CommandId), Appended>,
+}
+
+impl MemoryIndex {
+    /// An empty index.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    fn tables(&self) -> MutexGuard<'_, Tables> {
+        // `advance` checks everything before it writes anything, so what a panic left is whole.
+        self.tables.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Tables {
+    fn position(&self, partition: Partition) -> Offset {
+        self.cursors.get(&partition).map_or(Offset(0), |cursor| cursor.next)
+    }
+
+    /// Nothing contradicts what is here and no stream would get a gap.
+    fn check(&self, events: &[RecordedEvent]) -> Result<(), ReadError> {
+        let mut versions: HashMap<&StreamId, u64> = HashMap::new();
+        for event in events {
+            let known = self.streams.get(&event.stream).map_or(&[][..], Vec::as_slice);
+            let end = versions.entry(&event.stream).or_insert(known.len() as u64);
+            if event.version.0 == *end + 1 {
+                *end += 1;
+                continue;
+            }
+            let there = event.version.0.checked_sub(1).and_then(|index| known.get(index as usize));
+            if there != Some(event) {
+                let what = format!("index of stream {}", event.stream);
+                let (version, position) = (event.version, event.position);
+                let found = there.map_or("nothing".to_owned(), |other| other.position.to_string());
+                let reason = format!("version {version} is at {position}, indexed is {found}");
+                return Err(ReadError::diverged(what, reason));
+            }
+        }
+        Ok(())
+    }
+
+    fn insert(&mut self, event: RecordedEvent) {
+        let known = self.streams.entry(event.stream.clone()).or_default();
+        if event.version.0 <= known.len() as u64 {
+            return;
+        }
+        // The events of a commit follow one another: its last one's version and position stay.
+        let (version, position) = (event.version, event.position);
+        let appended = Appended { version, position, duplicate: false };
+        self.commands.insert((event.stream.clone(), event.command_id), appended);
+        known.push(event);
+    }
+
+    fn read(&self, request: &IndexLoad, limit: usize) -> IndexRead {
+        let known = self.streams.get(&request.stream).map_or(&[][..], Vec::as_slice);
+        let skipped = usize::try_from(request.after.0).unwrap_or(usize::MAX).min(known.len());
+        let wanted = &known[skipped..];
+        IndexRead {
+            position: self.position(request.partition),
+            events: wanted[..limit.min(wanted.len())].to_vec(),
+            more: wanted.len() > limit,
+        }
+    }
+}
+
+#[async_trait]
+impl StreamIndex for MemoryIndex {
+    async fn cursors(&self) -> Result<Vec<(Partition, Cursor)>, ReadError> {
+        Ok(self.tables().cursors.iter().map(|(p, cursor)| (*p, cursor.clone())).collect())
+    }
+
+    async fn advance(&self, batch: IndexBatch) -> Result<Advanced, ReadError> {
+        let mut tables = self.tables();
+        let position = tables.position(batch.partition);
+        if position < batch.from {
+            return Ok(Advanced::Behind(tables.cursors.get(&batch.partition).cloned()));
+        }
+        tables.check(&batch.events)?;
+        batch.events.into_iter().for_each(|event| tables.insert(event));
+        if batch.to.next > position {
+            tables.cursors.insert(batch.partition, batch.to);
+        }
+        Ok(Advanced::Moved)
+    }
+
+    async fn load(
+        &self,
+        requests: &[IndexLoad],
+        limit: usize,
+    ) -> Result<Vec<IndexRead>, ReadError> {
+        let tables = self.tables();
+        Ok(requests.iter().map(|request| tables.read(request, limit)).collect())
+    }
+
+    async fn find_command(
+        &self,
+        partition: Partition,
+        stream: &StreamId,
+        command_id: CommandId,
+    ) -> Result<(Offset, Option<Appended>), ReadError> {
+        let tables = self.tables();
+        let found = tables.commands.get(&(stream.clone(), command_id)).copied();
+        Ok((tables.position(partition), found))
+    }
+}
+
+/// Snapshots in memory, one a stream: for tests, and for processes whose snapshots need not outlive
+/// them.
+#[derive(Default)]
+pub struct MemorySnapshots {
+    newest: Mutex<HashMap<StreamId, Snapshot>>,
+}
+
+impl MemorySnapshots {
+    /// Without any snapshot.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Forgets every snapshot, which changes no answer.
+    pub fn clear(&self) {
+        self.newest().clear();
+    }
+
+    fn newest(&self) -> MutexGuard<'_, HashMap<StreamId, Snapshot>> {
+        self.newest.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[async_trait]
+impl SnapshotStore for MemorySnapshots {
+    async fn load(&self, stream: &StreamId) -> Result<Option<Snapshot>, ReadError> {
+        Ok(self.newest().get(stream).cloned())
+    }
+
+    async fn save(&self, snapshot: &Snapshot) -> Result<(), ReadError> {
+        let mut newest = self.newest();
+        let is_newer =
+            |kept: &Snapshot| kept.schema != snapshot.schema || kept.version < snapshot.version;
+        if newest.get(&snapshot.stream).is_none_or(is_newer) {
+            newest.insert(snapshot.stream.clone(), snapshot.clone());
+        }
+        Ok(())
+    }
+}
