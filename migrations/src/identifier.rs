@@ -140,7 +140,11 @@ mod tests {
     #[test]
     fn a_list_is_separated_and_not_ended() {
         let mut sql = SqlText::new("VALUES (");
-        sql.list(", ", 1..=3, |sql, nth| drop(sql.placeholder(nth))).text(") LIMIT ").number(7);
+        sql.list(", ", 1..=3, |sql, nth| {
+            sql.placeholder(nth);
+        })
+        .text(") LIMIT ")
+        .number(7);
         assert_eq!(sql.finish().as_str(), "VALUES ($1, $2, $3) LIMIT 7");
     }
 }

@@ -106,7 +106,8 @@ async fn migrate(shown: &str, connection: &mut PgConnection) -> Result<(), Datab
     lock.execute(&mut *transaction).await.map_err(failed)?;
     if let Standing::Behind { found, known } = standing(shown, &mut transaction).await? {
         tracing::info!(database = shown, found, known, "making the tables current");
-        let made = schema::postgres().run(&mut *transaction).await;
+        // `Migrator::run` is the same, but its future cannot be sent to another thread.
+        let made = schema::postgres().run_direct(None, &mut *transaction, false).await;
         made.map_err(|error| DatabaseError::of_migration(error, failed, shown))?;
     }
     transaction.commit().await.map_err(failed)

@@ -201,7 +201,8 @@ async fn migrate(
     // Again, now that nobody else can be doing the same.
     if let Standing::Behind { found, known } = standing(url, file, &mut transaction).await? {
         tracing::info!(database = url, found, known, "making the tables current");
-        let made = schema::sqlite().run(&mut *transaction).await;
+        // `Migrator::run` is the same, but its future cannot be sent to another thread.
+        let made = schema::sqlite().run_direct(None, &mut *transaction, false).await;
         made.map_err(|error| DatabaseError::of_migration(error, failed, url))?;
     }
     transaction.commit().await.map_err(failed)
