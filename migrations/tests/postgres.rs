@@ -9,7 +9,7 @@ fn server(test: &str) -> Option<String> {
     let required = std::env::var("KAFOLD_TEST_REQUIRE_ALL").is_ok_and(|value| value == "1");
     assert!(url.is_some() || !required, "{test}: KAFOLD_TEST_POSTGRES is not set");
     if url.is_none() {
-        println!("skipped {test}: KAFOLD_TEST_POSTGRES is not set");
+        eprintln!("skipped {test}: KAFOLD_TEST_POSTGRES is not set");
     }
     url
 }
