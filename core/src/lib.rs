@@ -32,6 +32,8 @@ pub mod memory;
 pub mod row;
 pub mod snapshot;
 pub mod store;
+#[cfg(feature = "testing")]
+pub mod testing;
 
 pub use aggregate::Aggregate;
 pub use clock::{Clock, IdGenerator};
