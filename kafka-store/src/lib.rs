@@ -14,3 +14,4 @@
 pub mod fold;
 pub mod partitioner;
 pub mod wire;
+pub mod writer;
