@@ -12,6 +12,8 @@
 //! - [`tail`]: proven events that are not yet in the index.
 
 pub mod fold;
+pub mod identity;
 pub mod partitioner;
+pub mod tail;
 pub mod wire;
 pub mod writer;

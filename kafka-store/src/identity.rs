@@ -1,0 +1,185 @@
+//! Whether a partition is still the log that a stored position came from.
+//!
+//! Pure checks on facts that the driver gathers at start. A log end that looks too low is believed
+//! only after metadata was refreshed for a while: a stale leader looks the same.
+
+use kafold_core::{Offset, Partition};
+
+use crate::fold::{Anchor, Checkpoint, LogIdentity};
+
+/// What the partition shows of itself.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LogFacts {
+    /// The topic's name, for messages.
+    pub topic: String,
+    /// The partition.
+    pub partition: Partition,
+    /// How many partitions the topic has now.
+    pub partitions: u32,
+    /// How many the log was begun with, see [`partitions_of`].
+    pub log_partitions: u32,
+    /// The first offset there is.
+    pub start: Offset,
+    /// The offset of the next record.
+    pub end: Offset,
+    /// The partition's first claim, if there is any.
+    pub first_claim: Option<LogIdentity>,
+    /// What was found where the stored anchor should be; [`AnchorFound::NotRead`] without one.
+    pub anchor: AnchorFound,
+}
+
+/// What a read at the anchor's offset gave.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum AnchorFound {
+    /// There is no stored anchor, or the log ends before it.
+    NotRead,
+    /// A record of ours stands there.
+    Ours(Anchor),
+    /// A record that is not ours stands there.
+    Other,
+    /// The next record that there is stands at this higher offset.
+    Hole(Offset),
+}
+
+/// Why a stored position does not belong to this log. Nothing is ever reset silently.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum IdentityError {
+    /// Records at the beginning were deleted.
+    #[error(
+        "{topic}/{partition} was trimmed: it begins at offset {start} instead of 0. Restore the topic from a copy; set retention.ms=-1 and retention.bytes=-1 so that it cannot happen again"
+    )]
+    Trimmed {
+        /// The topic.
+        topic: String,
+        /// The partition.
+        partition: Partition,
+        /// Where it begins.
+        start: Offset,
+    },
+    /// Records at the end were lost.
+    #[error(
+        "{topic}/{partition} was truncated: it ends at offset {end}, but records below {stored} were read from it before. Restore the topic, or rebuild from this log what stores positions (index, checkpoints, snapshots), accepting the loss of the records"
+    )]
+    Truncated {
+        /// The topic.
+        topic: String,
+        /// The partition.
+        partition: Partition,
+        /// Where it ends.
+        end: Offset,
+        /// The stored position.
+        stored: Offset,
+    },
+    /// The topic was deleted and made again.
+    #[error("{topic}/{partition} was recreated: its first claim is {}, but the stored position {stored} comes from a log that began with claim {expected:016x}. Use the old topic, or another database for this one", found.map_or("absent".into(), |nonce| format!("{nonce:016x}")))]
+    Recreated {
+        /// The topic.
+        topic: String,
+        /// The partition.
+        partition: Partition,
+        /// The first claim's nonce of the log that the position came from.
+        expected: u64,
+        /// The nonce of this log's first claim.
+        found: Option<u64>,
+        /// The stored position.
+        stored: Offset,
+    },
+    /// The log went on from an older copy of itself.
+    #[error("{topic}/{partition} is an older copy that was written on: at offset {} stands {found}, but {expected:?} was read there before. Restore the newer copy, or rebuild from this log what stores positions (index, checkpoints, snapshots)", expected.offset)]
+    OlderCopy {
+        /// The topic.
+        topic: String,
+        /// The partition.
+        partition: Partition,
+        /// What was read there before.
+        expected: Anchor,
+        /// What stands there now.
+        found: String,
+    },
+    /// Records in between were removed.
+    #[error(
+        "{topic}/{partition} was compacted: offset {expected} is gone, the next record is at {found}. Restore the topic from a copy; set cleanup.policy=delete so that it cannot happen again"
+    )]
+    Compacted {
+        /// The topic.
+        topic: String,
+        /// The partition.
+        partition: Partition,
+        /// The offset that was looked at.
+        expected: Offset,
+        /// The offset of the next record.
+        found: Offset,
+    },
+    /// Partitions were added: streams would be looked for in others than they are in.
+    #[error(
+        "{topic}/{partition} was repartitioned: the topic has {found} partitions, the log was begun with {expected}. Partitions cannot be removed again: copy the log into a new topic of the right count"
+    )]
+    Repartitioned {
+        /// The topic.
+        topic: String,
+        /// The partition.
+        partition: Partition,
+        /// How many the log was begun with.
+        expected: u32,
+        /// How many the topic has.
+        found: u32,
+    },
+}
+
+impl IdentityError {
+    /// Whether it may be a stale leader's answer: refresh metadata and look again for a while.
+    pub fn may_pass(&self) -> bool {
+        matches!(self, Self::Truncated { .. } | Self::Recreated { found: None, .. })
+    }
+}
+
+/// How many partitions the log has: what partition 0's first claim says, or, while partition 0 has
+/// none, metadata; then to be checked again when its claim appears.
+pub fn partitions_of(partition_0: Option<LogIdentity>, metadata: u32) -> u32 {
+    partition_0.map_or(metadata, |identity| identity.partitions)
+}
+
+/// Checks a stored position against the log, or a log without one against itself.
+pub fn check(stored: Option<&Checkpoint>, log: &LogFacts) -> Result<(), IdentityError> {
+    let (topic, partition) = (log.topic.clone(), log.partition);
+    if log.start > Offset(0) {
+        return Err(IdentityError::Trimmed { topic, partition, start: log.start });
+    }
+    let begun_with = log.first_claim.map_or(log.log_partitions, |first| first.partitions);
+    if begun_with != log.partitions {
+        let (expected, found) = (begun_with, log.partitions);
+        return Err(IdentityError::Repartitioned { topic, partition, expected, found });
+    }
+    match stored {
+        Some(stored) => check_stored(stored, log),
+        None => Ok(()),
+    }
+}
+
+fn check_stored(stored: &Checkpoint, log: &LogFacts) -> Result<(), IdentityError> {
+    let (topic, partition) = (log.topic.clone(), log.partition);
+    if let Some(expected) = stored.state.log {
+        let found = log.first_claim;
+        if found.map(|first| first.nonce) != Some(expected.nonce) {
+            let (expected, stored) = (expected.nonce.0, stored.next);
+            let found = found.map(|first| first.nonce.0);
+            return Err(IdentityError::Recreated { topic, partition, expected, found, stored });
+        }
+    }
+    if log.end < stored.next {
+        let (end, stored) = (log.end, stored.next);
+        return Err(IdentityError::Truncated { topic, partition, end, stored });
+    }
+    let Some(expected) = stored.state.anchor else { return Ok(()) };
+    let found = match log.anchor {
+        AnchorFound::Ours(found) if found == expected => return Ok(()),
+        AnchorFound::Hole(found) => {
+            let expected = expected.offset;
+            return Err(IdentityError::Compacted { topic, partition, expected, found });
+        }
+        AnchorFound::Ours(found) => format!("{found:?}"),
+        AnchorFound::Other => "a record that is not ours".into(),
+        AnchorFound::NotRead => "nothing that was read".into(),
+    };
+    Err(IdentityError::OlderCopy { topic, partition, expected, found })
+}
