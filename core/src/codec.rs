@@ -136,6 +136,7 @@ pub fn decode_recorded<E: DomainEvent>(event: &RecordedEvent) -> Result<Recorded
         stream: event.stream.clone(),
         version: event.version,
         position: event.position,
+        command_id: event.command_id,
         metadata: event.metadata.clone(),
     })
 }
@@ -350,6 +351,8 @@ impl Upcasters {
 
 impl fmt::Debug for Upcasters {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_map().entries(self.0.iter().map(|each| (each.from, each.to))).finish()
+        f.debug_map()
+            .entries(self.0.iter().map(|each| (each.from.to_string(), each.to.to_string())))
+            .finish()
     }
 }

@@ -156,6 +156,8 @@ pub struct Recorded<E> {
     pub version: Version,
     /// Its place in the log.
     pub position: Position,
+    /// The command that decided it.
+    pub command_id: CommandId,
     /// Its identity and origin.
     pub metadata: Metadata,
 }

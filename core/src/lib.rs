@@ -30,6 +30,7 @@ pub mod ids;
 pub mod index;
 pub mod memory;
 pub mod row;
+pub mod scenario;
 pub mod snapshot;
 pub mod store;
 #[cfg(feature = "testing")]

@@ -190,7 +190,7 @@ pub mod derived {
     use serde::Serialize;
     use serde::de::DeserializeOwned;
 
-    use super::{ColumnKind, ColumnValue, InvalidValue, Row, Value, mismatch};
+    use super::{ColumnKind, InvalidValue, Row, Value, mismatch};
 
     /// The values of one row, taken in the order of its columns.
     #[derive(Debug)]
@@ -212,19 +212,7 @@ pub mod derived {
         }
 
         /// The next column's value.
-        pub fn take<T: ColumnValue>(&mut self) -> Result<T, InvalidValue> {
-            self.convert(T::from_value)
-        }
-
-        /// The next column's value, from JSON text.
-        pub fn take_json<T: DeserializeOwned>(&mut self) -> Result<T, InvalidValue> {
-            self.convert(|value| match value {
-                Value::Json(text) => serde_json::from_str(&text).map_err(|error| error.to_string()),
-                other => Err(mismatch(ColumnKind::Json, &other)),
-            })
-        }
-
-        fn convert<T>(
+        pub fn take<T>(
             &mut self,
             convert: impl FnOnce(Value) -> Result<T, String>,
         ) -> Result<T, InvalidValue> {
@@ -235,10 +223,18 @@ pub mod derived {
     }
 
     /// A value as JSON text. Panics when it has none, as `#[derive(Row)]` says.
-    pub fn json<T: Serialize>(value: &T) -> Value {
+    pub fn into_json<T: Serialize>(value: &T) -> Value {
         match serde_json::to_string(value) {
             Ok(text) => Value::Json(text),
             Err(error) => panic!("a #[row(json)] field has no JSON: {error}"),
+        }
+    }
+
+    /// A value from JSON text.
+    pub fn from_json<T: DeserializeOwned>(value: Value) -> Result<T, String> {
+        match value {
+            Value::Json(text) => serde_json::from_str(&text).map_err(|error| error.to_string()),
+            other => Err(mismatch(ColumnKind::Json, &other)),
         }
     }
 }

@@ -19,8 +19,8 @@ pub(crate) fn expand(input: &DeriveInput) -> Result<TokenStream, Error> {
     let struct_name = &input.ident;
     let (key_name, key_type) = (key.field, key.ty);
     let constants = columns.iter().map(|column| column.constant(&core));
-    let values = columns.iter().map(|column| column.into_value(&core));
-    let fields = columns.iter().map(Column::from_value);
+    let values = columns.iter().map(|column| column.write(&core));
+    let fields = columns.iter().map(|column| column.read(&core));
     let key_is_present = quote_spanned! {key_type.span()=>
         const _: () = assert!(
             !<#key_type as #core::row::ColumnValue>::NULLABLE,
@@ -151,7 +151,7 @@ impl<'a> Column<'a> {
     }
 
     fn constant(&self, core: &TokenStream) -> TokenStream {
-        let (name, ty) = (&self.name, self.ty);
+        let name = &self.name;
         let role = match (self.is_key, self.is_index) {
             (true, _) => quote!(Key),
             (_, true) => quote!(Index),
@@ -160,9 +160,7 @@ impl<'a> Column<'a> {
         let (kind, nullable) = if self.is_json {
             (quote!(#core::row::ColumnKind::Json), quote!(false))
         } else {
-            // Spanned, so that an unsuitable type is underlined where it stands.
-            let value = quote_spanned!(ty.span()=> <#ty as #core::row::ColumnValue>);
-            (quote!(#value::KIND), quote!(#value::NULLABLE))
+            (self.in_trait(core, "KIND"), self.in_trait(core, "NULLABLE"))
         };
         quote! {
             #core::row::Column {
@@ -174,19 +172,31 @@ impl<'a> Column<'a> {
         }
     }
 
-    fn into_value(&self, core: &TokenStream) -> TokenStream {
+    fn write(&self, core: &TokenStream) -> TokenStream {
         let field = self.field;
         if self.is_json {
-            quote!(#core::row::derived::json(&self.#field))
+            quote!(#core::row::derived::into_json(&self.#field))
         } else {
-            quote!(#core::row::ColumnValue::into_value(self.#field))
+            let into_value = self.in_trait(core, "into_value");
+            quote!(#into_value(self.#field))
         }
     }
 
-    fn from_value(&self) -> TokenStream {
+    fn read(&self, core: &TokenStream) -> TokenStream {
         let field = self.field;
-        let take = if self.is_json { quote!(take_json) } else { quote!(take) };
-        quote!(#field: values.#take()?)
+        let from_value = if self.is_json {
+            quote!(#core::row::derived::from_json)
+        } else {
+            self.in_trait(core, "from_value")
+        };
+        quote!(#field: values.take(#from_value)?)
+    }
+
+    /// An item of `ColumnValue`, spanned so that an unsuitable type is underlined where it stands.
+    fn in_trait(&self, core: &TokenStream, item: &str) -> TokenStream {
+        let ty = self.ty;
+        let item = Ident::new(item, ty.span());
+        quote_spanned!(ty.span()=> <#ty as #core::row::ColumnValue>::#item)
     }
 }
 

@@ -1,0 +1,130 @@
+//! Rows as named columns.
+
+use chrono::{DateTime, NaiveDate, Utc};
+use kafold_core::Row;
+use kafold_core::row::ColumnKind::{Boolean, Date, Integer, Json, Real, Text, Timestamp};
+use kafold_core::row::ColumnRole::{Index, Key, Plain};
+use kafold_core::row::{Column, InvalidValue, Value};
+use proptest::prelude::*;
+use serde::{Deserialize, Serialize};
+use uuid::Uuid;
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+struct Line {
+    sku: String,
+    quantity: u32,
+}
+
+#[derive(Debug, Clone, PartialEq, Row)]
+struct OrderDetails {
+    #[row(index)]
+    customer: String,
+    #[row(key)]
+    order_id: Uuid,
+    #[row(json)]
+    lines: Vec<Line>,
+    amount_cents: u64,
+    weight: f64,
+    paid: bool,
+    #[row(index)]
+    shipped_at: Option<DateTime<Utc>>,
+    r#type: Option<i16>,
+    #[row(json)]
+    note: Option<String>,
+    day: NaiveDate,
+}
+
+fn details(amount_cents: u64, note: Option<String>, lines: Vec<Line>) -> OrderDetails {
+    OrderDetails {
+        customer: "c1".into(),
+        order_id: Uuid::from_u128(1),
+        lines,
+        amount_cents,
+        weight: 1.5,
+        paid: true,
+        shipped_at: None,
+        r#type: Some(-3),
+        note,
+        day: NaiveDate::from_ymd_opt(2024, 2, 29).expect("a date"),
+    }
+}
+
+#[test]
+fn every_field_is_a_column_of_its_name() {
+    let column = |name, kind, nullable, role| Column { name, kind, nullable, role };
+    let expected = [
+        column("customer", Text, false, Index),
+        column("order_id", kafold_core::row::ColumnKind::Uuid, false, Key),
+        column("lines", Json, false, Plain),
+        column("amount_cents", Integer, false, Plain),
+        column("weight", Real, false, Plain),
+        column("paid", Boolean, false, Plain),
+        column("shipped_at", Timestamp, true, Index),
+        column("type", Integer, true, Plain),
+        column("note", Json, false, Plain),
+        column("day", Date, false, Plain),
+    ];
+    assert_eq!(OrderDetails::COLUMNS, expected);
+    assert_eq!(details(1, None, vec![]).key(), Uuid::from_u128(1));
+}
+
+#[test]
+fn values_stand_in_the_order_of_the_columns() {
+    let lines = vec![Line { sku: "a".into(), quantity: 2 }];
+    assert_eq!(
+        details(25, None, lines).into_values(),
+        [
+            Value::Text("c1".into()),
+            Value::Uuid(Uuid::from_u128(1)),
+            Value::Json(r#"[{"sku":"a","quantity":2}]"#.into()),
+            Value::Integer(25),
+            Value::Real(1.5),
+            Value::Boolean(true),
+            Value::Null,
+            Value::Integer(-3),
+            Value::Json("null".into()),
+            Value::Date(NaiveDate::from_ymd_opt(2024, 2, 29).expect("a date")),
+        ]
+    );
+}
+
+proptest! {
+    #[test]
+    fn a_row_comes_back_from_its_values(
+        amount in 0..=i64::MAX as u64,
+        note: Option<String>,
+        lines in proptest::collection::vec(any::<(String, u32)>(), 0..4),
+    ) {
+        let lines = lines.into_iter().map(|(sku, quantity)| Line { sku, quantity }).collect();
+        let row = details(amount, note, lines);
+        prop_assert_eq!(OrderDetails::from_values(row.clone().into_values()), Ok(row));
+    }
+}
+
+#[test]
+fn a_value_that_does_not_fit_names_its_column() {
+    let refused = |place: usize, value: Value| {
+        let mut values = details(1, None, vec![]).into_values();
+        values[place] = value;
+        OrderDetails::from_values(values).expect_err("refused").to_string()
+    };
+    assert_eq!(refused(0, Value::Null), "column customer: expected Text, found Null");
+    assert_eq!(
+        refused(2, Value::Text("[]".into())),
+        "column lines: expected Json, found Text(\"[]\")"
+    );
+    assert!(refused(2, Value::Json("[".into())).starts_with("column lines: EOF while parsing"));
+    assert!(refused(3, Value::Integer(-1)).starts_with("column amount_cents: -1: "));
+    assert!(refused(7, Value::Integer(1 << 20)).starts_with("column type: 1048576: "));
+}
+
+#[test]
+fn a_row_has_as_many_values_as_columns() {
+    let mut values = details(1, None, vec![]).into_values();
+    let (last, missing) = (values.pop().expect("ten"), values.clone());
+    let reason = "the row has 10 columns, found 9 values".to_owned();
+    assert_eq!(OrderDetails::from_values(missing), Err(InvalidValue { column: "day", reason }));
+    values.extend([last, Value::Null]);
+    let reason = "the row has 10 columns, found 11 values".to_owned();
+    assert_eq!(OrderDetails::from_values(values), Err(InvalidValue { column: "day", reason }));
+}

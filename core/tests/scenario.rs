@@ -1,0 +1,100 @@
+//! The scenario helper: what it accepts, what it refuses, and in which words.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
+use serde::{Deserialize, Serialize};
+
+use kafold_core::scenario::scenario;
+use kafold_core::{Aggregate, DomainEvent};
+
+#[derive(Debug, Clone, Serialize, Deserialize, DomainEvent)]
+enum CounterEvent {
+    #[event("counter.raised")]
+    Raised { by: u32 },
+    #[event("counter.measured")]
+    Measured { value: f64 },
+    #[event("counter.noted")]
+    Noted(#[serde(skip_serializing)] String),
+}
+use CounterEvent::{Measured, Noted, Raised};
+
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("the counter may not pass {0}")]
+struct TooHigh(u32);
+
+/// Without `Debug`: neither a state nor a command needs it.
+#[derive(Default, Clone)]
+struct Counter(u32);
+
+struct Raise(Vec<u32>);
+
+impl Aggregate for Counter {
+    const CATEGORY: &'static str = "counter";
+    type Command = Raise;
+    type Event = CounterEvent;
+    type Error = TooHigh;
+
+    fn decide(&self, Raise(steps): &Raise) -> Result<Vec<CounterEvent>, TooHigh> {
+        match self.0 + steps.iter().sum::<u32>() {
+            0..=9 => Ok(steps.iter().map(|by| Raised { by: *by }).collect()),
+            _ => Err(TooHigh(9)),
+        }
+    }
+
+    fn evolve(&mut self, event: &CounterEvent) {
+        if let Raised { by } = event {
+            self.0 += by;
+        }
+    }
+}
+
+fn message(check: impl FnOnce()) -> String {
+    let panic = catch_unwind(AssertUnwindSafe(check)).expect_err("the check must not hold");
+    *panic.downcast::<String>().expect("a formatted message")
+}
+
+#[test]
+fn what_follows_is_compared_event_by_event() {
+    let scenario = || scenario::<Counter>().given([Raised { by: 1 }]).given([Raised { by: 2 }]);
+    scenario().when(Raise(vec![2, 4])).then([Raised { by: 2 }, Raised { by: 4 }]);
+    scenario().when(Raise(vec![])).then_nothing().then_state(|counter| assert_eq!(counter.0, 3));
+    scenario().when(Raise(vec![6])).then_state(|counter| assert_eq!(counter.0, 9));
+    scenario().when(Raise(vec![7])).then_rejected(TooHigh(9));
+}
+
+#[test]
+fn a_failure_shows_the_whole_scenario() {
+    let outcome = |step| scenario::<Counter>().given([Raised { by: 5 }]).when(Raise(vec![step]));
+    assert_eq!(
+        message(|| drop(outcome(1).then([Raised { by: 1 }, Raised { by: 2 }]))),
+        "given\n  Raised { by: 5 }\nexpected\n  Raised { by: 1 }\n  Raised { by: 2 }\n\
+         actual\n  Raised { by: 1 }"
+    );
+    assert_eq!(
+        message(|| drop(outcome(5).then_nothing())),
+        "given\n  Raised { by: 5 }\nexpected\n  nothing\n\
+         actual\n  rejected: the counter may not pass 9 (TooHigh(9))"
+    );
+    assert_eq!(
+        message(|| drop(outcome(1).then_rejected(TooHigh(9)))),
+        "given\n  Raised { by: 5 }\n\
+         expected\n  rejected: the counter may not pass 9 (TooHigh(9))\n\
+         actual\n  Raised { by: 1 }"
+    );
+    assert!(message(|| drop(outcome(5).then_rejected(TooHigh(8)))).contains("TooHigh(8)"));
+    assert!(message(|| drop(outcome(5).then_state(|_| ()))).contains("actual\n  rejected"));
+}
+
+#[test]
+fn an_event_that_cannot_be_read_back_fails_the_test_that_gives_it() {
+    let given = |event| message(|| drop(scenario::<Counter>().given([event])));
+    assert_eq!(
+        given(Measured { value: f64::NAN }),
+        "Measured { value: NaN } does not survive being stored: payload of counter.measured.v1: \
+         invalid type: null, expected f64 at line 1 column 13; stored as {\"value\":null}"
+    );
+    assert!(given(Noted("lost".into())).contains("does not survive being stored"));
+    let expected =
+        || scenario::<Counter>().when(Raise(vec![])).then([Measured { value: f64::INFINITY }]);
+    assert!(message(|| drop(expected())).contains("does not survive"));
+}
