@@ -1,0 +1,454 @@
+//! The command handler: load, decide, append, and again on conflict.
+//!
+//! - `slot`: what is known of one stream: what is proven to be in the log, and what this handler
+//!   has submitted on top of it;
+//! - `states`: the bounded cache of slots;
+//! - `load`: a stream's events and snapshot become a state;
+//! - `config`, `error`: limits, and answers to the caller.
+//!
+//! The cache is safe because every append demands the version that the decision saw, and every
+//! rejection is confirmed by the store before it is answered.
+//!
+//! Metrics, each with a label `category`: counters `kafold_commands_total` by `outcome`,
+//! `kafold_command_retries_total` by `reason`, `kafold_hot_states_total` by `result` (`hit`,
+//! `miss`), and the histogram `kafold_command_seconds`. Every command is a span `command`.
+
+mod config;
+mod error;
+mod load;
+mod slot;
+mod states;
+
+use std::future::Future;
+use std::pin::pin;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use chrono::SubsecRound;
+use futures_util::future::{Either, select};
+use tracing::Instrument;
+
+pub use self::config::{HandlerConfig, Request};
+pub use self::error::HandleError;
+pub use self::load::SnapshotState;
+
+use self::load::Snapshots;
+use self::slot::{Pending, SharedOutcome, Slot};
+use self::states::HotStates;
+use crate::aggregate::Aggregate;
+use crate::clock::{Clock, IdGenerator, backoff};
+use crate::codec;
+use crate::event::{Commit, Metadata, NewEvent};
+use crate::ids::{CommandId, ExpectedVersion, Position, StreamId, Version};
+use crate::snapshot::SnapshotStore;
+use crate::store::{Append, AppendError, Appended, EventStore, Outcome, Ticket, View};
+
+/// How long a command that is already in the log may be held up by saving a snapshot.
+const SNAPSHOT_TIMEOUT: Duration = Duration::from_secs(1);
+/// What a caller is told to wait when its deadline was too short.
+const RETRY_AFTER: Duration = Duration::from_secs(1);
+
+/// Handles the commands of one kind of aggregate: the only retry loop there is.
+///
+/// Commands of one stream are decided one after another, each on the state that the one before
+/// leaves, but none waits for the one before to be in the log: they are submitted in a row, and
+/// when one fails, those that were decided on it are decided again. Cheap to clone; clones share
+/// the cache. Use one handler a kind of aggregate and process.
+pub struct CommandHandler<A: Aggregate> {
+    store: Arc<dyn EventStore>,
+    clock: Arc<dyn Clock>,
+    ids: Arc<dyn IdGenerator>,
+    config: HandlerConfig,
+    snapshots: Option<Snapshots<A>>,
+    states: Arc<HotStates<A>>,
+}
+
+/// What a command came to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Handled {
+    /// The version of the commit's last event; of the stream, when the command changed nothing.
+    pub version: Version,
+    /// Where that event is: the token for reading one's own write. `None` when the command changed
+    /// nothing and the stream has no event.
+    pub position: Option<Position>,
+    /// Whether the command had been applied before; then version and position are the first ones.
+    pub duplicate: bool,
+    /// How many events this call appended: 0 when the command changed nothing or was a duplicate.
+    pub events: u64,
+}
+
+/// One command on its way through the loop.
+struct Job<'a, A: Aggregate> {
+    stream: StreamId,
+    command: &'a A::Command,
+    command_id: CommandId,
+    request: Request,
+    deadline: Instant,
+}
+
+/// Where a decision left a command; what is in here is waited for without the stream's lock.
+enum Step<E> {
+    /// It is in the log already.
+    Known(Appended),
+    /// It is pending already: its outcome is shared.
+    Shared(SharedOutcome),
+    /// Its events were submitted.
+    Submitted { ticket: Ticket, outcome: SharedOutcome, events: u64 },
+    /// It is answered without events once the view is confirmed.
+    Unconfirmed { confirmed: Outcome<()>, verdict: Verdict<E>, version: Version, last: Last },
+}
+
+/// An answer that is only true of the newest state.
+enum Verdict<E> {
+    Rejected(E),
+    Unchanged,
+    /// The stream is not at the version that the caller demands.
+    OtherVersion,
+}
+
+/// The last event of a view.
+enum Last {
+    Proven(Option<Position>),
+    Pending(SharedOutcome),
+}
+
+impl<A: Aggregate> Clone for CommandHandler<A> {
+    fn clone(&self) -> Self {
+        Self {
+            store: Arc::clone(&self.store),
+            clock: Arc::clone(&self.clock),
+            ids: Arc::clone(&self.ids),
+            config: self.config.clone(),
+            snapshots: self.snapshots.clone(),
+            states: Arc::clone(&self.states),
+        }
+    }
+}
+
+impl<A: Aggregate> CommandHandler<A> {
+    /// A handler with the machine's clock, random ids and the default limits.
+    #[cfg(feature = "tokio")]
+    pub fn new(store: Arc<dyn EventStore>) -> Self {
+        let (clock, ids) = (crate::clock::SystemClock, crate::clock::RandomIds);
+        Self::with_parts(store, Arc::new(clock), Arc::new(ids))
+    }
+
+    /// A handler with the given clock and ids and the default limits.
+    pub fn with_parts(
+        store: Arc<dyn EventStore>,
+        clock: Arc<dyn Clock>,
+        ids: Arc<dyn IdGenerator>,
+    ) -> Self {
+        let config = HandlerConfig::default();
+        let states = Arc::new(HotStates::new(config.hot_states_max));
+        Self { store, clock, ids, config, snapshots: None, states }
+    }
+
+    /// The same handler with other limits and an empty cache.
+    #[must_use]
+    pub fn config(self, config: HandlerConfig) -> Self {
+        let states = Arc::new(HotStates::new(config.hot_states_max));
+        Self { config, states, ..self }
+    }
+
+    /// The same handler with an empty cache, loading streams from snapshots and saving one every
+    /// [`HandlerConfig::snapshot_every`] events. A snapshot that cannot be read or saved is logged
+    /// and changes no answer.
+    #[must_use]
+    pub fn with_snapshots(self, store: Arc<dyn SnapshotStore>) -> Self
+    where
+        A: SnapshotState,
+    {
+        let states = Arc::new(HotStates::new(self.config.hot_states_max));
+        Self { snapshots: Some(Snapshots::new(store)), states, ..self }
+    }
+
+    /// Handles a command on the aggregate `id`, whatever its version.
+    ///
+    /// The command id is checked first: a command that was applied already answers what it came to
+    /// then, whatever it says now.
+    pub async fn handle(
+        &self,
+        id: &str,
+        command: &A::Command,
+        command_id: CommandId,
+    ) -> Result<Handled, HandleError<A::Error>> {
+        self.handle_with(id, command, command_id, Request::default()).await
+    }
+
+    /// As [`CommandHandler::handle`], with a demand on the version, metadata for the events, or a
+    /// deadline of its own.
+    pub async fn handle_with(
+        &self,
+        id: &str,
+        command: &A::Command,
+        command_id: CommandId,
+        request: Request,
+    ) -> Result<Handled, HandleError<A::Error>> {
+        let began = self.clock.instant();
+        let stream = StreamId::new(A::CATEGORY, id)?;
+        let deadline = request.deadline.unwrap_or(began + self.config.deadline);
+        let span = tracing::info_span!("command", category = A::CATEGORY, %stream, %command_id);
+        let job = Job { stream, command, command_id, request, deadline };
+        let result = self.run(&job).instrument(span).await;
+        let outcome = error::outcome_name(&result);
+        metrics::counter!("kafold_commands_total", "category" => A::CATEGORY, "outcome" => outcome)
+            .increment(1);
+        metrics::histogram!("kafold_command_seconds", "category" => A::CATEGORY)
+            .record(self.clock.instant().saturating_duration_since(began).as_secs_f64());
+        result
+    }
+
+    /// How many streams have a place in the cache, at most [`HandlerConfig::hot_states_max`].
+    pub fn hot_states(&self) -> usize {
+        self.states.len()
+    }
+
+    async fn run(&self, job: &Job<'_, A>) -> Result<Handled, HandleError<A::Error>> {
+        let mut attempt = 1;
+        loop {
+            let failure = match self.attempt(job).await {
+                Err(HandleError::Append(failure)) => failure,
+                settled => return settled,
+            };
+            let again = match failure {
+                AppendError::Conflict { .. } => "conflict",
+                AppendError::NotAppended { .. } => "not_appended",
+                _ => return Err(HandleError::Append(failure)),
+            };
+            let waited = attempt < self.config.attempts_max && self.wait(attempt, job).await;
+            if !waited {
+                return Err(HandleError::exhausted(failure));
+            }
+            metrics::counter!("kafold_command_retries_total", "category" => A::CATEGORY, "reason" => again)
+                .increment(1);
+            tracing::debug!(attempt, %failure, "deciding again");
+            attempt += 1;
+        }
+    }
+
+    /// Waits before another attempt; `false` when the deadline comes first. The first retry comes
+    /// at once: whoever was faster is done already.
+    async fn wait(&self, attempt: u32, job: &Job<'_, A>) -> bool {
+        let Some(previous) = attempt.checked_sub(1).filter(|previous| *previous > 0) else {
+            return true;
+        };
+        let (base, most) = (self.config.backoff_base, self.config.backoff_max);
+        let pause = backoff(&*self.ids, previous, base, most);
+        let fits = self.clock.instant() + pause < job.deadline;
+        if fits {
+            self.clock.sleep(pause).await;
+        }
+        fits
+    }
+
+    /// Decides once and waits for what comes of it.
+    async fn attempt(&self, job: &Job<'_, A>) -> Result<Handled, HandleError<A::Error>> {
+        let slot = self.states.slot(&job.stream);
+        let step = self.within(job.deadline, self.step(&slot, job)).await;
+        match step.ok_or_else(too_late)?? {
+            Step::Known(appended) => Ok(handled(appended, 0)),
+            Step::Shared(outcome) => self.shared(job, outcome).await,
+            Step::Submitted { ticket, outcome, events } => {
+                let result = outcome.await;
+                let mut slot = slot.lock().await;
+                slot.settle();
+                if let Err(failure) = &result {
+                    slot.failed(ticket, failure);
+                }
+                let due = self.due_snapshot(job, &mut slot);
+                drop(slot);
+                self.save(due).await;
+                Ok(handled(result?, events))
+            }
+            Step::Unconfirmed { confirmed, verdict, version, last } => {
+                if let Err(failure) = confirmed.await {
+                    slot.lock().await.unconfirmed(&failure);
+                    return Err(failure.into());
+                }
+                self.answer(job, verdict, version, last).await
+            }
+        }
+    }
+
+    /// Under the stream's lock: knows the command, or decides it and submits what was decided.
+    async fn step(
+        &self,
+        slot: &states::SharedSlot<A>,
+        job: &Job<'_, A>,
+    ) -> Result<Step<A::Error>, HandleError<A::Error>> {
+        let mut slot = slot.lock().await;
+        slot.settle();
+        slot.make_room(self.config.pending_max).await;
+        self.make_current(&mut slot, &job.stream).await?;
+        if let Some(known) = slot.find(job.command_id) {
+            return Ok(known);
+        }
+        if job.deadline <= self.clock.instant() {
+            return self.find_older(&slot, job).await?.ok_or_else(|| too_late().into());
+        }
+        let version = slot.version();
+        if !job.request.expected.admits(version) {
+            return self.other_version(&slot, job).await;
+        }
+        let decided = slot.head().decide(job.command);
+        match decided {
+            Ok(events) if events.is_empty() => {
+                self.unconfirmed(&slot, job, Verdict::Unchanged).await
+            }
+            Ok(events) => self.submit(&mut slot, job, events),
+            Err(rule) => self.unconfirmed(&slot, job, Verdict::Rejected(rule)).await,
+        }
+    }
+
+    /// The demanded version is not the one of the view: at once if the log proves it.
+    async fn other_version(
+        &self,
+        slot: &Slot<A>,
+        job: &Job<'_, A>,
+    ) -> Result<Step<A::Error>, HandleError<A::Error>> {
+        let actual = slot.proven_version();
+        if job.request.expected.version() >= Some(actual) {
+            return self.unconfirmed(slot, job, Verdict::OtherVersion).await;
+        }
+        match self.find_older(slot, job).await? {
+            Some(known) => Ok(known),
+            None => Err(conflict(job, actual)),
+        }
+    }
+
+    fn submit(
+        &self,
+        slot: &mut Slot<A>,
+        job: &Job<'_, A>,
+        events: Vec<A::Event>,
+    ) -> Result<Step<A::Error>, HandleError<A::Error>> {
+        let encoded = events.iter().map(|event| self.new_event(event, &job.request));
+        let encoded = encoded
+            .collect::<Result<Vec<_>, _>>()
+            .map_err(|error| HandleError::Codec { stream: job.stream.clone(), error })?;
+        let commit = Commit::new(job.command_id, encoded)?;
+        let (ticket, count) = (Ticket::next(), commit.count());
+        // The order of submission is the order of decision, because the slot is locked.
+        let outcome = SharedOutcome::new(self.store.submit(Append {
+            stream: job.stream.clone(),
+            expected: ExpectedVersion::Exact(slot.version()),
+            commit,
+            ticket,
+            after: slot.last_ticket(),
+            deadline: Some(job.deadline),
+        }));
+        let version = slot.version().plus(count);
+        let pending = Pending { ticket, command_id: job.command_id, events, version, outcome };
+        let outcome = pending.outcome.clone();
+        slot.push(pending);
+        Ok(Step::Submitted { ticket, outcome, events: count })
+    }
+
+    fn new_event(
+        &self,
+        event: &A::Event,
+        request: &Request,
+    ) -> Result<NewEvent, codec::CodecError> {
+        let metadata = Metadata {
+            event_id: self.ids.event_id(),
+            // The log keeps microseconds.
+            recorded_at: self.clock.now().trunc_subsecs(6),
+            correlation_id: request.correlation_id.clone(),
+            causation_id: request.causation_id.clone(),
+            trace_parent: request.trace_parent.clone(),
+        };
+        codec::new_event(event, metadata)
+    }
+
+    /// An answer without events: unless the command is an old one, the store must say that the view
+    /// is the newest.
+    async fn unconfirmed(
+        &self,
+        slot: &Slot<A>,
+        job: &Job<'_, A>,
+        verdict: Verdict<A::Error>,
+    ) -> Result<Step<A::Error>, HandleError<A::Error>> {
+        if let Some(known) = self.find_older(slot, job).await? {
+            return Ok(known);
+        }
+        let version = slot.version();
+        let confirmed = self.store.confirm(View {
+            stream: job.stream.clone(),
+            version,
+            after: slot.last_ticket(),
+            deadline: Some(job.deadline),
+        });
+        Ok(Step::Unconfirmed { confirmed, verdict, version, last: slot.last() })
+    }
+
+    /// Looks for the command beyond the window of recent ones. An append needs no such look, the
+    /// store takes it itself; any other answer does.
+    async fn find_older(
+        &self,
+        slot: &Slot<A>,
+        job: &Job<'_, A>,
+    ) -> Result<Option<Step<A::Error>>, HandleError<A::Error>> {
+        if slot.knows_every_command() {
+            return Ok(None);
+        }
+        let found = self.store.find_command(&job.stream, job.command_id).await?;
+        Ok(found.map(Step::Known))
+    }
+
+    async fn answer(
+        &self,
+        job: &Job<'_, A>,
+        verdict: Verdict<A::Error>,
+        version: Version,
+        last: Last,
+    ) -> Result<Handled, HandleError<A::Error>> {
+        match verdict {
+            Verdict::Rejected(rule) => Err(HandleError::Rejected(rule)),
+            Verdict::OtherVersion => Err(conflict(job, version)),
+            Verdict::Unchanged => {
+                let position = match last {
+                    Last::Proven(position) => position,
+                    // Settled: the view that included it was confirmed.
+                    Last::Pending(outcome) => Some(outcome.await?.position),
+                };
+                Ok(Handled { version, position, duplicate: false, events: 0 })
+            }
+        }
+    }
+
+    /// The outcome of a submission with the same command id, which has a deadline of its own.
+    async fn shared(
+        &self,
+        job: &Job<'_, A>,
+        outcome: SharedOutcome,
+    ) -> Result<Handled, HandleError<A::Error>> {
+        let unknown = AppendError::OutcomeUnknown { command_id: job.command_id };
+        let appended = self.within(job.deadline, outcome).await.ok_or(unknown)??;
+        Ok(handled(Appended { duplicate: true, ..appended }, 0))
+    }
+
+    /// `None` if the deadline comes before the work is done; work that is done at once always wins.
+    async fn within<T>(&self, deadline: Instant, work: impl Future<Output = T>) -> Option<T> {
+        let remaining = deadline.saturating_duration_since(self.clock.instant());
+        match select(pin!(work), self.clock.sleep(remaining)).await {
+            Either::Left((done, _)) => Some(done),
+            Either::Right(_) => None,
+        }
+    }
+}
+
+fn handled(appended: Appended, events: u64) -> Handled {
+    let Appended { version, position, duplicate } = appended;
+    let events = if duplicate { 0 } else { events };
+    Handled { version, position: Some(position), duplicate, events }
+}
+
+fn conflict<A: Aggregate>(job: &Job<'_, A>, actual: Version) -> HandleError<A::Error> {
+    let (stream, expected) = (job.stream.clone(), job.request.expected);
+    HandleError::Conflict { stream, expected, actual }
+}
+
+fn too_late() -> AppendError {
+    AppendError::unavailable(RETRY_AFTER, "the deadline passed before the command was decided")
+}

@@ -1,0 +1,89 @@
+//! Why a command was not handled.
+
+use super::Handled;
+use crate::codec::CodecError;
+use crate::event::InvalidCommit;
+use crate::ids::{ExpectedVersion, InvalidStreamId, StreamId, Version};
+use crate::store::{AppendError, ReadError};
+
+/// Why a command was not handled; each variant tells the caller what to do.
+#[derive(Debug, Clone, thiserror::Error)]
+pub enum HandleError<E: std::error::Error + 'static> {
+    /// The aggregate refuses, on a state that was the newest when it was answered: tell the user.
+    #[error(transparent)]
+    Rejected(E),
+    /// The stream is not at the version that the caller demanded: look at it again. Without a
+    /// demand, others were faster in every attempt: send the command again.
+    #[error("stream {stream} is at version {actual}, expected {expected}")]
+    Conflict {
+        /// The stream.
+        stream: StreamId,
+        /// What was demanded, by the caller or by the last attempt.
+        expected: ExpectedVersion,
+        /// What the stream has.
+        actual: Version,
+    },
+    /// There can be no such aggregate: correct the id.
+    #[error(transparent)]
+    InvalidId(#[from] InvalidStreamId),
+    /// The store's own answer, never a conflict: act as the variant says.
+    #[error(transparent)]
+    Append(#[from] AppendError),
+    /// The stream could not be loaded and nothing was appended: try again if it is unavailable.
+    #[error(transparent)]
+    Read(#[from] ReadError),
+    /// An event of the stream cannot be read, or a decided one not be written, by this program:
+    /// nothing was appended, and the program has to be corrected.
+    #[error("stream {stream}: {error}")]
+    Codec {
+        /// The stream.
+        stream: StreamId,
+        /// What does not fit.
+        #[source]
+        error: CodecError,
+    },
+    /// The command decided more events than a commit holds: nothing was appended, split it.
+    #[error(transparent)]
+    InvalidCommit(#[from] InvalidCommit),
+}
+
+impl<E: std::error::Error + 'static> HandleError<E> {
+    /// The answer after the last attempt failed so.
+    pub(super) fn exhausted(failure: AppendError) -> Self {
+        match failure {
+            AppendError::Conflict { stream, expected, actual } => {
+                Self::Conflict { stream, expected, actual }
+            }
+            other => Self::Append(other),
+        }
+    }
+}
+
+/// The value of the metric label `outcome`.
+pub(super) fn outcome_name<E: std::error::Error>(
+    result: &Result<Handled, HandleError<E>>,
+) -> &'static str {
+    match result {
+        Ok(handled) if handled.duplicate => "duplicate",
+        Ok(handled) if handled.events == 0 => "unchanged",
+        Ok(_) => "appended",
+        Err(HandleError::Rejected(_)) => "rejected",
+        Err(HandleError::Conflict { .. } | HandleError::Append(AppendError::Conflict { .. })) => {
+            "conflict"
+        }
+        Err(HandleError::Append(AppendError::NotOwner { .. })) => "not_owner",
+        Err(HandleError::Append(AppendError::NotAppended { .. })) => "not_appended",
+        Err(HandleError::Append(AppendError::OutcomeUnknown { .. })) => "unknown",
+        Err(
+            HandleError::Append(AppendError::Unavailable { .. })
+            | HandleError::Read(ReadError::Unavailable { .. }),
+        ) => "unavailable",
+        Err(HandleError::Append(AppendError::TooLarge { .. }) | HandleError::InvalidCommit(_)) => {
+            "too_large"
+        }
+        Err(HandleError::InvalidId(_)) => "invalid_id",
+        Err(HandleError::Read(ReadError::Diverged { .. }) | HandleError::Codec { .. }) => {
+            "unreadable"
+        }
+    }
+}

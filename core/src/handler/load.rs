@@ -1,0 +1,200 @@
+//! A stream's snapshot and events become a state, and long streams become snapshots.
+
+use std::sync::Arc;
+
+use futures_util::TryStreamExt;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+use super::slot::{Proven, RecentCommands, Slot};
+use super::{CommandHandler, HandleError, Job, SNAPSHOT_TIMEOUT};
+use crate::aggregate::Aggregate;
+use crate::codec;
+use crate::event::RecordedEvent;
+use crate::ids::{StreamId, Version};
+use crate::snapshot::{Snapshot, SnapshotStore};
+use crate::store::ReadError;
+
+/// An aggregate whose state can be saved, so that a long stream is not read from its begin.
+pub trait SnapshotState: Aggregate + Serialize + DeserializeOwned {
+    /// Names the shape and the meaning of the state. Change it with every change of the fields or
+    /// of `evolve`: saved states of another schema are ignored.
+    const SCHEMA: &'static str;
+}
+
+/// Where snapshots are, and how a state becomes one.
+pub(super) struct Snapshots<A> {
+    store: Arc<dyn SnapshotStore>,
+    schema: &'static str,
+    encode: fn(&A) -> serde_json::Result<Vec<u8>>,
+    decode: fn(&[u8]) -> serde_json::Result<A>,
+}
+
+impl<A> Clone for Snapshots<A> {
+    fn clone(&self) -> Self {
+        let Self { store, schema, encode, decode } = self;
+        Self { store: Arc::clone(store), schema, encode: *encode, decode: *decode }
+    }
+}
+
+impl<A: SnapshotState> Snapshots<A> {
+    pub(super) fn new(store: Arc<dyn SnapshotStore>) -> Self {
+        let encode = |state: &A| serde_json::to_vec(state);
+        let decode = |json: &[u8]| serde_json::from_slice(json);
+        Self { store, schema: A::SCHEMA, encode, decode }
+    }
+}
+
+impl<A: Aggregate> CommandHandler<A> {
+    /// Loads the stream, or reads what a conflict told of. Without success the slot is empty.
+    pub(super) async fn make_current(
+        &self,
+        slot: &mut Slot<A>,
+        stream: &StreamId,
+    ) -> Result<(), HandleError<A::Error>> {
+        let found = if slot.is_loaded() { "hit" } else { "miss" };
+        metrics::counter!("kafold_hot_states_total", "category" => A::CATEGORY, "result" => found)
+            .increment(1);
+        if slot.is_current() {
+            return Ok(());
+        }
+        let proven = match slot.take_to_read_on() {
+            Some(known) => self.read_on(known, stream).await?,
+            None => self.load(stream).await?,
+        };
+        slot.set_proven(proven);
+        Ok(())
+    }
+
+    async fn load(&self, stream: &StreamId) -> Result<Proven<A>, HandleError<A::Error>> {
+        let begin = match self.load_snapshot(stream).await? {
+            Some(saved) => saved,
+            None => Proven::empty(self.config.recent_commands_max),
+        };
+        self.read_on(begin, stream).await
+    }
+
+    async fn read_on(
+        &self,
+        mut proven: Proven<A>,
+        stream: &StreamId,
+    ) -> Result<Proven<A>, HandleError<A::Error>> {
+        let mut events = self.store.read(stream, proven.version);
+        while let Some(recorded) = events.try_next().await? {
+            self.apply(&mut proven, &recorded)?;
+        }
+        Ok(proven)
+    }
+
+    fn apply(
+        &self,
+        proven: &mut Proven<A>,
+        recorded: &RecordedEvent,
+    ) -> Result<(), HandleError<A::Error>> {
+        let (next, found) = (proven.version.plus(1), recorded.version);
+        if found != next {
+            let reason = format!("version {found} was read where {next} belongs");
+            let what = format!("stream {}", recorded.stream);
+            return Err(ReadError::diverged(what, reason).into());
+        }
+        let event = codec::decode(&recorded.event_type, &recorded.payload)
+            .map_err(|error| HandleError::Codec { stream: recorded.stream.clone(), error })?;
+        proven.apply(recorded, &event);
+        Ok(())
+    }
+
+    /// The saved state, if there is one that today's code can read and that the log confirms.
+    async fn load_snapshot(
+        &self,
+        stream: &StreamId,
+    ) -> Result<Option<Proven<A>>, HandleError<A::Error>> {
+        let Some(snapshots) = &self.snapshots else { return Ok(None) };
+        let snapshot = match snapshots.store.load(stream).await {
+            Ok(found) => found,
+            Err(error) => {
+                tracing::warn!(%stream, %error, "no snapshot could be loaded, reading all events");
+                None
+            }
+        };
+        let Some(snapshot) = snapshot.filter(|found| found.schema == snapshots.schema) else {
+            return Ok(None);
+        };
+        if !self.is_of_this_log(&snapshot).await? {
+            tracing::warn!(%stream, "the snapshot is of another log and is ignored");
+            return Ok(None);
+        }
+        match (snapshots.decode)(&snapshot.state) {
+            Ok(state) => Ok(Some(self.restore(state, snapshot))),
+            Err(error) => {
+                tracing::warn!(%stream, %error, "the snapshot's state cannot be read, reading all events");
+                Ok(None)
+            }
+        }
+    }
+
+    /// Whether the event that the snapshot ends with is in the log where the snapshot says.
+    async fn is_of_this_log(&self, snapshot: &Snapshot) -> Result<bool, HandleError<A::Error>> {
+        let anchor = snapshot.recent_commands.last();
+        let Some(&(command_id, version, position)) = anchor else { return Ok(false) };
+        let Some(before) = version.0.checked_sub(1) else { return Ok(false) };
+        let found = self.store.read(&snapshot.stream, Version(before)).try_next().await?;
+        Ok(version == snapshot.version
+            && found.is_some_and(|event| {
+                (event.command_id, event.version, event.position) == (command_id, version, position)
+            }))
+    }
+
+    fn restore(&self, state: A, snapshot: Snapshot) -> Proven<A> {
+        // Whether older commands are missing is not known: the store is asked for them.
+        let mut recent = RecentCommands::new(self.config.recent_commands_max, false);
+        let last = snapshot.recent_commands.last().map(|(.., position)| *position);
+        for (command_id, version, position) in snapshot.recent_commands {
+            recent.add(command_id, version, position);
+        }
+        let version = snapshot.version;
+        Proven { state, version, last, recent, saved: version }
+    }
+
+    /// The snapshot to be saved now, if the stream has grown enough since the one before. Asked
+    /// again only when it has grown as much again, so that a broken snapshot store is not asked for
+    /// every command.
+    pub(super) fn due_snapshot(&self, job: &Job<'_, A>, slot: &mut Slot<A>) -> Option<Snapshot> {
+        let snapshots = self.snapshots.as_ref()?;
+        let proven = slot.proven_mut()?;
+        if proven.version < proven.saved.plus(self.config.snapshot_every.max(1)) {
+            return None;
+        }
+        proven.saved = proven.version;
+        snapshots.of(&job.stream, proven)
+    }
+
+    /// Saves a snapshot. It is of use later and of no meaning now: a failure is logged.
+    pub(super) async fn save(&self, snapshot: Option<Snapshot>) {
+        let (Some(snapshots), Some(snapshot)) = (&self.snapshots, snapshot) else { return };
+        let deadline = self.clock.instant() + SNAPSHOT_TIMEOUT;
+        let stream = &snapshot.stream;
+        match self.within(deadline, snapshots.store.save(&snapshot)).await {
+            Some(Ok(())) => {}
+            Some(Err(error)) => tracing::warn!(%stream, %error, "the snapshot was not saved"),
+            None => tracing::warn!(%stream, "the snapshot was not saved in {SNAPSHOT_TIMEOUT:?}"),
+        }
+    }
+}
+
+impl<A> Snapshots<A> {
+    fn of(&self, stream: &StreamId, proven: &Proven<A>) -> Option<Snapshot> {
+        match (self.encode)(&proven.state) {
+            Ok(state) => Some(Snapshot {
+                stream: stream.clone(),
+                version: proven.version,
+                schema: self.schema.to_owned(),
+                state,
+                recent_commands: proven.recent.iter().copied().collect(),
+            }),
+            Err(error) => {
+                tracing::warn!(%stream, %error, "the state cannot be saved as a snapshot");
+                None
+            }
+        }
+    }
+}
