@@ -1,1 +1,70 @@
-//! placeholder
+//! Events into SQL read models, on PostgreSQL and SQLite.
+//!
+//! A [`ReadModel`] folds the events of one aggregate into rows by key; its table is made from the
+//! row, and one definition runs on both databases. A [`Projection`] writes its own SQL. A
+//! [`ProjectionWorker`] runs them: rows and checkpoint commit in one transaction, so that after any
+//! crash a read model equals the fold of the log up to its checkpoint. [`Query`] reads the rows,
+//! [`Projections::wait_for`] waits until one's own write is in them. [`SqlIndex`] and
+//! [`SqlSnapshots`] are the SQL behind a store that cannot read by key.
+//!
+//! ```no_run
+//! # use kafold_core::{EventSource, Position, Recorded};
+//! # use kafold_projections::{Projections, ProjectionWorker, Query, ReadModel, WaitError};
+//! # use kafold_migrations::Database;
+//! # use std::{sync::Arc, time::Duration};
+//! # async fn example<SalesByDay: ReadModel>(
+//! #     sales_by_day: SalesByDay,
+//! #     source: Arc<dyn EventSource>,
+//! #     database: Database,
+//! #     written: Position,
+//! # ) -> Result<(), Box<dyn std::error::Error>> {
+//! let projections = ProjectionWorker::new(source, database.clone()).with(sales_by_day).spawn();
+//! projections.wait_for(SalesByDay::NAME, written, Duration::from_secs(5)).await?;
+//! let rows = Query::<SalesByDay>::new(database).all(100).await?;
+//! projections.shutdown().await;
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! - [`read_model`], [`projection`], [`transaction`]: what a service author writes;
+//! - [`worker`], [`handle`], [`config`], [`status`], [`wait`]: running it, and how it fares;
+//! - [`query`]: typed reads;
+//! - [`index`], [`snapshot`]: core's seams in SQL.
+//!
+//! Inside: `runner` is the loop of one projection, `reader` the pump from the source to it,
+//! `checkpoint`, `registry` and `table` hold the queries of one table each.
+
+mod checkpoint;
+pub mod config;
+mod definition;
+pub mod handle;
+mod handler;
+pub mod index;
+pub mod projection;
+pub mod query;
+pub mod read_model;
+mod reader;
+mod registry;
+mod runner;
+pub mod snapshot;
+pub mod status;
+mod table;
+pub mod transaction;
+mod value;
+pub mod wait;
+pub mod worker;
+
+pub use config::ProjectionConfig;
+pub use definition::NAME_CHARS_MAX;
+pub use handle::Projections;
+pub use index::SqlIndex;
+pub use projection::{HandlerError, Projection, ProjectionBatch, UnreadableEvent};
+pub use query::{Freshness, Query};
+pub use read_model::ReadModel;
+pub use snapshot::SqlSnapshots;
+/// For a hand-written [`Projection`], whose transaction is one of sqlx's connections.
+pub use sqlx;
+pub use status::{PartitionStatus, ProjectionState, ProjectionStatus};
+pub use transaction::{Transaction, WrongDatabase};
+pub use wait::WaitError;
+pub use worker::ProjectionWorker;

@@ -1,0 +1,52 @@
+//! The limits of projection workers, all with names and defaults.
+
+use std::time::Duration;
+
+/// Limits of a [`ProjectionWorker`](crate::ProjectionWorker).
+#[derive(Debug, Clone)]
+pub struct ProjectionConfig {
+    /// Most events in one transaction on PostgreSQL, except that a commit is never split. Reached
+    /// only by a worker that is behind: an idle one applies each event as it comes. Default 5 000.
+    pub batch_events_max: usize,
+    /// The same on SQLite, where a transaction holds up the log's own writer. Default 1 000.
+    pub sqlite_batch_events_max: usize,
+    /// How long one transaction on SQLite may hold the write gate: batches shrink when one took
+    /// longer, and grow again when there is room. Default 50 ms.
+    pub sqlite_transaction_max: Duration,
+    /// Payload bytes after which a batch is closed, however few its events. Default 16 MiB.
+    pub batch_bytes_max: usize,
+    /// How long a transaction may take at most before its connection is given up as dead and the
+    /// batch tried again. Default 60 s.
+    pub transaction_timeout: Duration,
+    /// How often an event whose handler fails is tried before its projection stops. Default 5.
+    pub fault_attempts_max: u32,
+    /// The first wait after a failure; it doubles, with jitter. Default 100 ms.
+    pub retry_delay: Duration,
+    /// The longest wait after a failure. Waits for a database go on for ever. Default 5 s.
+    pub retry_delay_max: Duration,
+    /// How long an advance of the log without events may wait to be written down. Default 1 s.
+    pub idle_checkpoint_interval: Duration,
+    /// How often `wait_for` looks into the database for another process's progress. Default 50 ms.
+    pub wait_poll_interval: Duration,
+    /// How long [`Projections::shutdown`](crate::Projections::shutdown) waits for transactions under
+    /// way before it abandons them, which loses nothing. Default 10 s.
+    pub shutdown_timeout: Duration,
+}
+
+impl Default for ProjectionConfig {
+    fn default() -> Self {
+        Self {
+            batch_events_max: 5_000,
+            sqlite_batch_events_max: 1_000,
+            sqlite_transaction_max: Duration::from_millis(50),
+            batch_bytes_max: 16 << 20,
+            transaction_timeout: Duration::from_secs(60),
+            fault_attempts_max: 5,
+            retry_delay: Duration::from_millis(100),
+            retry_delay_max: Duration::from_secs(5),
+            idle_checkpoint_interval: Duration::from_secs(1),
+            wait_poll_interval: Duration::from_millis(50),
+            shutdown_timeout: Duration::from_secs(10),
+        }
+    }
+}

@@ -1,0 +1,106 @@
+//! What a projection is called and how its table looks: names that are valid on both databases, and
+//! the fingerprint that tells one definition from another.
+
+use kafold_core::row::{Column, ColumnKind, ColumnRole, Row};
+use kafold_migrations::Identifier;
+
+use crate::read_model::ReadModel;
+
+/// Longest name of a projection: its table gets a suffix, and PostgreSQL cuts names at 63.
+pub const NAME_CHARS_MAX: usize = 50;
+
+/// The name, and for a read model the table.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Definition {
+    pub(crate) name: String,
+    /// Readable on purpose: a refusal shows what differs.
+    pub(crate) fingerprint: String,
+    /// Of a read model; a projection makes its own tables.
+    pub(crate) columns: Option<&'static [Column]>,
+}
+
+impl Definition {
+    pub(crate) fn of_projection(name: &str, version: u32) -> Self {
+        let fingerprint = format!("projection v{version}");
+        Self { name: name.to_owned(), fingerprint, columns: None }
+    }
+
+    pub(crate) fn of_model<M: ReadModel>() -> Self {
+        let columns = <M::Row as Row>::COLUMNS;
+        let shown: Vec<String> = columns.iter().map(show_column).collect();
+        Self {
+            name: M::NAME.to_owned(),
+            fingerprint: format!("v{}: {}", M::VERSION, shown.join(", ")),
+            columns: Some(columns),
+        }
+    }
+
+    /// The first thing about it that no database would take.
+    pub(crate) fn check(&self) -> Result<(), String> {
+        let name = &self.name;
+        let is_ours = name.starts_with("kafold_") || name.starts_with('_');
+        if is_ours || name.len() > NAME_CHARS_MAX || Identifier::new(name).is_err() {
+            return Err(format!(
+                "{name:?} cannot be a projection's name: [a-z][a-z0-9_]*, at most {NAME_CHARS_MAX} \
+                 characters, and not beginning with kafold_"
+            ));
+        }
+        let columns = self.columns.unwrap_or_default();
+        if let Some(bad) = columns.iter().find_map(|column| Identifier::new(column.name).err()) {
+            return Err(format!("{name}: {bad}"));
+        }
+        let keys: Vec<_> = columns.iter().filter(|c| c.role == ColumnRole::Key).collect();
+        match (self.columns, keys.as_slice()) {
+            (None, _) => Ok(()),
+            (Some(_), [key]) if key.nullable || key.kind == ColumnKind::Json => {
+                Err(format!("{name}: the key {} may be neither absent nor JSON", key.name))
+            }
+            (Some(_), [_]) => Ok(()),
+            (Some(_), keys) => Err(format!("{name}: a row has one key, this one {}", keys.len())),
+        }
+    }
+}
+
+fn show_column(column: &Column) -> String {
+    let kind = format!("{:?}", column.kind).to_lowercase();
+    let nullable = if column.nullable { "?" } else { "" };
+    let role = match column.role {
+        ColumnRole::Key => " key",
+        ColumnRole::Index => " index",
+        ColumnRole::Plain => "",
+    };
+    format!("{} {kind}{nullable}{role}", column.name)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const KEY: Column =
+        Column { name: "id", kind: ColumnKind::Text, nullable: false, role: ColumnRole::Key };
+
+    fn check(name: &str, columns: Option<&'static [Column]>) -> bool {
+        let fingerprint = String::new();
+        Definition { name: name.to_owned(), fingerprint, columns }.check().is_ok()
+    }
+
+    #[test]
+    fn names_that_a_database_would_cut_or_quote_are_refused() {
+        assert!(check("sales_by_day", None));
+        assert!(check(&"x".repeat(50), None));
+        for bad in ["", "Sales", "1sales", "a-b", "a\"b", "kafold_event", &"x".repeat(51)] {
+            assert!(!check(bad, None), "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn a_row_needs_one_key_that_is_always_there() {
+        const NULLABLE: Column = Column { nullable: true, ..KEY };
+        const BAD_NAME: Column = Column { name: "a b", role: ColumnRole::Plain, ..KEY };
+        assert!(check("sales", Some(&[KEY])));
+        assert!(!check("sales", Some(&[])));
+        assert!(!check("sales", Some(&[KEY, KEY])));
+        assert!(!check("sales", Some(&[NULLABLE])));
+        assert!(!check("sales", Some(&[KEY, BAD_NAME])));
+    }
+}

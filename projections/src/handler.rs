@@ -1,0 +1,92 @@
+//! What the worker runs: read models and projections behind one seam.
+
+use std::any::Any;
+use std::fmt;
+
+use async_trait::async_trait;
+use kafold_core::{Position, RecordedEvent};
+
+use crate::definition::Definition;
+use crate::projection::ProjectionBatch;
+use crate::transaction::Transaction;
+
+/// A read model or a projection.
+#[async_trait]
+pub(crate) trait Handler: Send + Sync + 'static {
+    fn definition(&self) -> &Definition;
+
+    /// Its own tables, inside the transaction that registers it. Runs at every start.
+    async fn setup(&self, tx: &mut Transaction<'_>) -> Result<(), ApplyError>;
+
+    /// Whatever can be done before the transaction is open.
+    fn prepare<'w>(&'w self, batch: &'w ProjectionBatch) -> Result<Box<dyn Work + 'w>, Fault>;
+}
+
+/// One prepared batch. May be applied again after a rollback.
+#[async_trait]
+pub(crate) trait Work: Send + Sync {
+    async fn apply(&self, target: Target<'_>, tx: &mut Transaction<'_>) -> Result<(), ApplyError>;
+}
+
+/// Which build of the tables a batch goes into.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Target<'t> {
+    pub(crate) name: &'t str,
+    pub(crate) generation: u32,
+}
+
+impl Target<'_> {
+    /// As the tables hold it.
+    pub(crate) fn generation(self) -> i32 {
+        i32::try_from(self.generation).unwrap_or(i32::MAX)
+    }
+}
+
+/// Why a batch was not applied.
+#[derive(Debug)]
+pub(crate) enum ApplyError {
+    /// The database said so; whether it is the event's fault depends on what it said.
+    Database(sqlx::Error),
+    /// The handler's or the event's fault.
+    Fault(Fault),
+}
+
+impl From<sqlx::Error> for ApplyError {
+    fn from(error: sqlx::Error) -> Self {
+        Self::Database(error)
+    }
+}
+
+impl From<Fault> for ApplyError {
+    fn from(fault: Fault) -> Self {
+        Self::Fault(fault)
+    }
+}
+
+/// A failure that trying again elsewhere or later is not expected to cure.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Fault {
+    /// The event, when the handler is known to have been at it.
+    pub(crate) at: Option<Position>,
+    pub(crate) reason: String,
+}
+
+impl Fault {
+    pub(crate) fn at(event: &RecordedEvent, reason: impl fmt::Display) -> Self {
+        let RecordedEvent { position, event_type, stream, version, .. } = event;
+        let reason =
+            format!("event {position} ({event_type}, version {version} of {stream}): {reason}");
+        Self { at: Some(*position), reason }
+    }
+
+    pub(crate) fn somewhere(reason: impl fmt::Display) -> Self {
+        Self { at: None, reason: reason.to_string() }
+    }
+}
+
+/// What a panic said.
+pub(crate) fn panic_text(panic: &(dyn Any + Send)) -> String {
+    let text = panic.downcast_ref::<&str>().copied();
+    let text = text.or_else(|| panic.downcast_ref::<String>().map(String::as_str));
+    format!("panicked: {}", text.unwrap_or("(no message)"))
+}

@@ -1,0 +1,167 @@
+//! The statements of the index on PostgreSQL.
+
+use chrono::{DateTime, Utc};
+use kafold_core::index::{Advanced, IndexBatch, IndexLoad, IndexRead};
+use kafold_core::store::Cursor;
+use kafold_core::{Offset, RecordedEvent};
+use sqlx::postgres::PgRow;
+use sqlx::{PgConnection, PgPool, Row};
+
+use super::{
+    EventRow, IndexError, More, Stored, bigint, check_stored, cursor, cut, offset_of, partition_int,
+};
+
+pub(super) async fn advance(
+    pool: &PgPool,
+    batch: &IndexBatch,
+    now: DateTime<Utc>,
+) -> Result<Advanced, IndexError> {
+    let mut tx = pool.begin().await?;
+    let Some(position) = locked_position(&mut tx, batch, now).await? else {
+        tx.rollback().await?;
+        return Ok(Advanced::Behind(None));
+    };
+    if position.next < batch.from {
+        tx.rollback().await?;
+        return Ok(Advanced::Behind(Some(position)));
+    }
+    if insert(&mut tx, &batch.events).await? < batch.events.len() as u64 {
+        check_stored(batch, &stored(&mut tx, &batch.events).await?)?;
+    }
+    if batch.to.next > position.next {
+        let sql = "UPDATE kafold_partition SET next_offset = $2, fold_state = $3, updated_at = $4 \
+                   WHERE partition = $1";
+        let query = sqlx::query(sql).bind(partition_int(batch.partition));
+        let query = query.bind(bigint(batch.to.next.0)).bind(&batch.to.state).bind(now);
+        query.execute(&mut *tx).await?;
+    }
+    tx.commit().await?;
+    Ok(Advanced::Moved)
+}
+
+/// Where the partition stands, its row locked until the end of the transaction. A missing row is
+/// made for a batch from 0 only; for any other there is none.
+async fn locked_position(
+    connection: &mut PgConnection,
+    batch: &IndexBatch,
+    now: DateTime<Utc>,
+) -> Result<Option<Cursor>, IndexError> {
+    let partition = partition_int(batch.partition);
+    if batch.from == Offset(0) {
+        let sql = "INSERT INTO kafold_partition (partition, next_offset, fold_state, updated_at) \
+                   VALUES ($1, 0, '', $2) ON CONFLICT DO NOTHING";
+        sqlx::query(sql).bind(partition).bind(now).execute(&mut *connection).await?;
+    }
+    let sql = "SELECT next_offset, fold_state FROM kafold_partition \
+               WHERE partition = $1 FOR UPDATE";
+    let query = sqlx::query_as(sql).bind(partition);
+    let row: Option<(i64, String)> = query.fetch_optional(connection).await?;
+    Ok(row.map(|(next, state)| cursor(next, state)).transpose()?)
+}
+
+/// Answers how many events were not there yet.
+async fn insert(
+    connection: &mut PgConnection,
+    events: &[RecordedEvent],
+) -> Result<u64, sqlx::Error> {
+    if events.is_empty() {
+        return Ok(0);
+    }
+    let sql = "INSERT INTO kafold_event (category, stream_id, version, partition, \"offset\", \
+                 event_id, event_type, recorded_at, command_id, metadata, payload) \
+               SELECT * FROM UNNEST($1::text[], $2::text[], $3::int8[], $4::int4[], $5::int8[], \
+                 $6::uuid[], $7::text[], $8::timestamptz[], $9::uuid[], $10::text[], $11::bytea[]) \
+               ON CONFLICT DO NOTHING";
+    let query = sqlx::query(sql)
+        .bind(column(events, |event| event.stream.category()))
+        .bind(column(events, |event| event.stream.id()))
+        .bind(column(events, |event| bigint(event.version.0)))
+        .bind(column(events, |event| partition_int(event.position.partition)))
+        .bind(column(events, |event| bigint(event.position.offset.0)))
+        .bind(column(events, |event| event.metadata.event_id))
+        .bind(column(events, |event| &*event.event_type))
+        .bind(column(events, |event| event.metadata.recorded_at))
+        .bind(column(events, |event| event.command_id.0))
+        .bind(column(events, |event| More::text_of(&event.metadata)))
+        .bind(column(events, |event| &*event.payload));
+    Ok(query.execute(connection).await?.rows_affected())
+}
+
+/// What lies at the streams and versions of these events.
+async fn stored(
+    connection: &mut PgConnection,
+    events: &[RecordedEvent],
+) -> Result<Stored, sqlx::Error> {
+    let sql = "SELECT e.category, e.stream_id, e.version, e.partition, e.\"offset\", e.event_id \
+               FROM UNNEST($1::text[], $2::text[], $3::int8[]) AS u (category, stream_id, version) \
+               JOIN kafold_event e USING (category, stream_id, version)";
+    let query = sqlx::query(sql)
+        .bind(column(events, |event| event.stream.category()))
+        .bind(column(events, |event| event.stream.id()))
+        .bind(column(events, |event| bigint(event.version.0)));
+    let rows = query.fetch_all(connection).await?;
+    rows.iter()
+        .map(|row| {
+            let key = (row.try_get(0)?, row.try_get(1)?, row.try_get(2)?);
+            Ok((key, (row.try_get(3)?, row.try_get(4)?, row.try_get(5)?)))
+        })
+        .collect()
+}
+
+/// All requests in one statement, which is one snapshot.
+pub(super) async fn load(
+    pool: &PgPool,
+    requests: &[IndexLoad],
+    limit: usize,
+) -> Result<Vec<IndexRead>, IndexError> {
+    let sql = "SELECT r.nth, COALESCE(p.next_offset, 0) AS next_offset, e.category, e.stream_id, \
+                 e.version, e.partition, e.\"offset\", e.event_id, e.event_type, e.recorded_at, \
+                 e.command_id, e.metadata, e.payload \
+               FROM UNNEST($1::int4[], $2::text[], $3::text[], $4::int8[]) WITH ORDINALITY \
+                 AS r (partition, category, stream_id, after, nth) \
+               LEFT JOIN kafold_partition p ON p.partition = r.partition \
+               LEFT JOIN LATERAL (SELECT * FROM kafold_event e \
+                 WHERE e.category = r.category AND e.stream_id = r.stream_id \
+                   AND e.version > r.after \
+                 ORDER BY e.version LIMIT $5) e ON true \
+               ORDER BY r.nth, e.version";
+    // One more than wanted tells whether there are more.
+    let query = sqlx::query(sql)
+        .bind(column(requests, |request| partition_int(request.partition)))
+        .bind(column(requests, |request| request.stream.category()))
+        .bind(column(requests, |request| request.stream.id()))
+        .bind(column(requests, |request| bigint(request.after.0)))
+        .bind(bigint(limit as u64).saturating_add(1));
+    let mut found: Vec<(Offset, Vec<RecordedEvent>)> =
+        requests.iter().map(|_| (Offset(0), Vec::new())).collect();
+    for row in &query.fetch_all(pool).await? {
+        let nth: i64 = row.try_get("nth")?;
+        let index = usize::try_from(nth - 1).unwrap_or(usize::MAX);
+        let (position, events) = found.get_mut(index).expect("rows are numbered by the requests");
+        *position = offset_of(row.try_get("next_offset")?)?;
+        if row.try_get::<Option<i64>, _>("version")?.is_some() {
+            events.push(event_row(row)?.event()?);
+        }
+    }
+    Ok(found.into_iter().map(|(position, events)| cut(position, events, limit)).collect())
+}
+
+fn event_row(row: &PgRow) -> Result<EventRow, sqlx::Error> {
+    Ok(EventRow {
+        category: row.try_get("category")?,
+        stream_id: row.try_get("stream_id")?,
+        version: row.try_get("version")?,
+        partition: row.try_get("partition")?,
+        offset: row.try_get("offset")?,
+        event_id: row.try_get("event_id")?,
+        event_type: row.try_get("event_type")?,
+        recorded_at: row.try_get("recorded_at")?,
+        command_id: row.try_get("command_id")?,
+        metadata: row.try_get("metadata")?,
+        payload: row.try_get("payload")?,
+    })
+}
+
+fn column<'a, T, U>(items: &'a [T], value: impl Fn(&'a T) -> U) -> Vec<U> {
+    items.iter().map(value).collect()
+}

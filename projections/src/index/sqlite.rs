@@ -1,0 +1,179 @@
+//! The statements of the index on SQLite.
+
+use chrono::{DateTime, Utc};
+use kafold_core::index::{Advanced, IndexBatch, IndexLoad, IndexRead};
+use kafold_core::store::Cursor;
+use kafold_core::{Offset, RecordedEvent};
+use kafold_migrations::{SqlText, SqliteDatabase, micros};
+use sqlx::sqlite::SqliteRow;
+use sqlx::{Row, SqliteConnection, SqlitePool};
+use uuid::Uuid;
+
+use super::{
+    EventRow, IndexError, More, Stored, bigint, check_stored, cursor, cut, diverged, offset_of,
+    partition_int,
+};
+use crate::table::list_places;
+
+const COLUMNS: usize = 11;
+/// Events in one statement: 11 values each, of 32 766 that SQLite takes.
+const EVENTS_MAX: usize = 500;
+
+pub(super) async fn advance(
+    database: &SqliteDatabase,
+    batch: &IndexBatch,
+    now: DateTime<Utc>,
+) -> Result<Advanced, IndexError> {
+    // The only transaction in the file that writes: nothing else needs a lock.
+    let mut tx = database.write().await?;
+    let Some(position) = position(&mut tx, batch, now).await? else {
+        tx.rollback().await?;
+        return Ok(Advanced::Behind(None));
+    };
+    if position.next < batch.from {
+        tx.rollback().await?;
+        return Ok(Advanced::Behind(Some(position)));
+    }
+    let mut inserted = 0;
+    for chunk in batch.events.chunks(EVENTS_MAX) {
+        inserted += insert(&mut tx, chunk).await?;
+    }
+    if inserted < batch.events.len() as u64 {
+        check_stored(batch, &stored(&mut tx, &batch.events).await?)?;
+    }
+    if batch.to.next > position.next {
+        let sql = "UPDATE kafold_partition SET next_offset = $2, fold_state = $3, updated_at = $4 \
+                   WHERE partition = $1";
+        let query = sqlx::query(sql).bind(partition_int(batch.partition));
+        let query = query.bind(bigint(batch.to.next.0)).bind(&batch.to.state);
+        query.bind(micros::to_micros(now)).execute(&mut *tx).await?;
+    }
+    tx.commit().await?;
+    Ok(Advanced::Moved)
+}
+
+/// Where the partition stands. A missing row is made for a batch from 0 only; for any other there
+/// is none.
+async fn position(
+    connection: &mut SqliteConnection,
+    batch: &IndexBatch,
+    now: DateTime<Utc>,
+) -> Result<Option<Cursor>, IndexError> {
+    let partition = partition_int(batch.partition);
+    if batch.from == Offset(0) {
+        let sql = "INSERT INTO kafold_partition (partition, next_offset, fold_state, updated_at) \
+                   VALUES ($1, 0, '', $2) ON CONFLICT DO NOTHING";
+        let query = sqlx::query(sql).bind(partition).bind(micros::to_micros(now));
+        query.execute(&mut *connection).await?;
+    }
+    let sql = "SELECT next_offset, fold_state FROM kafold_partition WHERE partition = $1";
+    let query = sqlx::query_as(sql).bind(partition);
+    let row: Option<(i64, String)> = query.fetch_optional(connection).await?;
+    Ok(row.map(|(next, state)| cursor(next, state)).transpose()?)
+}
+
+/// Answers how many events were not there yet.
+async fn insert(
+    connection: &mut SqliteConnection,
+    events: &[RecordedEvent],
+) -> Result<u64, sqlx::Error> {
+    let mut sql = SqlText::new(
+        "INSERT INTO kafold_event (category, stream_id, version, partition, \"offset\", event_id, \
+         event_type, recorded_at, command_id, metadata, payload) VALUES ",
+    );
+    sql.list(", ", 0..events.len(), |sql, row| {
+        let values = row * COLUMNS + 1..=(row + 1) * COLUMNS;
+        sql.text("(");
+        list_places(sql, values).text(")");
+    });
+    sql.text(" ON CONFLICT DO NOTHING");
+    let often = events.len() == 1 || events.len() == EVENTS_MAX;
+    let mut query = sqlx::query(sql.finish()).persistent(often);
+    for event in events {
+        query = query
+            .bind(event.stream.category())
+            .bind(event.stream.id())
+            .bind(bigint(event.version.0))
+            .bind(partition_int(event.position.partition))
+            .bind(bigint(event.position.offset.0))
+            .bind(event.metadata.event_id)
+            .bind(&*event.event_type)
+            .bind(micros::to_micros(event.metadata.recorded_at))
+            .bind(event.command_id.0)
+            .bind(More::text_of(&event.metadata))
+            .bind(&*event.payload);
+    }
+    Ok(query.execute(connection).await?.rows_affected())
+}
+
+/// What lies at the streams and versions of these events.
+async fn stored(
+    connection: &mut SqliteConnection,
+    events: &[RecordedEvent],
+) -> Result<Stored, sqlx::Error> {
+    let sql = "SELECT partition, \"offset\", event_id FROM kafold_event \
+               WHERE category = $1 AND stream_id = $2 AND version = $3";
+    let mut stored = Stored::new();
+    for event in events {
+        let (category, id, version) =
+            (event.stream.category(), event.stream.id(), bigint(event.version.0));
+        let query = sqlx::query_as(sql).bind(category).bind(id).bind(version);
+        let row: Option<(i32, i64, Uuid)> = query.fetch_optional(&mut *connection).await?;
+        if let Some(found) = row {
+            stored.insert((category.to_owned(), id.to_owned(), version), found);
+        }
+    }
+    Ok(stored)
+}
+
+/// All requests in one transaction, which is one snapshot; there is no round trip to save.
+pub(super) async fn load(
+    readers: &SqlitePool,
+    requests: &[IndexLoad],
+    limit: usize,
+) -> Result<Vec<IndexRead>, IndexError> {
+    let position_sql = "SELECT next_offset FROM kafold_partition WHERE partition = $1";
+    let events_sql = "SELECT category, stream_id, version, partition, \"offset\", event_id, \
+                        event_type, recorded_at, command_id, metadata, payload \
+                      FROM kafold_event \
+                      WHERE category = $1 AND stream_id = $2 AND version > $3 \
+                      ORDER BY version LIMIT $4";
+    let mut tx = readers.begin().await?;
+    let mut answers = Vec::with_capacity(requests.len());
+    for request in requests {
+        let query = sqlx::query_scalar(position_sql).bind(partition_int(request.partition));
+        let position: Option<i64> = query.fetch_optional(&mut *tx).await?;
+        // One more than wanted tells whether there are more.
+        let query = sqlx::query(events_sql)
+            .bind(request.stream.category())
+            .bind(request.stream.id())
+            .bind(bigint(request.after.0))
+            .bind(bigint(limit as u64).saturating_add(1));
+        let mut events = Vec::new();
+        for row in &query.fetch_all(&mut *tx).await? {
+            events.push(event_row(row)?.event()?);
+        }
+        answers.push(cut(offset_of(position.unwrap_or(0))?, events, limit));
+    }
+    tx.commit().await?;
+    Ok(answers)
+}
+
+fn event_row(row: &SqliteRow) -> Result<EventRow, IndexError> {
+    let recorded_at = row.try_get("recorded_at")?;
+    let recorded_at = micros::from_micros(recorded_at)
+        .ok_or_else(|| diverged("kafold_event", format!("recorded_at {recorded_at}")))?;
+    Ok(EventRow {
+        category: row.try_get("category")?,
+        stream_id: row.try_get("stream_id")?,
+        version: row.try_get("version")?,
+        partition: row.try_get("partition")?,
+        offset: row.try_get("offset")?,
+        event_id: row.try_get("event_id")?,
+        event_type: row.try_get("event_type")?,
+        recorded_at,
+        command_id: row.try_get("command_id")?,
+        metadata: row.try_get("metadata")?,
+        payload: row.try_get("payload")?,
+    })
+}

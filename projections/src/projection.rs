@@ -1,0 +1,170 @@
+//! [`Projection`]: events to rows by hand.
+
+use std::error::Error;
+use std::panic::AssertUnwindSafe;
+
+use async_trait::async_trait;
+use futures_util::FutureExt;
+use kafold_core::codec::{self, CodecError};
+use kafold_core::store::Batch;
+use kafold_core::{DomainEvent, Recorded, RecordedEvent};
+
+use crate::definition::Definition;
+use crate::handler::{ApplyError, Fault, Handler, Target, Work, panic_text};
+use crate::transaction::Transaction;
+
+/// Whatever went wrong in a handler: any error converts with `?`.
+pub type HandlerError = Box<dyn Error + Send + Sync>;
+
+/// Events to rows by hand: a batch and the open transaction of the chosen database.
+///
+/// What it writes in the transaction commits together with the checkpoint, so every event takes
+/// effect exactly once; what it does outside of the transaction may happen again. A batch that
+/// failed is applied again, whole or in smaller parts. An [`sqlx::Error`] that speaks of the
+/// database (no connection, a deadlock) is retried for ever; any other error, and a panic, is a
+/// failure of the event, tried [`fault_attempts_max`](crate::ProjectionConfig::fault_attempts_max)
+/// times before the projection stops.
+#[async_trait]
+pub trait Projection: Send + Sync + 'static {
+    /// Its name in checkpoints, status and commands: `[a-z][a-z0-9_]*`, at most 50 characters.
+    fn name(&self) -> &str;
+
+    /// Raise it when the same events now become other rows: the worker then refuses to go on with
+    /// the rows of the old version until they are rebuilt. Default 1.
+    fn version(&self) -> u32 {
+        1
+    }
+
+    /// Makes the tables it writes, if they are not there. Runs at every start, in a transaction.
+    /// Default: nothing.
+    async fn setup(&self, tx: &mut Transaction<'_>) -> Result<(), HandlerError> {
+        let _ = tx;
+        Ok(())
+    }
+
+    /// Writes what the events say.
+    async fn apply(
+        &self,
+        batch: &ProjectionBatch,
+        tx: &mut Transaction<'_>,
+    ) -> Result<(), HandlerError>;
+}
+
+/// Events of one or several partitions; within a partition in log order and whole commits.
+#[derive(Debug, Clone, Default)]
+pub struct ProjectionBatch {
+    batches: Vec<Batch>,
+}
+
+impl ProjectionBatch {
+    /// Every event, whatever aggregate it belongs to.
+    pub fn events(&self) -> impl Iterator<Item = &RecordedEvent> {
+        self.batches.iter().flat_map(|batch| &batch.events)
+    }
+
+    /// How many events there are.
+    pub fn count(&self) -> usize {
+        self.batches.iter().map(|batch| batch.events.len()).sum()
+    }
+
+    /// The events that are `E`'s, decoded; those of other aggregates are left out. An event that
+    /// `E` knows by name but cannot read (written by a newer program, malformed) is an error.
+    pub fn decode<E: DomainEvent>(&self) -> Result<Vec<Recorded<E>>, UnreadableEvent> {
+        self.events().filter_map(|event| decode(event).transpose()).collect()
+    }
+
+    pub(crate) fn batches(&self) -> &[Batch] {
+        &self.batches
+    }
+
+    /// Keeps the first `count` batches and answers the others.
+    pub(crate) fn split_off(&mut self, count: usize) -> Self {
+        Self { batches: self.batches.split_off(count) }
+    }
+
+    pub(crate) fn batches_mut(&mut self) -> &mut Vec<Batch> {
+        &mut self.batches
+    }
+}
+
+/// An event that its own enum cannot read.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("event {}: {error}", event.position)]
+pub struct UnreadableEvent {
+    /// The event.
+    pub event: Box<RecordedEvent>,
+    /// Why.
+    #[source]
+    pub error: CodecError,
+}
+
+/// `None` when `E` has no event of that name: it is of another aggregate.
+pub(crate) fn decode<E: DomainEvent>(
+    event: &RecordedEvent,
+) -> Result<Option<Recorded<E>>, UnreadableEvent> {
+    match codec::decode_recorded(event) {
+        Ok(decoded) => Ok(Some(decoded)),
+        Err(CodecError::UnknownType { .. }) => Ok(None),
+        Err(error) => Err(UnreadableEvent { event: Box::new(event.clone()), error }),
+    }
+}
+
+/// A [`Projection`] as the worker runs it.
+pub(crate) struct ProjectionHandler<P> {
+    projection: P,
+    definition: Definition,
+}
+
+impl<P: Projection> ProjectionHandler<P> {
+    pub(crate) fn new(projection: P) -> Self {
+        let definition = Definition::of_projection(projection.name(), projection.version());
+        Self { projection, definition }
+    }
+}
+
+#[async_trait]
+impl<P: Projection> Handler for ProjectionHandler<P> {
+    fn definition(&self) -> &Definition {
+        &self.definition
+    }
+
+    async fn setup(&self, tx: &mut Transaction<'_>) -> Result<(), ApplyError> {
+        caught(self.projection.setup(tx)).await
+    }
+
+    fn prepare<'w>(&'w self, batch: &'w ProjectionBatch) -> Result<Box<dyn Work + 'w>, Fault> {
+        Ok(Box::new(ProjectionWork { projection: &self.projection, batch }))
+    }
+}
+
+struct ProjectionWork<'w, P> {
+    projection: &'w P,
+    batch: &'w ProjectionBatch,
+}
+
+#[async_trait]
+impl<P: Projection> Work for ProjectionWork<'_, P> {
+    async fn apply(&self, _: Target<'_>, tx: &mut Transaction<'_>) -> Result<(), ApplyError> {
+        caught(self.projection.apply(self.batch, tx)).await
+    }
+}
+
+async fn caught(run: impl Future<Output = Result<(), HandlerError>>) -> Result<(), ApplyError> {
+    // What a panic leaves half done is in the transaction, which is rolled back.
+    match AssertUnwindSafe(run).catch_unwind().await {
+        Ok(Ok(())) => Ok(()),
+        Ok(Err(error)) => Err(told(error)),
+        Err(panic) => Err(Fault::somewhere(panic_text(&*panic)).into()),
+    }
+}
+
+fn told(error: HandlerError) -> ApplyError {
+    let error = match error.downcast::<sqlx::Error>() {
+        Ok(database) => return ApplyError::Database(*database),
+        Err(other) => other,
+    };
+    match error.downcast::<UnreadableEvent>() {
+        Ok(unreadable) => Fault::at(&unreadable.event, &unreadable.error).into(),
+        Err(other) => Fault::somewhere(other).into(),
+    }
+}

@@ -1,0 +1,87 @@
+//! The open transaction of the chosen database, as a [`Projection`](crate::Projection) gets it.
+
+use kafold_migrations::{Database, WriteTransaction, is_transient};
+use sqlx::{PgConnection, Postgres, SqliteConnection};
+
+/// An open transaction on one of the two databases.
+///
+/// The worker commits it together with the checkpoint, or rolls it back; a projection only runs
+/// statements in it, with sqlx's own functions.
+#[derive(Debug)]
+pub enum Transaction<'t> {
+    /// On PostgreSQL.
+    Postgres(&'t mut PgConnection),
+    /// On SQLite.
+    Sqlite(&'t mut SqliteConnection),
+}
+
+/// A projection ran on a database that it was not written for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("this projection needs {needed}, the database is {found}")]
+pub struct WrongDatabase {
+    /// What it was written for.
+    pub needed: &'static str,
+    /// What it runs on.
+    pub found: &'static str,
+}
+
+impl Transaction<'_> {
+    /// The connection, for statements of PostgreSQL only.
+    pub fn postgres(&mut self) -> Result<&mut PgConnection, WrongDatabase> {
+        match self {
+            Self::Postgres(connection) => Ok(connection),
+            Self::Sqlite(_) => Err(WrongDatabase { needed: "PostgreSQL", found: "SQLite" }),
+        }
+    }
+
+    /// The connection, for statements of SQLite only.
+    pub fn sqlite(&mut self) -> Result<&mut SqliteConnection, WrongDatabase> {
+        match self {
+            Self::Sqlite(connection) => Ok(connection),
+            Self::Postgres(_) => Err(WrongDatabase { needed: "SQLite", found: "PostgreSQL" }),
+        }
+    }
+}
+
+/// A transaction that this crate opened and commits.
+pub(crate) enum OpenTransaction {
+    Postgres(sqlx::Transaction<'static, Postgres>),
+    Sqlite(WriteTransaction),
+}
+
+impl OpenTransaction {
+    /// On SQLite it waits for its turn among the writers of the file.
+    pub(crate) async fn begin(database: &Database) -> Result<Self, sqlx::Error> {
+        Ok(match database {
+            Database::Postgres(database) => Self::Postgres(database.pool().begin().await?),
+            Database::Sqlite(database) => Self::Sqlite(database.write().await?),
+        })
+    }
+
+    pub(crate) fn lend(&mut self) -> Transaction<'_> {
+        match self {
+            Self::Postgres(transaction) => Transaction::Postgres(transaction),
+            Self::Sqlite(transaction) => Transaction::Sqlite(transaction),
+        }
+    }
+
+    pub(crate) async fn commit(self) -> Result<(), sqlx::Error> {
+        match self {
+            Self::Postgres(transaction) => transaction.commit().await,
+            Self::Sqlite(transaction) => transaction.commit().await,
+        }
+    }
+
+    pub(crate) async fn rollback(self) -> Result<(), sqlx::Error> {
+        match self {
+            Self::Postgres(transaction) => transaction.rollback().await,
+            Self::Sqlite(transaction) => transaction.rollback().await,
+        }
+    }
+}
+
+/// Whether the database, not the statement or its values, is the reason: waiting may cure it.
+pub(crate) fn is_unavailable(error: &sqlx::Error) -> bool {
+    // A server that dies between two messages shows as a breach of the protocol.
+    is_transient(error) || matches!(error, sqlx::Error::Protocol(_) | sqlx::Error::Tls(_))
+}
