@@ -88,17 +88,28 @@ pub enum CodecError {
     },
 }
 
+/// serde_json reads nesting of this depth and none deeper, so nothing deeper is stored.
+const DEPTH_MAX: usize = 127;
+
 /// The payload of an event.
 pub fn encode<E: DomainEvent>(event: &E) -> Result<Vec<u8>, CodecError> {
     // Most payloads fit; a longer one grows.
     let mut payload = Vec::with_capacity(256);
-    match event.serialize(Fields(&mut serde_json::Serializer::new(&mut payload))) {
+    let written = event.serialize(Fields(&mut serde_json::Serializer::new(&mut payload)));
+    match written.and_then(|()| refuse_deep(&payload)) {
         Ok(()) => Ok(payload),
         Err(error) => Err(CodecError::Unstorable {
             event_type: event.event_type().to_string(),
             reason: error.to_string(),
         }),
     }
+}
+
+/// What can be written but not read again must not get into the log. Only a payload with enough
+/// brackets can be too deep, so that nearly all of them are counted and not parsed.
+fn refuse_deep(payload: &[u8]) -> Result<(), serde_json::Error> {
+    let brackets = payload.iter().filter(|byte| matches!(byte, b'{' | b'[')).count();
+    if brackets <= DEPTH_MAX { Ok(()) } else { serde_json::from_slice::<Value>(payload).map(drop) }
 }
 
 /// The event that is to be appended.

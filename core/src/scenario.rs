@@ -162,9 +162,8 @@ impl<E: DomainEvent> Stored<E> {
             failed(&format!("{error}; stored as {}", String::from_utf8_lossy(&bytes)))
         });
         let payload = json(&bytes);
-        if back.event_type() != event_type
-            || encode(&back).ok().map(|b| json(&b)).as_ref() != Some(&payload)
-        {
+        let again = encode(&back).map(|bytes| json(&bytes));
+        if back.event_type() != event_type || again.as_ref() != Ok(&payload) {
             failed(&format!("stored as {payload}, it is read as {back:?}"));
         }
         Self { event: back, payload }

@@ -137,6 +137,7 @@ fn a_recorded_event_keeps_everything_around_its_payload() {
     };
     let decoded = codec::decode_recorded::<Shapes>(&recorded).expect("readable");
     assert_eq!(decoded.event, Number(5));
+    assert_eq!(decoded.command_id, recorded.command_id);
     assert_eq!((decoded.version, decoded.position), (recorded.version, recorded.position));
     assert_eq!((decoded.stream, decoded.metadata), (recorded.stream, metadata()));
 }
@@ -191,6 +192,26 @@ fn a_payload_that_is_not_the_variants_is_refused() {
     let stored = br#"{"later":[{}]}"#;
     assert_eq!(decode::<Shapes>("shapes.unit.v4294967295", stored), Ok(Unit));
     assert_eq!(decode::<Shapes>("shapes.empty.v1", stored), Ok(Empty {}));
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, DomainEvent)]
+enum Free {
+    #[event("free.form")]
+    Form { json: serde_json::Value },
+}
+
+#[test]
+fn what_is_nested_too_deep_to_be_read_is_not_stored() {
+    let nested = |depth: usize| {
+        let json = (1..depth).fold(serde_json::json!(1), |inner, _| serde_json::json!([inner]));
+        Free::Form { json }
+    };
+    let stored = encode(&nested(127)).expect("storable");
+    assert_eq!(decode("free.form.v1", &stored), Ok(nested(127)));
+    let refused = encode(&nested(128)).expect_err("too deep").to_string();
+    assert!(refused.starts_with("free.form.v1 cannot be stored: recursion limit"), "{refused}");
+    let wide = Free::Form { json: vec![serde_json::json!({}); 1000].into() };
+    assert!(encode(&wide).is_ok());
 }
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, DomainEvent)]

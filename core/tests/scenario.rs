@@ -15,8 +15,23 @@ enum CounterEvent {
     Measured { value: f64 },
     #[event("counter.noted")]
     Noted(#[serde(skip_serializing)] String),
+    #[event("counter.lowered")]
+    Lowered { by: u32 },
+    #[event("counter.moved")]
+    Moved {
+        #[serde(default = "one", skip_serializing_if = "is_zero")]
+        by: u32,
+    },
 }
-use CounterEvent::{Measured, Noted, Raised};
+use CounterEvent::{Lowered, Measured, Moved, Noted, Raised};
+
+fn one() -> u32 {
+    1
+}
+
+fn is_zero(number: &u32) -> bool {
+    *number == 0
+}
 
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("the counter may not pass {0}")]
@@ -63,6 +78,16 @@ fn what_follows_is_compared_event_by_event() {
 }
 
 #[test]
+fn another_event_or_another_payload_is_noticed() {
+    let outcome = || scenario::<Counter>().given([]).when(Raise(vec![1]));
+    for other in [Raised { by: 2 }, Lowered { by: 1 }] {
+        let shown =
+            format!("given\n  nothing\nexpected\n  {other:?}\nactual\n  Raised {{ by: 1 }}");
+        assert_eq!(message(|| drop(outcome().then([other]))), shown);
+    }
+}
+
+#[test]
 fn a_failure_shows_the_whole_scenario() {
     let outcome = |step| scenario::<Counter>().given([Raised { by: 5 }]).when(Raise(vec![step]));
     assert_eq!(
@@ -94,6 +119,10 @@ fn an_event_that_cannot_be_read_back_fails_the_test_that_gives_it() {
          invalid type: null, expected f64 at line 1 column 13; stored as {\"value\":null}"
     );
     assert!(given(Noted("lost".into())).contains("does not survive being stored"));
+    assert_eq!(
+        given(Moved { by: 0 }),
+        "Moved { by: 0 } does not survive being stored: stored as {}, it is read as Moved { by: 1 }"
+    );
     let expected =
         || scenario::<Counter>().when(Raise(vec![])).then([Measured { value: f64::INFINITY }]);
     assert!(message(|| drop(expected())).contains("does not survive"));
