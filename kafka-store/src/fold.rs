@@ -10,6 +10,7 @@ use kafold_core::store::Cursor;
 use kafold_core::{CommandId, Offset, Partition, Position, RecordedEvent, StreamId, Version};
 use serde::{Deserialize, Serialize};
 
+use crate::mutant::{self, Mutant};
 use crate::wire::{
     Body, Claim, ClaimId, Content, Epoch, EventBody, LogRecord, Malformed, Nonce, Record, Stamp,
 };
@@ -242,6 +243,9 @@ impl Fold {
         }
         let verdict = match &record.content {
             Content::Foreign => Verdict::Void(VoidReason::Foreign),
+            Content::Malformed(_) if mutant::active(Mutant::SkipMalformed) => {
+                Verdict::Void(VoidReason::Foreign)
+            }
             Content::Malformed(reason) => {
                 return Err(LogDiverged::Malformed { position, reason: reason.clone() });
             }
@@ -285,8 +289,8 @@ impl Fold {
     /// state before it.
     pub fn checkpoint(&self) -> Checkpoint {
         match &self.open {
-            Some(open) => (*open.before).clone(),
-            None => Checkpoint { next: self.next, state: self.state.clone() },
+            Some(open) if !mutant::active(Mutant::CheckpointInsideCommit) => (*open.before).clone(),
+            _ => Checkpoint { next: self.next, state: self.state.clone() },
         }
     }
 
@@ -297,10 +301,14 @@ impl Fold {
         if stamp.claim.epoch > next_epoch {
             return Verdict::Void(VoidReason::FarClaim);
         }
-        if stamp.claim.epoch < next_epoch {
+        let equal = stamp.claim.epoch == self.state.claim.epoch;
+        let is_taken = stamp.claim.epoch < next_epoch;
+        if is_taken && !(equal && mutant::active(Mutant::FoldAcceptsEqualEpoch)) {
             return Verdict::Void(VoidReason::LateClaim);
         }
-        self.open = None;
+        if !mutant::active(Mutant::FoldKeepsCommitOpen) {
+            self.open = None;
+        }
         self.state.claim = stamp.claim;
         self.state.next_seq = 0;
         let identity = LogIdentity { nonce: stamp.claim.nonce, partitions: claim.partitions };
@@ -328,6 +336,7 @@ impl Fold {
         Ok(match stamp.seq.cmp(&self.state.next_seq) {
             std::cmp::Ordering::Less => Some(VoidReason::Duplicate),
             std::cmp::Ordering::Equal => None,
+            std::cmp::Ordering::Greater if mutant::active(Mutant::FoldAcceptsHole) => None,
             std::cmp::Ordering::Greater => Some(VoidReason::AfterHole),
         })
     }
@@ -413,12 +422,12 @@ pub enum Read {
     /// A claim was accepted. Events of a commit that it left open are void.
     Claim(ClaimId, Claim),
     /// An event was accepted; its commit is still open.
-    Open,
+    Open(Stamp),
     /// A commit became visible.
     Commit(ReadCommit),
     /// A barrier was accepted.
     Barrier(Stamp),
-    /// The record never counts. Of a claim, whose it was.
+    /// The record never counts.
     Void(VoidReason),
 }
 
@@ -451,9 +460,9 @@ impl CommitReader {
                 self.open.clear();
                 Read::Claim(stamp.claim, claim)
             }
-            (Verdict::Event, Content::Ours(Record { body: Body::Event(body), .. })) => {
+            (Verdict::Event, Content::Ours(Record { stamp, body: Body::Event(body) })) => {
                 self.open.push(body.event);
-                Read::Open
+                Read::Open(stamp)
             }
             (Verdict::Commit, Content::Ours(Record { stamp, body: Body::Event(body) })) => {
                 self.open.push(body.event);

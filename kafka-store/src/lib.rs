@@ -13,6 +13,7 @@
 
 pub mod fold;
 pub mod identity;
+mod mutant;
 pub mod partitioner;
 pub mod tail;
 pub mod wire;

@@ -1,8 +1,40 @@
 //! The state machine of the single writer of one partition, without IO, clock or randomness.
+//!
+//! [`PartitionWriter::handle`] takes what happened and says what is to be done. The way of a
+//! partition: read from the index's position to the end, claim, read until the own claim is
+//! accepted, then decide and produce. A record is proven when its own report carries exactly the one
+//! offset it must have; anything else is doubt, which a new claim settles. A process that finds a
+//! newer start's claim accepted steps down for good.
+//!
+//! - `messages`: inputs, outputs, limits;
+//! - `flight`: what is produced under the current claim and not proven;
+//! - `streams`: versions and recent commands by stream, and who waits;
+//! - `decide`: from a submission to its records, a conflict, or a wait;
+//! - `settle`: from an accepted record to answers.
 
+mod decide;
+mod flight;
 mod messages;
+mod settle;
+mod streams;
 
-use std::time::Instant;
+use std::collections::VecDeque;
+use std::num::NonZeroUsize;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use chrono::{DateTime, Utc};
+use kafold_core::store::{Cause, Owner};
+use kafold_core::{CommandId, Offset, StreamId};
+use lru::LruCache;
+
+use crate::fold::{Checkpoint, CommitReader, Read};
+use crate::mutant::{self, Mutant};
+use crate::wire::{Body, Claim, ClaimId, Epoch, LogRecord, Nonce, Record, Stamp, stored_time};
+
+use flight::{Flight, Judgement};
+use settle::{PendingCommit, PendingConfirm};
+use streams::Streams;
 
 pub use messages::{
     CommandOutcome, Input, Output, Proven, ReportFailure, RequestId, Status, StreamHead,
@@ -16,26 +48,517 @@ pub type Entropy = Box<dyn FnMut() -> u64 + Send>;
 pub struct PartitionWriter {
     config: WriterConfig,
     entropy: Entropy,
+    reader: CommitReader,
+    phase: Phase,
+    /// What all claims of this process say; made with the first, see [`Claim::started_at`].
+    claim: Option<Claim>,
+    /// The latest start among the accepted claims that were read.
+    newest_start: Option<DateTime<Utc>>,
+    claim_attempts: u32,
+    claim_not_before: Option<Instant>,
+    /// A producer is in place that is not known to be broken.
+    producer_ready: bool,
+    /// A read is under way.
+    reading: bool,
+    read_not_before: Option<Instant>,
+    /// What the last [`Output::Proven`] told.
+    told: Offset,
+    streams: Streams,
+    /// Streams whose first in the queue may be decided now.
+    ready: Vec<StreamId>,
+    /// Commits without a definite outcome, in the order of their records, all of one claim.
+    pending: VecDeque<PendingCommit>,
+    /// Decisions that wait for a record behind them, in the order of the records they wait for.
+    confirms: VecDeque<PendingConfirm>,
+    /// Visible commits that the index does not have: the offset behind each, and its events.
+    unindexed: VecDeque<(Offset, usize)>,
+    unindexed_events: usize,
+    refused: LruCache<CommandId, String>,
+    /// Requests without an answer, and the bytes of their commits.
+    requests: usize,
+    request_bytes: usize,
+    /// No deadline lies before it.
+    earliest_deadline: Option<Instant>,
+    stopping: bool,
+    /// The offset that the claim's report told, for [`Mutant::BaseFromReport`] alone.
+    reported_base: Option<Offset>,
+}
+
+enum Phase {
+    New,
+    CatchingUp { caught_up: bool },
+    Claiming { claim: ClaimId, since: Instant },
+    Owning(Flight),
+    Superseded(Owner),
+    Halted(Cause),
+    Stopped,
+}
+
+/// One call of [`PartitionWriter::handle`].
+struct Turn<'a> {
+    now: Instant,
+    out: &'a mut Vec<Output>,
+}
+
+impl Turn<'_> {
+    fn say(&mut self, output: Output) {
+        self.out.push(output);
+    }
 }
 
 impl PartitionWriter {
     /// A writer that waits for [`Input::Start`].
     pub fn new(config: WriterConfig, entropy: Entropy) -> Self {
-        Self { config, entropy }
+        let partition = config.partition;
+        let limits = &config.limits;
+        let refused_max =
+            NonZeroUsize::new(limits.refused_commands_max).unwrap_or(NonZeroUsize::MIN);
+        Self {
+            streams: Streams::new(limits.streams_max),
+            refused: LruCache::new(refused_max),
+            config,
+            entropy,
+            reader: CommitReader::new(partition, Checkpoint::default()),
+            phase: Phase::New,
+            claim: None,
+            newest_start: None,
+            claim_attempts: 0,
+            claim_not_before: None,
+            producer_ready: true,
+            reading: false,
+            read_not_before: None,
+            told: Offset(0),
+            ready: Vec::new(),
+            pending: VecDeque::new(),
+            confirms: VecDeque::new(),
+            unindexed: VecDeque::new(),
+            unindexed_events: 0,
+            requests: 0,
+            request_bytes: 0,
+            earliest_deadline: None,
+            stopping: false,
+            reported_base: None,
+        }
     }
 
-    /// Takes what happened at `now` and adds what is to be done.
-    pub fn handle(&mut self, _now: Instant, _input: Input, _out: &mut Vec<Output>) {
-        let _ = (&self.config, &mut self.entropy);
+    /// Takes what happened at `now` and adds what is to be done, in order.
+    pub fn handle(&mut self, now: Instant, input: Input, out: &mut Vec<Output>) {
+        let turn = &mut Turn { now, out };
+        match input {
+            Input::Start(from) => self.start(from),
+            Input::Records { records, end } => self.take_records(records, end, turn),
+            Input::ReadFailed => self.read_failed(turn),
+            Input::Submit { request, append } => self.submit(request, append, turn),
+            Input::Confirm { request, view } => self.confirm(request, view, turn),
+            Input::Loaded { stream, head } => self.loaded(stream, head, turn),
+            Input::Found { stream, command_id, found } => {
+                self.found(stream, command_id, found, turn);
+            }
+            Input::Report { claim, seq, result } => self.take_report(claim, seq, result, turn),
+            Input::ProducerReady => self.producer_ready(turn),
+            Input::Indexed(position) => self.indexed(position),
+            Input::Tick => {}
+            Input::Halt(cause) => self.halt(cause, turn),
+            Input::Stop => self.stop(turn),
+        }
+        self.go_on(turn);
     }
 
     /// When [`Input::Tick`] is due at the latest.
     pub fn next_wake(&self) -> Option<Instant> {
-        None
+        let limits = &self.config.limits;
+        let (phase, read) = match &self.phase {
+            Phase::CatchingUp { caught_up } => {
+                let claim = self.claim_not_before.filter(|_| *caught_up && self.producer_ready);
+                (claim, self.read_not_before)
+            }
+            Phase::Claiming { since, .. } => {
+                (Some(*since + limits.report_timeout), self.read_not_before)
+            }
+            Phase::Owning(flight) => {
+                let barrier = self.barrier_wanted(flight);
+                let barrier =
+                    barrier.then(|| flight.barrier_due(limits.barrier_interval)).flatten();
+                let report = flight.waiting_since().map(|since| since + limits.report_timeout);
+                let quiet = flight.quiet_since().map(|since| since + limits.quiet_time);
+                (
+                    earlier(barrier, report),
+                    quiet.max(self.read_not_before.filter(|_| quiet.is_some())),
+                )
+            }
+            Phase::New | Phase::Superseded(_) | Phase::Halted(_) | Phase::Stopped => (None, None),
+        };
+        earlier(earlier(phase, read.filter(|_| !self.reading)), self.earliest_deadline)
     }
 
     /// Whether commands are taken.
     pub fn status(&self) -> Status {
-        Status::CatchingUp
+        match &self.phase {
+            Phase::New | Phase::CatchingUp { .. } => Status::CatchingUp,
+            Phase::Claiming { .. } => Status::Claiming,
+            Phase::Owning(_) => Status::Owning,
+            Phase::Superseded(owner) => Status::Superseded(owner.clone()),
+            Phase::Halted(cause) => Status::Halted(Arc::clone(cause)),
+            Phase::Stopped => Status::Stopped,
+        }
+    }
+
+    /// What is due whatever happened.
+    fn go_on(&mut self, turn: &mut Turn<'_>) {
+        self.expire(turn);
+        self.notice_missing_report(turn);
+        self.claim_if_due(turn);
+        self.decide_ready(turn);
+        self.barrier_if_due(turn);
+        self.read_if_due(turn);
+        self.stop_if_settled(turn);
+    }
+
+    fn start(&mut self, from: Checkpoint) {
+        if matches!(self.phase, Phase::New) {
+            self.told = from.next;
+            self.reader = CommitReader::new(self.config.partition, from);
+            self.phase = Phase::CatchingUp { caught_up: false };
+        }
+    }
+
+    // --- reading -------------------------------------------------------------------------------
+
+    fn take_records(&mut self, records: Vec<LogRecord>, end: Offset, turn: &mut Turn<'_>) {
+        self.reading = false;
+        if !self.reads() {
+            return;
+        }
+        let none = records.is_empty();
+        for record in records {
+            // Proven by its report before it was read.
+            if record.offset < self.reader.fold().next() {
+                continue;
+            }
+            if !self.take_record(record, turn) {
+                return;
+            }
+        }
+        self.tell_progress(turn);
+        if let Phase::CatchingUp { caught_up } = &mut self.phase {
+            *caught_up = self.reader.fold().next() >= end;
+            if none && !*caught_up {
+                self.read_not_before = Some(turn.now + self.config.limits.read_retry);
+            }
+        }
+    }
+
+    /// Folds the next record; false when nothing more is to be read.
+    fn take_record(&mut self, record: LogRecord, turn: &mut Turn<'_>) -> bool {
+        let void_copy = mutant::active(Mutant::NotAppendedOnVoid).then(|| record.clone());
+        match self.reader.read(record) {
+            Ok(Read::Claim(id, claim)) => self.claim_accepted(id, &claim, turn),
+            Ok(Read::Commit(commit)) => {
+                self.was_read(&commit.stamp, turn);
+                self.commit_visible(commit, turn);
+            }
+            Ok(Read::Open(stamp) | Read::Barrier(stamp)) => self.was_read(&stamp, turn),
+            Ok(Read::Void(reason)) => {
+                if let Some(record) = void_copy {
+                    self.answer_void_copy(&record, turn);
+                }
+                let reason = format!("a void record ({}) stands in between", reason.name());
+                self.doubt(reason, turn);
+            }
+            Err(diverged) => self.halt(Arc::new(diverged), turn),
+        }
+        self.reads()
+    }
+
+    /// A record was accepted by our own reading, which proves it as well as its report would.
+    fn was_read(&mut self, stamp: &Stamp, turn: &mut Turn<'_>) {
+        if let Phase::Owning(flight) = &mut self.phase
+            && flight.claim == stamp.claim
+        {
+            flight.was_read(stamp.seq, turn.now);
+            self.answer_confirms(turn);
+        }
+    }
+
+    fn read_failed(&mut self, turn: &Turn<'_>) {
+        self.reading = false;
+        self.read_not_before = Some(turn.now + self.config.limits.read_retry);
+    }
+
+    fn reads(&self) -> bool {
+        matches!(self.phase, Phase::CatchingUp { .. } | Phase::Claiming { .. } | Phase::Owning(_))
+    }
+
+    fn read_if_due(&mut self, turn: &mut Turn<'_>) {
+        let limits = &self.config.limits;
+        let due = |at: Option<Instant>| at.is_none_or(|at| at <= turn.now);
+        let wait = match &self.phase {
+            Phase::CatchingUp { caught_up: false } => Duration::ZERO,
+            Phase::CatchingUp { caught_up: true } | Phase::Claiming { .. } => limits.read_wait,
+            Phase::Owning(flight) => match flight.quiet_since() {
+                Some(since) if since + limits.quiet_time <= turn.now => limits.read_wait,
+                _ => return,
+            },
+            Phase::New | Phase::Superseded(_) | Phase::Halted(_) | Phase::Stopped => return,
+        };
+        if !self.reading && due(self.read_not_before) {
+            self.reading = true;
+            self.read_not_before = None;
+            turn.say(Output::Read { from: self.reader.fold().next(), wait });
+        }
+    }
+
+    /// Tells how far the fold is, when it went on without a commit.
+    fn tell_progress(&mut self, turn: &mut Turn<'_>) {
+        let next = self.reader.fold().checkpoint();
+        if next.next > self.told {
+            self.told = next.next;
+            turn.say(Output::Proven(Proven { events: Vec::new(), next }));
+        }
+    }
+
+    // --- claims --------------------------------------------------------------------------------
+
+    fn claim_if_due(&mut self, turn: &mut Turn<'_>) {
+        let due = self.claim_not_before.is_none_or(|at| at <= turn.now);
+        let settled = self.stopping && self.pending.is_empty();
+        if !matches!(self.phase, Phase::CatchingUp { caught_up: true })
+            || !due
+            || settled
+            || !self.producer_ready
+        {
+            return;
+        }
+        let state = self.reader.fold().state();
+        let Some(epoch) = state.claim.epoch.0.checked_add(1).map(Epoch) else {
+            return self
+                .halt("all epochs are used up: copy the log into a new topic".into_cause(), turn);
+        };
+        let commands_mark = state.commands_mark;
+        let id = ClaimId { epoch, nonce: Nonce((self.entropy)()) };
+        let body = Body::Claim(self.claim().clone());
+        let stamp = Stamp { claim: id, seq: 0, commands_mark };
+        self.reported_base = None;
+        self.phase = Phase::Claiming { claim: id, since: turn.now };
+        turn.say(Output::Produce(Record { stamp, body }));
+        if mutant::active(Mutant::NoReadBeforeProducing) {
+            self.own(id, self.reader.fold().next(), turn);
+        }
+    }
+
+    /// What our claims say. The newest start wins, so ours must lie behind those in the log when
+    /// we came, even where their clocks are ahead of ours.
+    fn claim(&mut self) -> &Claim {
+        let (config, newest) = (&self.config, self.newest_start);
+        self.claim.get_or_insert_with(|| {
+            let own = stored_time(config.owner.started_at);
+            let behind = newest.map(|start| start + chrono::TimeDelta::microseconds(1));
+            Claim {
+                owner: config.owner.name.clone(),
+                address: config.owner.address.clone(),
+                partitions: config.partitions,
+                started_at: behind.map_or(own, |behind| own.max(behind)),
+            }
+        })
+    }
+
+    /// A claim was accepted: every older one is over, and what was pending is definite.
+    fn claim_accepted(&mut self, id: ClaimId, claim: &Claim, turn: &mut Turn<'_>) {
+        self.newest_start = self.newest_start.max(Some(claim.started_at));
+        let ours = matches!(&self.phase, Phase::Claiming { claim, .. } if is_ours(*claim, id));
+        self.fail_pending(turn);
+        if ours {
+            let base = Offset(self.reader.fold().next().0 - 1);
+            let base = match self.reported_base {
+                Some(reported) if mutant::active(Mutant::BaseFromReport) => reported,
+                _ => base,
+            };
+            let id = match &self.phase {
+                Phase::Claiming { claim, .. } => *claim,
+                _ => id,
+            };
+            return self.own(id, base, turn);
+        }
+        let rank = |claim: &Claim| (claim.started_at, claim.owner.clone(), claim.address.clone());
+        if self.claim.as_ref().is_some_and(|own| rank(claim) > rank(own)) {
+            return self.supersede(claim.owner(), turn);
+        }
+        // An older start's, or a late one of our own: nothing keeps us from claiming again.
+        match &self.phase {
+            Phase::Claiming { .. } => self.retreat(turn),
+            _ => self.doubt(format!("an older claim by {} was accepted", claim.owner()), turn),
+        }
+    }
+
+    fn own(&mut self, id: ClaimId, base: Offset, turn: &mut Turn<'_>) {
+        self.phase = Phase::Owning(Flight::new(id, base, turn.now));
+        self.ready.extend(self.streams.waiting.iter().cloned());
+        turn.say(Output::Owned(id));
+    }
+
+    fn supersede(&mut self, owner: Owner, turn: &mut Turn<'_>) {
+        self.phase = Phase::Superseded(owner.clone());
+        turn.say(Output::Superseded(owner));
+        self.answer_everybody(turn);
+    }
+
+    /// The claim cannot go on: nothing is acknowledged by reports any more. Reading on and a new
+    /// claim settle what is pending.
+    fn doubt(&mut self, reason: String, turn: &mut Turn<'_>) {
+        if !matches!(self.phase, Phase::Owning(_)) {
+            return;
+        }
+        turn.say(Output::Doubt(reason));
+        if !mutant::active(Mutant::ConfirmAcrossClaim) {
+            self.fail_confirms(turn);
+        }
+        self.retreat(turn);
+    }
+
+    /// Back to reading; the next claim comes after a jittered wait that doubles.
+    fn retreat(&mut self, turn: &Turn<'_>) {
+        let limits = &self.config.limits;
+        let doubled = limits.claim_backoff.saturating_mul(1 << self.claim_attempts.min(20));
+        let half = doubled.min(limits.claim_backoff_max) / 2;
+        let spread = (half.as_micros() as u64).saturating_add(1);
+        let jitter = Duration::from_micros((self.entropy)() % spread);
+        self.claim_attempts = self.claim_attempts.saturating_add(1);
+        self.claim_not_before = Some(turn.now + half + jitter);
+        self.phase = Phase::CatchingUp { caught_up: false };
+        // A read that waits for a record at the end of the log would say nothing: ask anew.
+        self.reading = false;
+    }
+
+    // --- reports -------------------------------------------------------------------------------
+
+    fn take_report(
+        &mut self,
+        claim: ClaimId,
+        seq: u64,
+        result: Result<Option<Offset>, ReportFailure>,
+        turn: &mut Turn<'_>,
+    ) {
+        match &mut self.phase {
+            Phase::Claiming { claim: current, .. } if *current == claim && seq == 0 => match result
+            {
+                Ok(offset) => self.reported_base = offset,
+                Err(failure) => self.report_failed(failure, turn),
+            },
+            Phase::Owning(flight) if flight.claim == claim && seq > 0 => match result {
+                Ok(offset) => match flight.report(seq, offset) {
+                    Judgement::Good => self.take_proven(turn),
+                    Judgement::Known => {}
+                    Judgement::Doubt(reason) => self.doubt(reason, turn),
+                },
+                Err(failure) => {
+                    self.note_failure(claim, seq, &failure, turn);
+                    self.report_failed(failure, turn);
+                }
+            },
+            // Of a claim that is over: its commits are settled by reading.
+            _ => {
+                if let Err(failure) = result {
+                    self.note_failure(claim, seq, &failure, turn);
+                }
+            }
+        }
+    }
+
+    fn report_failed(&mut self, failure: ReportFailure, turn: &mut Turn<'_>) {
+        if failure.fatal && self.producer_ready {
+            self.producer_ready = false;
+            turn.say(Output::FreshProducer);
+        }
+        self.doubt(failure.reason, turn);
+        if matches!(self.phase, Phase::Claiming { .. }) {
+            self.retreat(turn);
+        }
+    }
+
+    /// Folds what reports have proven, exactly as if it had been read.
+    fn take_proven(&mut self, turn: &mut Turn<'_>) {
+        while let Phase::Owning(flight) = &mut self.phase {
+            let Some(record) = flight.next_reported(turn.now) else { break };
+            self.claim_attempts = 0;
+            match self.reader.read(record) {
+                Ok(Read::Commit(commit)) => self.commit_visible(commit, turn),
+                Ok(_) => {}
+                Err(diverged) => return self.halt(Arc::new(diverged), turn),
+            }
+            self.answer_confirms(turn);
+        }
+        self.tell_progress(turn);
+    }
+
+    /// Fresh or replaced: what the old producer had is lost from sight, so its claim is over.
+    fn producer_ready(&mut self, turn: &mut Turn<'_>) {
+        self.producer_ready = true;
+        self.doubt("the producer was replaced".into(), turn);
+        if matches!(self.phase, Phase::Claiming { .. }) {
+            self.retreat(turn);
+        }
+    }
+
+    fn notice_missing_report(&mut self, turn: &mut Turn<'_>) {
+        let timeout = self.config.limits.report_timeout;
+        match &self.phase {
+            Phase::Claiming { since, .. } if *since + timeout <= turn.now => self.retreat(turn),
+            Phase::Owning(flight)
+                if flight.waiting_since().is_some_and(|since| since + timeout <= turn.now) =>
+            {
+                self.doubt(format!("a record has no report after {timeout:?}"), turn);
+            }
+            _ => {}
+        }
+    }
+
+    // --- the end -------------------------------------------------------------------------------
+
+    fn halt(&mut self, cause: Cause, turn: &mut Turn<'_>) {
+        if matches!(self.phase, Phase::Halted(_) | Phase::Stopped) {
+            return;
+        }
+        self.phase = Phase::Halted(Arc::clone(&cause));
+        turn.say(Output::Halted(cause));
+        self.answer_everybody(turn);
+    }
+
+    fn stop(&mut self, turn: &mut Turn<'_>) {
+        self.stopping = true;
+        self.answer_waiting(turn);
+        self.fail_confirms(turn);
+    }
+
+    fn stop_if_settled(&mut self, turn: &mut Turn<'_>) {
+        if self.stopping && self.pending.is_empty() && !matches!(self.phase, Phase::Stopped) {
+            self.phase = Phase::Stopped;
+            turn.say(Output::Stopped);
+        }
+    }
+}
+
+/// By its nonce: a claim of our epoch may be another's.
+fn is_ours(ours: ClaimId, accepted: ClaimId) -> bool {
+    if mutant::active(Mutant::OwnedByEpoch) {
+        return ours.epoch == accepted.epoch;
+    }
+    ours == accepted
+}
+
+fn earlier(one: Option<Instant>, other: Option<Instant>) -> Option<Instant> {
+    match (one, other) {
+        (Some(one), Some(other)) => Some(one.min(other)),
+        (one, other) => one.or(other),
+    }
+}
+
+/// A sentence as the cause of an error.
+trait IntoCause {
+    fn into_cause(self) -> Cause;
+}
+
+impl<T: Into<Box<dyn std::error::Error + Send + Sync>>> IntoCause for T {
+    fn into_cause(self) -> Cause {
+        self.into().into()
     }
 }

@@ -1,0 +1,518 @@
+//! From a submission to its records, an answer, or a wait.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use kafold_core::store::{Append, Appended, Owner, View};
+use kafold_core::{
+    AppendError, CommandId, ExpectedVersion, ReadError, RecordedEvent, StreamId, Version,
+};
+
+use super::messages::{Output, RequestId, StreamHead};
+use super::settle::{PendingCommit, PendingConfirm, Question, Waiter};
+use super::streams::{Ask, Knowledge, NotGapless, Stream, Waiting};
+use super::{IntoCause, PartitionWriter, Phase, Turn};
+use crate::fold::LogDiverged;
+use crate::mutant::{self, Mutant};
+use crate::wire::{Body, EventBody, check_event, event_size, stored_time};
+
+/// After which a caller may try again what is answered `Unavailable`.
+const RETRY_AFTER: Duration = Duration::from_millis(500);
+
+impl PartitionWriter {
+    pub(super) fn submit(&mut self, request: RequestId, append: Append, turn: &mut Turn<'_>) {
+        match self.admit(&append) {
+            Ok(bytes) => {
+                let (stream, deadline) = (append.stream.clone(), append.deadline);
+                let ask = Ask::Append(append);
+                self.enqueue(&stream, Waiting { request, ask, deadline, bytes });
+            }
+            Err(error) => turn.say(Output::Appended { request, result: Err(error) }),
+        }
+    }
+
+    pub(super) fn confirm(&mut self, request: RequestId, view: View, turn: &mut Turn<'_>) {
+        match self.admit_request() {
+            Ok(()) => {
+                let (stream, deadline) = (view.stream.clone(), view.deadline);
+                let ask = Ask::Confirm(view);
+                self.enqueue(&stream, Waiting { request, ask, deadline, bytes: 0 });
+            }
+            Err(error) => turn.say(Output::Confirmed { request, result: Err(error) }),
+        }
+    }
+
+    /// The bytes of the commit's records, if it can be taken.
+    fn admit(&self, append: &Append) -> Result<usize, AppendError> {
+        self.admit_request()?;
+        let limits = &self.config.limits;
+        let mut bytes = 0;
+        for event in append.commit.events() {
+            check_event(event).map_err(|reason| AppendError::NotAppended { reason })?;
+            let size = event_size(&self.config.log, &append.stream, event);
+            if size > limits.record_bytes_max {
+                return Err(AppendError::TooLarge { size, limit: limits.record_bytes_max });
+            }
+            bytes += size;
+        }
+        if bytes > limits.request_bytes_max {
+            return Err(AppendError::TooLarge { size: bytes, limit: limits.request_bytes_max });
+        }
+        if self.request_bytes + bytes > limits.request_bytes_max {
+            return Err(self.unavailable("too many bytes wait for the log"));
+        }
+        if self.unindexed_events >= limits.unindexed_events_max {
+            return Err(self.unavailable("the stream index is too far behind the log"));
+        }
+        Ok(bytes)
+    }
+
+    fn admit_request(&self) -> Result<(), AppendError> {
+        if let Some(error) = self.refusal() {
+            return Err(error);
+        }
+        if self.requests >= self.config.limits.requests_max {
+            return Err(self.unavailable("too many requests wait for the log"));
+        }
+        Ok(())
+    }
+
+    /// Why nothing is taken any more; `None` while the partition may still be or become ours.
+    pub(super) fn refusal(&self) -> Option<AppendError> {
+        let partition = self.config.partition;
+        match &self.phase {
+            Phase::Superseded(owner) => {
+                Some(AppendError::NotOwner { partition, owner: Some(Owner::clone(owner)) })
+            }
+            Phase::Halted(cause) => Some(AppendError::Unavailable {
+                retry_after: RETRY_AFTER,
+                cause: Arc::clone(cause),
+            }),
+            Phase::Stopped => Some(self.unavailable("the store has stopped")),
+            _ if self.stopping => Some(self.unavailable("the store is stopping")),
+            _ => None,
+        }
+    }
+
+    pub(super) fn unavailable(&self, what: &str) -> AppendError {
+        let partition = self.config.partition;
+        AppendError::unavailable(RETRY_AFTER, format!("partition {partition}: {what}"))
+    }
+
+    fn enqueue(&mut self, id: &StreamId, waiting: Waiting) {
+        self.requests += 1;
+        self.request_bytes += waiting.bytes;
+        self.note_deadline(waiting.deadline);
+        self.streams.waiting.insert(id.clone());
+        self.streams.entry(id).waiting.push_back(waiting);
+        self.ready.push(id.clone());
+    }
+
+    /// Decides what can be decided, stream by stream, in the order of the calls within each.
+    pub(super) fn decide_ready(&mut self, turn: &mut Turn<'_>) {
+        while let Some(id) = self.next_ready() {
+            if !matches!(self.phase, Phase::Owning(_)) {
+                // All that wait become ready with the next claim.
+                return self.ready.clear();
+            }
+            let Some(mut stream) = self.streams.take(&id) else { continue };
+            while let Some(first) = stream.waiting.pop_front() {
+                if let Some(blocked) = self.decide(&id, &mut stream, first, turn) {
+                    stream.waiting.push_front(blocked);
+                    break;
+                }
+            }
+            self.streams.put(id, stream);
+        }
+    }
+
+    /// A stream to look at: where something changed, or whose turn it is to look up.
+    fn next_ready(&mut self) -> Option<StreamId> {
+        if let Some(id) = self.ready.pop() {
+            return Some(id);
+        }
+        if self.streams.lookups >= self.config.limits.loads_max {
+            return None;
+        }
+        let id = self.streams.lookup_queue.pop_front()?;
+        if let Some(stream) = self.streams.get_mut(&id) {
+            stream.queued = false;
+        }
+        Some(id)
+    }
+
+    /// Decides the first in a stream's queue, or hands it back if it must wait.
+    fn decide(
+        &mut self,
+        id: &StreamId,
+        stream: &mut Stream,
+        first: Waiting,
+        turn: &mut Turn<'_>,
+    ) -> Option<Waiting> {
+        let version = match &stream.knowledge {
+            Knowledge::Known(known) => known.version,
+            Knowledge::Loading(_) => return Some(first),
+            Knowledge::Unknown => {
+                if self.take_lookup(id, stream) {
+                    stream.knowledge = Knowledge::Loading(Vec::new());
+                    turn.say(Output::Load { stream: id.clone() });
+                }
+                return Some(first);
+            }
+        };
+        let Waiting { request, ask, deadline, bytes } = first;
+        match ask {
+            Ask::Confirm(view) => {
+                if let Some(result) = self.decide_confirm(request, &view, stream, version, turn) {
+                    self.answer_confirm(request, result, turn);
+                }
+                None
+            }
+            Ask::Append(append) => {
+                let decision = self.decide_append(id, &append, stream, version, turn);
+                let duplicate = matches!(decision, Decision::Attach(_));
+                let waiter = Waiter { request, deadline, duplicate };
+                match decision {
+                    Decision::Wait => {
+                        return Some(Waiting {
+                            request,
+                            ask: Ask::Append(append),
+                            deadline,
+                            bytes,
+                        });
+                    }
+                    Decision::Answer(result) => self.answer_append(request, bytes, result, turn),
+                    Decision::Attach(last_seq) => {
+                        self.request_bytes -= bytes;
+                        self.attach(last_seq, waiter);
+                    }
+                    Decision::Produce => self.produce(stream, &append, waiter, bytes, turn),
+                    Decision::ConflictOnceConfirmed => {
+                        self.request_bytes -= bytes;
+                        let question = Question::Conflict(append.expected);
+                        self.ask_log(waiter, question, &append.stream, version);
+                    }
+                }
+                None
+            }
+        }
+    }
+
+    fn decide_append(
+        &mut self,
+        id: &StreamId,
+        append: &Append,
+        stream: &mut Stream,
+        version: Version,
+        turn: &mut Turn<'_>,
+    ) -> Decision {
+        if let Some(decision) = self.deduplicate(id, append.commit.command_id(), stream, turn) {
+            return decision;
+        }
+        if append.deadline.is_some_and(|deadline| deadline <= turn.now) {
+            return Decision::Answer(Err(self.expired()));
+        }
+        if let Some(reason) = self.refused.get(&append.commit.command_id()) {
+            let reason = format!("the broker refused this command's records before: {reason}");
+            return Decision::Answer(Err(AppendError::NotAppended { reason }));
+        }
+        let expected = append.expected.version();
+        let conflict = |actual| {
+            let (stream, expected) = (append.stream.clone(), append.expected);
+            Decision::Answer(Err(AppendError::Conflict { stream, expected, actual }))
+        };
+        if expected.is_some_and(|expected| expected < version) {
+            return conflict(version);
+        }
+        if let Some(after) = append.after {
+            // Only directly behind the commit whose events the decision saw.
+            return match stream.last {
+                Some((last, end)) if last == after && append.expected.admits(end) => {
+                    Decision::Produce
+                }
+                _ => Decision::Answer(Err(not_behind())),
+            };
+        }
+        match expected {
+            None => Decision::Produce,
+            // The pending commits may fail: only then does the version stand.
+            Some(expected) if !stream.pending.is_empty() => {
+                if mutant::active(Mutant::ConflictFromPending) {
+                    return if expected < stream.pending_version {
+                        conflict(stream.pending_version)
+                    } else {
+                        Decision::Wait
+                    };
+                }
+                Decision::Wait
+            }
+            // We may be the stale one.
+            Some(expected) if expected > version => {
+                if mutant::active(Mutant::ConflictUnconfirmed) {
+                    return conflict(version);
+                }
+                Decision::ConflictOnceConfirmed
+            }
+            Some(_) => Decision::Produce,
+        }
+    }
+
+    /// Whether the command is in the stream already: before deadline and decision.
+    fn deduplicate(
+        &mut self,
+        id: &StreamId,
+        command_id: CommandId,
+        stream: &mut Stream,
+        turn: &mut Turn<'_>,
+    ) -> Option<Decision> {
+        if mutant::active(Mutant::DedupeOff) {
+            return None;
+        }
+        let known = stream.known()?;
+        let complete = known.complete;
+        if let Some(found) = known.find(command_id) {
+            let (version, position) = (found.version, found.position);
+            return Some(Decision::Answer(Ok(Appended { version, position, duplicate: true })));
+        }
+        if let Some((_, seq)) = stream.pending.iter().find(|(command, _)| *command == command_id) {
+            return Some(Decision::Attach(*seq));
+        }
+        if complete || stream.not_found == Some(command_id) {
+            return None;
+        }
+        if stream.finding.is_none() && self.take_lookup(id, stream) {
+            stream.finding = Some(command_id);
+            turn.say(Output::Find { stream: id.clone(), command_id });
+        }
+        Some(Decision::Wait)
+    }
+
+    /// The answer to a confirm, or `None` when a record behind it will give it.
+    fn decide_confirm(
+        &mut self,
+        request: RequestId,
+        view: &View,
+        stream: &Stream,
+        version: Version,
+        turn: &Turn<'_>,
+    ) -> Option<Result<(), AppendError>> {
+        if view.deadline.is_some_and(|deadline| deadline <= turn.now) {
+            return Some(Err(self.expired()));
+        }
+        if view.version < version {
+            let expected = ExpectedVersion::Exact(view.version);
+            let stream = view.stream.clone();
+            return Some(Err(AppendError::Conflict { stream, expected, actual: version }));
+        }
+        if view.after.is_some_and(|after| stream.last != Some((after, view.version))) {
+            return Some(Err(not_behind()));
+        }
+        if mutant::active(Mutant::ConfirmWithoutBarrier) {
+            return Some(Ok(()));
+        }
+        let behind_pending =
+            if stream.pending.is_empty() { version } else { stream.pending_version };
+        let waiter = Waiter { request, deadline: view.deadline, duplicate: false };
+        self.ask_log(waiter, Question::View(view.version), &view.stream, behind_pending);
+        None
+    }
+
+    /// Waits for the first proven record behind all that are produced now: then the stream was at
+    /// `actual` after this call, or its claim is over.
+    fn ask_log(&mut self, waiter: Waiter, question: Question, stream: &StreamId, actual: Version) {
+        let Phase::Owning(flight) = &self.phase else { return };
+        let behind = flight.last_seq();
+        let stream = stream.clone();
+        self.confirms.push_back(PendingConfirm { waiter, question, stream, actual, behind });
+    }
+
+    fn produce(
+        &mut self,
+        stream: &mut Stream,
+        append: &Append,
+        waiter: Waiter,
+        bytes: usize,
+        turn: &mut Turn<'_>,
+    ) {
+        let Phase::Owning(flight) = &mut self.phase else { return };
+        let partition = self.config.partition;
+        let commands_mark = self.reader.fold().state().commands_mark;
+        let before = if stream.pending.is_empty() {
+            stream.known().map_or(Version::EMPTY, |known| known.version)
+        } else {
+            stream.pending_version
+        };
+        let commit = &append.commit;
+        let command_id = commit.command_id();
+        // A commit has at most u16::MAX events.
+        let count = commit.events().len() as u16;
+        for (index, event) in (0..count).zip(commit.events()) {
+            let mut metadata = event.metadata.clone();
+            metadata.recorded_at = stored_time(metadata.recorded_at);
+            let event = Arc::new(RecordedEvent {
+                stream: append.stream.clone(),
+                version: before.plus(u64::from(index) + 1),
+                position: kafold_core::Position { partition, offset: flight.next_offset() },
+                command_id,
+                event_type: Arc::clone(&event.event_type),
+                payload: Arc::clone(&event.payload),
+                metadata,
+            });
+            let body = Body::Event(EventBody { index, count, event });
+            turn.say(Output::Produce(flight.push(body, commands_mark, turn.now)));
+        }
+        let end = before.plus(u64::from(count));
+        let last_seq = flight.last_seq();
+        stream.pending.push_back((command_id, last_seq));
+        stream.pending_version = end;
+        stream.last = Some((append.ticket, end));
+        let claim = flight.claim;
+        let mut waiters = vec![waiter];
+        if mutant::active(Mutant::AckOnEnqueue) {
+            let position = kafold_core::Position {
+                partition,
+                offset: kafold_core::Offset(flight.next_offset().0 - 1),
+            };
+            waiters.clear();
+            let result = Ok(Appended { version: end, position, duplicate: false });
+            self.answer_append(waiter.request, 0, result, turn);
+        }
+        self.pending.push_back(PendingCommit {
+            claim,
+            last_seq,
+            stream: append.stream.clone(),
+            command_id,
+            bytes,
+            waiters,
+            refused: None,
+        });
+    }
+
+    // --- loads and look-ups --------------------------------------------------------------------
+
+    /// Whether another load or look-up may begin; else the stream gets its turn later.
+    fn take_lookup(&mut self, id: &StreamId, stream: &mut Stream) -> bool {
+        if self.streams.lookups < self.config.limits.loads_max {
+            self.streams.lookups += 1;
+            return true;
+        }
+        if !stream.queued {
+            stream.queued = true;
+            self.streams.lookup_queue.push_back(id.clone());
+        }
+        false
+    }
+
+    pub(super) fn loaded(
+        &mut self,
+        id: StreamId,
+        head: Result<StreamHead, ReadError>,
+        turn: &mut Turn<'_>,
+    ) {
+        let recent_max = self.config.limits.recent_commands_max;
+        let Some(stream) = self.streams.get_mut(&id) else { return };
+        if !matches!(stream.knowledge, Knowledge::Loading(_)) {
+            return;
+        }
+        match head.map(|head| stream.loaded(head, recent_max)) {
+            Ok(Ok(())) => {}
+            Ok(Err(broken)) => {
+                return self.halt_at(self.reader.fold().next(), id, &broken, turn);
+            }
+            Err(error) => {
+                stream.knowledge = Knowledge::Unknown;
+                let waiting = std::mem::take(&mut stream.waiting);
+                self.streams.waiting.remove(&id);
+                for waiting in waiting {
+                    self.answer_waiting_one(waiting, &cannot_look(&error), turn);
+                }
+            }
+        }
+        self.streams.lookups -= 1;
+        self.ready.push(id);
+    }
+
+    pub(super) fn found(
+        &mut self,
+        id: StreamId,
+        command_id: CommandId,
+        found: Result<Option<Appended>, ReadError>,
+        turn: &mut Turn<'_>,
+    ) {
+        let Some(stream) = self.streams.get_mut(&id) else { return };
+        if stream.finding != Some(command_id) {
+            return;
+        }
+        stream.finding = None;
+        let concerns = |waiting: &Waiting| match &waiting.ask {
+            Ask::Append(append) => append.commit.command_id() == command_id,
+            Ask::Confirm(_) => false,
+        };
+        let first = stream.waiting.front().is_some_and(concerns);
+        match found {
+            Ok(None) => stream.not_found = Some(command_id),
+            Ok(Some(appended)) if first => {
+                if let Some(waiting) = stream.waiting.pop_front() {
+                    let result = Ok(Appended { duplicate: true, ..appended });
+                    self.answer_append(waiting.request, waiting.bytes, result, turn);
+                }
+            }
+            Err(error) if first => {
+                if let Some(waiting) = stream.waiting.pop_front() {
+                    self.answer_waiting_one(waiting, &cannot_look(&error), turn);
+                }
+            }
+            // Whoever asked is gone.
+            Ok(Some(_)) | Err(_) => {}
+        }
+        self.streams.lookups -= 1;
+        self.ready.push(id);
+    }
+
+    pub(super) fn halt_at(
+        &mut self,
+        offset: kafold_core::Offset,
+        stream: StreamId,
+        broken: &NotGapless,
+        turn: &mut Turn<'_>,
+    ) {
+        let position = kafold_core::Position { partition: self.config.partition, offset };
+        let (actual, found) = (broken.actual, broken.found);
+        let diverged = LogDiverged::BrokenStream { position, stream, actual, found };
+        self.halt(diverged.into_cause(), turn);
+    }
+
+    pub(super) fn expired(&self) -> AppendError {
+        self.unavailable("the deadline passed before anything was written")
+    }
+
+    pub(super) fn note_deadline(&mut self, deadline: Option<Instant>) {
+        self.earliest_deadline = super::earlier(self.earliest_deadline, deadline);
+    }
+}
+
+/// What becomes of the first append in a stream's queue.
+enum Decision {
+    /// It stays the first until something changes.
+    Wait,
+    Answer(Result<Appended, AppendError>),
+    /// It shares the outcome of the pending commit with this last seq.
+    Attach(u64),
+    Produce,
+    /// A conflict if we still own the partition.
+    ConflictOnceConfirmed,
+}
+
+fn not_behind() -> AppendError {
+    let reason = "the commit it was built on was not appended as the last one of its stream";
+    AppendError::NotAppended { reason: reason.into() }
+}
+
+fn cannot_look(error: &ReadError) -> AppendError {
+    match error {
+        ReadError::Unavailable { retry_after, cause } => {
+            AppendError::Unavailable { retry_after: *retry_after, cause: Arc::clone(cause) }
+        }
+        ReadError::Diverged { .. } => AppendError::unavailable(RETRY_AFTER, error.clone()),
+    }
+}

@@ -1,0 +1,240 @@
+//! What a writer knows of each stream, and who waits there.
+
+use std::collections::{BTreeSet, VecDeque};
+use std::sync::Arc;
+use std::time::Instant;
+
+use kafold_core::store::{Append, Ticket, View};
+use kafold_core::{CommandId, RecordedEvent, StreamId, Version};
+use lru::LruCache;
+
+use super::messages::{CommandOutcome, RequestId, StreamHead};
+
+/// A submission or confirm that cannot be decided yet.
+#[derive(Debug)]
+pub(super) struct Waiting {
+    pub(super) request: RequestId,
+    pub(super) ask: Ask,
+    pub(super) deadline: Option<Instant>,
+    /// Bytes of its records; 0 for a confirm.
+    pub(super) bytes: usize,
+}
+
+#[derive(Debug)]
+pub(super) enum Ask {
+    Append(Append),
+    Confirm(View),
+}
+
+/// One stream. It is forgotten only while nobody waits and nothing is pending or looked up.
+#[derive(Debug, Default)]
+pub(super) struct Stream {
+    pub(super) knowledge: Knowledge,
+    /// In the order of the calls; only the first is ever decided.
+    pub(super) waiting: VecDeque<Waiting>,
+    /// The commits in flight, in order: their commands and the last seq of each.
+    pub(super) pending: VecDeque<(CommandId, u64)>,
+    /// The version behind the last pending commit.
+    pub(super) pending_version: Version,
+    /// The last commit, pending or proven, when it is one of ours: what one can build on.
+    pub(super) last: Option<(Ticket, Version)>,
+    /// The command that is being looked up.
+    pub(super) finding: Option<CommandId>,
+    /// The command that was looked up for the first in the queue and is not in the stream.
+    pub(super) not_found: Option<CommandId>,
+    /// It waits for its turn to look up.
+    pub(super) queued: bool,
+}
+
+/// What is known of a stream's proven events.
+#[derive(Debug, Default)]
+pub(super) enum Knowledge {
+    /// Nothing: it must be loaded.
+    #[default]
+    Unknown,
+    /// A load is under way; these commits became visible since: their last events and counts.
+    Loading(Vec<(Arc<RecordedEvent>, u64)>),
+    /// Everything that matters.
+    Known(Known),
+}
+
+/// The proven version of a stream and its recent commands.
+#[derive(Debug)]
+pub(super) struct Known {
+    pub(super) version: Version,
+    recent: VecDeque<CommandOutcome>,
+    /// `recent` holds all commands there ever were.
+    pub(super) complete: bool,
+}
+
+/// A commit that does not continue its stream: the stream's version and the commit's first.
+pub(super) struct NotGapless {
+    pub(super) actual: Version,
+    pub(super) found: Version,
+}
+
+impl Known {
+    fn new(head: StreamHead, recent_max: usize) -> Self {
+        let mut known =
+            Self { version: head.version, recent: head.recent.into(), complete: head.complete };
+        known.cut(recent_max);
+        known
+    }
+
+    pub(super) fn find(&self, command_id: CommandId) -> Option<&CommandOutcome> {
+        self.recent.iter().rev().find(|outcome| outcome.command_id == command_id)
+    }
+
+    fn cut(&mut self, recent_max: usize) {
+        while self.recent.len() > recent_max {
+            self.recent.pop_front();
+            self.complete = false;
+        }
+    }
+
+    /// Adds a visible commit of `count` events of which `last` is the last.
+    fn push(
+        &mut self,
+        last: &RecordedEvent,
+        count: u64,
+        recent_max: usize,
+    ) -> Result<(), NotGapless> {
+        if last.version != self.version.plus(count) {
+            let found = Version((last.version.0 + 1).saturating_sub(count));
+            return Err(NotGapless { actual: self.version, found });
+        }
+        self.version = last.version;
+        let (command_id, version, position) = (last.command_id, last.version, last.position);
+        self.recent.push_back(CommandOutcome { command_id, version, position });
+        self.cut(recent_max);
+        Ok(())
+    }
+}
+
+impl Stream {
+    pub(super) fn known(&self) -> Option<&Known> {
+        match &self.knowledge {
+            Knowledge::Known(known) => Some(known),
+            Knowledge::Unknown | Knowledge::Loading(_) => None,
+        }
+    }
+
+    /// Adds a commit that became visible.
+    pub(super) fn push(
+        &mut self,
+        events: &[Arc<RecordedEvent>],
+        recent_max: usize,
+    ) -> Result<(), NotGapless> {
+        let (Some(last), count) = (events.last(), events.len() as u64) else { return Ok(()) };
+        match &mut self.knowledge {
+            Knowledge::Known(known) => known.push(last, count, recent_max)?,
+            Knowledge::Loading(since) => since.push((Arc::clone(last), count)),
+            Knowledge::Unknown => {}
+        }
+        Ok(())
+    }
+
+    /// Takes over what was loaded, and what became visible since the load began.
+    pub(super) fn loaded(&mut self, head: StreamHead, recent_max: usize) -> Result<(), NotGapless> {
+        let since = match std::mem::take(&mut self.knowledge) {
+            Knowledge::Loading(since) => since,
+            other => {
+                self.knowledge = other;
+                return Ok(());
+            }
+        };
+        let mut known = Known::new(head, recent_max);
+        for (last, count) in &since {
+            // What the load saw already is not added again.
+            if last.version > known.version {
+                known.push(last, *count, recent_max)?;
+            }
+        }
+        self.knowledge = Knowledge::Known(known);
+        Ok(())
+    }
+
+    fn is_idle(&self) -> bool {
+        self.waiting.is_empty()
+            && self.pending.is_empty()
+            && self.finding.is_none()
+            && !matches!(self.knowledge, Knowledge::Loading(_))
+    }
+}
+
+/// The streams that were used last.
+#[derive(Debug)]
+pub(super) struct Streams {
+    entries: LruCache<StreamId, Stream>,
+    entries_max: usize,
+    /// Those where somebody waits.
+    pub(super) waiting: BTreeSet<StreamId>,
+    /// Loads and look-ups under way.
+    pub(super) lookups: usize,
+    /// Streams whose first in the queue waits for its turn to look up.
+    pub(super) lookup_queue: VecDeque<StreamId>,
+}
+
+impl Streams {
+    pub(super) fn new(entries_max: usize) -> Self {
+        Self {
+            entries: LruCache::unbounded(),
+            entries_max,
+            waiting: BTreeSet::new(),
+            lookups: 0,
+            lookup_queue: VecDeque::new(),
+        }
+    }
+
+    pub(super) fn peek(&self, id: &StreamId) -> Option<&Stream> {
+        self.entries.peek(id)
+    }
+
+    pub(super) fn get_mut(&mut self, id: &StreamId) -> Option<&mut Stream> {
+        self.entries.peek_mut(id)
+    }
+
+    /// The stream's entry, as the most recently used; others make room.
+    pub(super) fn entry(&mut self, id: &StreamId) -> &mut Stream {
+        if !self.entries.contains(id) {
+            self.make_room();
+        }
+        self.entries.get_or_insert_mut(id.clone(), Stream::default)
+    }
+
+    /// Takes the entry out while it is worked on; [`Streams::put`] brings it back.
+    pub(super) fn take(&mut self, id: &StreamId) -> Option<Stream> {
+        self.entries.pop(id)
+    }
+
+    pub(super) fn put(&mut self, id: StreamId, stream: Stream) {
+        if stream.waiting.is_empty() {
+            self.waiting.remove(&id);
+        }
+        self.entries.push(id, stream);
+    }
+
+    /// Everybody who waits anywhere, in the order of the streams.
+    pub(super) fn take_waiting(&mut self) -> Vec<Waiting> {
+        let mut all = Vec::new();
+        for id in std::mem::take(&mut self.waiting) {
+            if let Some(stream) = self.entries.peek_mut(&id) {
+                all.extend(stream.waiting.drain(..));
+            }
+        }
+        all
+    }
+
+    fn make_room(&mut self) {
+        // Each busy entry is passed once; requests are bounded, and so are they.
+        for _ in 0..self.entries.len() {
+            if self.entries.len() < self.entries_max {
+                return;
+            }
+            let Some((id, stream)) = self.entries.pop_lru() else { return };
+            if !stream.is_idle() {
+                self.entries.push(id, stream);
+            }
+        }
+    }
+}
