@@ -1,1 +1,39 @@
-//! placeholder
+//! Event sourcing and CQRS on Kafka: the one crate a service depends on.
+//!
+//! The domain model and its seams ([`kafold_core`]) stand at the root; beside them
+//! [`open_log`], which opens either kind of log by its URL, [`Database`], and [`projections`], the
+//! read models. Which log it is changes nothing for what is built on it.
+//!
+//! Features, all on by default: `embedded` (the log in one SQLite file), `kafka` (the log in
+//! partitioned topics), `projections` (read models on PostgreSQL and SQLite).
+//!
+//! ```
+//! # tokio::runtime::Runtime::new().expect("runtime").block_on(async {
+//! # let folder = tempfile::tempdir()?;
+//! # let url = format!("sqlite://{}", folder.path().join("orders.db").display());
+//! let log = kafold::open_log(&url).await?; // "sqlite://orders.db" or "kafka://localhost:9092/orders"
+//! assert_eq!(log.store().health(), kafold::store::Health::Ready);
+//! log.close().await;
+//! # Ok::<_, Box<dyn std::error::Error>>(())
+//! # }).expect("opens");
+//! ```
+
+mod error;
+mod log;
+
+pub use kafold_core::*;
+
+pub use error::OpenError;
+pub use log::{Log, LogOptions, open_log};
+
+#[cfg(any(feature = "embedded", feature = "projections"))]
+pub use kafold_migrations::{Database, DatabaseError, Mode, is_transient};
+
+/// Events into SQL read models.
+#[cfg(feature = "projections")]
+pub use kafold_projections as projections;
+
+/// The README's code is compiled.
+#[cfg(doctest)]
+#[doc = include_str!("../../README.md")]
+pub struct Readme;

@@ -1,0 +1,221 @@
+//! Either kind of log behind one handle.
+
+use std::fmt;
+use std::sync::Arc;
+
+use kafold_core::clock::{RandomIds, SystemClock};
+use kafold_core::store::{Health, Owner};
+use kafold_core::{Clock, EventSource, EventStore, IdGenerator};
+
+#[cfg(feature = "embedded")]
+use kafold_embedded_store::{EmbeddedConfig, EmbeddedSource, EmbeddedStore};
+#[cfg(feature = "kafka")]
+use kafold_kafka_store::{KafkaConfig, KafkaSource, KafkaStore};
+#[cfg(any(feature = "embedded", feature = "projections"))]
+use kafold_migrations::Database;
+
+use crate::error::OpenError;
+
+/// Opens a log by its URL, with the defaults of [`LogOptions`].
+pub async fn open_log(url: &str) -> Result<Log, OpenError> {
+    LogOptions::new(url).open().await
+}
+
+/// How a log is opened.
+#[derive(Clone)]
+pub struct LogOptions {
+    url: String,
+    #[cfg(feature = "projections")]
+    index: Option<Database>,
+    owner: Owner,
+    clock: Arc<dyn Clock>,
+    ids: Arc<dyn IdGenerator>,
+}
+
+impl fmt::Debug for LogOptions {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("LogOptions").field("url", &self.url).field("owner", &self.owner).finish()
+    }
+}
+
+impl LogOptions {
+    /// The log at `sqlite://FILE`, which is created when absent, or at
+    /// `kafka://HOST:PORT[,HOST:PORT]/NAME`, whose topics are created when absent with
+    /// `?partitions=N&replication=R` (12 partitions, 3 replicas or as many as there are brokers).
+    pub fn new(url: impl Into<String>) -> Self {
+        let clock = Arc::new(SystemClock);
+        let owner = Owner { name: node_name(), address: String::new(), started_at: clock.now() };
+        Self {
+            url: url.into(),
+            #[cfg(feature = "projections")]
+            index: None,
+            owner,
+            clock,
+            ids: Arc::new(RandomIds),
+        }
+    }
+
+    /// Keeps the stream index of a log on Kafka in this database, so that a start reads only the end
+    /// of the log. Without it the index is in memory and a start reads the whole log. A log in a
+    /// SQLite file needs none.
+    #[cfg(feature = "projections")]
+    pub fn index(mut self, database: &Database) -> Self {
+        self.index = Some(database.clone());
+        self
+    }
+
+    /// How this process calls itself in its claims, and where others reach it. By default the host's
+    /// name with the process id, and no address.
+    pub fn owner(mut self, name: impl Into<String>, address: impl Into<String>) -> Self {
+        self.owner.name = name.into();
+        self.owner.address = address.into();
+        self
+    }
+
+    /// Tells the time and draws ids with these instead of the machine's own.
+    pub fn clock(mut self, clock: Arc<dyn Clock>, ids: Arc<dyn IdGenerator>) -> Self {
+        self.owner.started_at = clock.now();
+        (self.clock, self.ids) = (clock, ids);
+        self
+    }
+
+    /// Opens it. After [`OpenError::Unavailable`] the caller waits and tries again.
+    pub async fn open(self) -> Result<Log, OpenError> {
+        match self.url.split_once("://").map(|(scheme, _)| scheme) {
+            #[cfg(feature = "embedded")]
+            Some("sqlite") => self.open_embedded().await,
+            #[cfg(feature = "kafka")]
+            Some("kafka") => self.open_kafka().await,
+            _ => Err(OpenError::Url { url: self.url }),
+        }
+    }
+
+    #[cfg(feature = "embedded")]
+    async fn open_embedded(self) -> Result<Log, OpenError> {
+        use kafold_migrations::{DatabaseError, Mode};
+        let refused = |error: DatabaseError| {
+            OpenError::of(matches!(error, DatabaseError::Unavailable { .. }), error)
+        };
+        let unread = |error: kafold_core::ReadError| {
+            OpenError::of(matches!(error, kafold_core::ReadError::Unavailable { .. }), error)
+        };
+        let database = Database::open(&self.url, Mode::Migrate).await.map_err(refused)?;
+        let Database::Sqlite(file) = &database else {
+            return Err(OpenError::Url { url: self.url });
+        };
+        let config = EmbeddedConfig::default();
+        let store =
+            EmbeddedStore::open(file.clone(), config, self.clock.clone()).await.map_err(unread)?;
+        let source = EmbeddedSource::open(file.clone(), self.clock).await.map_err(unread)?;
+        Ok(Log {
+            kind: Kind::Embedded { store: Arc::new(store), source: Arc::new(source), database },
+        })
+    }
+
+    #[cfg(feature = "kafka")]
+    async fn open_kafka(self) -> Result<Log, OpenError> {
+        use kafold_core::StreamIndex;
+        use kafold_core::memory::MemoryIndex;
+        let refused =
+            |error: kafold_kafka_store::OpenError| OpenError::of(error.is_transient(), error);
+        let config: KafkaConfig = self
+            .url
+            .parse()
+            .map_err(|error: kafold_kafka_store::ConfigError| OpenError::of(false, error))?;
+        #[cfg(feature = "projections")]
+        let index: Arc<dyn StreamIndex> = match self.index {
+            Some(database) => Arc::new(kafold_projections::SqlIndex::new(database)),
+            None => Arc::new(MemoryIndex::default()),
+        };
+        #[cfg(not(feature = "projections"))]
+        let index: Arc<dyn StreamIndex> = Arc::new(MemoryIndex::default());
+        let source = KafkaSource::new(config.clone(), self.clock.clone());
+        let store = KafkaStore::open(config, index, self.owner, self.clock, self.ids)
+            .await
+            .map_err(refused)?;
+        Ok(Log { kind: Kind::Kafka { store: Arc::new(store), source: Arc::new(source) } })
+    }
+}
+
+/// An open log. Cheap to clone.
+#[derive(Clone)]
+pub struct Log {
+    kind: Kind,
+}
+
+#[derive(Clone)]
+enum Kind {
+    #[cfg(feature = "embedded")]
+    Embedded { store: Arc<EmbeddedStore>, source: Arc<EmbeddedSource>, database: Database },
+    #[cfg(feature = "kafka")]
+    Kafka { store: Arc<KafkaStore>, source: Arc<KafkaSource> },
+}
+
+impl fmt::Debug for Log {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match &self.kind {
+            #[cfg(feature = "embedded")]
+            Kind::Embedded { .. } => "Log(embedded)",
+            #[cfg(feature = "kafka")]
+            Kind::Kafka { .. } => "Log(kafka)",
+        })
+    }
+}
+
+impl Log {
+    /// Where commands append and streams are read.
+    pub fn store(&self) -> Arc<dyn EventStore> {
+        match &self.kind {
+            #[cfg(feature = "embedded")]
+            Kind::Embedded { store, .. } => store.clone(),
+            #[cfg(feature = "kafka")]
+            Kind::Kafka { store, .. } => store.clone(),
+        }
+    }
+
+    /// Where projections read everything.
+    pub fn source(&self) -> Arc<dyn EventSource> {
+        match &self.kind {
+            #[cfg(feature = "embedded")]
+            Kind::Embedded { source, .. } => source.clone(),
+            #[cfg(feature = "kafka")]
+            Kind::Kafka { source, .. } => source.clone(),
+        }
+    }
+
+    /// The log's own file, where read models may live too; `None` on Kafka.
+    #[cfg(any(feature = "embedded", feature = "projections"))]
+    pub fn database(&self) -> Option<&Database> {
+        match &self.kind {
+            #[cfg(feature = "embedded")]
+            Kind::Embedded { database, .. } => Some(database),
+            #[cfg(feature = "kafka")]
+            Kind::Kafka { .. } => None,
+        }
+    }
+
+    /// Whether commands are taken.
+    pub fn health(&self) -> Health {
+        self.store().health()
+    }
+
+    /// Takes no more commands, settles what is pending, hands the index what it lacks; bounded in
+    /// time.
+    pub async fn close(self) {
+        match self.kind {
+            #[cfg(feature = "embedded")]
+            Kind::Embedded { store, .. } => store.close().await,
+            #[cfg(feature = "kafka")]
+            Kind::Kafka { store, .. } => store.shutdown().await,
+        }
+    }
+}
+
+fn node_name() -> String {
+    let host = std::fs::read_to_string("/proc/sys/kernel/hostname");
+    let host = host.ok().or_else(|| std::env::var("HOSTNAME").ok()).unwrap_or_default();
+    match host.trim() {
+        "" => format!("pid-{}", std::process::id()),
+        host => format!("{host}-{}", std::process::id()),
+    }
+}
