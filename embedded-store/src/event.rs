@@ -6,7 +6,9 @@ use kafold_core::{
 };
 use kafold_migrations::micros;
 use serde::{Deserialize, Serialize};
-use sqlx::{FromRow, SqliteConnection, SqliteExecutor};
+use sqlx::error::BoxDynError;
+use sqlx::sqlite::SqliteArguments;
+use sqlx::{Arguments, FromRow, SqliteConnection, SqliteExecutor};
 use uuid::Uuid;
 
 use crate::error::not_read;
@@ -34,24 +36,27 @@ pub(crate) struct Known {
 /// A stream to ask about, and a command of it if there is one to find.
 pub(crate) type Question<'a> = (&'a StreamId, Option<CommandId>);
 
+/// The answers come as one row: a row of their own each would cost more than finding them.
 const KNOWN: &str = r#"
 SELECT
-    (SELECT max(version) FROM kafold_event
-     WHERE category = asked.value ->> 0 AND stream_id = asked.value ->> 1),
-    (SELECT max(version) FROM kafold_event
-     WHERE category = asked.value ->> 0 AND stream_id = asked.value ->> 1
-       AND command_id = unhex(asked.value ->> 2)),
-    (SELECT max("offset") FROM kafold_event
-     WHERE category = asked.value ->> 0 AND stream_id = asked.value ->> 1
-       AND command_id = unhex(asked.value ->> 2))
-FROM json_each(?) AS asked ORDER BY asked.key
+    (SELECT coalesce(max("offset") + 1, 0) FROM kafold_event WHERE partition = 0),
+    json_group_array(json_array(
+        asked.key,
+        (SELECT max(version) FROM kafold_event
+         WHERE category = asked.value ->> 0 AND stream_id = asked.value ->> 1),
+        (SELECT max(version) FROM kafold_event
+         WHERE category = asked.value ->> 0 AND stream_id = asked.value ->> 1
+           AND command_id = unhex(asked.value ->> 2))
+    ))
+FROM json_each(?) AS asked
 "#;
 
-/// What the file says about each of the streams and commands, in their order: one query for all.
+/// The end of the log, and what the file says about each of the streams and commands, in their
+/// order: one query for all, and one more for each command that is there already.
 pub(crate) async fn known(
     connection: &mut SqliteConnection,
     questions: &[Question<'_>],
-) -> Result<Vec<Known>, sqlx::Error> {
+) -> Result<(Offset, Vec<Known>), sqlx::Error> {
     let asked: Vec<_> = questions
         .iter()
         .map(|(stream, command)| {
@@ -60,13 +65,18 @@ pub(crate) async fn known(
         })
         .collect();
     let asked = serde_json::to_string(&asked).map_err(|error| sqlx::Error::Encode(error.into()))?;
-    let rows: Vec<(Option<i64>, Option<i64>, Option<i64>)> =
-        sqlx::query_as(KNOWN).bind(asked).fetch_all(connection).await?;
-    let known = |(version, first_version, first_offset)| Known {
-        version: Version(unsigned(Option::unwrap_or(version, 0))),
-        first: Option::zip(first_version, first_offset).map(appended),
-    };
-    Ok(rows.into_iter().map(known).collect())
+    let (end, answers): (i64, String) =
+        sqlx::query_as(KNOWN).bind(asked).fetch_one(&mut *connection).await?;
+    let answers: Vec<(usize, Option<u64>, Option<u64>)> =
+        serde_json::from_str(&answers).map_err(|error| sqlx::Error::Decode(error.into()))?;
+    let mut known = vec![Known { version: Version::EMPTY, first: None }; questions.len()];
+    for (index, version, found) in answers {
+        known[index].version = Version(version.unwrap_or(0));
+        if let (Some(_), (stream, Some(command_id))) = (found, questions[index]) {
+            known[index].first = find_command(&mut *connection, stream, command_id).await?;
+        }
+    }
+    Ok((Offset(unsigned(end)), known))
 }
 
 /// The end of the log: the offset of the next event.
@@ -100,37 +110,47 @@ pub(crate) async fn event_id_at(
 
 /// Adds the events.
 ///
-/// Statements of 64, 8 and 1 rows: few enough to stay prepared, and a batch of any size takes few.
+/// By statements of 64, 8 and 1 rows, which stay prepared; what is left of 64 or 8 is bound as NULL
+/// and passed over, because a few statements cost more than many values.
 pub(crate) async fn insert(
     connection: &mut SqliteConnection,
     mut events: &[PlacedEvent<'_>],
 ) -> Result<(), sqlx::Error> {
     while !events.is_empty() {
         let (statement, rows) = match events.len() {
-            64.. => (INSERT_64, 64),
-            8.. => (INSERT_8, 8),
-            _ => (INSERT_1, 1),
+            1 => (INSERT_1, 1),
+            2..=8 => (INSERT_8, 8),
+            _ => (INSERT_64, 64),
         };
-        let (batch, rest) = events.split_at(rows);
-        let mut query = sqlx::query(statement);
+        let (batch, rest) = events.split_at(rows.min(events.len()));
+        let mut values = SqliteArguments::default();
+        values.reserve(rows * COLUMNS, 0);
         for placed in batch {
-            let PlacedEvent { stream, event, .. } = placed;
-            query = query
-                .bind(stream.category())
-                .bind(stream.id())
-                .bind(signed(placed.version.0))
-                .bind(signed(placed.offset.0))
-                .bind(event.metadata.event_id)
-                .bind(&*event.event_type)
-                .bind(micros::to_micros(event.metadata.recorded_at))
-                .bind(placed.command_id.0)
-                .bind(metadata_text(&event.metadata)?)
-                .bind(&*event.payload);
+            bind(&mut values, placed).map_err(sqlx::Error::Encode)?;
         }
-        query.execute(&mut *connection).await?;
+        for _ in batch.len() * COLUMNS..rows * COLUMNS {
+            values.add(None::<i64>).map_err(sqlx::Error::Encode)?;
+        }
+        sqlx::query_with(statement, values).execute(&mut *connection).await?;
         events = rest;
     }
     Ok(())
+}
+
+const COLUMNS: usize = 10;
+
+fn bind(values: &mut SqliteArguments, placed: &PlacedEvent<'_>) -> Result<(), BoxDynError> {
+    let PlacedEvent { stream, event, .. } = placed;
+    values.add(stream.category())?;
+    values.add(stream.id())?;
+    values.add(signed(placed.version.0))?;
+    values.add(signed(placed.offset.0))?;
+    values.add(event.metadata.event_id)?;
+    values.add(&*event.event_type)?;
+    values.add(micros::to_micros(event.metadata.recorded_at))?;
+    values.add(placed.command_id.0)?;
+    values.add(metadata_text(&event.metadata)?)?;
+    values.add(&*event.payload)
 }
 
 macro_rules! row {
@@ -138,40 +158,25 @@ macro_rules! row {
         "(?, ?, ?, 0, ?, ?, ?, ?, ?, ?, ?)"
     };
 }
-macro_rules! insert {
-    ($first:expr $(, $more:expr)*) => {
-        concat!(
-            "INSERT INTO kafold_event (category, stream_id, version, partition, \"offset\", event_id, \
-             event_type, recorded_at, command_id, metadata, payload) VALUES ",
-            $first $(, ", ", $more)*
-        )
+macro_rules! rows_8 {
+    ($row:expr) => {
+        concat!($row, ",", $row, ",", $row, ",", $row, ",", $row, ",", $row, ",", $row, ",", $row)
     };
 }
-macro_rules! rows_8 {
-    () => {
+macro_rules! insert {
+    ($rows:expr) => {
         concat!(
-            row!(),
-            ", ",
-            row!(),
-            ", ",
-            row!(),
-            ", ",
-            row!(),
-            ", ",
-            row!(),
-            ", ",
-            row!(),
-            ", ",
-            row!(),
-            ", ",
-            row!()
+            "INSERT INTO kafold_event (category, stream_id, version, partition, \"offset\", event_id, \
+             event_type, recorded_at, command_id, metadata, payload) \
+             SELECT * FROM (VALUES ",
+            $rows,
+            ") WHERE column1 IS NOT NULL"
         )
     };
 }
 const INSERT_1: &str = insert!(row!());
-const INSERT_8: &str = insert!(rows_8!());
-const INSERT_64: &str =
-    insert!(rows_8!(), rows_8!(), rows_8!(), rows_8!(), rows_8!(), rows_8!(), rows_8!(), rows_8!());
+const INSERT_8: &str = insert!(rows_8!(row!()));
+const INSERT_64: &str = insert!(rows_8!(rows_8!(row!())));
 
 /// One row, as it is read.
 #[derive(FromRow)]
@@ -262,15 +267,14 @@ struct Origin<T> {
     trace_parent: Option<T>,
 }
 
-fn metadata_text(metadata: &Metadata) -> Result<Option<String>, sqlx::Error> {
+fn metadata_text(metadata: &Metadata) -> Result<Option<String>, serde_json::Error> {
     let origin = Origin {
         correlation_id: metadata.correlation_id.as_deref(),
         causation_id: metadata.causation_id.as_deref(),
         trace_parent: metadata.trace_parent.as_deref(),
     };
     let Origin { correlation_id: None, causation_id: None, trace_parent: None } = origin else {
-        let text = serde_json::to_string(&origin);
-        return text.map(Some).map_err(|error| sqlx::Error::Encode(error.into()));
+        return serde_json::to_string(&origin).map(Some);
     };
     Ok(None)
 }

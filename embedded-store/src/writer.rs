@@ -146,11 +146,10 @@ impl Writer {
         let questions: Vec<_> = submissions.iter().map(Submission::question).collect();
         let begun = async {
             let mut transaction = self.database.write().await?;
-            let known = event::known(&mut transaction, &questions).await?;
-            let end = event::end(&mut *transaction).await?;
-            Ok((transaction, known, end))
+            let (end, known) = event::known(&mut transaction, &questions).await?;
+            Ok((transaction, end, known))
         };
-        let (transaction, known, end) = match begun.await {
+        let (transaction, end, known) = match begun.await {
             Ok(begun) => begun,
             Err(error) => return self.refuse(submissions, error),
         };
