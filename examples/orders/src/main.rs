@@ -1,2 +1,99 @@
-//! placeholder
-fn main() {}
+//! An order service on kafold: commands and queries over HTTP, and an import of real purchases.
+//!
+//! - [`order`]: the aggregate, whole: events, commands, rules, state;
+//! - [`read_models`] and [`sales_by_sku`]: what is read, folded by kafold and by hand;
+//! - [`service`]: both joined to a log and a database;
+//! - [`http`]: the outside surface;
+//! - [`serve`]: start, waiting for what is down, graceful stop;
+//! - [`import`]: a client that feeds the service a file.
+
+use std::io::Write;
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+use import::ImportArgs;
+use serve::ServeArgs;
+
+mod http;
+mod import;
+mod logging;
+mod order;
+mod read_models;
+mod sales_by_sku;
+mod serve;
+mod service;
+
+/// Takes orders over HTTP and reports on them.
+///
+/// Without any argument it serves on http://127.0.0.1:8080 and keeps everything in the file orders.db
+/// of the working directory; nothing else is needed.
+#[derive(Debug, Parser)]
+#[command(version, args_conflicts_with_subcommands = true, after_help = EXAMPLES)]
+struct Cli {
+    #[command(subcommand)]
+    command: Option<Command>,
+    #[command(flatten)]
+    serve: ServeArgs,
+}
+
+const EXAMPLES: &str = "\
+Examples:
+  orders
+  orders serve --log kafka://localhost:9092/orders --database postgres://me@localhost/orders
+  orders import cdnow_master.txt --url http://127.0.0.1:8080
+
+Exit code: 0 ended as asked, 1 failed, 2 wrong usage, 130 interrupted while importing.
+RUST_LOG sets what is logged, such as RUST_LOG=debug or RUST_LOG=info,orders=debug.";
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Runs the service; the same as no subcommand at all.
+    Serve(ServeArgs),
+    /// Feeds a file of purchases to a running service; again, and nothing changes.
+    Import(ImportArgs),
+}
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    match cli.command.unwrap_or(Command::Serve(cli.serve)) {
+        Command::Serve(args) => {
+            if let Err(error) = logging::start("info", args.log_format) {
+                return failed(2, &error);
+            }
+            match run(serve::run(args)) {
+                Ok(()) => ExitCode::SUCCESS,
+                Err(error) => failed(error.exit_code(), &error),
+            }
+        }
+        Command::Import(args) => {
+            if let Err(error) = logging::start("warn", logging::LogFormat::Text) {
+                return failed(2, &error);
+            }
+            match run(import::run(args)) {
+                Ok(()) => ExitCode::SUCCESS,
+                Err(error) => failed(error.exit_code(), &error),
+            }
+        }
+    }
+}
+
+fn run<T>(work: impl Future<Output = T>) -> T {
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
+    let runtime = runtime.expect("the operating system gives threads and an event queue");
+    let result = runtime.block_on(work);
+    // What still runs, runs on behalf of nobody: everything that matters was awaited.
+    runtime.shutdown_background();
+    result
+}
+
+fn failed(code: u8, error: &(dyn std::error::Error + 'static)) -> ExitCode {
+    eprintln!("orders: {}", http::problem::chain(error));
+    ExitCode::from(code)
+}
+
+/// To standard output, for people and scripts; the log goes to standard error.
+fn say(text: &str) {
+    // A closed pipe is the reader's choice, not a failure.
+    drop(writeln!(std::io::stdout(), "{text}"));
+}

@@ -1,0 +1,36 @@
+//! Liveness, readiness, metrics.
+
+use std::sync::Arc;
+
+use axum::Json;
+use axum::extract::State;
+use axum::http::header;
+use axum::response::IntoResponse;
+use serde_json::{Value, json};
+
+use super::App;
+use super::problem::{Problem, RETRY_SOON};
+
+/// The process answers.
+pub(super) async fn live() -> Json<Value> {
+    Json(json!({"status": "live", "service": "orders"}))
+}
+
+/// It takes commands and its read models follow; else every reason why not.
+pub(super) async fn ready(State(app): State<Arc<App>>) -> Result<Json<Value>, Problem> {
+    let reasons = app.service()?.complaints();
+    if reasons.is_empty() {
+        return Ok(Json(json!({"status": "ready"})));
+    }
+    let problem = Problem::unavailable("not-ready", RETRY_SOON, reasons.join("; "));
+    Err(problem.with_reasons(reasons))
+}
+
+/// Prometheus text.
+pub(super) async fn metrics(State(app): State<Arc<App>>) -> impl IntoResponse {
+    if let Ok(service) = app.service() {
+        // The lag is measured when it is asked for.
+        service.complaints();
+    }
+    ([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], app.metrics.render())
+}

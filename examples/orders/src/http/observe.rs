@@ -1,0 +1,156 @@
+//! What surrounds every request: its id, its limits, its metrics, and answers when it panics.
+
+use std::any::Any;
+use std::sync::Arc;
+
+use axum::extract::{MatchedPath, Request, State};
+use axum::http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode};
+use axum::middleware::Next;
+use axum::response::{IntoResponse, Response};
+use tracing::Instrument;
+
+use super::App;
+use super::extract::has_valid_escapes;
+use super::problem::{Problem, RETRY_SOON};
+
+const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+const CORRELATION_ID: HeaderName = HeaderName::from_static("x-correlation-id");
+/// Longest id taken over from a request's headers, in bytes; a longer one is replaced by ours.
+const ID_BYTES_MAX: usize = 128;
+
+/// Where a request comes from, for the metadata of the events it leads to.
+#[derive(Debug, Clone)]
+pub(crate) struct Origin {
+    /// `x-correlation-id`, else the request's own id.
+    pub(crate) correlation_id: String,
+    /// `traceparent`, when it is one.
+    pub(crate) trace_parent: Option<String>,
+}
+
+/// Gives the request an id, runs it within deadline and concurrency, and tells log and metrics.
+pub(crate) async fn around(
+    State(app): State<Arc<App>>,
+    mut request: Request,
+    next: Next,
+) -> Response {
+    let begun = app.clock.instant();
+    let method = request.method().clone();
+    let route = request
+        .extensions()
+        .get::<MatchedPath>()
+        .map_or_else(|| "none".to_owned(), |path| path.as_str().to_owned());
+    let request_id =
+        id_of(request.headers(), &REQUEST_ID).unwrap_or_else(|| app.ids.event_id().to_string());
+    let correlation_id = id_of(request.headers(), &CORRELATION_ID);
+    let origin = Origin {
+        correlation_id: correlation_id.unwrap_or_else(|| request_id.clone()),
+        trace_parent: trace_parent(request.headers()),
+    };
+    request.extensions_mut().insert(origin);
+    let span = tracing::info_span!("request", id = %request_id, %method, route);
+    let mut response = within_limits(&app, request, next).instrument(span.clone()).await;
+    if let Ok(value) = HeaderValue::from_str(&request_id) {
+        response.headers_mut().insert(REQUEST_ID, value);
+    }
+    let took = app.clock.instant().saturating_duration_since(begun);
+    let status = response.status().as_u16();
+    span.in_scope(|| tracing::debug!(status, took_ms = took.as_secs_f64() * 1000.0, "answered"));
+    let labels = [
+        ("method", known_method(&method).to_owned()),
+        ("route", route),
+        ("status", status.to_string()),
+    ];
+    metrics::counter!("http_requests_total", &labels).increment(1);
+    metrics::histogram!("http_request_duration_seconds", &labels).record(took.as_secs_f64());
+    response
+}
+
+async fn within_limits(app: &App, request: Request, next: Next) -> Response {
+    if !has_valid_escapes(request.uri().path()) {
+        let detail = "the path has a '%' without two hexadecimal digits: percent-encode it";
+        return Problem::malformed(detail).into_response();
+    }
+    let Ok(_permit) = app.permits.try_acquire() else {
+        let detail = "as many requests as this service takes are under way: try again";
+        return Problem::unavailable("overloaded", RETRY_SOON, detail).into_response();
+    };
+    let is_read = matches!(*request.method(), Method::GET | Method::HEAD);
+    let deadline = app.limits.deadline;
+    tokio::select! {
+        biased;
+        response = next.run(request) => response,
+        // Commands and waits end by themselves before this; what remains is a body that does not
+        // come, or a database that does not answer.
+        () = app.clock.sleep(deadline) => if is_read {
+            let detail = format!("no answer within {deadline:?}: try again");
+            Problem::new(StatusCode::GATEWAY_TIMEOUT, "timeout", detail).into_response()
+        } else {
+            let detail = format!("no answer within {deadline:?}: send it again with the same \
+                                  idempotency-key, which applies it at most once");
+            Problem::unavailable("outcome-unknown", RETRY_SOON, detail).into_response()
+        },
+    }
+}
+
+/// The answer when a handler panicked.
+#[expect(clippy::needless_pass_by_value, reason = "catch-panic hands it over so")]
+pub(crate) fn panicked(panic: Box<dyn Any + Send + 'static>) -> Response {
+    let text = panic.downcast_ref::<&str>().map(ToString::to_string);
+    let text = text.or_else(|| panic.downcast_ref::<String>().cloned());
+    let error = std::io::Error::other(text.unwrap_or_else(|| "panicked".to_owned()));
+    Problem::internal(&error).into_response()
+}
+
+fn id_of(headers: &HeaderMap, name: &HeaderName) -> Option<String> {
+    let text = headers.get(name)?.to_str().ok()?;
+    let is_plain = (1..=ID_BYTES_MAX).contains(&text.len())
+        && text.bytes().all(|byte| byte.is_ascii_graphic());
+    is_plain.then(|| text.to_owned())
+}
+
+/// Version 00 of W3C Trace Context; anything else is left out.
+fn trace_parent(headers: &HeaderMap) -> Option<String> {
+    let text = headers.get("traceparent")?.to_str().ok()?;
+    let parts: Vec<&str> = text.split('-').collect();
+    let is_hex = |part: &&str| {
+        part.bytes().all(|byte| byte.is_ascii_digit() || (b'a'..=b'f').contains(&byte))
+    };
+    let is_valid = parts.iter().map(|part| part.len()).eq([2, 32, 16, 2])
+        && parts.iter().all(is_hex)
+        && parts[0] == "00"
+        && parts[1..3].iter().all(|id| id.bytes().any(|byte| byte != b'0'));
+    is_valid.then(|| text.to_owned())
+}
+
+/// A method made up by a client must not become a metric of its own.
+fn known_method(method: &Method) -> &str {
+    match *method {
+        Method::GET
+        | Method::HEAD
+        | Method::POST
+        | Method::PUT
+        | Method::PATCH
+        | Method::DELETE
+        | Method::OPTIONS => method.as_str(),
+        _ => "other",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_trace_parent_is_taken_over() {
+        let read = |text: &'static str| {
+            let headers =
+                [("traceparent".parse().expect("a name"), HeaderValue::from_static(text))];
+            trace_parent(&HeaderMap::from_iter(headers)).is_some()
+        };
+        assert!(read("00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"));
+        assert!(!read("00-4bf92f3577b34da6a3ce929d0e0e4736-0000000000000000-01"));
+        assert!(!read("01-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"));
+        assert!(!read("00-4BF92F3577B34DA6A3CE929D0E0E4736-00f067aa0ba902b7-01"));
+        assert!(!read("00-4bf92f35"));
+    }
+}

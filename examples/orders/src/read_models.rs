@@ -1,0 +1,291 @@
+//! The read models that kafold folds by key: one order, the orders of a customer, and sales by day
+//! and by customer. Sales by sku are written by hand, in [`crate::sales_by_sku`].
+
+use chrono::{DateTime, NaiveDate, Utc};
+use kafold::projections::ReadModel;
+use kafold::{Recorded, Row};
+use uuid::Uuid;
+
+use crate::order::{Line, OrderEvent, amount_cents_of, quantity_of};
+
+/// How far an order has come, as it is shown.
+fn status(event: &OrderEvent) -> String {
+    let status = match event {
+        OrderEvent::Placed { .. } => "placed",
+        OrderEvent::Paid { .. } => "paid",
+        OrderEvent::Shipped { .. } => "shipped",
+        OrderEvent::Cancelled { .. } => "cancelled",
+    };
+    status.to_owned()
+}
+
+/// Everything about one order.
+#[derive(Debug, Clone, PartialEq, Row)]
+pub(crate) struct OrderRow {
+    #[row(key)]
+    pub(crate) order_id: String,
+    pub(crate) customer: String,
+    pub(crate) status: String,
+    #[row(json)]
+    pub(crate) lines: Vec<Line>,
+    pub(crate) quantity: i64,
+    pub(crate) amount_cents: i64,
+    pub(crate) placed_at: DateTime<Utc>,
+    pub(crate) carrier: Option<String>,
+    pub(crate) tracking: Option<String>,
+    pub(crate) reason: Option<String>,
+    /// The version of the order's last event …
+    pub(crate) version: i64,
+    /// … and where in the log that is.
+    pub(crate) position: String,
+    /// The command that placed it: finds the order when its `Idempotency-Key` comes again.
+    #[row(index)]
+    pub(crate) placed_by: Uuid,
+}
+
+/// The orders, each with its details.
+pub(crate) struct OrderDetails;
+
+impl ReadModel for OrderDetails {
+    const NAME: &'static str = "order_details";
+    const SHARED: bool = false;
+    type Event = OrderEvent;
+    type Row = OrderRow;
+
+    fn keys(event: &Recorded<OrderEvent>) -> Vec<String> {
+        vec![event.stream.id().to_owned()]
+    }
+
+    fn fold(
+        order_id: &String,
+        row: Option<OrderRow>,
+        event: &Recorded<OrderEvent>,
+    ) -> Option<OrderRow> {
+        let mut row = match (&event.event, row) {
+            (OrderEvent::Placed { customer, lines, placed_at }, _) => OrderRow {
+                order_id: order_id.clone(),
+                customer: customer.clone(),
+                status: String::new(),
+                lines: lines.clone(),
+                quantity: quantity_of(lines),
+                amount_cents: amount_cents_of(lines),
+                placed_at: *placed_at,
+                carrier: None,
+                tracking: None,
+                reason: None,
+                version: 0,
+                position: String::new(),
+                placed_by: event.command_id.0,
+            },
+            (_, row) => row?,
+        };
+        match &event.event {
+            OrderEvent::Shipped { carrier, tracking, .. } => {
+                row.carrier = Some(carrier.clone());
+                row.tracking = Some(tracking.clone());
+            }
+            OrderEvent::Cancelled { reason, .. } => row.reason = Some(reason.clone()),
+            OrderEvent::Placed { .. } | OrderEvent::Paid { .. } => {}
+        }
+        row.status = status(&event.event);
+        // An order has at most four events.
+        row.version = event.version.0 as i64;
+        row.position = event.position.to_string();
+        Some(row)
+    }
+}
+
+/// One order in the list of its customer.
+#[derive(Debug, Clone, PartialEq, Row)]
+pub(crate) struct CustomerOrder {
+    #[row(key)]
+    pub(crate) order_id: String,
+    #[row(index)]
+    pub(crate) customer: String,
+    pub(crate) status: String,
+    pub(crate) quantity: i64,
+    pub(crate) amount_cents: i64,
+    pub(crate) placed_at: DateTime<Utc>,
+}
+
+/// The orders of a customer.
+pub(crate) struct CustomerOrders;
+
+impl ReadModel for CustomerOrders {
+    const NAME: &'static str = "customer_orders";
+    const SHARED: bool = false;
+    type Event = OrderEvent;
+    type Row = CustomerOrder;
+
+    fn keys(event: &Recorded<OrderEvent>) -> Vec<String> {
+        vec![event.stream.id().to_owned()]
+    }
+
+    fn fold(
+        order_id: &String,
+        row: Option<CustomerOrder>,
+        event: &Recorded<OrderEvent>,
+    ) -> Option<CustomerOrder> {
+        let row = match &event.event {
+            OrderEvent::Placed { customer, lines, placed_at } => CustomerOrder {
+                order_id: order_id.clone(),
+                customer: customer.clone(),
+                status: String::new(),
+                quantity: quantity_of(lines),
+                amount_cents: amount_cents_of(lines),
+                placed_at: *placed_at,
+            },
+            _ => row?,
+        };
+        Some(CustomerOrder { status: status(&event.event), ..row })
+    }
+}
+
+/// What an event adds to sales, or takes back.
+pub(crate) struct Sale<'e> {
+    pub(crate) customer: &'e str,
+    pub(crate) lines: &'e [Line],
+    pub(crate) placed_at: DateTime<Utc>,
+    /// 1 or −1.
+    pub(crate) sign: i64,
+}
+
+impl<'e> Sale<'e> {
+    /// `None` when the event changes no sales.
+    pub(crate) fn of(event: &'e OrderEvent) -> Option<Self> {
+        match event {
+            OrderEvent::Placed { customer, lines, placed_at } => {
+                Some(Self { customer, lines, placed_at: *placed_at, sign: 1 })
+            }
+            OrderEvent::Cancelled { customer, lines, placed_at, .. } => {
+                Some(Self { customer, lines, placed_at: *placed_at, sign: -1 })
+            }
+            OrderEvent::Paid { .. } | OrderEvent::Shipped { .. } => None,
+        }
+    }
+}
+
+/// Sums of a report. Additions only, so the order between partitions does not matter; the bounds in
+/// [`crate::order`] keep them far inside an `i64`.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Serialize)]
+pub(crate) struct Sums {
+    pub(crate) orders: i64,
+    pub(crate) quantity: i64,
+    pub(crate) amount_cents: i64,
+}
+
+impl Sums {
+    /// A row's sums after the event; `None` when no order is left in them.
+    fn after(row: Option<Self>, event: &Recorded<OrderEvent>) -> Option<Self> {
+        let before = row.unwrap_or_default();
+        let after = match Sale::of(&event.event) {
+            Some(sale) => before.plus_order(sale.lines, sale.sign),
+            None => before,
+        };
+        (after.orders != 0).then_some(after)
+    }
+
+    /// With one order more or less, of which these lines count.
+    #[must_use]
+    pub(crate) fn plus_order<'l>(
+        self,
+        lines: impl IntoIterator<Item = &'l Line> + Clone,
+        sign: i64,
+    ) -> Self {
+        self.plus(Self {
+            orders: sign,
+            quantity: sign * quantity_of(lines.clone()),
+            amount_cents: sign * amount_cents_of(lines),
+        })
+    }
+
+    /// Both together.
+    #[must_use]
+    pub(crate) fn plus(self, other: Self) -> Self {
+        Self {
+            orders: self.orders.saturating_add(other.orders),
+            quantity: self.quantity.saturating_add(other.quantity),
+            amount_cents: self.amount_cents.saturating_add(other.amount_cents),
+        }
+    }
+}
+
+/// The sales of one UTC date of `placed_at`.
+#[derive(Debug, Clone, PartialEq, Row)]
+pub(crate) struct DaySales {
+    #[row(key)]
+    pub(crate) day: NaiveDate,
+    pub(crate) orders: i64,
+    pub(crate) quantity: i64,
+    pub(crate) amount_cents: i64,
+}
+
+impl DaySales {
+    pub(crate) fn sums(&self) -> Sums {
+        let Self { orders, quantity, amount_cents, .. } = *self;
+        Sums { orders, quantity, amount_cents }
+    }
+}
+
+/// Sales by the UTC date of `placed_at`.
+pub(crate) struct SalesByDay;
+
+impl ReadModel for SalesByDay {
+    const NAME: &'static str = "sales_by_day";
+    type Event = OrderEvent;
+    type Row = DaySales;
+
+    fn keys(event: &Recorded<OrderEvent>) -> Vec<NaiveDate> {
+        Sale::of(&event.event).iter().map(|sale| sale.placed_at.date_naive()).collect()
+    }
+
+    fn fold(
+        day: &NaiveDate,
+        row: Option<DaySales>,
+        event: &Recorded<OrderEvent>,
+    ) -> Option<DaySales> {
+        let Sums { orders, quantity, amount_cents } =
+            Sums::after(row.map(|row| row.sums()), event)?;
+        Some(DaySales { day: *day, orders, quantity, amount_cents })
+    }
+}
+
+/// The sales to one customer.
+#[derive(Debug, Clone, PartialEq, Row)]
+pub(crate) struct CustomerSales {
+    #[row(key)]
+    pub(crate) customer: String,
+    pub(crate) orders: i64,
+    pub(crate) quantity: i64,
+    pub(crate) amount_cents: i64,
+}
+
+impl CustomerSales {
+    pub(crate) fn sums(&self) -> Sums {
+        let Self { orders, quantity, amount_cents, .. } = *self;
+        Sums { orders, quantity, amount_cents }
+    }
+}
+
+/// Sales by customer.
+pub(crate) struct SalesByCustomer;
+
+impl ReadModel for SalesByCustomer {
+    const NAME: &'static str = "sales_by_customer";
+    type Event = OrderEvent;
+    type Row = CustomerSales;
+
+    fn keys(event: &Recorded<OrderEvent>) -> Vec<String> {
+        Sale::of(&event.event).iter().map(|sale| sale.customer.to_owned()).collect()
+    }
+
+    fn fold(
+        customer: &String,
+        row: Option<CustomerSales>,
+        event: &Recorded<OrderEvent>,
+    ) -> Option<CustomerSales> {
+        let Sums { orders, quantity, amount_cents } =
+            Sums::after(row.map(|row| row.sums()), event)?;
+        Some(CustomerSales { customer: customer.clone(), orders, quantity, amount_cents })
+    }
+}

@@ -1,0 +1,117 @@
+//! The aggregate and the read models, joined to a log and a database.
+
+use std::num::NonZeroUsize;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use kafold::projections::{
+    ProjectionState, ProjectionStatus, ProjectionWorker, Projections, Query,
+};
+use kafold::store::{Health, ReadError};
+use kafold::{
+    Clock, CommandHandler, CommandId, Database, EventStore, IdGenerator, Log, Offset, Position,
+};
+use lru::LruCache;
+
+use crate::order::Order;
+use crate::read_models::{CustomerOrders, OrderDetails, SalesByCustomer, SalesByDay};
+use crate::sales_by_sku::SalesBySku;
+
+/// Keys of placed orders that are remembered until the read model is sure to have them.
+const RECENT_KEYS_MAX: NonZeroUsize = NonZeroUsize::new(100_000).expect("is not zero");
+
+/// What a request works with once log and database are open.
+pub(crate) struct Service {
+    pub(crate) handler: CommandHandler<Order>,
+    pub(crate) store: Arc<dyn EventStore>,
+    pub(crate) projections: Projections,
+    pub(crate) orders: Query<OrderDetails>,
+    pub(crate) customer_orders: Query<CustomerOrders>,
+    pub(crate) by_day: Query<SalesByDay>,
+    pub(crate) by_customer: Query<SalesByCustomer>,
+    pub(crate) database: Database,
+    placements: Mutex<LruCache<CommandId, Placement>>,
+}
+
+/// The id of the order that a key placed, when it is known. Whoever places with the key holds the
+/// lock, so that two requests with one key cannot place two orders.
+pub(crate) type Placement = Arc<tokio::sync::Mutex<Option<String>>>;
+
+impl Service {
+    /// Starts the projections.
+    pub(crate) fn start(
+        log: &Log,
+        database: Database,
+        clock: Arc<dyn Clock>,
+        ids: Arc<dyn IdGenerator>,
+    ) -> Self {
+        let projections = ProjectionWorker::new(log.source(), database.clone())
+            .clock(clock.clone(), ids.clone())
+            .with(OrderDetails)
+            .with(CustomerOrders)
+            .with(SalesByDay)
+            .with(SalesByCustomer)
+            .with_projection(SalesBySku)
+            .spawn();
+        Self {
+            handler: CommandHandler::with_parts(log.store(), clock, ids),
+            store: log.store(),
+            projections,
+            orders: Query::new(database.clone()),
+            customer_orders: Query::new(database.clone()),
+            by_day: Query::new(database.clone()),
+            by_customer: Query::new(database.clone()),
+            database,
+            placements: Mutex::new(LruCache::new(RECENT_KEYS_MAX)),
+        }
+    }
+
+    /// What is remembered of a key with which an order is placed.
+    pub(crate) fn placement(&self, key: CommandId) -> Placement {
+        let mut placements = self.placements.lock().unwrap_or_else(PoisonError::into_inner);
+        placements.get_or_insert(key, Placement::default).clone()
+    }
+
+    /// The order that was placed with the key, as far as the read model has come.
+    pub(crate) async fn placed_with(&self, key: CommandId) -> Result<Option<String>, ReadError> {
+        let found = self.orders.find("placed_by", key.0, 1).await?;
+        Ok(found.into_iter().next().map(|order| order.order_id))
+    }
+
+    /// How many partitions the log has; `None` before the projection knows.
+    pub(crate) fn partitions(&self, projection: &str) -> Option<u32> {
+        let status = self.status(projection)?;
+        let held = status.partitions.into_keys().chain(status.superseded);
+        held.max().map(|last| last.0 + 1)
+    }
+
+    /// What a projection does.
+    pub(crate) fn state(&self, projection: &str) -> Option<ProjectionState> {
+        self.status(projection).map(|status| status.state)
+    }
+
+    fn status(&self, projection: &str) -> Option<ProjectionStatus> {
+        self.projections.status().into_iter().find(|status| status.name == projection)
+    }
+
+    /// The last position of each partition that a projection has applied.
+    pub(crate) fn applied(&self, projection: &str) -> Vec<Position> {
+        let partitions =
+            self.status(projection).map(|status| status.partitions).unwrap_or_default();
+        let last = partitions.into_iter().filter_map(|(partition, status)| {
+            let offset = Offset(status.next.0.checked_sub(1)?);
+            Some(Position { partition, offset })
+        });
+        last.collect()
+    }
+
+    /// Why it is not ready, one sentence an entry; nothing when it is.
+    pub(crate) fn complaints(&self) -> Vec<String> {
+        [self.store.health(), self.projections.health()]
+            .into_iter()
+            .flat_map(|health| match health {
+                Health::Ready => Vec::new(),
+                Health::NotReady(reasons) => reasons,
+            })
+            .collect()
+    }
+}
