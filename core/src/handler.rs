@@ -247,7 +247,7 @@ impl<A: Aggregate> CommandHandler<A> {
         let slot = self.states.slot(&job.stream);
         let step = self.within(job.deadline, self.step(&slot, job)).await;
         match step.ok_or_else(too_late)?? {
-            Step::Known(appended) => Ok(handled(appended, 0)),
+            Step::Known(first) => Ok(handled(Appended { duplicate: true, ..first }, 0)),
             Step::Shared(outcome) => self.shared(job, outcome).await,
             Step::Submitted { ticket, outcome, events } => {
                 let result = outcome.await;

@@ -1,0 +1,9 @@
+//! The command handler, on the in-memory store and on one that answers as a script says.
+
+mod answers;
+mod cache;
+mod domain;
+mod duplicates;
+mod pipelining;
+mod scripted;
+mod snapshots;
