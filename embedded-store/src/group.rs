@@ -192,3 +192,117 @@ fn check_version(
 pub(crate) fn deadline_passed() -> AppendError {
     AppendError::unavailable(RETRY_AFTER, "the deadline passed before the store came to it")
 }
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use kafold_core::clock::{Clock, SystemClock};
+    use kafold_core::testing::{commit, exact, new_stream};
+
+    use super::*;
+
+    const NO_LIMIT: usize = usize::MAX;
+
+    fn append(stream: &StreamId, version: u64, after: Option<Ticket>) -> Append {
+        let (stream, expected, ticket) = (stream.clone(), exact(version), Ticket::next());
+        Append { stream, expected, commit: commit(2), ticket, after, deadline: None }
+    }
+
+    /// A group on a file where the stream has the version and the log ends at 10.
+    fn group<'a>(stream: &'a StreamId, version: u64, tickets: &Tickets) -> Group<'a> {
+        let known = Known { version: Version(version), first: None };
+        let now = SystemClock.instant();
+        Group::new(&[(stream, None)], &[known], Offset(10), tickets, NO_LIMIT, now)
+    }
+
+    #[test]
+    fn offsets_go_on_at_the_end_of_the_log_without_gap() {
+        let stream = new_stream();
+        let (one, refused, two) =
+            (append(&stream, 4, None), append(&stream, 5, None), append(&stream, 6, None));
+        let mut group = group(&stream, 4, &Tickets::default());
+        let first = group.append(&one, || true).expect("fits");
+        assert!(matches!(group.append(&refused, || true), Err(AppendError::Conflict { .. })));
+        let second = group.append(&two, || true).expect("fits behind the first");
+        assert_eq!((first.position.offset.0, second.position.offset.0), (11, 13));
+        let offsets: Vec<_> = group.rows().iter().map(|row| row.offset.0).collect();
+        let versions: Vec<_> = group.rows().iter().map(|row| row.version.0).collect();
+        assert_eq!((offsets, versions), (vec![10, 11, 12, 13], vec![5, 6, 7, 8]));
+    }
+
+    #[test]
+    fn a_caller_that_gave_up_has_nothing_written() {
+        let stream = new_stream();
+        let (given_up, next) = (append(&stream, 0, None), append(&stream, 0, None));
+        let mut group = group(&stream, 0, &Tickets::default());
+        let answer = group.append(&given_up, || false);
+        assert!(matches!(answer, Err(AppendError::Unavailable { .. })), "{answer:?}");
+        group.append(&next, || true).expect("the stream is as it was");
+        assert_eq!(group.rows().len(), 2);
+    }
+
+    #[test]
+    fn an_expired_submission_is_not_written_but_a_duplicate_is_answered() {
+        let stream = new_stream();
+        let now = SystemClock.instant();
+        let mut late = append(&stream, 3, None);
+        late.deadline = Some(now);
+        let position = Position { partition: PARTITION, offset: Offset(7) };
+        let first = Appended { version: Version(2), position, duplicate: false };
+        for (found, is_ok) in [(Some(first), true), (None, false)] {
+            let known = Known { version: Version(3), first: found };
+            let questions = [(&stream, Some(late.commit.command_id()))];
+            let tickets = Tickets::default();
+            let mut group = Group::new(&questions, &[known], Offset(10), &tickets, NO_LIMIT, now);
+            assert_eq!(group.append(&late, || true).is_ok(), is_ok);
+            assert!(group.rows().is_empty());
+        }
+    }
+
+    #[test]
+    fn a_commit_behind_a_ticket_fits_only_where_that_ticket_left_the_stream() {
+        let stream = new_stream();
+        let ticket = Ticket::next();
+        let mut tickets = Tickets::default();
+        tickets.remember([(stream.clone(), (ticket, Version(4)))]);
+        let behind = append(&stream, 4, Some(ticket));
+        group(&stream, 4, &tickets).append(&behind, || true).expect("is directly behind it");
+
+        // Another process has appended since: even a demand of any version is refused.
+        let mut overtaken = append(&stream, 0, Some(ticket));
+        overtaken.expected = ExpectedVersion::Any;
+        let answer = group(&stream, 5, &tickets).append(&overtaken, || true);
+        assert!(matches!(answer, Err(AppendError::NotAppended { .. })), "{answer:?}");
+        let answer = group(&stream, 4, &Tickets::default()).append(&behind, || true);
+        assert!(matches!(answer, Err(AppendError::NotAppended { .. })), "{answer:?}");
+    }
+
+    #[test]
+    fn an_expired_view_is_not_confirmed() {
+        let (stream, tickets) = (new_stream(), Tickets::default());
+        let group = group(&stream, 4, &tickets);
+        let view = |deadline| View {
+            stream: stream.clone(),
+            version: Version(4),
+            after: None,
+            deadline: Some(deadline),
+        };
+        group.confirm(&view(group.now + Duration::from_secs(1))).expect("is the newest");
+        let answer = group.confirm(&view(group.now));
+        assert!(matches!(answer, Err(AppendError::Unavailable { .. })), "{answer:?}");
+    }
+
+    #[test]
+    fn remembered_tickets_are_bounded_and_the_newest_stay() {
+        let mut tickets = Tickets::default();
+        let newest = new_stream();
+        for n in 0..TICKETS_MAX * 2 {
+            let stream = StreamId::new("order", &n.to_string()).expect("a stream id");
+            tickets.remember([(stream, (Ticket::next(), Version(1)))]);
+        }
+        tickets.remember([(newest.clone(), (Ticket::next(), Version(1)))]);
+        assert!(tickets.newer.len() + tickets.older.len() <= TICKETS_MAX);
+        assert!(tickets.at(&newest, Version(1)).is_some());
+    }
+}
