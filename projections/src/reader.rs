@@ -14,11 +14,19 @@ use crate::projection::ProjectionBatch;
 
 /// Messages read ahead of the worker.
 const READ_AHEAD_MESSAGES_MAX: usize = 8;
+/// Shortest wait before an unavailable source is asked again.
+const SOURCE_WAIT_MIN: Duration = Duration::from_millis(10);
 /// Longest wait before an unavailable source is asked again, whatever it says.
 const SOURCE_WAIT_MAX: Duration = Duration::from_secs(1);
 
 type Received = Result<SourceMessage, ReadError>;
-type StartRequest = (Partition, Option<Cursor>, oneshot::Sender<Result<(), ReadError>>);
+
+/// What the worker asks of the pump.
+enum Request {
+    Start(Partition, Option<Cursor>, oneshot::Sender<Result<(), ReadError>>),
+    /// The last change of partitions has been dealt with.
+    Settled,
+}
 
 /// What the worker has to do next.
 #[derive(Debug)]
@@ -43,9 +51,11 @@ pub(crate) struct RoundLimit {
 /// The worker's end of the pump. Dropped, it ends the subscription.
 pub(crate) struct Reader {
     received: mpsc::Receiver<Received>,
-    starts: mpsc::Sender<StartRequest>,
+    requests: mpsc::Sender<Request>,
     pump: JoinHandle<()>,
     clock: Arc<dyn Clock>,
+    /// Whether the pump waits for [`Request::Settled`].
+    is_unsettled: bool,
     /// Received and not yet handed out: batches first, then what ended them.
     waiting: VecDeque<Received>,
     round: ProjectionBatch,
@@ -62,10 +72,19 @@ impl Drop for Reader {
 impl Reader {
     pub(crate) fn new(subscription: Box<dyn Subscription>, clock: Arc<dyn Clock>) -> Self {
         let (sender, received) = mpsc::channel(READ_AHEAD_MESSAGES_MAX);
-        let (starts, start_requests) = mpsc::channel(1);
-        let pump = tokio::spawn(pump(subscription, sender, start_requests, clock.clone()));
-        let (waiting, round) = (VecDeque::new(), ProjectionBatch::default());
-        Self { received, starts, pump, clock, waiting, round, idle_since: None }
+        let (requests, asked) = mpsc::channel(1);
+        let pump = Pump { subscription, requests: asked };
+        let pump = tokio::spawn(pump.run(sender, clock.clone()));
+        Self {
+            received,
+            requests,
+            pump,
+            clock,
+            is_unsettled: false,
+            waiting: VecDeque::new(),
+            round: ProjectionBatch::default(),
+            idle_since: None,
+        }
     }
 
     /// Delivers an assigned partition from the cursor on.
@@ -76,13 +95,18 @@ impl Reader {
     ) -> Result<(), ReadError> {
         let (answer, answered) = oneshot::channel();
         let ended = || ReadError::unavailable(Duration::ZERO, "the subscription has ended");
-        self.starts.send((partition, from, answer)).await.map_err(|_| ended())?;
+        let request = Request::Start(partition, from, answer);
+        self.requests.send(request).await.map_err(|_| ended())?;
         answered.await.map_err(|_| ended())?
     }
 
     /// The next thing to do: one event when there is no more, up to the limit when there is.
-    /// Cancel-safe.
+    /// Cancel-safe. To call it says that the message before has been dealt with.
     pub(crate) async fn next(&mut self, limit: RoundLimit) -> Result<Message, ReadError> {
+        if self.is_unsettled && self.requests.send(Request::Settled).await.is_err() {
+            return Ok(Message::Closed);
+        }
+        self.is_unsettled = false;
         loop {
             self.gather(limit);
             let ended = !self.waiting.is_empty() && !self.round.batches().is_empty();
@@ -91,13 +115,15 @@ impl Reader {
             }
             match self.waiting.pop_front() {
                 Some(Ok(SourceMessage::Assigned(partitions))) => {
+                    self.is_unsettled = true;
                     return Ok(Message::Assigned(partitions));
                 }
                 Some(Ok(SourceMessage::Revoked(partitions))) => {
+                    self.is_unsettled = true;
                     return Ok(Message::Revoked(partitions));
                 }
-                Some(Ok(batch)) => self.waiting.push_front(Ok(batch)),
                 Some(Err(error)) => return Err(error),
+                Some(batch) => self.waiting.push_front(batch),
                 None => match self.wait(limit.idle).await {
                     Waited::Received(message) => self.waiting.push_back(message),
                     Waited::Idle => return Ok(self.close_round()),
@@ -154,49 +180,52 @@ enum Waited {
     Closed,
 }
 
-/// Reads ahead until the reader is dropped or the source has diverged. Requests to start a partition
-/// come before reading on, also while the worker is busy and nothing more fits.
-async fn pump(
-    mut subscription: Box<dyn Subscription>,
-    messages: mpsc::Sender<Received>,
-    mut starts: mpsc::Receiver<StartRequest>,
-    clock: Arc<dyn Clock>,
-) {
-    loop {
-        let permit = tokio::select! {
-            biased;
-            Some(request) = starts.recv() => {
-                start(&mut *subscription, request).await;
-                continue;
-            }
-            permit = messages.reserve() => permit,
-        };
-        // The reader is gone.
-        let Ok(permit) = permit else { return };
-        let message = tokio::select! {
-            biased;
-            Some(request) = starts.recv() => {
-                drop(permit);
-                start(&mut *subscription, request).await;
-                continue;
-            }
-            message = subscription.next() => message,
-        };
-        let pause = match &message {
-            Ok(_) => None,
-            Err(ReadError::Unavailable { retry_after, .. }) => Some(*retry_after),
-            Err(ReadError::Diverged { .. }) => return permit.send(message),
-        };
-        permit.send(message);
-        if let Some(pause) = pause {
-            // An answer of "at once" must not become a busy loop.
-            clock.sleep(pause.clamp(Duration::from_millis(10), SOURCE_WAIT_MAX)).await;
-        }
-    }
+/// The reading side, a task of its own.
+struct Pump {
+    subscription: Box<dyn Subscription>,
+    requests: mpsc::Receiver<Request>,
 }
 
-async fn start(subscription: &mut dyn Subscription, (partition, from, answer): StartRequest) {
-    let started = subscription.start(partition, from).await;
-    // Nobody waits any more: the reader is being dropped.
-    drop(answer.send(started));
+impl Pump {
+    /// Reads ahead until the reader is dropped or the source has diverged.
+    ///
+    /// It does not read past a change of partitions before the worker has dealt with it: the source
+    /// takes the next read for a sign of that, and gives a revoked partition away. Else the worker
+    /// could take a partition that already is another's, or take what was read under an earlier
+    /// assignment for the present one's.
+    async fn run(mut self, messages: mpsc::Sender<Received>, clock: Arc<dyn Clock>) {
+        loop {
+            // The reader is gone.
+            let Ok(permit) = messages.reserve().await else { return };
+            let message = self.subscription.next().await;
+            let (pause, is_change) = match &message {
+                Ok(message) => (None, !matches!(message, SourceMessage::Batch(_))),
+                Err(ReadError::Unavailable { retry_after, .. }) => (Some(*retry_after), false),
+                Err(ReadError::Diverged { .. }) => return permit.send(message),
+            };
+            permit.send(message);
+            if is_change && !self.settle().await {
+                return;
+            }
+            if let Some(pause) = pause {
+                // An answer of "at once" must not become a busy loop.
+                clock.sleep(pause.clamp(SOURCE_WAIT_MIN, SOURCE_WAIT_MAX)).await;
+            }
+        }
+    }
+
+    /// Serves the worker until it has dealt with a change of partitions. `false`: it is gone.
+    async fn settle(&mut self) -> bool {
+        loop {
+            match self.requests.recv().await {
+                Some(Request::Start(partition, from, answer)) => {
+                    let started = self.subscription.start(partition, from).await;
+                    // Nobody waits any more: the reader is being dropped.
+                    drop(answer.send(started));
+                }
+                Some(Request::Settled) => return true,
+                None => return false,
+            }
+        }
+    }
 }
