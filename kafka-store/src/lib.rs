@@ -10,11 +10,42 @@
 //! - [`identity`]: whether this is still the log that a stored position came from;
 //! - [`writer`]: the state machine of the single writer of one partition;
 //! - [`tail`]: proven events that are not yet in the index.
+//!
+//! Around it is what touches brokers and databases. [`KafkaStore`] opens a log named by a
+//! [`KafkaConfig`] and is an [`EventStore`](kafold_core::EventStore); [`KafkaSource`] is the
+//! [`EventSource`](kafold_core::EventSource) of the same log:
+//!
+//! - [`config`]: the log's URL and the limits; [`error`]: why it cannot be opened;
+//! - `topic`: topics are created safe, unsafe ones are refused by name;
+//! - `driver`: the thread that joins all writers to one `producer`; `reader`: the thread that reads
+//!   the log for them;
+//! - `indexer`: feeds the index behind the write; `loader`: streams from index and tail;
+//! - [`store`], [`source`]: the two seams.
 
+mod client;
+pub mod config;
+mod driver;
+pub mod error;
 pub mod fold;
 pub mod identity;
+mod indexer;
+mod inspect;
+mod loader;
 mod mutant;
+mod partition;
 pub mod partitioner;
+mod producer;
+mod reader;
+#[cfg(test)]
+mod sim;
+pub mod source;
+pub mod store;
 pub mod tail;
+mod topic;
 pub mod wire;
 pub mod writer;
+
+pub use config::{KafkaConfig, Limits};
+pub use error::{ConfigError, OpenError};
+pub use source::KafkaSource;
+pub use store::KafkaStore;

@@ -1,0 +1,211 @@
+//! What all clients of the broker share: their log lines, their errors, and questions that need no
+//! assignment.
+
+use std::error::Error;
+use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
+
+use kafold_core::{Offset, Partition};
+use rdkafka::client::ClientContext;
+use rdkafka::config::{FromClientConfigAndContext, RDKafkaLogLevel};
+use rdkafka::consumer::{BaseConsumer, Consumer, ConsumerContext};
+use rdkafka::error::{KafkaError, KafkaResult, RDKafkaErrorCode};
+use rdkafka::statistics::Statistics;
+
+use crate::config::KafkaConfig;
+use crate::error::OpenError;
+
+/// Turns what librdkafka says into `tracing` events and remembers its last complaint, which says
+/// why a question was never answered.
+#[derive(Default)]
+pub(crate) struct Context {
+    last: Mutex<Option<KafkaError>>,
+}
+
+impl Context {
+    pub(crate) fn last_error(&self) -> Option<KafkaError> {
+        self.last.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+}
+
+impl ClientContext for Context {
+    fn log(&self, level: RDKafkaLogLevel, facility: &str, message: &str) {
+        log(level, facility, message);
+    }
+
+    fn stats(&self, _: Statistics) {}
+
+    fn error(&self, error: KafkaError, reason: &str) {
+        tracing::debug!(%error, reason, "kafka client");
+        *self.last.lock().unwrap_or_else(PoisonError::into_inner) = Some(error);
+    }
+}
+
+impl ConsumerContext for Context {}
+
+/// librdkafka repeats itself at every attempt to reconnect: what matters is told once by those who
+/// see the state change, so its own lines stay below `warn`.
+pub(crate) fn log(level: RDKafkaLogLevel, facility: &str, message: &str) {
+    match level {
+        RDKafkaLogLevel::Emerg | RDKafkaLogLevel::Alert | RDKafkaLogLevel::Critical => {
+            tracing::error!(target: "librdkafka", facility, "{message}");
+        }
+        RDKafkaLogLevel::Debug => tracing::trace!(target: "librdkafka", facility, "{message}"),
+        _ => tracing::debug!(target: "librdkafka", facility, "{message}"),
+    }
+}
+
+/// A topic as the brokers describe it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct TopicShape {
+    pub(crate) partitions: u32,
+    /// Copies of the partition that has fewest.
+    pub(crate) replicas: usize,
+    /// Whether every partition has a leader now.
+    pub(crate) led: bool,
+}
+
+/// Asks brokers; every call blocks for at most the request timeout.
+pub(crate) struct Inquirer {
+    client: BaseConsumer<Context>,
+    timeout: Duration,
+}
+
+impl Inquirer {
+    pub(crate) fn new(config: &KafkaConfig) -> KafkaResult<Self> {
+        let client = BaseConsumer::from_config_and_context(&config.inquirer(), Context::default())?;
+        Ok(Self { client, timeout: config.limits.request_timeout })
+    }
+
+    /// What the client last complained about, for when a question was not answered.
+    pub(crate) fn last_error(&self) -> Option<KafkaError> {
+        self.client.context().last_error()
+    }
+
+    /// The shape of a topic, if it exists, and how many brokers there are.
+    pub(crate) fn topic(&self, topic: &str) -> KafkaResult<(Option<TopicShape>, usize)> {
+        self.topic_within(topic, self.timeout)
+    }
+
+    pub(crate) fn topic_within(
+        &self,
+        topic: &str,
+        timeout: Duration,
+    ) -> KafkaResult<(Option<TopicShape>, usize)> {
+        let metadata = self.client.fetch_metadata(Some(topic), timeout);
+        self.serve();
+        let metadata = metadata?;
+        let brokers = metadata.brokers().len();
+        let Some(found) = metadata.topics().iter().find(|found| found.name() == topic) else {
+            return Ok((None, brokers));
+        };
+        if let Some(error) = found.error() {
+            return match RDKafkaErrorCode::from(error) {
+                RDKafkaErrorCode::UnknownTopicOrPartition | RDKafkaErrorCode::UnknownTopic => {
+                    Ok((None, brokers))
+                }
+                code => Err(KafkaError::MetadataFetch(code)),
+            };
+        }
+        let partitions = found.partitions();
+        let shape = TopicShape {
+            partitions: u32::try_from(partitions.len()).unwrap_or(u32::MAX),
+            replicas: partitions.iter().map(|p| p.replicas().len()).min().unwrap_or(0),
+            led: !partitions.is_empty() && partitions.iter().all(|p| p.leader() >= 0),
+        };
+        Ok((Some(shape), brokers))
+    }
+
+    /// The first and the next offset of a partition, asked of its leader.
+    pub(crate) fn ends(&self, topic: &str, partition: Partition) -> KafkaResult<(Offset, Offset)> {
+        self.ends_within(topic, partition, self.timeout)
+    }
+
+    pub(crate) fn ends_within(
+        &self,
+        topic: &str,
+        partition: Partition,
+        timeout: Duration,
+    ) -> KafkaResult<(Offset, Offset)> {
+        let ends = self.client.fetch_watermarks(topic, raw_partition(partition), timeout);
+        self.serve();
+        let (start, end) = ends?;
+        Ok((offset(start)?, offset(end)?))
+    }
+
+    /// Hands the client's log lines and errors to its context.
+    fn serve(&self) {
+        while let Some(event) = self.client.poll(Duration::ZERO) {
+            drop(event);
+        }
+    }
+}
+
+/// librdkafka's number of a partition; ours are at most [`crate::config::PARTITIONS_MAX`].
+pub(crate) fn raw_partition(partition: Partition) -> i32 {
+    i32::try_from(partition.0).unwrap_or(i32::MAX)
+}
+
+/// An offset of librdkafka's, of which the negative ones are no places.
+pub(crate) fn offset(raw: i64) -> KafkaResult<Offset> {
+    let invalid = |_| KafkaError::OffsetFetch(RDKafkaErrorCode::NoOffset);
+    u64::try_from(raw).map(Offset).map_err(invalid)
+}
+
+/// What a failed question means at start: wait, or give up with a remedy.
+pub(crate) fn open_error(
+    config: &KafkaConfig,
+    doing: impl Into<String>,
+    error: KafkaError,
+    complaint: Option<KafkaError>,
+) -> OpenError {
+    let (brokers, doing) = (config.brokers.clone(), doing.into());
+    let permanent = |error: &KafkaError| code(error).and_then(remedy);
+    let complained = complaint.as_ref().and_then(permanent).map(str::to_owned);
+    match permanent(&error).map(str::to_owned).or(complained) {
+        Some(remedy) => {
+            OpenError::Refused { brokers, doing, remedy, cause: cause(error, complaint) }
+        }
+        None => OpenError::Unavailable { brokers, doing, cause: cause(error, complaint) },
+    }
+}
+
+fn code(error: &KafkaError) -> Option<RDKafkaErrorCode> {
+    match error {
+        KafkaError::AdminOp(code) => Some(*code),
+        other => other.rdkafka_error_code(),
+    }
+}
+
+/// The error with the client's last complaint, which often says more.
+fn cause(error: KafkaError, complaint: Option<KafkaError>) -> kafold_core::store::Cause {
+    let cause: Box<dyn Error + Send + Sync> = match complaint {
+        Some(complaint) if complaint != error => format!("{error} ({complaint})").into(),
+        _ => Box::new(error),
+    };
+    cause.into()
+}
+
+/// What to do about an error that does not go away by itself.
+fn remedy(code: RDKafkaErrorCode) -> Option<&'static str> {
+    use RDKafkaErrorCode as C;
+    Some(match code {
+        C::TopicAuthorizationFailed => {
+            "allow this user Describe, DescribeConfigs, Read and Write on the topic"
+        }
+        C::ClusterAuthorizationFailed => {
+            "allow this user Create and IdempotentWrite on the cluster, or create the topics"
+        }
+        C::GroupAuthorizationFailed => "allow this user Read on the consumer group NAME.reader",
+        C::Authentication | C::SaslAuthenticationFailed | C::SSL => {
+            "check the librdkafka.sasl.* and librdkafka.ssl.* options of the URL"
+        }
+        C::InvalidReplicationFactor => "set ?replication= to at most the number of brokers",
+        C::InvalidTopic => "choose another log name",
+        C::PolicyViolation | C::InvalidConfig => {
+            "create the topic by hand as the broker's policy wants it"
+        }
+        C::UnsupportedVersion => "use a broker of Kafka 2.8 or newer",
+        _ => return None,
+    })
+}

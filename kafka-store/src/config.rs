@@ -1,0 +1,462 @@
+//! Where the log is and how it is used.
+
+use std::collections::BTreeSet;
+use std::str::FromStr;
+use std::time::Duration;
+
+use percent_encoding::percent_decode_str;
+use rdkafka::ClientConfig;
+use rdkafka::error::KafkaError;
+
+use crate::error::ConfigError;
+
+/// Most partitions a log may have: every one costs a writer, a tail and a row.
+pub const PARTITIONS_MAX: u32 = 1_000;
+/// Longest name of a log, in bytes.
+pub const NAME_BYTES_MAX: usize = 101;
+/// Shortest time in which a record must be allowed to reach the log: below it every hiccup of a
+/// broker would cost a new claim.
+pub const MESSAGE_TIMEOUT_MIN: Duration = Duration::from_secs(5);
+
+/// A log on Kafka: `kafka://HOST:PORT[,HOST:PORT]/NAME?partitions=N&replication=R`.
+///
+/// Also `librdkafka.KEY=VALUE` for any setting of the client that the protocol does not rely on, and
+/// `allow_unsafe=SETTING` to accept one unsafe setting of an existing topic. Values are
+/// percent-decoded.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct KafkaConfig {
+    /// `HOST:PORT[,HOST:PORT]`: where to find the cluster.
+    pub brokers: String,
+    /// The log's name: its topics are `NAME.events`, `NAME.commands` and `NAME.replies`.
+    pub name: String,
+    /// Partitions of the log; an existing topic must have as many. New topics have 12 by default.
+    pub partitions: Option<u32>,
+    /// Copies of each partition of a new topic; 3, or one a broker if there are fewer, by default.
+    pub replication: Option<u16>,
+    /// Unsafe settings of an existing topic that are accepted by name.
+    pub allow_unsafe: BTreeSet<String>,
+    /// Settings of librdkafka, none of which the protocol relies on.
+    pub librdkafka: Vec<(String, String)>,
+    /// Limits on queues, batches and waits.
+    pub limits: Limits,
+}
+
+/// Limits on every queue, batch and wait of the store, and what happens when they are reached.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Limits {
+    /// Submissions that may wait for the driver; one more is answered `Unavailable` at once.
+    /// Default 16 384.
+    pub queued_submissions_max: usize,
+    /// Proven events of a partition kept in memory until the index has them; above it submissions
+    /// are answered `Unavailable`. Default 20 000.
+    pub tail_events_max: usize,
+    /// Events in one index batch. Default 2 000.
+    pub index_batch_events_max: usize,
+    /// Index batches in flight over all partitions. Default 4.
+    pub index_batches_max: usize,
+    /// Loads that one query to the index gathers. Default 256.
+    pub load_requests_max: usize,
+    /// Loads waiting for the index; one more is answered `Unavailable`. Default 4 096.
+    pub queued_loads_max: usize,
+    /// Events of a stream loaded at once; longer streams are paged. Default 1 000.
+    pub page_events_max: usize,
+    /// Records of one read from the log. Default 2 000.
+    pub read_records_max: usize,
+    /// Bytes of one read from the log, exceeded by at most one record. Default 4 MiB.
+    pub read_bytes_max: usize,
+    /// Memory for records fetched ahead, in KiB a client. Default 16 384.
+    pub fetch_ahead_kib: usize,
+    /// How long one question to a broker may take. Default 5 s.
+    pub request_timeout: Duration,
+    /// How long a record may take into the log before its fate is in doubt and the partition is
+    /// claimed anew. Default 5 min: shorter than that, a broker that returns needs no new claim.
+    pub message_timeout: Duration,
+    /// How often an idle partition is compared with the end of the log. Default 2 s.
+    pub watch_interval: Duration,
+    /// How long a graceful stop may take. Default 10 s.
+    pub shutdown_timeout: Duration,
+    /// How long a log end that is too low is looked at again before it is believed. Default 30 s.
+    pub low_end_patience: Duration,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            queued_submissions_max: 16_384,
+            tail_events_max: 20_000,
+            index_batch_events_max: 2_000,
+            index_batches_max: 4,
+            load_requests_max: 256,
+            queued_loads_max: 4_096,
+            page_events_max: 1_000,
+            read_records_max: 2_000,
+            read_bytes_max: 4 << 20,
+            fetch_ahead_kib: 16_384,
+            request_timeout: Duration::from_secs(5),
+            message_timeout: Duration::from_secs(300),
+            watch_interval: Duration::from_secs(2),
+            shutdown_timeout: Duration::from_secs(10),
+            low_end_patience: Duration::from_secs(30),
+        }
+    }
+}
+
+impl KafkaConfig {
+    /// The topic that holds the events, and nothing but events, claims and barriers.
+    pub fn events_topic(&self) -> String {
+        format!("{}.events", self.name)
+    }
+
+    /// The topic for commands that arrive on a node that does not own their stream.
+    pub fn commands_topic(&self) -> String {
+        format!("{}.commands", self.name)
+    }
+
+    /// The topic for the answers to them.
+    pub fn replies_topic(&self) -> String {
+        format!("{}.replies", self.name)
+    }
+
+    /// Settings of every client. The caller's come first: what the protocol relies on wins.
+    fn client(&self) -> ClientConfig {
+        let mut config = ClientConfig::new();
+        config
+            .set("client.id", "kafold")
+            .set("socket.nagle.disable", "true")
+            // A frozen broker is given up after this, and its partitions' new leader is asked.
+            .set("socket.timeout.ms", "10000")
+            .set("reconnect.backoff.ms", "50")
+            .set("reconnect.backoff.max.ms", "1000");
+        for (key, value) in &self.librdkafka {
+            config.set(key, value);
+        }
+        config.set("bootstrap.servers", &self.brokers);
+        config
+    }
+
+    /// Settings of the one producer; `record_bytes_max` is the topic's `max.message.bytes`.
+    pub(crate) fn producer(&self, record_bytes_max: usize) -> ClientConfig {
+        let mut config = self.client();
+        // Batches form by themselves under load.
+        if config.get("linger.ms").is_none() && config.get("queue.buffering.max.ms").is_none() {
+            config.set("linger.ms", "0");
+        }
+        config.set("message.timeout.ms", self.limits.message_timeout.as_millis().to_string());
+        config
+            .set("enable.idempotence", "true")
+            .set("acks", "all")
+            .set("message.max.bytes", record_bytes_max.to_string());
+        config
+    }
+
+    /// Settings of a client that only asks: metadata and the ends of partitions.
+    pub(crate) fn inquirer(&self) -> ClientConfig {
+        let mut config = self.client();
+        // Read committed would report the last stable offset as the end.
+        config.set("isolation.level", "read_uncommitted").set("allow.auto.create.topics", "false");
+        config
+    }
+
+    /// Settings of a client that reads partitions assigned by hand.
+    ///
+    /// A fetch waits `fetch_wait` for new records, and a partition that is added meanwhile waits
+    /// with it.
+    pub(crate) fn reader(&self, fetch_wait: Duration) -> ClientConfig {
+        let mut config = self.inquirer();
+        config
+            // librdkafka wants one; nothing is ever committed to it, nobody joins it.
+            .set("group.id", format!("{}.reader", self.name))
+            .set("enable.auto.commit", "false")
+            .set("enable.auto.offset.store", "false")
+            .set("auto.offset.reset", "error")
+            .set("check.crcs", "true")
+            .set("enable.partition.eof", "true")
+            // The default of 1 000 stalls long reads.
+            .set("fetch.queue.backoff.ms", "10")
+            .set("fetch.wait.max.ms", fetch_wait.as_millis().to_string())
+            .set("fetch.min.bytes", "1")
+            .set("queued.max.messages.kbytes", self.limits.fetch_ahead_kib.to_string());
+        config
+    }
+}
+
+impl FromStr for KafkaConfig {
+    type Err = ConfigError;
+
+    // By hand: a general parser takes a list of hosts for an invalid port.
+    fn from_str(url: &str) -> Result<Self, ConfigError> {
+        let rest = url
+            .strip_prefix("kafka://")
+            .ok_or_else(|| ConfigError::Scheme { url: url.chars().take(60).collect() })?;
+        let (place, query) = rest.split_once('?').unwrap_or((rest, ""));
+        let (brokers, name) = place.split_once('/').unwrap_or((place, ""));
+        check_brokers(brokers)?;
+        check_name(name)?;
+        let mut config = Self {
+            brokers: brokers.into(),
+            name: name.into(),
+            partitions: None,
+            replication: None,
+            allow_unsafe: BTreeSet::new(),
+            librdkafka: Vec::new(),
+            limits: Limits::default(),
+        };
+        for option in query.split('&').filter(|option| !option.is_empty()) {
+            let (key, value) = option.split_once('=').unwrap_or((option, ""));
+            config.set_option(key, value)?;
+        }
+        config.check_librdkafka()?;
+        Ok(config)
+    }
+}
+
+impl KafkaConfig {
+    fn set_option(&mut self, key: &str, raw: &str) -> Result<(), ConfigError> {
+        let invalid = |expected: String| ConfigError::Value {
+            option: key.into(),
+            value: raw.chars().take(60).collect(),
+            expected,
+        };
+        let value = percent_decode_str(raw)
+            .decode_utf8()
+            .map_err(|_| invalid("UTF-8 when percent-decoded".into()))?;
+        match key {
+            "partitions" => {
+                let within = |count: &u32| (1..=PARTITIONS_MAX).contains(count);
+                let count = value.parse().ok().filter(within);
+                let expected = || invalid(format!("a number from 1 to {PARTITIONS_MAX}"));
+                self.partitions = Some(count.ok_or_else(expected)?);
+            }
+            "replication" => {
+                let count = value.parse().ok().filter(|count| (1..=100).contains(count));
+                let expected = || invalid("a number from 1 to 100".into());
+                self.replication = Some(count.ok_or_else(expected)?);
+            }
+            "allow_unsafe" => {
+                if !crate::topic::UNSAFE_SETTINGS.contains(&&*value) {
+                    return Err(invalid(crate::topic::UNSAFE_SETTINGS.join(" or ")));
+                }
+                self.allow_unsafe.insert(value.into_owned());
+            }
+            _ => match key.strip_prefix("librdkafka.") {
+                Some(setting) => self.set_librdkafka(setting, &value)?,
+                None => return Err(ConfigError::UnknownOption(key.chars().take(60).collect())),
+            },
+        }
+        Ok(())
+    }
+
+    fn set_librdkafka(&mut self, key: &str, value: &str) -> Result<(), ConfigError> {
+        if let Some(why) = why_forbidden(key) {
+            return Err(ConfigError::Forbidden { key: key.into(), why });
+        }
+        if matches!(key, "message.timeout.ms" | "delivery.timeout.ms") {
+            let least = MESSAGE_TIMEOUT_MIN.as_millis() as u64;
+            let milliseconds = value.parse::<u64>().ok().filter(|ms| (*ms == 0) || *ms >= least);
+            self.limits.message_timeout =
+                milliseconds.map(Duration::from_millis).ok_or_else(|| ConfigError::Value {
+                    option: format!("librdkafka.{key}"),
+                    value: value.into(),
+                    expected: format!("0 (never) or at least {least} milliseconds"),
+                })?;
+            return Ok(());
+        }
+        self.librdkafka.push((key.into(), value.into()));
+        Ok(())
+    }
+
+    /// Lets librdkafka itself judge the settings, without connecting.
+    fn check_librdkafka(&self) -> Result<(), ConfigError> {
+        match self.client().create_native_config() {
+            Ok(_) => Ok(()),
+            Err(KafkaError::ClientConfig(_, reason, key, value)) => {
+                Err(ConfigError::Librdkafka { key, value, reason })
+            }
+            Err(other) => Err(ConfigError::Librdkafka {
+                key: "settings".into(),
+                value: String::new(),
+                reason: other.to_string(),
+            }),
+        }
+    }
+}
+
+fn check_brokers(brokers: &str) -> Result<(), ConfigError> {
+    if brokers.is_empty() {
+        return Err(ConfigError::NoBroker);
+    }
+    for broker in brokers.split(',') {
+        let wrong = |problem| {
+            let broker = broker.chars().take(60).collect();
+            Err(ConfigError::Broker { broker, problem })
+        };
+        // The last colon: an IPv6 address in brackets has more of them.
+        let Some((host, port)) = broker.rsplit_once(':') else { return wrong("has no port") };
+        if host.is_empty() {
+            return wrong("has no host");
+        }
+        let host_is_plain = |c: char| c.is_ascii_alphanumeric() || "-_.:[]".contains(c);
+        if !host.chars().all(host_is_plain) {
+            return wrong("has a character that no host name has");
+        }
+        if !port.bytes().all(|b| b.is_ascii_digit()) || !matches!(port.parse(), Ok(1..=65535u32)) {
+            return wrong("has no port from 1 to 65535");
+        }
+    }
+    Ok(())
+}
+
+fn check_name(name: &str) -> Result<(), ConfigError> {
+    if name.is_empty() {
+        return Err(ConfigError::NoName);
+    }
+    let first_is_letter = name.starts_with(|c: char| c.is_ascii_lowercase());
+    let plain = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b"_.-".contains(&b);
+    if !first_is_letter || name.len() > NAME_BYTES_MAX || !name.bytes().all(plain) {
+        return Err(ConfigError::Name(name.chars().take(NAME_BYTES_MAX + 1).collect()));
+    }
+    Ok(())
+}
+
+/// What would break if a caller set this setting of librdkafka.
+fn why_forbidden(key: &str) -> Option<&'static str> {
+    Some(match key {
+        "bootstrap.servers" | "metadata.broker.list" => "the URL's host part names the brokers",
+        "acks" | "request.required.acks" => {
+            "an append is acknowledged only when all in-sync replicas have it"
+        }
+        "enable.idempotence" | "max.in.flight" | "max.in.flight.requests.per.connection" => {
+            "the records of a partition must reach the log in order"
+        }
+        "retries" | "message.send.max.retries" => {
+            "giving up early turns every hiccup into a new claim"
+        }
+        "transactional.id" | "transaction.timeout.ms" => {
+            "the log itself arbitrates between writers, transactions are not used"
+        }
+        "isolation.level" => "the end of the log must be its last record",
+        "auto.offset.reset" => "a missing offset must be an error, never skipped over",
+        "partitioner" => "the store computes the partition of a stream itself",
+        "enable.gapless.guarantee" => "it turns one partition's failure into a fatal error for all",
+        "queuing.strategy" => "the records of a partition must leave in order",
+        "delivery.report.only.error" => "every delivery report is needed as proof",
+        "message.max.bytes" => "it follows the topic's max.message.bytes",
+        "check.crcs" | "enable.partition.eof" => "the reader relies on it",
+        "enable.auto.commit"
+        | "auto.commit.enable"
+        | "enable.auto.offset.store"
+        | "auto.commit.interval.ms"
+        | "group.id"
+        | "group.instance.id"
+        | "group.protocol" => "offsets are never kept in a consumer group",
+        "allow.auto.create.topics" => "topics are made by the store, with safe settings",
+        "queued.max.messages.kbytes"
+        | "fetch.queue.backoff.ms"
+        | "fetch.wait.max.ms"
+        | "fetch.min.bytes" => "the reader's budget of memory and time rests on it",
+        _ if key.starts_with("test.") => "it replaces the real cluster",
+        _ => return None,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(url: &str) -> Result<KafkaConfig, ConfigError> {
+        url.parse()
+    }
+
+    /// The error's text holds each of the words.
+    fn refused(url: &str, words: &[&str]) {
+        let text = parse(url).expect_err(url).to_string();
+        for word in words {
+            assert!(text.contains(word), "{url}: {text:?} does not say {word:?}");
+        }
+    }
+
+    #[test]
+    fn a_url_names_brokers_log_and_options() {
+        let url = "kafka://a:1,[::1]:2/shop-1.eu?partitions=3&replication=2\
+            &allow_unsafe=retention.ms&librdkafka.client.id=x%26y&librdkafka.message.timeout.ms=9000";
+        let config = parse(url).expect("valid");
+        assert_eq!(config.brokers, "a:1,[::1]:2");
+        assert_eq!(config.events_topic(), "shop-1.eu.events");
+        assert_eq!((config.partitions, config.replication), (Some(3), Some(2)));
+        assert!(config.allow_unsafe.contains("retention.ms"));
+        assert_eq!(config.librdkafka, [("client.id".to_owned(), "x&y".to_owned())]);
+        assert_eq!(config.limits.message_timeout, Duration::from_secs(9));
+        assert_eq!(config.producer(1_000).get("client.id"), Some("x&y"));
+        assert_eq!(config.producer(1_000).get("message.timeout.ms"), Some("9000"));
+    }
+
+    #[test]
+    fn a_url_without_a_place_is_refused_by_its_part() {
+        refused("postgres://a/b", &["postgres://a/b", "kafka://"]);
+        refused("kafka://", &["no broker"]);
+        refused("kafka:///orders", &["no broker"]);
+        refused("kafka://a:1", &["names no log", "/NAME"]);
+        refused("kafka://a:1/", &["names no log"]);
+        refused("kafka://a/orders", &["\"a\"", "no port"]);
+        refused("kafka://a:1,b/orders", &["\"b\"", "no port"]);
+        refused("kafka://:1/orders", &["no host"]);
+        for port in ["0", "65536", "x", "", "+1", "99999999999"] {
+            refused(&format!("kafka://a:{port}/orders"), &["1 to 65535"]);
+        }
+        refused("kafka://user@a:1/orders", &["user@a"]);
+        let long = "n".repeat(NAME_BYTES_MAX + 1);
+        for name in ["Orders", "1a", "a b", "a/b", "-a", &long] {
+            refused(&format!("kafka://a:1/{name}"), &["[a-z]"]);
+        }
+        assert!(parse(&format!("kafka://a:1/{}", "n".repeat(NAME_BYTES_MAX))).is_ok());
+    }
+
+    #[test]
+    fn options_that_mean_nothing_are_refused_by_name() {
+        refused("kafka://a:1/o?partition=3", &["\"partition\"", "partitions"]);
+        for count in ["0", "1001", "x", "-1", ""] {
+            refused(&format!("kafka://a:1/o?partitions={count}"), &["partitions", "1 to 1000"]);
+        }
+        refused("kafka://a:1/o?replication=0", &["replication", "1 to 100"]);
+        refused("kafka://a:1/o?allow_unsafe=all", &["allow_unsafe", "\"all\"", "retention.ms"]);
+        refused("kafka://a:1/o?librdkafka.linger.mss=1", &["linger.mss"]);
+        refused("kafka://a:1/o?librdkafka.linger.ms=soon", &["linger.ms", "soon"]);
+        refused("kafka://a:1/o?librdkafka.message.timeout.ms=10", &["message.timeout.ms", "5000"]);
+        refused("kafka://a:1/o?librdkafka.client.id=%ff", &["client.id", "UTF-8"]);
+    }
+
+    #[test]
+    fn settings_that_would_break_the_protocol_are_refused_by_name() {
+        let forbidden = [
+            "acks",
+            "request.required.acks",
+            "enable.idempotence",
+            "transactional.id",
+            "isolation.level",
+            "auto.offset.reset",
+            "partitioner",
+            "enable.gapless.guarantee",
+            "message.max.bytes",
+            "delivery.report.only.error",
+            "queuing.strategy",
+            "bootstrap.servers",
+            "test.mock.num.brokers",
+        ];
+        for key in forbidden {
+            refused(&format!("kafka://a:1/o?librdkafka.{key}=1"), &[key, "may not be set"]);
+        }
+    }
+
+    #[test]
+    fn what_the_protocol_relies_on_wins_over_everything() {
+        let config = parse("kafka://a:1/o?librdkafka.linger.ms=5").expect("valid");
+        let producer = config.producer(1_000_000);
+        assert_eq!(producer.get("acks"), Some("all"));
+        assert_eq!(producer.get("enable.idempotence"), Some("true"));
+        assert_eq!(producer.get("linger.ms"), Some("5"));
+        assert_eq!(producer.get("bootstrap.servers"), Some("a:1"));
+        let reader = config.reader(Duration::from_millis(50));
+        assert_eq!(reader.get("auto.offset.reset"), Some("error"));
+        assert_eq!(reader.get("isolation.level"), Some("read_uncommitted"));
+    }
+}

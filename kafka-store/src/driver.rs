@@ -1,0 +1,570 @@
+//! Joins the writers of all partitions to one producer, on a thread of its own.
+//!
+//! Everything that happens comes in on one channel on which the thread blocks: submissions, delivery
+//! reports, records read, loads. There is no polling on the way of a command; timers are waited for
+//! to the moment.
+
+use std::collections::{HashMap, VecDeque};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::time::{Duration, Instant};
+
+use futures_util::FutureExt;
+use kafold_core::store::{Append, Appended, Outcome, View};
+use kafold_core::{AppendError, Clock, Partition};
+use rdkafka::error::{KafkaError, KafkaResult};
+use tokio::sync::oneshot;
+
+use crate::config::KafkaConfig;
+use crate::identity::IdentityError;
+use crate::loader::Loader;
+use crate::partition::{Reach, Shared};
+use crate::producer::{Producer, Report, Sent, Sink, Tag};
+use crate::reader::{LogReader, ReadFailure};
+use crate::wire::{self, Record};
+use crate::writer::{Input, Output, PartitionWriter, ReportFailure, RequestId, Status};
+
+/// When a caller may try again who found the queue full or the broker away.
+const RETRY_AFTER: Duration = Duration::from_secs(1);
+/// Before a record is offered again to a producer that was full.
+const FULL_RETRY: Duration = Duration::from_millis(1);
+/// Before a producer that could not be made is tried again.
+const PRODUCER_RETRY: Duration = Duration::from_secs(1);
+/// Messages handled before timers are looked at.
+const BURST: usize = 1_024;
+
+type Answer<T> = oneshot::Sender<Result<T, AppendError>>;
+
+/// What the thread is told.
+pub(crate) enum Message {
+    Submit {
+        partition: Partition,
+        append: Append,
+        answer: Answer<Appended>,
+    },
+    Confirm {
+        partition: Partition,
+        view: View,
+        answer: Answer<()>,
+    },
+    Input(Partition, Input),
+    ReadFailed(Partition, ReadFailure),
+    Report(Report),
+    /// Take nothing new and settle what is pending, then tell.
+    Stop(oneshot::Sender<()>),
+    /// End at once.
+    Quit,
+}
+
+/// The handle to the driver's thread.
+#[derive(Clone)]
+pub(crate) struct Driver {
+    messages: Sender<Message>,
+    queued: Arc<AtomicUsize>,
+    queued_max: usize,
+    reach: Arc<Reach>,
+}
+
+impl Driver {
+    /// The handle, and what a thread needs to serve it.
+    pub(crate) fn new(config: &KafkaConfig, reach: Arc<Reach>) -> (Self, Receiver<Message>) {
+        let (messages, inbox) = channel();
+        let queued = Arc::new(AtomicUsize::new(0));
+        let queued_max = config.limits.queued_submissions_max;
+        (Self { messages, queued, queued_max, reach }, inbox)
+    }
+
+    pub(crate) fn submit(&self, partition: Partition, append: Append) -> Outcome<Appended> {
+        let command_id = append.commit.command_id();
+        let unknown = AppendError::OutcomeUnknown { command_id };
+        self.hand_over(unknown, |answer| Message::Submit { partition, append, answer })
+    }
+
+    pub(crate) fn confirm(&self, partition: Partition, view: View) -> Outcome<()> {
+        let closed = AppendError::unavailable(RETRY_AFTER, "the store is closed");
+        self.hand_over(closed, |answer| Message::Confirm { partition, view, answer })
+    }
+
+    /// Sends what waits for an answer; `abandoned` is the answer when the thread ends before.
+    fn hand_over<T: Send + 'static>(
+        &self,
+        abandoned: AppendError,
+        message: impl FnOnce(Answer<T>) -> Message,
+    ) -> Outcome<T> {
+        let refuse = |why: String| -> Outcome<T> {
+            futures_util::future::ready(Err(AppendError::unavailable(RETRY_AFTER, why))).boxed()
+        };
+        if let Some(why) = self.reach.down() {
+            return refuse(why);
+        }
+        if self.queued.fetch_add(1, Ordering::AcqRel) >= self.queued_max {
+            self.queued.fetch_sub(1, Ordering::AcqRel);
+            return refuse(format!("{} submissions wait for the writer", self.queued_max));
+        }
+        let (answer, outcome) = oneshot::channel();
+        if self.messages.send(message(answer)).is_err() {
+            return refuse("the store is closed".into());
+        }
+        outcome.map(move |answered| answered.unwrap_or(Err(abandoned))).boxed()
+    }
+
+    /// Tells the thread something; after its end nobody needs to know.
+    pub(crate) fn tell(&self, message: Message) {
+        let _ = self.messages.send(message);
+    }
+}
+
+impl Sink for Driver {
+    fn report(&self, report: Report) {
+        self.tell(Message::Report(report));
+    }
+
+    fn unreachable(&self, error: KafkaError) {
+        self.reach.lost(&error);
+    }
+}
+
+/// One partition on the driver's thread.
+pub(crate) struct Slot {
+    pub(crate) writer: PartitionWriter,
+    pub(crate) shared: Arc<Shared>,
+    /// Records that found the producer full, in order; later ones queue behind them.
+    blocked: VecDeque<Record>,
+    /// Since when the log has ended below where the writer reads.
+    low_since: Option<Instant>,
+    stopped: bool,
+}
+
+impl Slot {
+    pub(crate) fn new(writer: PartitionWriter, shared: Arc<Shared>) -> Self {
+        Self { writer, shared, blocked: VecDeque::new(), low_since: None, stopped: false }
+    }
+}
+
+enum Pending {
+    Submit { since: Instant, answer: Answer<Appended> },
+    Confirm { since: Instant, answer: Answer<()> },
+}
+
+/// What the driver's thread works with.
+pub(crate) struct Parts {
+    pub(crate) config: KafkaConfig,
+    /// The topic's `max.message.bytes`.
+    pub(crate) record_bytes_max: usize,
+    pub(crate) slots: Vec<Slot>,
+    pub(crate) reader: LogReader,
+    pub(crate) loader: Arc<Loader>,
+    pub(crate) clock: Arc<dyn Clock>,
+}
+
+struct Thread {
+    parts: Parts,
+    driver: Driver,
+    inbox: Receiver<Message>,
+    producer: Option<Producer>,
+    generation: u64,
+    producer_retry: Option<Instant>,
+    pending: HashMap<RequestId, Pending>,
+    last_request: u64,
+    /// Inputs that followed from outputs.
+    follow_ups: VecDeque<(Partition, Input)>,
+    stopping: Option<oneshot::Sender<()>>,
+}
+
+impl Driver {
+    /// Starts the thread; the producer connects by itself.
+    pub(crate) fn start(&self, inbox: Receiver<Message>, parts: Parts) -> KafkaResult<()> {
+        let sink = Arc::new(self.clone());
+        let producer = Producer::start(&parts.config, parts.record_bytes_max, 0, sink)?;
+        let thread = Thread {
+            parts,
+            driver: self.clone(),
+            inbox,
+            producer: Some(producer),
+            generation: 0,
+            producer_retry: None,
+            pending: HashMap::new(),
+            last_request: 0,
+            follow_ups: VecDeque::new(),
+            stopping: None,
+        };
+        std::thread::Builder::new()
+            .name("kafold-driver".into())
+            .spawn(move || thread.run())
+            .map_err(|error| KafkaError::ClientCreation(error.to_string()))?;
+        Ok(())
+    }
+}
+
+impl Thread {
+    fn run(mut self) {
+        loop {
+            match self.wait() {
+                Some(Message::Quit) => return,
+                Some(message) => self.handle(message),
+                None => {}
+            }
+            for _ in 0..BURST {
+                match self.inbox.try_recv() {
+                    Ok(Message::Quit) => return,
+                    Ok(message) => self.handle(message),
+                    Err(_) => break,
+                }
+            }
+            self.tick();
+            self.tell_stopped();
+        }
+    }
+
+    /// The next message, or none when a timer is due.
+    fn wait(&self) -> Option<Message> {
+        let full = self.parts.slots.iter().any(|slot| !slot.blocked.is_empty());
+        let now = self.parts.clock.instant();
+        let retry = (full && self.producer.is_some()).then(|| now + FULL_RETRY);
+        let timers = self.parts.slots.iter().filter_map(|slot| slot.writer.next_wake());
+        let wake = timers.chain(retry).chain(self.producer_retry).min();
+        // The thread holds a sender itself, so that the channel never closes.
+        match wake {
+            None => self.inbox.recv().ok(),
+            Some(wake) => self.inbox.recv_timeout(wake.saturating_duration_since(now)).ok(),
+        }
+    }
+
+    fn handle(&mut self, message: Message) {
+        match message {
+            Message::Submit { partition, append, answer } => {
+                self.driver.queued.fetch_sub(1, Ordering::AcqRel);
+                let since = self.parts.clock.instant();
+                let request = self.register(Pending::Submit { since, answer });
+                self.input(partition, Input::Submit { request, append });
+            }
+            Message::Confirm { partition, view, answer } => {
+                self.driver.queued.fetch_sub(1, Ordering::AcqRel);
+                let since = self.parts.clock.instant();
+                let request = self.register(Pending::Confirm { since, answer });
+                self.input(partition, Input::Confirm { request, view });
+            }
+            Message::Input(partition, input) => {
+                if matches!(input, Input::Records { .. }) {
+                    self.note_progress(partition, &input);
+                }
+                self.input(partition, input);
+            }
+            Message::ReadFailed(partition, failure) => self.read_failed(partition, &failure),
+            Message::Report(report) => self.report(report),
+            Message::Stop(done) => {
+                self.stopping = Some(done);
+                self.input_all(|| Input::Stop);
+            }
+            Message::Quit => {}
+        }
+    }
+
+    fn register(&mut self, pending: Pending) -> RequestId {
+        self.last_request += 1;
+        let request = RequestId(self.last_request);
+        self.pending.insert(request, pending);
+        request
+    }
+
+    fn report(&mut self, report: Report) {
+        let Report { generation, partition, tag, mut result } = report;
+        match &mut result {
+            Ok(_) => self.driver.reach.found(),
+            Err(failure) => {
+                metrics::counter!("kafold_failed_reports_total").increment(1);
+                tracing::debug!(%partition, reason = failure.reason, "record failed");
+                // The producer that failed has been replaced already.
+                failure.fatal &= generation == self.generation;
+            }
+        }
+        let Tag { claim, seq } = tag;
+        self.input(partition, Input::Report { claim, seq, result });
+    }
+
+    fn note_progress(&mut self, partition: Partition, input: &Input) {
+        let (Some(slot), Input::Records { records, end }) = (self.slot(partition), input) else {
+            return;
+        };
+        slot.low_since = None;
+        let mut standing = slot.shared.standing();
+        standing.end = *end;
+        if let Some(last) = records.last() {
+            standing.read = last.offset.plus(1);
+        }
+    }
+
+    /// A log that ends too low may be a stale leader's, for a while.
+    fn read_failed(&mut self, partition: Partition, failure: &ReadFailure) {
+        let now = self.parts.clock.instant();
+        let patience = self.parts.config.limits.low_end_patience;
+        let topic = self.parts.config.events_topic();
+        let Some(slot) = self.slot(partition) else { return };
+        let ReadFailure::OutOfRange { start, end } = *failure else {
+            return self.input(partition, Input::ReadFailed);
+        };
+        let since = *slot.low_since.get_or_insert(now);
+        if now.saturating_duration_since(since) < patience {
+            return self.input(partition, Input::ReadFailed);
+        }
+        let stored = slot.shared.standing().read;
+        let lost = if start.0 > 0 {
+            IdentityError::Trimmed { topic, partition, start }
+        } else {
+            IdentityError::Truncated { topic, partition, end, stored }
+        };
+        self.input(partition, Input::Halt(Arc::new(lost)));
+    }
+
+    fn slot(&mut self, partition: Partition) -> Option<&mut Slot> {
+        self.parts.slots.get_mut(partition.0 as usize)
+    }
+
+    /// Gives the writer its input and does what follows from it.
+    fn input(&mut self, partition: Partition, input: Input) {
+        self.follow_ups.push_back((partition, input));
+        self.follow_up();
+    }
+
+    fn follow_up(&mut self) {
+        while let Some((partition, input)) = self.follow_ups.pop_front() {
+            self.step(partition, input);
+        }
+    }
+
+    fn input_all(&mut self, input: impl Fn() -> Input) {
+        for index in 0..self.parts.slots.len() {
+            let partition = self.parts.slots[index].shared.partition;
+            self.input(partition, input());
+        }
+    }
+
+    fn step(&mut self, partition: Partition, input: Input) {
+        let now = self.parts.clock.instant();
+        let Some(slot) = self.slot(partition) else { return };
+        let mut outputs = Vec::new();
+        slot.writer.handle(now, input, &mut outputs);
+        if outputs.is_empty() {
+            return;
+        }
+        for output in outputs {
+            self.output(partition, output);
+        }
+        if let Some(slot) = self.slot(partition) {
+            slot.shared.standing().status = slot.writer.status();
+        }
+    }
+
+    fn tick(&mut self) {
+        let now = self.parts.clock.instant();
+        if self.producer_retry.is_some_and(|due| due <= now) {
+            self.fresh_producer();
+        }
+        for index in 0..self.parts.slots.len() {
+            let slot = &self.parts.slots[index];
+            let partition = slot.shared.partition;
+            if !slot.blocked.is_empty() {
+                self.unblock(partition);
+            }
+            if self.parts.slots[index].writer.next_wake().is_some_and(|due| due <= now) {
+                self.input(partition, Input::Tick);
+            }
+        }
+        self.follow_up();
+    }
+
+    fn output(&mut self, partition: Partition, output: Output) {
+        match output {
+            Output::Produce(record) => self.produce(partition, record),
+            Output::Read { from, wait } => self.read(partition, from, wait),
+            Output::Load { stream } => self.load(partition, stream),
+            Output::Find { stream, command_id } => self.find(partition, stream, command_id),
+            Output::Proven(proven) => {
+                if let Some(slot) = self.slot(partition) {
+                    slot.shared.tail().push(proven);
+                    slot.shared.advanced.notify_one();
+                }
+            }
+            Output::Appended { request, result } => self.answer_append(request, result),
+            Output::Confirmed { request, result } => self.answer_confirm(request, result),
+            Output::FreshProducer => self.fresh_producer(),
+            Output::Owned(claim) => {
+                let (label, epoch) = (partition.to_string(), claim.epoch.0);
+                metrics::gauge!("kafold_epoch", "partition" => label).set(epoch);
+                metrics::counter!("kafold_claims_total").increment(1);
+                tracing::info!(%partition, epoch, "partition owned");
+            }
+            Output::Doubt(reason) => {
+                metrics::counter!("kafold_doubts_total").increment(1);
+                tracing::warn!(%partition, reason, "in doubt: claiming again");
+            }
+            Output::Superseded(owner) => {
+                metrics::counter!("kafold_superseded_total").increment(1);
+                tracing::warn!(%partition, "superseded by {} at {}", owner.name, owner.address);
+            }
+            Output::Halted(cause) => {
+                tracing::error!(%partition, cause = %cause, "partition halted");
+            }
+            Output::Stopped => {
+                if let Some(slot) = self.slot(partition) {
+                    slot.stopped = true;
+                }
+            }
+        }
+    }
+
+    fn produce(&mut self, partition: Partition, record: Record) {
+        let Some(slot) = self.parts.slots.get_mut(partition.0 as usize) else { return };
+        slot.blocked.push_back(record);
+        // Only the first of them may be offered: order.
+        if slot.blocked.len() == 1 {
+            self.unblock(partition);
+        }
+    }
+
+    /// Hands over what waits, in order, until the producer is full again.
+    fn unblock(&mut self, partition: Partition) {
+        let Some(producer) = &self.producer else { return };
+        let Some(slot) = self.parts.slots.get_mut(partition.0 as usize) else { return };
+        while let Some(record) = slot.blocked.front() {
+            let now = self.parts.clock.now();
+            let encoded = wire::encode(record, &self.parts.config.name, now);
+            let (claim, seq) = (record.stamp.claim, record.stamp.seq);
+            match producer.send(partition, Tag { claim, seq }, &encoded) {
+                Sent::Queued => {}
+                Sent::Full => {
+                    metrics::counter!("kafold_producer_full_total").increment(1);
+                    return;
+                }
+                Sent::Failed(failure) => {
+                    let report = Input::Report { claim, seq, result: Err(failure) };
+                    self.follow_ups.push_back((partition, report));
+                }
+            }
+            slot.blocked.pop_front();
+        }
+    }
+
+    /// Replaces the producer. The old one's reports still come, and say what they say.
+    fn fresh_producer(&mut self) {
+        if let Some(old) = self.producer.take() {
+            old.purge();
+        }
+        self.generation += 1;
+        let sink = Arc::new(self.driver.clone());
+        let Parts { config, record_bytes_max, .. } = &self.parts;
+        match Producer::start(config, *record_bytes_max, self.generation, sink) {
+            Ok(producer) => {
+                self.producer = Some(producer);
+                self.producer_retry = None;
+            }
+            Err(error) => {
+                tracing::error!(%error, "no fresh producer yet");
+                self.producer_retry = Some(self.parts.clock.instant() + PRODUCER_RETRY);
+                return;
+            }
+        }
+        tracing::warn!(generation = self.generation, "fresh producer");
+        metrics::counter!("kafold_fresh_producers_total").increment(1);
+        for slot in &mut self.parts.slots {
+            // Records of claims that are over now, like those that were purged.
+            let unsent = std::mem::take(&mut slot.blocked);
+            let partition = slot.shared.partition;
+            for record in unsent {
+                let (claim, seq) = (record.stamp.claim, record.stamp.seq);
+                let result = Err(ReportFailure {
+                    fatal: false,
+                    refused: false,
+                    reason: "the producer was replaced before the record left".into(),
+                });
+                self.follow_ups.push_back((partition, Input::Report { claim, seq, result }));
+            }
+            self.follow_ups.push_back((partition, Input::ProducerReady));
+        }
+    }
+
+    fn read(&mut self, partition: Partition, from: kafold_core::Offset, wait: Duration) {
+        if let Some(slot) = self.slot(partition) {
+            slot.shared.standing().read = from;
+        }
+        let driver = self.driver.clone();
+        let reply = move |answer: Result<crate::reader::Chunk, ReadFailure>| match answer {
+            Ok(chunk) => {
+                let (records, end) = (chunk.records, chunk.end);
+                driver.tell(Message::Input(partition, Input::Records { records, end }));
+            }
+            Err(failure) => driver.tell(Message::ReadFailed(partition, failure)),
+        };
+        self.parts.reader.read(partition, from, wait, Box::new(reply));
+    }
+
+    fn load(&mut self, partition: Partition, stream: kafold_core::StreamId) {
+        let driver = self.driver.clone();
+        let loaded = move |stream, head| {
+            driver.tell(Message::Input(partition, Input::Loaded { stream, head }));
+        };
+        self.parts.loader.spawn_head(partition, stream, loaded);
+    }
+
+    fn find(
+        &mut self,
+        partition: Partition,
+        stream: kafold_core::StreamId,
+        command_id: kafold_core::CommandId,
+    ) {
+        let driver = self.driver.clone();
+        let answer = move |stream, found| {
+            let input = Input::Found { stream, command_id, found };
+            driver.tell(Message::Input(partition, input));
+        };
+        self.parts.loader.spawn_find(partition, stream, command_id, answer);
+    }
+
+    fn answer_append(&mut self, request: RequestId, result: Result<Appended, AppendError>) {
+        let Some(Pending::Submit { since, answer }) = self.pending.remove(&request) else { return };
+        let waited = self.parts.clock.instant().saturating_duration_since(since);
+        metrics::histogram!("kafold_append_seconds").record(waited);
+        let outcome = match &result {
+            Ok(appended) if appended.duplicate => "duplicate",
+            Ok(_) => "appended",
+            Err(error) => name_of(error),
+        };
+        metrics::counter!("kafold_appends_total", "outcome" => outcome).increment(1);
+        metrics::gauge!("kafold_pending").set(self.pending.len() as f64);
+        // Who stopped waiting has still written.
+        let _ = answer.send(result);
+    }
+
+    fn answer_confirm(&mut self, request: RequestId, result: Result<(), AppendError>) {
+        let Some(Pending::Confirm { since, answer }) = self.pending.remove(&request) else {
+            return;
+        };
+        let waited = self.parts.clock.instant().saturating_duration_since(since);
+        metrics::histogram!("kafold_confirm_seconds").record(waited);
+        let _ = answer.send(result);
+    }
+
+    fn tell_stopped(&mut self) {
+        if self.stopping.is_none() {
+            return;
+        }
+        let ended = |slot: &Slot| slot.stopped || matches!(slot.writer.status(), Status::Halted(_));
+        if self.parts.slots.iter().all(ended)
+            && let Some(done) = self.stopping.take()
+        {
+            let _ = done.send(());
+        }
+    }
+}
+
+fn name_of(error: &AppendError) -> &'static str {
+    match error {
+        AppendError::Conflict { .. } => "conflict",
+        AppendError::NotOwner { .. } => "not_owner",
+        AppendError::NotAppended { .. } => "not_appended",
+        AppendError::OutcomeUnknown { .. } => "unknown",
+        AppendError::Unavailable { .. } => "unavailable",
+        AppendError::TooLarge { .. } => "too_large",
+    }
+}

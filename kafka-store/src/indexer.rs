@@ -1,0 +1,286 @@
+//! Feeds the stream index behind the write, and finds out from it where a partition begins.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use kafold_core::clock::backoff;
+use kafold_core::index::{Advanced, IndexBatch};
+use kafold_core::store::Cursor;
+use kafold_core::{Clock, IdGenerator, Offset, Partition, ReadError, RecordedEvent, StreamIndex};
+use tokio::sync::Semaphore;
+
+use crate::client::Inquirer;
+use crate::config::KafkaConfig;
+use crate::driver::{Driver, Message};
+use crate::fold::{Checkpoint, CommitReader, InvalidCursor, LogDiverged, Read};
+use crate::inspect::{InspectError, Inspector};
+use crate::partition::Shared;
+use crate::reader::{LogReader, ReadFailure};
+use crate::tail::Tail;
+use crate::writer::Input;
+
+/// Wait before the index or the log is tried again, doubled for each failure, half of it random.
+const RETRY_BASE: Duration = Duration::from_millis(100);
+/// The longest such wait.
+const RETRY_MAX: Duration = Duration::from_secs(5);
+/// Offsets without events (claims, barriers) that are not worth a transaction of their own.
+const EMPTY_OFFSETS: u64 = 1_000;
+/// How long a fetch for a lost index waits for records.
+const FETCH_WAIT: Duration = Duration::from_millis(50);
+/// How long a read of records that are known to be there may take.
+const READ_WAIT: Duration = Duration::from_secs(5);
+
+/// What the tasks that feed the index work with; one task a partition.
+pub(crate) struct Indexer {
+    pub(crate) config: KafkaConfig,
+    pub(crate) index: Arc<dyn StreamIndex>,
+    pub(crate) driver: Driver,
+    pub(crate) inspector: Inspector,
+    pub(crate) inquirer: Arc<Inquirer>,
+    pub(crate) clock: Arc<dyn Clock>,
+    pub(crate) ids: Arc<dyn IdGenerator>,
+    /// Batches in flight over all partitions.
+    permits: Semaphore,
+    /// Everything that is there is to be handed over now.
+    closing: AtomicBool,
+    /// Reads the log for an index that has lost its place.
+    again: Mutex<Option<LogReader>>,
+}
+
+/// Why the index of a partition cannot be fed any more.
+#[derive(Debug, thiserror::Error)]
+enum FeedError {
+    #[error(transparent)]
+    Index(#[from] ReadError),
+    #[error(transparent)]
+    Cursor(#[from] InvalidCursor),
+    #[error(transparent)]
+    Log(#[from] LogDiverged),
+    #[error("{0}")]
+    Read(ReadFailure),
+    #[error(transparent)]
+    Inspect(#[from] InspectError),
+    #[error("no reader could be started: {0}")]
+    Reader(rdkafka::error::KafkaError),
+}
+
+impl FeedError {
+    fn is_transient(&self) -> bool {
+        match self {
+            Self::Index(error) => matches!(error, ReadError::Unavailable { .. }),
+            Self::Inspect(error) => matches!(error, InspectError::Unavailable(_)),
+            Self::Read(_) | Self::Reader(_) => true,
+            Self::Cursor(_) | Self::Log(_) => false,
+        }
+    }
+}
+
+impl Indexer {
+    pub(crate) fn new(
+        config: KafkaConfig,
+        index: Arc<dyn StreamIndex>,
+        driver: Driver,
+        inspector: Inspector,
+        inquirer: Arc<Inquirer>,
+        clock: Arc<dyn Clock>,
+        ids: Arc<dyn IdGenerator>,
+    ) -> Self {
+        let permits = Semaphore::new(config.limits.index_batches_max.max(1));
+        Self {
+            config,
+            index,
+            driver,
+            inspector,
+            inquirer,
+            clock,
+            ids,
+            permits,
+            closing: AtomicBool::new(false),
+            again: Mutex::new(None),
+        }
+    }
+
+    /// Where the index stands in a partition.
+    pub(crate) fn place(
+        cursors: &[(Partition, Cursor)],
+        partition: Partition,
+    ) -> Result<Checkpoint, InvalidCursor> {
+        let found = cursors.iter().find(|(of, _)| *of == partition);
+        found.map_or_else(|| Ok(Checkpoint::default()), |(_, c)| Checkpoint::from_cursor(c))
+    }
+
+    /// Begins a partition at its place in the index, once that is known to be good, then feeds the
+    /// index for ever.
+    pub(crate) async fn run(self: Arc<Self>, shared: Arc<Shared>, place: Option<Checkpoint>) {
+        let place = match place {
+            Some(checked) => checked,
+            None => match self.find_place(&shared).await {
+                Some(found) => found,
+                None => return,
+            },
+        };
+        *shared.tail() = Tail::new(shared.partition, place.clone());
+        shared.standing().waiting = None;
+        let from = place.next;
+        self.driver.tell(Message::Input(shared.partition, Input::Start(place)));
+        self.feed(&shared, from).await;
+    }
+
+    /// `None` when the partition was halted.
+    async fn find_place(&self, shared: &Shared) -> Option<Checkpoint> {
+        for attempt in 1.. {
+            let error = match self.try_place(shared.partition).await {
+                Ok(place) => return Some(place),
+                Err(error) => error,
+            };
+            if !error.is_transient() {
+                self.halt(shared, error);
+                return None;
+            }
+            shared.standing().waiting = Some(error.to_string());
+            self.pause(attempt).await;
+        }
+        None
+    }
+
+    async fn try_place(&self, partition: Partition) -> Result<Checkpoint, FeedError> {
+        let place = Self::place(&self.index.cursors().await?, partition)?;
+        self.inspector.check(partition, &place).await?;
+        Ok(place)
+    }
+
+    async fn feed(&self, shared: &Shared, mut from: Offset) {
+        let mut attempt = 0;
+        loop {
+            // What the tail no longer holds is in the index, unless that has lost its place.
+            let lost = from < shared.tail().start();
+            let fed = if lost {
+                self.feed_again(shared).await
+            } else {
+                match self.next_batch(shared, from) {
+                    Some(batch) => self.advance(shared, batch).await,
+                    None => {
+                        shared.advanced.notified().await;
+                        continue;
+                    }
+                }
+            };
+            match fed {
+                Ok(next) => {
+                    attempt = 0;
+                    from = next;
+                    shared.standing().index = None;
+                }
+                Err(error) if error.is_transient() => {
+                    attempt += 1;
+                    tracing::warn!(partition = %shared.partition, %error, attempt, "index not fed");
+                    self.tell_when_full(shared, &error);
+                    self.pause(attempt).await;
+                }
+                Err(error) => return self.halt(shared, error),
+            }
+        }
+    }
+
+    fn next_batch(&self, shared: &Shared, from: Offset) -> Option<IndexBatch> {
+        let tail = shared.tail();
+        let label = shared.partition.to_string();
+        let lag = tail.next().next.0.saturating_sub(from.0);
+        metrics::gauge!("kafold_tail_events", "partition" => label.clone())
+            .set(tail.events() as f64);
+        metrics::gauge!("kafold_index_lag_records", "partition" => label).set(lag as f64);
+        let batch = tail.batch(from, self.config.limits.index_batch_events_max)?;
+        let worth_it = !batch.events.is_empty()
+            || batch.to.next.0 - from.0 >= EMPTY_OFFSETS
+            || self.closing.load(Ordering::Acquire);
+        worth_it.then_some(batch)
+    }
+
+    /// Where the index stands then.
+    async fn advance(&self, shared: &Shared, batch: IndexBatch) -> Result<Offset, FeedError> {
+        // Never closed.
+        let _permit = self.permits.acquire().await.ok();
+        let to = batch.to.next;
+        match self.index.advance(batch).await? {
+            Advanced::Moved => {
+                shared.tail().drop_below(to);
+                self.driver.tell(Message::Input(shared.partition, Input::Indexed(to)));
+                Ok(to)
+            }
+            Advanced::Behind(cursor) => Ok(cursor.map_or(Offset(0), |cursor| cursor.next)),
+        }
+    }
+
+    /// The index was deleted or restored: what the tail no longer holds comes from the log.
+    async fn feed_again(&self, shared: &Shared) -> Result<Offset, FeedError> {
+        let partition = shared.partition;
+        let reader = self.reader()?;
+        let place = Self::place(&self.index.cursors().await?, partition)?;
+        let mut from = place.next;
+        tracing::warn!(%partition, %from, "the index is behind: feeding it again from the log");
+        self.inspector.with_reader(reader.clone()).check(partition, &place).await?;
+        let mut fold = CommitReader::new(partition, place);
+        let mut events: Vec<RecordedEvent> = Vec::new();
+        while from < shared.tail().start() {
+            let chunk = reader.read_async(partition, fold.fold().next(), READ_WAIT).await;
+            let records = chunk.map_err(FeedError::Read)?.records;
+            if records.is_empty() {
+                return Err(FeedError::Read(ReadFailure::timed_out()));
+            }
+            for record in records {
+                if let Read::Commit(commit) = fold.read(record)? {
+                    events.extend(commit.events.into_iter().map(Arc::unwrap_or_clone));
+                }
+            }
+            let to = fold.fold().checkpoint();
+            if to.next == from {
+                continue;
+            }
+            let events = std::mem::take(&mut events);
+            let batch = IndexBatch { partition, from, to: to.to_cursor(), events };
+            from = match self.index.advance(batch).await? {
+                Advanced::Moved => to.next,
+                // It was deleted once more.
+                Advanced::Behind(_) => return Err(FeedError::Read(ReadFailure::timed_out())),
+            };
+        }
+        reader.forget(partition);
+        Ok(from)
+    }
+
+    fn reader(&self) -> Result<LogReader, FeedError> {
+        let mut again = self.again.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(reader) = &*again {
+            return Ok(reader.clone());
+        }
+        let (inquirer, clock) = (Arc::clone(&self.inquirer), Arc::clone(&self.clock));
+        let reader = LogReader::start(&self.config, FETCH_WAIT, inquirer, clock)
+            .map_err(FeedError::Reader)?;
+        Ok(again.insert(reader).clone())
+    }
+
+    fn halt(&self, shared: &Shared, error: FeedError) {
+        shared.standing().index = Some(error.to_string());
+        self.driver.tell(Message::Input(shared.partition, Input::Halt(Arc::new(error))));
+    }
+
+    /// A full tail takes no commands: only then the index is the partition's concern.
+    fn tell_when_full(&self, shared: &Shared, error: &FeedError) {
+        let full = shared.tail().events() >= self.config.limits.tail_events_max;
+        shared.standing().index =
+            full.then(|| format!("the index cannot be fed and the tail is full: {error}"));
+    }
+
+    async fn pause(&self, attempt: u32) {
+        self.clock.sleep(backoff(&*self.ids, attempt, RETRY_BASE, RETRY_MAX)).await;
+    }
+
+    /// Hands over everything that is proven, from now on without waiting for more.
+    pub(crate) fn close(&self, partitions: &[Arc<Shared>]) {
+        self.closing.store(true, Ordering::Release);
+        for shared in partitions {
+            shared.advanced.notify_one();
+        }
+    }
+}

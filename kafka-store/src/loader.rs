@@ -1,0 +1,364 @@
+//! Loads streams: what is in the tail, and before it what the index holds.
+//!
+//! Loads that come at the same time are gathered into one question to the index.
+
+use std::collections::VecDeque;
+use std::num::NonZeroUsize;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use futures_util::stream::{self, BoxStream};
+use futures_util::{StreamExt, TryStreamExt};
+use kafold_core::index::{IndexLoad, IndexRead};
+use kafold_core::store::Appended;
+use kafold_core::{
+    CommandId, Offset, Partition, ReadError, RecordedEvent, StreamId, StreamIndex, Version,
+};
+use lru::LruCache;
+use tokio::runtime::Handle;
+use tokio::sync::{Semaphore, mpsc, oneshot};
+
+use crate::config::Limits;
+use crate::partition::Shared;
+use crate::tail::{MergeError, TailView};
+use crate::writer::{CommandOutcome, StreamHead, WriterLimits};
+
+/// Questions to the index at once; loads that come meanwhile are gathered into the next one.
+const QUERIES_MAX: usize = 4;
+/// Heads of streams kept from reads for the submissions that follow them.
+const HEADS_MAX: usize = 10_000;
+/// When a caller may try again whom the index could not answer.
+const RETRY_AFTER: Duration = Duration::from_secs(1);
+
+/// Loads streams of all partitions of one process.
+pub(crate) struct Loader {
+    index: Arc<dyn StreamIndex>,
+    partitions: Vec<Arc<Shared>>,
+    requests: mpsc::Sender<Request>,
+    recent_commands_max: usize,
+    heads: Mutex<LruCache<StreamId, KnownHead>>,
+    runtime: Handle,
+}
+
+struct Request {
+    load: IndexLoad,
+    answer: oneshot::Sender<Result<IndexRead, ReadError>>,
+}
+
+/// The head of a stream as a read found it.
+#[derive(Clone)]
+struct KnownHead {
+    head: HeadBuilder,
+    /// It leaves out nothing below this offset.
+    as_of: Offset,
+}
+
+impl Loader {
+    /// The loader, and the task that asks the index for it.
+    pub(crate) fn new(
+        index: Arc<dyn StreamIndex>,
+        partitions: Vec<Arc<Shared>>,
+        limits: &Limits,
+    ) -> (Arc<Self>, impl Future<Output = ()> + Send + 'static) {
+        let (requests, inbox) = mpsc::channel(limits.queued_loads_max.max(1));
+        let asking =
+            ask(Arc::clone(&index), inbox, limits.load_requests_max, limits.page_events_max);
+        let heads = NonZeroUsize::new(HEADS_MAX).unwrap_or(NonZeroUsize::MIN);
+        let loader = Self {
+            index,
+            partitions,
+            requests,
+            recent_commands_max: WriterLimits::default().recent_commands_max,
+            heads: Mutex::new(LruCache::new(heads)),
+            runtime: Handle::current(),
+        };
+        (Arc::new(loader), asking)
+    }
+
+    /// The events of a stream above a version.
+    pub(crate) fn read(
+        self: &Arc<Self>,
+        partition: Partition,
+        stream: &StreamId,
+        after: Version,
+    ) -> BoxStream<'static, Result<RecordedEvent, ReadError>> {
+        let reading = Reading {
+            loader: Arc::clone(self),
+            partition,
+            stream: stream.clone(),
+            next_after: after,
+            begun: None,
+            head: HeadBuilder::new(after, self.recent_commands_max),
+            done: false,
+        };
+        let pages = stream::try_unfold(reading, |mut reading| async move {
+            let page = reading.page().await?;
+            Ok::<_, ReadError>(page.map(|events| (events, reading)))
+        });
+        let events = pages.map_ok(|page| {
+            stream::iter(page.into_iter().map(|event| Ok(Arc::unwrap_or_clone(event))))
+        });
+        events.try_flatten().boxed()
+    }
+
+    /// What a command of the stream came to: the tail first, the index second.
+    pub(crate) async fn find(
+        &self,
+        partition: Partition,
+        stream: &StreamId,
+        command_id: CommandId,
+    ) -> Result<Option<Appended>, ReadError> {
+        let (found, start) = {
+            let tail = self.shared(partition).tail();
+            (tail.find_command(stream, command_id), tail.start())
+        };
+        if found.is_some() {
+            return Ok(found);
+        }
+        let (position, found) = self.index.find_command(partition, stream, command_id).await?;
+        if position < start {
+            return Err(merge_error(MergeError::IndexBehind { partition, position, start }));
+        }
+        Ok(found.map(|appended| Appended { duplicate: true, ..appended }))
+    }
+
+    /// [`Loader::find`] for a writer.
+    pub(crate) fn spawn_find(
+        self: &Arc<Self>,
+        partition: Partition,
+        stream: StreamId,
+        command_id: CommandId,
+        found: impl FnOnce(StreamId, Result<Option<Appended>, ReadError>) + Send + 'static,
+    ) {
+        let loader = Arc::clone(self);
+        self.runtime.spawn(async move {
+            let result = loader.find(partition, &stream, command_id).await;
+            found(stream, result);
+        });
+    }
+
+    /// The head of a stream for a writer.
+    pub(crate) fn spawn_head(
+        self: &Arc<Self>,
+        partition: Partition,
+        stream: StreamId,
+        loaded: impl FnOnce(StreamId, Result<StreamHead, ReadError>) + Send + 'static,
+    ) {
+        if let Some(head) = self.known_head(partition, &stream) {
+            return loaded(stream, Ok(head));
+        }
+        let loader = Arc::clone(self);
+        self.runtime.spawn(async move {
+            let result = loader.head(partition, &stream).await;
+            loaded(stream, result);
+        });
+    }
+
+    async fn head(
+        self: &Arc<Self>,
+        partition: Partition,
+        stream: &StreamId,
+    ) -> Result<StreamHead, ReadError> {
+        let mut head = HeadBuilder::new(Version::EMPTY, self.recent_commands_max);
+        let mut events = self.read(partition, stream, Version::EMPTY);
+        while let Some(event) = events.try_next().await? {
+            head.add(&event);
+        }
+        Ok(head.build())
+    }
+
+    /// The head that a read has found, brought up to date from the tail, if that still holds
+    /// everything since.
+    fn known_head(&self, partition: Partition, stream: &StreamId) -> Option<StreamHead> {
+        let KnownHead { mut head, as_of } = self.heads().get(stream)?.clone();
+        let view = self.shared(partition).tail().view(stream, head.version);
+        if view.start > as_of {
+            return None;
+        }
+        for event in view.events {
+            if event.version != head.version.plus(1) {
+                return None;
+            }
+            head.add(&event);
+        }
+        Some(head.build())
+    }
+
+    fn heads(&self) -> std::sync::MutexGuard<'_, LruCache<StreamId, KnownHead>> {
+        self.heads.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A stream's partition is below the number of them.
+    fn shared(&self, partition: Partition) -> &Shared {
+        &self.partitions[partition.0 as usize]
+    }
+
+    async fn load(&self, load: IndexLoad) -> Result<IndexRead, ReadError> {
+        let (answer, answered) = oneshot::channel();
+        if self.requests.try_send(Request { load, answer }).is_err() {
+            let waiting = self.requests.max_capacity();
+            return Err(ReadError::unavailable(RETRY_AFTER, format!("{waiting} loads wait")));
+        }
+        let closed = || ReadError::unavailable(RETRY_AFTER, "the store is closed");
+        answered.await.unwrap_or_else(|_| Err(closed()))
+    }
+}
+
+/// Gathers what waits into one question, a few of which may be under way.
+async fn ask(
+    index: Arc<dyn StreamIndex>,
+    mut inbox: mpsc::Receiver<Request>,
+    requests_max: usize,
+    page_events_max: usize,
+) {
+    let under_way = Arc::new(Semaphore::new(QUERIES_MAX));
+    loop {
+        // Never closed.
+        let Ok(permit) = Arc::clone(&under_way).acquire_owned().await else { return };
+        let mut gathered = Vec::new();
+        if inbox.recv_many(&mut gathered, requests_max.max(1)).await == 0 {
+            return;
+        }
+        let index = Arc::clone(&index);
+        tokio::spawn(async move {
+            let (loads, answers): (Vec<_>, Vec<_>) =
+                gathered.into_iter().map(|request| (request.load, request.answer)).unzip();
+            let result = index.load(&loads, page_events_max).await;
+            drop(permit);
+            answer_all(answers, result);
+        });
+    }
+}
+
+fn answer_all(
+    answers: Vec<oneshot::Sender<Result<IndexRead, ReadError>>>,
+    result: Result<Vec<IndexRead>, ReadError>,
+) {
+    match result {
+        Ok(reads) => {
+            for (answer, read) in answers.into_iter().zip(reads) {
+                // Who asked may be gone.
+                let _ = answer.send(Ok(read));
+            }
+        }
+        Err(error) => {
+            for answer in answers {
+                let _ = answer.send(Err(error.clone()));
+            }
+        }
+    }
+}
+
+/// One stream being read, page by page.
+struct Reading {
+    loader: Arc<Loader>,
+    partition: Partition,
+    stream: StreamId,
+    /// The version read so far.
+    next_after: Version,
+    /// The tail as it was before the index was first asked, and what it reached to.
+    begun: Option<(TailView, Offset)>,
+    head: HeadBuilder,
+    done: bool,
+}
+
+impl Reading {
+    async fn page(&mut self) -> Result<Option<Vec<Arc<RecordedEvent>>>, ReadError> {
+        if self.done {
+            return Ok(None);
+        }
+        let (view, as_of) = self.begun.take().unwrap_or_else(|| self.begin());
+        let events = match view.events.first() {
+            // The tail alone has everything.
+            Some(first) if first.version == self.next_after.plus(1) => {
+                self.done = true;
+                view.events.clone()
+            }
+            _ => self.load_page(&view).await?,
+        };
+        for event in &events {
+            self.head.add(event);
+        }
+        self.next_after = self.head.version.max(self.next_after);
+        if self.done {
+            self.remember(as_of);
+        } else {
+            self.begun = Some((view, as_of));
+        }
+        Ok(Some(events))
+    }
+
+    fn begin(&self) -> (TailView, Offset) {
+        let tail = self.loader.shared(self.partition).tail();
+        (tail.view(&self.stream, self.next_after), tail.next().next)
+    }
+
+    async fn load_page(&mut self, view: &TailView) -> Result<Vec<Arc<RecordedEvent>>, ReadError> {
+        let (partition, stream, after) = (self.partition, self.stream.clone(), self.next_after);
+        let read = self.loader.load(IndexLoad { partition, stream, after }).await?;
+        self.done = !read.more;
+        // Between two pages of the index there is nothing of the tail.
+        let rows_only = TailView { start: view.start, events: Vec::new() };
+        let view = if self.done { view } else { &rows_only };
+        view.merge(partition, after, read.position, read.events).map_err(merge_error)
+    }
+
+    fn remember(&self, as_of: Offset) {
+        // A read behind the end of the stream has not seen its version.
+        if self.head.seen {
+            let known = KnownHead { head: self.head.clone(), as_of };
+            self.loader.heads().put(self.stream.clone(), known);
+        }
+    }
+}
+
+fn merge_error(error: MergeError) -> ReadError {
+    match error {
+        // It is fed again from where it stands.
+        MergeError::IndexBehind { .. } => ReadError::unavailable(RETRY_AFTER, error),
+        MergeError::NotGapless { .. } => ReadError::diverged("the stream index", error),
+    }
+}
+
+/// A stream's head, from its events in order.
+#[derive(Clone)]
+struct HeadBuilder {
+    version: Version,
+    recent: VecDeque<CommandOutcome>,
+    recent_max: usize,
+    complete: bool,
+    /// Whether the version is the stream's, not only what the read began behind.
+    seen: bool,
+}
+
+impl HeadBuilder {
+    fn new(after: Version, recent_max: usize) -> Self {
+        let from_start = after == Version::EMPTY;
+        Self {
+            version: after,
+            recent: VecDeque::new(),
+            recent_max,
+            complete: from_start,
+            seen: from_start,
+        }
+    }
+
+    fn add(&mut self, event: &RecordedEvent) {
+        let (command_id, version, position) = (event.command_id, event.version, event.position);
+        let outcome = CommandOutcome { command_id, version, position };
+        self.version = version;
+        self.seen = true;
+        match self.recent.back_mut() {
+            Some(last) if last.command_id == command_id => *last = outcome,
+            _ => self.recent.push_back(outcome),
+        }
+        if self.recent.len() > self.recent_max {
+            self.recent.pop_front();
+            self.complete = false;
+        }
+    }
+
+    fn build(self) -> StreamHead {
+        StreamHead { version: self.version, recent: self.recent.into(), complete: self.complete }
+    }
+}

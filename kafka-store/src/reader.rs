@@ -1,0 +1,463 @@
+//! Reads partitions of the events topic on request, on a thread of its own.
+//!
+//! Pull: whoever wants records asks for the next ones of a partition and gets them as soon as there
+//! are any. What is fetched ahead is bounded, and a partition that nobody asks for is let go. There
+//! is no consumer group: partitions are assigned by hand, at explicit offsets.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, TryRecvError, channel};
+use std::time::{Duration, Instant};
+
+use kafold_core::{Clock, Offset, Partition};
+use rdkafka::config::FromClientConfigAndContext;
+use rdkafka::consumer::{BaseConsumer, Consumer};
+use rdkafka::error::{KafkaError, KafkaResult, RDKafkaErrorCode};
+use rdkafka::message::{BorrowedMessage, Headers, Message};
+use rdkafka::topic_partition_list::{Offset as RawOffset, TopicPartitionList};
+
+use crate::client::{Context, Inquirer, raw_partition};
+use crate::config::{KafkaConfig, Limits};
+use crate::wire::{self, Content, LogRecord};
+
+/// How long the thread waits for records while somebody waits for them, before it looks for new
+/// requests.
+const POLL_BUSY: Duration = Duration::from_millis(2);
+/// How often the thread serves the client's log lines while nobody asks for records.
+const POLL_IDLE: Duration = Duration::from_millis(500);
+/// A partition that nobody asked for in this time is let go.
+const IDLE_PARTITION: Duration = Duration::from_secs(5);
+/// What a record takes in memory beside its key and value, roughly.
+const RECORD_MEMORY_BYTES: usize = 512;
+/// Longest question to a broker from this thread: the other partitions' readers wait meanwhile.
+const ENDS_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// Records of one partition, in the order of the log and without a gap.
+#[derive(Debug)]
+pub(crate) struct Chunk {
+    /// The records from the offset asked for; none if there were none in time.
+    pub(crate) records: Vec<LogRecord>,
+    /// The end of the partition as far as known.
+    pub(crate) end: Offset,
+}
+
+/// Why a partition could not be read.
+#[derive(Debug, Clone, thiserror::Error)]
+pub(crate) enum ReadFailure {
+    /// The broker does not answer, or not with records: ask again later.
+    #[error("{0}")]
+    Unavailable(KafkaError),
+    /// The log does not reach to where the read was to begin.
+    #[error("the log holds offsets from {start} to {end}")]
+    OutOfRange {
+        /// The first offset there is.
+        start: Offset,
+        /// The offset of the next record.
+        end: Offset,
+    },
+}
+
+impl ReadFailure {
+    /// Records that should be there did not come.
+    pub(crate) fn timed_out() -> Self {
+        Self::Unavailable(KafkaError::MessageConsumption(RDKafkaErrorCode::RequestTimedOut))
+    }
+}
+
+/// Called once, on the reader's thread: it must not block.
+pub(crate) type Reply = Box<dyn FnOnce(Result<Chunk, ReadFailure>) + Send>;
+
+enum Command {
+    Read(Request),
+    Forget(Partition),
+}
+
+struct Request {
+    partition: Partition,
+    from: Offset,
+    wait: Duration,
+    reply: Reply,
+}
+
+/// The handle to a reader's thread, which ends when the last handle is dropped.
+#[derive(Clone)]
+pub(crate) struct LogReader {
+    commands: Sender<Command>,
+}
+
+impl LogReader {
+    /// Starts the thread. The client connects when it is first asked.
+    pub(crate) fn start(
+        config: &KafkaConfig,
+        fetch_wait: Duration,
+        inquirer: Arc<Inquirer>,
+        clock: Arc<dyn Clock>,
+    ) -> KafkaResult<Self> {
+        let settings = config.reader(fetch_wait);
+        let consumer = BaseConsumer::from_config_and_context(&settings, Context::default())?;
+        let (commands, inbox) = channel();
+        let reading = Reading {
+            consumer,
+            inquirer,
+            topic: config.events_topic(),
+            limits: config.limits.clone(),
+            clock,
+            partitions: BTreeMap::new(),
+        };
+        std::thread::Builder::new()
+            .name("kafold-reader".into())
+            .spawn(move || reading.run(&inbox))
+            .map_err(|error| KafkaError::ClientCreation(error.to_string()))?;
+        Ok(Self { commands })
+    }
+
+    /// Asks for the records of a partition from an offset on. The reply comes as soon as there is a
+    /// record; at the end of the log, as far as known, it comes after `wait` at the latest. A new request for a partition
+    /// replaces the one before, whose reply is dropped.
+    pub(crate) fn read(&self, partition: Partition, from: Offset, wait: Duration, reply: Reply) {
+        // A thread that is gone drops the reply, which its maker notices.
+        let _ = self.commands.send(Command::Read(Request { partition, from, wait, reply }));
+    }
+
+    /// [`LogReader::read`] as a future.
+    pub(crate) fn read_async(
+        &self,
+        partition: Partition,
+        from: Offset,
+        wait: Duration,
+    ) -> impl Future<Output = Result<Chunk, ReadFailure>> + Send + 'static {
+        let (send, receive) = tokio::sync::oneshot::channel();
+        let reply = move |answer| {
+            // Nobody waits any more: the records can be read again.
+            let _ = send.send(answer);
+        };
+        self.read(partition, from, wait, Box::new(reply));
+        async move { receive.await.unwrap_or(Err(ReadFailure::Unavailable(KafkaError::Canceled))) }
+    }
+
+    /// Stops fetching a partition.
+    pub(crate) fn forget(&self, partition: Partition) {
+        let _ = self.commands.send(Command::Forget(partition));
+    }
+}
+
+struct Reading {
+    consumer: BaseConsumer<Context>,
+    /// A question on the reader's own connection would wait behind a fetch that waits for records.
+    inquirer: Arc<Inquirer>,
+    topic: String,
+    limits: Limits,
+    clock: Arc<dyn Clock>,
+    partitions: BTreeMap<Partition, Fetching>,
+}
+
+/// Somebody who waits for the next records of a partition.
+struct Waiting {
+    asked: Instant,
+    wait: Duration,
+    reply: Reply,
+}
+
+/// A record with what it weighs.
+struct Fetched<T> {
+    bytes: usize,
+    record: T,
+}
+
+/// A partition that is being fetched.
+struct Fetching {
+    /// Fetched and not yet handed out; begins at `next`.
+    stash: VecDeque<Fetched<LogRecord>>,
+    stash_bytes: usize,
+    next: Offset,
+    /// The offset of the record to be fetched next.
+    fetched: Offset,
+    end: Offset,
+    /// Whether the client fetches it: it stops when the stash is full.
+    assigned: bool,
+    request: Option<Waiting>,
+    used: Instant,
+}
+
+impl Reading {
+    fn run(mut self, inbox: &Receiver<Command>) {
+        while self.take_commands(inbox) {
+            if self.partitions.values().any(|fetching| fetching.request.is_some()) {
+                self.fetch();
+                self.answer();
+            } else {
+                self.fetch_now();
+                self.let_go_of_idle();
+            }
+        }
+        // The client is closed here, on its own thread: closing may wait for a broker.
+        self.partitions.clear();
+        if let Err(error) = self.consumer.unassign() {
+            tracing::debug!(%error, "unassign while closing a reader");
+        }
+    }
+
+    /// Whether to go on. Blocks only when nobody waits for records.
+    fn take_commands(&mut self, inbox: &Receiver<Command>) -> bool {
+        let nobody_waits = self.partitions.values().all(|fetching| fetching.request.is_none());
+        if nobody_waits {
+            match inbox.recv_timeout(POLL_IDLE) {
+                Ok(command) => self.obey(command),
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => return false,
+            }
+        }
+        loop {
+            match inbox.try_recv() {
+                Ok(command) => self.obey(command),
+                Err(TryRecvError::Empty) => return true,
+                Err(TryRecvError::Disconnected) => return false,
+            }
+        }
+    }
+
+    fn obey(&mut self, command: Command) {
+        match command {
+            Command::Read(request) => self.accept(request),
+            Command::Forget(partition) => self.drop_partition(partition),
+        }
+    }
+
+    fn accept(&mut self, request: Request) {
+        let Request { partition, from, wait, reply } = request;
+        let continues = self.partitions.get(&partition).is_some_and(|found| found.next == from);
+        if !continues {
+            self.drop_partition(partition);
+            match self.begin(partition, from) {
+                Ok(fetching) => self.partitions.insert(partition, fetching),
+                Err(failure) => return reply(Err(failure)),
+            };
+        }
+        let asked = self.clock.instant();
+        let Some(fetching) = self.partitions.get_mut(&partition) else { return };
+        fetching.used = asked;
+        fetching.request = Some(Waiting { asked, wait, reply });
+        if !fetching.assigned && fetching.stash.is_empty() {
+            let from = fetching.fetched;
+            match assign(&self.consumer, &self.topic, partition, from) {
+                Ok(()) => fetching.assigned = true,
+                Err(error) => self.fail(partition, &ReadFailure::Unavailable(error)),
+            }
+        }
+        self.answer_one(partition);
+    }
+
+    /// Checks that the log reaches to `from`, so that a missing offset is told with the ends.
+    fn begin(&mut self, partition: Partition, from: Offset) -> Result<Fetching, ReadFailure> {
+        let timeout = self.limits.request_timeout.min(ENDS_TIMEOUT);
+        let (start, end) = self
+            .inquirer
+            .ends_within(&self.topic, partition, timeout)
+            .map_err(ReadFailure::Unavailable)?;
+        if from < start || from > end {
+            return Err(ReadFailure::OutOfRange { start, end });
+        }
+        let used = self.clock.instant();
+        Ok(Fetching {
+            stash: VecDeque::new(),
+            stash_bytes: 0,
+            next: from,
+            fetched: from,
+            end,
+            assigned: false,
+            request: None,
+            used,
+        })
+    }
+
+    fn drop_partition(&mut self, partition: Partition) {
+        if self.partitions.remove(&partition).is_some_and(|fetching| fetching.assigned) {
+            self.unassign(partition);
+        }
+    }
+
+    fn unassign(&self, partition: Partition) {
+        let mut list = TopicPartitionList::with_capacity(1);
+        list.add_partition(&self.topic, raw_partition(partition));
+        if let Err(error) = self.consumer.incremental_unassign(&list) {
+            tracing::debug!(%partition, %error, "unassign");
+        }
+    }
+
+    /// Waits a little for the first record, then takes what else is there.
+    fn fetch(&mut self) {
+        let mut wait = POLL_BUSY;
+        for _ in 0..self.limits.read_records_max {
+            match self.consumer.poll(wait) {
+                None => return,
+                Some(event) => self.take(event.map(|message| convert(&message))),
+            }
+            wait = Duration::ZERO;
+        }
+    }
+
+    fn fetch_now(&mut self) {
+        while let Some(event) = self.consumer.poll(Duration::ZERO) {
+            self.take(event.map(|message| convert(&message)));
+        }
+    }
+
+    fn take(&mut self, event: KafkaResult<(Partition, Fetched<LogRecord>)>) {
+        match event {
+            Ok((partition, record)) => self.stash(partition, record),
+            Err(KafkaError::PartitionEOF(raw)) => {
+                let partition = Partition(u32::try_from(raw).unwrap_or(u32::MAX));
+                if let Some(fetching) = self.partitions.get_mut(&partition) {
+                    fetching.end = fetching.end.max(fetching.fetched);
+                }
+            }
+            // It does not say of which partition: all that wait begin again, with a look at the
+            // ends of the log, which gives the failure its name.
+            Err(KafkaError::MessageConsumption(RDKafkaErrorCode::AutoOffsetReset)) => {
+                self.begin_again();
+            }
+            // The client goes on by itself; who waits is told when his time is over.
+            Err(error) => tracing::debug!(topic = self.topic, %error, "read"),
+        }
+    }
+
+    fn begin_again(&mut self) {
+        let waiting: Vec<_> =
+            self.partitions.iter().filter(|(_, f)| f.stash.is_empty()).map(|(p, _)| *p).collect();
+        for partition in waiting {
+            let Some(fetching) = self.partitions.remove(&partition) else { continue };
+            if fetching.assigned {
+                self.unassign(partition);
+            }
+            if let Some(Waiting { asked, wait, reply }) = fetching.request {
+                let waited = self.clock.instant().saturating_duration_since(asked);
+                let wait = wait.saturating_sub(waited);
+                self.accept(Request { partition, from: fetching.next, wait, reply });
+            }
+        }
+    }
+
+    fn stash(&mut self, partition: Partition, fetched: Fetched<LogRecord>) {
+        let Some(fetching) = self.partitions.get_mut(&partition) else { return };
+        // A record from before the last assignment.
+        let offset = fetched.record.offset;
+        if offset < fetching.fetched {
+            return;
+        }
+        fetching.fetched = offset.plus(1);
+        fetching.end = fetching.end.max(fetching.fetched);
+        fetching.stash_bytes += fetched.bytes;
+        fetching.stash.push_back(fetched);
+        let full = fetching.stash.len() >= 2 * self.limits.read_records_max
+            || fetching.stash_bytes >= 2 * self.limits.read_bytes_max;
+        if full {
+            fetching.assigned = false;
+            self.unassign(partition);
+        }
+    }
+
+    fn answer(&mut self) {
+        let waiting: Vec<_> = self
+            .partitions
+            .iter()
+            .filter(|(_, fetching)| fetching.request.is_some())
+            .map(|(partition, _)| *partition)
+            .collect();
+        for partition in waiting {
+            self.answer_one(partition);
+        }
+    }
+
+    /// Answers a request if there are records, or if its time is over.
+    fn answer_one(&mut self, partition: Partition) {
+        let now = self.clock.instant();
+        let patience = self.limits.request_timeout;
+        let Some(fetching) = self.partitions.get_mut(&partition) else { return };
+        let Some(Waiting { asked, wait, .. }) = &fetching.request else { return };
+        if fetching.stash.is_empty() {
+            let at_end = fetching.next >= fetching.end;
+            let waited = now.saturating_duration_since(*asked);
+            if waited < if at_end { *wait } else { patience.max(*wait) } {
+                return;
+            }
+            if !at_end {
+                // The broker does not give what it has.
+                return self.fail(partition, &ReadFailure::timed_out());
+            }
+        }
+        let (records, bytes) = take_front(&mut fetching.stash, &self.limits);
+        fetching.stash_bytes -= bytes;
+        fetching.next = records.last().map_or(fetching.next, |last| last.offset.plus(1));
+        let chunk = Chunk { end: fetching.end, records };
+        if let Some(Waiting { reply, .. }) = fetching.request.take() {
+            reply(Ok(chunk));
+        }
+    }
+
+    fn fail(&mut self, partition: Partition, failure: &ReadFailure) {
+        let Some(fetching) = self.partitions.remove(&partition) else { return };
+        if fetching.assigned {
+            self.unassign(partition);
+        }
+        if let Some(Waiting { reply, .. }) = fetching.request {
+            reply(Err(failure.clone()));
+        }
+    }
+
+    fn let_go_of_idle(&mut self) {
+        let now = self.clock.instant();
+        let idle =
+            |fetching: &Fetching| now.saturating_duration_since(fetching.used) > IDLE_PARTITION;
+        let idle: Vec<_> =
+            self.partitions.iter().filter(|(_, f)| idle(f)).map(|(p, _)| *p).collect();
+        for partition in idle {
+            self.drop_partition(partition);
+        }
+    }
+}
+
+fn assign(
+    consumer: &BaseConsumer<Context>,
+    topic: &str,
+    partition: Partition,
+    from: Offset,
+) -> KafkaResult<()> {
+    let mut list = TopicPartitionList::with_capacity(1);
+    let raw = RawOffset::Offset(i64::try_from(from.0).unwrap_or(i64::MAX));
+    list.add_partition_offset(topic, raw_partition(partition), raw)?;
+    consumer.incremental_assign(&list)
+}
+
+/// The first records within the limits of one read, and their bytes.
+fn take_front(
+    stash: &mut VecDeque<Fetched<LogRecord>>,
+    limits: &Limits,
+) -> (Vec<LogRecord>, usize) {
+    let (mut count, mut bytes) = (0, 0);
+    for fetched in stash.iter().take(limits.read_records_max) {
+        count += 1;
+        bytes += fetched.bytes;
+        if bytes >= limits.read_bytes_max {
+            break;
+        }
+    }
+    (stash.drain(..count).map(|fetched| fetched.record).collect(), bytes)
+}
+
+/// A record of the log, and the bytes it was made from: of a message that is held, the whole fetch
+/// buffer stays, so none is.
+fn convert(message: &BorrowedMessage<'_>) -> (Partition, Fetched<LogRecord>) {
+    let partition = Partition(u32::try_from(message.partition()).unwrap_or(u32::MAX));
+    let offset = Offset(u64::try_from(message.offset()).unwrap_or(u64::MAX));
+    let (key, value) = (message.key(), message.payload());
+    let parsed = catch_unwind(AssertUnwindSafe(|| {
+        let headers = message.headers().into_iter().flat_map(Headers::iter);
+        let headers = headers.map(|header| (header.key, header.value));
+        wire::parse(partition, offset, key, headers, value)
+    }));
+    // The wrapper panics at a header name that is not UTF-8. None of ours is one.
+    let record = parsed.unwrap_or(LogRecord { offset, content: Content::Foreign });
+    let bytes = message.key_len() + message.payload_len() + RECORD_MEMORY_BYTES;
+    (partition, Fetched { bytes, record })
+}

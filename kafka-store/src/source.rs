@@ -1,0 +1,304 @@
+//! Everything in the log, in the order of each partition, to those who read all of it.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use async_trait::async_trait;
+use futures_util::StreamExt;
+use futures_util::future::BoxFuture;
+use futures_util::stream::FuturesUnordered;
+use kafold_core::store::{Batch, Cursor, SourceMessage, Subscription};
+use kafold_core::{Clock, EventSource, Offset, Partition, ReadError, RecordedEvent};
+
+use crate::client::Inquirer;
+use crate::config::KafkaConfig;
+use crate::error::OpenError;
+use crate::fold::{Checkpoint, CommitReader, Read};
+use crate::inspect::{InspectError, Inspector};
+use crate::reader::{Chunk, LogReader, ReadFailure};
+use crate::store::connect;
+
+/// A read of a partition that has nothing new is asked for again after this: the answer tells the
+/// end of the log.
+const WAIT: Duration = Duration::from_secs(60);
+/// How long a fetch waits for new records: a restarted partition waits with it.
+const FETCH_WAIT: Duration = Duration::from_millis(20);
+/// Between two attempts while no broker answers.
+const RETRY_AFTER: Duration = Duration::from_millis(500);
+
+/// Reads the events topic. Every subscription gets all partitions; one that shares a name with
+/// another does too.
+pub struct KafkaSource {
+    config: KafkaConfig,
+    partitions: u32,
+    inquirer: Arc<Inquirer>,
+    clock: Arc<dyn Clock>,
+}
+
+impl KafkaSource {
+    /// The source of a log that this process does not write: topics are made and checked as
+    /// [`KafkaStore::open`](crate::KafkaStore::open) does it.
+    pub async fn open(config: KafkaConfig, clock: Arc<dyn Clock>) -> Result<Self, OpenError> {
+        let (topic, inquirer) = connect(&config, &clock).await?;
+        Ok(Self::new(config, topic.partitions, inquirer, clock))
+    }
+
+    pub(crate) fn new(
+        config: KafkaConfig,
+        partitions: u32,
+        inquirer: Arc<Inquirer>,
+        clock: Arc<dyn Clock>,
+    ) -> Self {
+        Self { config, partitions, inquirer, clock }
+    }
+}
+
+#[async_trait]
+impl EventSource for KafkaSource {
+    async fn subscribe(
+        &self,
+        name: &str,
+        batch_events_max: usize,
+    ) -> Result<Box<dyn Subscription>, ReadError> {
+        let (inquirer, clock) = (Arc::clone(&self.inquirer), Arc::clone(&self.clock));
+        let reader = LogReader::start(&self.config, FETCH_WAIT, inquirer, clock)
+            .map_err(|error| ReadError::unavailable(RETRY_AFTER, error))?;
+        let inspector = Inspector::new(
+            &self.config,
+            self.partitions,
+            reader.clone(),
+            Arc::clone(&self.inquirer),
+            Arc::clone(&self.clock),
+        );
+        let assigned = SourceMessage::Assigned((0..self.partitions).map(Partition).collect());
+        tracing::debug!(name, topic = self.config.events_topic(), "subscribed");
+        Ok(Box::new(KafkaSubscription {
+            topic: self.config.events_topic(),
+            partitions: self.partitions,
+            low_end_patience: self.config.limits.low_end_patience,
+            batch_events_max: batch_events_max.max(1),
+            clock: Arc::clone(&self.clock),
+            reader,
+            inspector,
+            started: BTreeMap::new(),
+            starts: 0,
+            reads: FuturesUnordered::new(),
+            ready: VecDeque::from([assigned]),
+        }))
+    }
+}
+
+/// What became of one read, and which start of its partition it belongs to.
+struct Answer {
+    partition: Partition,
+    start: u64,
+    result: Result<Chunk, ReadFailure>,
+}
+
+struct KafkaSubscription {
+    topic: String,
+    partitions: u32,
+    low_end_patience: Duration,
+    batch_events_max: usize,
+    clock: Arc<dyn Clock>,
+    reader: LogReader,
+    inspector: Inspector,
+    started: BTreeMap<Partition, Started>,
+    starts: u64,
+    /// At most one read a started partition, and answers to starts that are over.
+    reads: FuturesUnordered<BoxFuture<'static, Answer>>,
+    /// What one read gave: the next one is asked for when it is taken.
+    ready: VecDeque<SourceMessage>,
+}
+
+/// A partition that is being delivered.
+struct Started {
+    start: u64,
+    fold: CommitReader,
+    /// Where the next batch begins.
+    from: Offset,
+    /// Since when the log has ended below where we are.
+    low_since: Option<Instant>,
+}
+
+#[async_trait]
+impl Subscription for KafkaSubscription {
+    // Cancel-safe: the only wait is for `reads`, which keeps what is not taken.
+    async fn next(&mut self) -> Result<SourceMessage, ReadError> {
+        loop {
+            if let Some(message) = self.ready.pop_front() {
+                self.ask_again(&message);
+                return Ok(message);
+            }
+            match self.reads.next().await {
+                Some(answer) => self.take(answer)?,
+                // No partition is started: only a start changes that, and it needs `&mut self`.
+                None => std::future::pending().await,
+            }
+        }
+    }
+
+    async fn start(&mut self, partition: Partition, from: Option<Cursor>) -> Result<(), ReadError> {
+        if partition.0 >= self.partitions {
+            let reason = format!("the topic has {} partitions", self.partitions);
+            return Err(ReadError::diverged(self.what(partition), reason));
+        }
+        let checkpoint = match &from {
+            None => Checkpoint::default(),
+            Some(cursor) => Checkpoint::from_cursor(cursor)
+                .map_err(|error| ReadError::diverged(self.what(partition), error))?,
+        };
+        // The reads of an earlier start answer to nobody.
+        self.started.remove(&partition);
+        self.ready.retain(|message| !is_of(message, partition));
+        match self.inspector.check(partition, &checkpoint).await {
+            Ok(()) => {}
+            Err(InspectError::Unavailable(error)) => {
+                return Err(ReadError::unavailable(RETRY_AFTER, error));
+            }
+            Err(error) => return Err(ReadError::diverged(self.what(partition), error)),
+        }
+        self.starts += 1;
+        let started = Started {
+            start: self.starts,
+            from: checkpoint.next,
+            fold: CommitReader::new(partition, checkpoint),
+            low_since: None,
+        };
+        self.started.insert(partition, started);
+        self.ask(partition, Duration::ZERO);
+        Ok(())
+    }
+}
+
+impl KafkaSubscription {
+    fn what(&self, partition: Partition) -> String {
+        format!("partition {partition} of topic {}", self.topic)
+    }
+
+    /// Asks for the next records of a partition, after a pause.
+    fn ask(&self, partition: Partition, pause: Duration) {
+        let Some(started) = self.started.get(&partition) else { return };
+        let (start, from) = (started.start, started.fold.fold().next());
+        let (reader, clock) = (self.reader.clone(), Arc::clone(&self.clock));
+        self.reads.push(Box::pin(async move {
+            if !pause.is_zero() {
+                clock.sleep(pause).await;
+            }
+            let result = reader.read_async(partition, from, WAIT).await;
+            Answer { partition, start, result }
+        }));
+    }
+
+    /// The last batch of a read was taken: there is room for the next read.
+    fn ask_again(&self, taken: &SourceMessage) {
+        let SourceMessage::Batch(batch) = taken else { return };
+        if !self.ready.iter().any(|message| is_of(message, batch.partition)) {
+            self.ask(batch.partition, Duration::ZERO);
+        }
+    }
+
+    fn take(&mut self, answer: Answer) -> Result<(), ReadError> {
+        let Answer { partition, start, result } = answer;
+        let what = self.what(partition);
+        let now = self.clock.instant();
+        let Some(started) = self.started.get_mut(&partition) else { return Ok(()) };
+        if started.start != start {
+            return Ok(());
+        }
+        match result {
+            Ok(chunk) => {
+                started.low_since = None;
+                let batches = match started.fold_chunk(partition, chunk, self.batch_events_max) {
+                    Ok(batches) => batches,
+                    // Nothing behind the contradiction can be read by anybody.
+                    Err(diverged) => {
+                        self.started.remove(&partition);
+                        return Err(ReadError::diverged(what, diverged));
+                    }
+                };
+                if batches.is_empty() {
+                    self.ask(partition, Duration::ZERO);
+                }
+                self.ready.extend(batches.into_iter().map(SourceMessage::Batch));
+                Ok(())
+            }
+            Err(ReadFailure::Unavailable(error)) => {
+                self.ask(partition, RETRY_AFTER);
+                Err(ReadError::unavailable(RETRY_AFTER, error))
+            }
+            Err(failure @ ReadFailure::OutOfRange { .. }) => {
+                // A stale leader looks the same for a while as a log that was cut off.
+                let since = *started.low_since.get_or_insert(now);
+                if now.saturating_duration_since(since) < self.low_end_patience {
+                    self.ask(partition, RETRY_AFTER);
+                    return Ok(());
+                }
+                let from = started.from;
+                self.started.remove(&partition);
+                Err(ReadError::diverged(what, OutOfRange { from, failure }))
+            }
+        }
+    }
+}
+
+fn is_of(message: &SourceMessage, partition: Partition) -> bool {
+    matches!(message, SourceMessage::Batch(batch) if batch.partition == partition)
+}
+
+#[derive(Debug, thiserror::Error)]
+#[error(
+    "offset {from} is to be read next, but {failure}: the log was truncated, trimmed or recreated. \
+     Restore the topic from a copy, or rebuild what was made from it"
+)]
+struct OutOfRange {
+    from: Offset,
+    failure: ReadFailure,
+}
+
+impl Started {
+    /// Batches of whole commits, each within the limit unless one commit alone exceeds it.
+    fn fold_chunk(
+        &mut self,
+        partition: Partition,
+        chunk: Chunk,
+        batch_events_max: usize,
+    ) -> Result<Vec<Batch>, crate::fold::LogDiverged> {
+        let end = chunk.end;
+        let mut batches = Vec::new();
+        let mut events: Vec<RecordedEvent> = Vec::new();
+        for record in chunk.records {
+            let before = self.fold.fold().checkpoint();
+            let commit = match self.fold.read(record)? {
+                Read::Commit(commit) => commit,
+                Read::Void(reason) => {
+                    metrics::counter!("kafold_void_records_total", "reason" => reason.name())
+                        .increment(1);
+                    continue;
+                }
+                Read::Claim(..) | Read::Open(_) | Read::Barrier(_) => continue,
+            };
+            if !events.is_empty() && events.len() + commit.events.len() > batch_events_max {
+                batches.push(self.batch(partition, std::mem::take(&mut events), &before, end));
+            }
+            events.extend(commit.events.into_iter().map(Arc::unwrap_or_clone));
+        }
+        let next = self.fold.fold().checkpoint();
+        if next.next > self.from {
+            batches.push(self.batch(partition, events, &next, end));
+        }
+        Ok(batches)
+    }
+
+    fn batch(
+        &mut self,
+        partition: Partition,
+        events: Vec<RecordedEvent>,
+        next: &Checkpoint,
+        end: Offset,
+    ) -> Batch {
+        let from = std::mem::replace(&mut self.from, next.next);
+        Batch { partition, from, events, next: next.to_cursor(), end: end.max(next.next) }
+    }
+}

@@ -1,0 +1,335 @@
+//! The log's topics: created with settings that keep events for ever, refused by name without.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use kafold_core::Clock;
+use rdkafka::admin::{
+    AdminClient, AdminOptions, ConfigResource, NewTopic, ResourceSpecifier, TopicReplication,
+};
+use rdkafka::client::DefaultClientContext;
+use rdkafka::error::{KafkaError, RDKafkaErrorCode};
+use tokio::runtime::Handle;
+
+use crate::client::{Inquirer, TopicShape, open_error};
+use crate::config::KafkaConfig;
+use crate::error::{Finding, OpenError};
+
+/// Partitions of a new log when the URL says nothing.
+const PARTITIONS_DEFAULT: u32 = 12;
+/// Copies of a new log's partitions when the URL says nothing and there are brokers enough.
+const REPLICATION_DEFAULT: usize = 3;
+/// Copies from which one broker may be lost without losing or blocking anything.
+const REPLICAS_SAFE: usize = 3;
+/// In-sync replicas that must have a record before it is acknowledged, at [`REPLICAS_SAFE`].
+const IN_SYNC_SAFE: u64 = 2;
+/// A retention that never ends.
+const FOR_EVER: &str = "-1";
+/// Forwarded commands are kept for a day.
+const COMMANDS_RETENTION_MS: &str = "86400000";
+/// Answers to them are kept for an hour.
+const REPLIES_RETENTION_MS: &str = "3600000";
+/// Between two looks at a topic that is being created.
+const CREATION_POLL: Duration = Duration::from_millis(50);
+/// Kafka's own `max.message.bytes`, should a broker not tell.
+const RECORD_BYTES_DEFAULT: usize = 1_048_588;
+
+/// Settings of an existing topic that `allow_unsafe` can accept.
+pub(crate) const UNSAFE_SETTINGS: [&str; 6] = [
+    "retention.ms",
+    "retention.bytes",
+    "cleanup.policy",
+    "min.insync.replicas",
+    "unclean.leader.election.enable",
+    "message.timestamp.type",
+];
+
+/// The events topic as it was found or made.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct EventsTopic {
+    pub(crate) partitions: u32,
+    /// The topic's `max.message.bytes`: bytes of the largest record, everything included.
+    pub(crate) record_bytes_max: usize,
+}
+
+/// Creates the topics that are absent and checks the events topic. Blocks; runs on a thread of the
+/// runtime that may.
+pub(crate) fn prepare(
+    config: &KafkaConfig,
+    inquirer: &Inquirer,
+    clock: &Arc<dyn Clock>,
+) -> Result<EventsTopic, OpenError> {
+    let preparation = Preparation { config, inquirer, clock: &**clock, admin: admin(config)? };
+    let topic = config.events_topic();
+    let (found, brokers) = preparation.look(&topic)?;
+    let replicas = config.replication.map_or(brokers.min(REPLICATION_DEFAULT), usize::from);
+    let partitions = match found {
+        Some(shape) => shape.partitions,
+        None => config.partitions.unwrap_or(PARTITIONS_DEFAULT),
+    };
+    preparation.create(&topic, found, partitions, replicas, FOR_EVER)?;
+    let (commands, replies) = (config.commands_topic(), config.replies_topic());
+    for (topic, retention) in [(commands, COMMANDS_RETENTION_MS), (replies, REPLIES_RETENTION_MS)] {
+        let (found, _) = preparation.look(&topic)?;
+        preparation.create(&topic, found, partitions, replicas, retention)?;
+    }
+    preparation.check(&topic)
+}
+
+fn admin(config: &KafkaConfig) -> Result<AdminClient<DefaultClientContext>, OpenError> {
+    let create = config.inquirer().create();
+    create.map_err(|error| open_error(config, "creating a client", error, None))
+}
+
+struct Preparation<'a> {
+    config: &'a KafkaConfig,
+    inquirer: &'a Inquirer,
+    clock: &'a dyn Clock,
+    admin: AdminClient<DefaultClientContext>,
+}
+
+impl Preparation<'_> {
+    fn error(&self, doing: String, error: KafkaError) -> OpenError {
+        open_error(self.config, doing, error, self.inquirer.last_error())
+    }
+
+    fn look(&self, topic: &str) -> Result<(Option<TopicShape>, usize), OpenError> {
+        self.inquirer
+            .topic(topic)
+            .map_err(|error| self.error(format!("looking for topic {topic}"), error))
+    }
+
+    fn options(&self) -> AdminOptions {
+        let timeout = self.config.limits.request_timeout;
+        AdminOptions::new().request_timeout(Some(timeout)).operation_timeout(Some(timeout))
+    }
+
+    /// Creates the topic unless it was found, and waits until every partition has a leader.
+    fn create(
+        &self,
+        topic: &str,
+        found: Option<TopicShape>,
+        partitions: u32,
+        replicas: usize,
+        retention_ms: &str,
+    ) -> Result<(), OpenError> {
+        if found.is_some_and(|shape| shape.led) {
+            return Ok(());
+        }
+        if found.is_none() {
+            self.request_creation(topic, partitions, replicas, retention_ms)?;
+            tracing::info!(topic, partitions, replicas, "topic created");
+        }
+        let deadline = self.clock.instant() + self.config.limits.request_timeout;
+        while !self.look(topic)?.0.is_some_and(|shape| shape.led) {
+            if self.clock.instant() >= deadline {
+                let timed_out = KafkaError::MetadataFetch(RDKafkaErrorCode::LeaderNotAvailable);
+                return Err(self.error(format!("waiting for leaders of topic {topic}"), timed_out));
+            }
+            Handle::current().block_on(self.clock.sleep(CREATION_POLL));
+        }
+        Ok(())
+    }
+
+    fn request_creation(
+        &self,
+        topic: &str,
+        partitions: u32,
+        replicas: usize,
+        retention_ms: &str,
+    ) -> Result<(), OpenError> {
+        let in_sync = if replicas >= REPLICAS_SAFE { "2" } else { "1" };
+        let fixed = TopicReplication::Fixed(i32::try_from(replicas).unwrap_or(i32::MAX));
+        let new = NewTopic::new(topic, i32::try_from(partitions).unwrap_or(i32::MAX), fixed)
+            .set("cleanup.policy", "delete")
+            .set("retention.ms", retention_ms)
+            .set("retention.bytes", "-1")
+            .set("min.insync.replicas", in_sync)
+            .set("unclean.leader.election.enable", "false")
+            .set("message.timestamp.type", "CreateTime");
+        let creation = self.admin.create_topics([&new], &self.options());
+        let doing =
+            || format!("creating topic {topic} ({partitions} partitions, {replicas} replicas)");
+        let results =
+            Handle::current().block_on(creation).map_err(|error| self.error(doing(), error))?;
+        for result in results {
+            match result {
+                // Another node was first; what it made is checked like any other.
+                Ok(_) | Err((_, RDKafkaErrorCode::TopicAlreadyExists)) => {}
+                Err((_, code)) => return Err(self.error(doing(), KafkaError::AdminOp(code))),
+            }
+        }
+        Ok(())
+    }
+
+    fn check(&self, topic: &str) -> Result<EventsTopic, OpenError> {
+        let (shape, _) = self.look(topic)?;
+        let shape = shape.ok_or_else(|| {
+            let gone = KafkaError::MetadataFetch(RDKafkaErrorCode::UnknownTopicOrPartition);
+            self.error(format!("checking topic {topic}"), gone)
+        })?;
+        let doing = || format!("reading the settings of topic {topic}");
+        let wanted = ResourceSpecifier::Topic(topic);
+        let description = self.admin.describe_configs([&wanted], &self.options());
+        let results =
+            Handle::current().block_on(description).map_err(|error| self.error(doing(), error))?;
+        let resource = match results.into_iter().next() {
+            Some(Ok(resource)) => resource,
+            Some(Err(code)) => return Err(self.error(doing(), KafkaError::AdminOp(code))),
+            None => return Err(self.unreadable(topic)),
+        };
+        // A refusal for one topic reaches us as a description without entries.
+        if resource.entries.is_empty() {
+            return Err(self.unreadable(topic));
+        }
+        let settings = Settings(&resource);
+        let findings = findings(self.config, topic, shape, &settings);
+        if !findings.is_empty() {
+            return Err(OpenError::UnsafeTopic { topic: topic.into(), findings });
+        }
+        let record_bytes_max = settings.get("max.message.bytes").and_then(|text| text.parse().ok());
+        Ok(EventsTopic {
+            partitions: shape.partitions,
+            record_bytes_max: record_bytes_max.unwrap_or(RECORD_BYTES_DEFAULT),
+        })
+    }
+
+    fn unreadable(&self, topic: &str) -> OpenError {
+        OpenError::Refused {
+            brokers: self.config.brokers.clone(),
+            doing: format!("reading the settings of topic {topic}"),
+            remedy: "allow this user DescribeConfigs on the topic: unread settings may lose events"
+                .into(),
+            cause: Arc::new(KafkaError::AdminOp(RDKafkaErrorCode::TopicAuthorizationFailed)),
+        }
+    }
+}
+
+struct Settings<'a>(&'a ConfigResource);
+
+impl Settings<'_> {
+    fn get(&self, setting: &str) -> Option<&str> {
+        self.0.get(setting)?.value.as_deref()
+    }
+}
+
+/// Everything that is wrong with an existing events topic.
+fn findings(
+    config: &KafkaConfig,
+    topic: &str,
+    shape: TopicShape,
+    settings: &Settings<'_>,
+) -> Vec<Finding> {
+    let mut findings = Vec::new();
+    if let Some(wanted) = config.partitions.filter(|wanted| *wanted != shape.partitions) {
+        findings.push(partition_count(shape.partitions, wanted, "?partitions="));
+    }
+    for setting in UNSAFE_SETTINGS {
+        if config.allow_unsafe.contains(setting) {
+            tracing::warn!(topic, setting, "not checked: accepted by allow_unsafe");
+            continue;
+        }
+        let value = settings.get(setting);
+        if let Some((why, safe)) = judge(setting, value, shape.replicas) {
+            let brokers = &config.brokers;
+            findings.push(Finding {
+                setting: setting.into(),
+                value: value.unwrap_or("(unreadable)").into(),
+                why,
+                remedy: format!(
+                    "run kafka-configs.sh --bootstrap-server {brokers} --alter --entity-type \
+                     topics --entity-name {topic} --add-config {setting}={safe}, or accept it with \
+                     ?allow_unsafe={setting}"
+                ),
+            });
+        }
+    }
+    findings
+}
+
+/// The finding that a log has another number of partitions than `who` says.
+pub(crate) fn partition_count(found: u32, wanted: u32, who: &str) -> Finding {
+    Finding {
+        setting: "partitions".into(),
+        value: found.to_string(),
+        why: format!(
+            "{who} says {wanted}, and streams are found by the number of partitions: their \
+             events would be looked for, and written, in the wrong one"
+        ),
+        remedy: "give the number the log was begun with, or copy the log into a new topic; \
+                 partitions that were added cannot be taken away"
+            .into(),
+    }
+}
+
+/// Why a setting loses events and which value does not; `None` if it is safe.
+fn judge(setting: &str, value: Option<&str>, replicas: usize) -> Option<(String, &'static str)> {
+    let (safe, why) = match setting {
+        "retention.ms" | "retention.bytes" => (FOR_EVER, "the broker deletes old events"),
+        "cleanup.policy" => {
+            ("delete", "compaction deletes all but the newest event of every stream")
+        }
+        "unclean.leader.election.enable" => {
+            ("false", "a replica without the newest events may become leader and drop them")
+        }
+        "message.timestamp.type" => {
+            ("CreateTime", "the broker would replace the time at which an event was recorded")
+        }
+        // What is left is min.insync.replicas.
+        _ => return judge_in_sync(value, replicas),
+    };
+    (value != Some(safe)).then(|| (why.into(), safe))
+}
+
+fn judge_in_sync(value: Option<&str>, replicas: usize) -> Option<(String, &'static str)> {
+    let safe = if replicas >= REPLICAS_SAFE { "2" } else { "1" };
+    let least = if replicas >= REPLICAS_SAFE { IN_SYNC_SAFE } else { 1 };
+    match value.and_then(|text| text.parse::<u64>().ok()) {
+        None => Some(("it is not known how many copies acknowledge an event".into(), safe)),
+        Some(count) if count < least => Some((
+            format!("of {replicas} replicas one alone may acknowledge an event and then be lost"),
+            safe,
+        )),
+        Some(count) if count > replicas as u64 => {
+            Some((format!("with {replicas} replicas no event is ever acknowledged"), safe))
+        }
+        Some(_) => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_log_that_keeps_everything_is_safe() {
+        let unsafe_settings = [
+            ("retention.ms", "604800000", "-1"),
+            ("retention.bytes", "1073741824", "-1"),
+            ("cleanup.policy", "compact", "delete"),
+            ("cleanup.policy", "compact,delete", "delete"),
+            ("unclean.leader.election.enable", "true", "false"),
+            ("message.timestamp.type", "LogAppendTime", "CreateTime"),
+        ];
+        for (setting, value, safe) in unsafe_settings {
+            assert_eq!(
+                judge(setting, Some(value), 3).map(|found| found.1),
+                Some(safe),
+                "{setting}"
+            );
+            assert_eq!(judge(setting, Some(safe), 3), None, "{setting}");
+            assert!(judge(setting, None, 3).is_some(), "{setting} unread");
+        }
+    }
+
+    #[test]
+    fn as_many_replicas_must_acknowledge_as_survive_a_broker() {
+        let refused = |value: &str, replicas| judge("min.insync.replicas", Some(value), replicas);
+        assert!(refused("1", 3).is_some());
+        assert_eq!(refused("2", 3), None);
+        assert_eq!(refused("1", 1), None);
+        assert_eq!(refused("1", 2), None);
+        assert!(refused("2", 1).is_some(), "nothing could be written");
+        assert!(judge("min.insync.replicas", None, 1).is_some());
+    }
+}

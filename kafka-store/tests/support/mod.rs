@@ -1,0 +1,126 @@
+//! What the tests on a real broker share.
+
+#![expect(dead_code, reason = "every test file uses a part of it")]
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use kafold_core::clock::{RandomIds, SystemClock};
+use kafold_core::memory::MemoryIndex;
+use kafold_core::store::{Health, Owner};
+use kafold_core::{Clock, EventStore, IdGenerator, StreamIndex};
+use kafold_kafka_store::{KafkaConfig, KafkaStore};
+use rdkafka::ClientConfig;
+use rdkafka::admin::{AdminClient, AdminOptions, NewTopic, TopicReplication};
+use rdkafka::client::DefaultClientContext;
+
+/// How long anything may take that is waited for.
+pub(crate) const WAIT_MAX: Duration = Duration::from_secs(60);
+
+/// The broker of the tests, or a line that says what is skipped.
+pub(crate) fn brokers(test: &str) -> Option<String> {
+    let found = std::env::var("KAFOLD_TEST_KAFKA").ok();
+    if found.is_none() {
+        assert!(
+            std::env::var_os("KAFOLD_TEST_REQUIRE_ALL").is_none(),
+            "KAFOLD_TEST_KAFKA names no broker, and nothing may be skipped"
+        );
+        eprintln!(
+            "skipped {test}: KAFOLD_TEST_KAFKA names no broker (dev/kafka up; dev/kafka env)"
+        );
+    }
+    found
+}
+
+/// A log name that no other test uses.
+pub(crate) fn new_name(prefix: &str) -> String {
+    format!("{prefix}-{}", RandomIds.event_id())
+}
+
+pub(crate) fn config(brokers: &str, name: &str, options: &str) -> KafkaConfig {
+    format!("kafka://{brokers}/{name}?{options}").parse().expect("a valid URL")
+}
+
+pub(crate) fn clock() -> Arc<dyn Clock> {
+    Arc::new(SystemClock)
+}
+
+pub(crate) fn owner(name: &str) -> Owner {
+    let address = format!("{name}.test:8080");
+    Owner { name: name.into(), address, started_at: SystemClock.now() }
+}
+
+pub(crate) async fn open_with(
+    config: KafkaConfig,
+    index: Arc<dyn StreamIndex>,
+    name: &str,
+) -> KafkaStore {
+    KafkaStore::open(config, index, owner(name), clock(), Arc::new(RandomIds))
+        .await
+        .unwrap_or_else(|error| panic!("{error}"))
+}
+
+/// A store that owns every partition.
+pub(crate) async fn open(config: KafkaConfig, name: &str) -> KafkaStore {
+    let store = open_with(config, Arc::new(MemoryIndex::new()), name).await;
+    ready(&store).await;
+    store
+}
+
+pub(crate) async fn ready(store: &KafkaStore) {
+    until("the store is ready", || match store.health() {
+        Health::Ready => Ok(()),
+        Health::NotReady(reasons) => Err(reasons.join("; ")),
+    })
+    .await;
+}
+
+/// Waits until the condition holds; tells its last complaint when it does not in time.
+pub(crate) async fn until<T>(what: &str, mut condition: impl FnMut() -> Result<T, String>) -> T {
+    let deadline = SystemClock.instant() + WAIT_MAX;
+    loop {
+        match condition() {
+            Ok(done) => return done,
+            Err(complaint) if SystemClock.instant() > deadline => {
+                panic!("{what}: not within {WAIT_MAX:?}: {complaint}")
+            }
+            Err(_) => pause().await,
+        }
+    }
+}
+
+/// Between two looks at something that is waited for, with a deadline.
+#[expect(clippy::disallowed_methods, reason = "the one place that polls, for tests alone")]
+pub(crate) async fn pause() {
+    tokio::time::sleep(Duration::from_millis(5)).await;
+}
+
+pub(crate) fn admin(brokers: &str) -> AdminClient<DefaultClientContext> {
+    ClientConfig::new().set("bootstrap.servers", brokers).create().expect("an admin client")
+}
+
+/// Creates a topic as somebody else would.
+pub(crate) async fn create_topic(
+    brokers: &str,
+    topic: &str,
+    partitions: i32,
+    settings: &[(&str, &str)],
+) {
+    let mut new = NewTopic::new(topic, partitions, TopicReplication::Fixed(1));
+    for (key, value) in settings {
+        new = new.set(key, value);
+    }
+    let options = AdminOptions::new().operation_timeout(Some(Duration::from_secs(10)));
+    let created = admin(brokers).create_topics([&new], &options).await.expect("an answer");
+    created.into_iter().for_each(|result| {
+        result.expect("created");
+    });
+}
+
+pub(crate) async fn delete_topic(brokers: &str, topic: &str) {
+    let options = AdminOptions::new().operation_timeout(Some(Duration::from_secs(10)));
+    let deleted = admin(brokers).delete_topics(&[topic], &options).await.expect("an answer");
+    deleted.into_iter().for_each(|result| {
+        result.expect("deleted");
+    });
+}
