@@ -3,5 +3,6 @@
 CREATE TABLE kafold_partition (
     partition   INTEGER PRIMARY KEY,
     next_offset BIGINT NOT NULL,           -- everything accepted below it is in kafold_event
-    fold_state  TEXT NOT NULL              -- the reader's state there
+    fold_state  TEXT NOT NULL,             -- the reader's state there
+    updated_at  TIMESTAMPTZ NOT NULL       -- when the position last moved
 );
