@@ -7,5 +7,6 @@ CREATE TABLE kafold_snapshot (
     schema          TEXT NOT NULL,         -- tells which code can read the state
     state           BYTEA NOT NULL,        -- JSON
     recent_commands TEXT NOT NULL,         -- JSON: [[command id, version, position], ...], oldest first
+    saved_at        TIMESTAMPTZ NOT NULL,
     PRIMARY KEY (category, stream_id)
 );
