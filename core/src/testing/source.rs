@@ -5,6 +5,8 @@ use std::future::poll_fn;
 use std::task::Poll;
 use std::time::Duration;
 
+use futures_util::future::join;
+
 use super::{StoreUnderTest, commit, exact, new_stream, read_all, versions};
 use crate::clock::{IdGenerator, RandomIds};
 use crate::event::RecordedEvent;
@@ -172,8 +174,11 @@ pub async fn a_subscription_tails_new_events(harness: &mut dyn StoreUnderTest) {
     let mut reader = Reader::new(&*harness.source(), 100).await;
     reader.read_until(&streams, 1).await;
     for version in 1..10 {
-        store.append(&stream, exact(version), commit(1)).await.expect("is next");
-        let seen = reader.read_until(&streams, version as usize + 1).await;
+        // The reader is asked first, so it is waiting when the append comes.
+        let reading = reader.read_until(&streams, version as usize + 1);
+        let writing = store.append(&stream, exact(version), commit(1));
+        let (seen, written) = join(reading, writing).await;
+        written.expect("is next");
         assert_eq!(versions(&seen), (1..=version + 1).collect::<Vec<_>>());
     }
 }
