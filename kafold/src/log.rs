@@ -129,11 +129,11 @@ impl LogOptions {
         };
         #[cfg(not(feature = "projections"))]
         let index: Arc<dyn StreamIndex> = Arc::new(MemoryIndex::default());
-        let source = KafkaSource::new(config.clone(), self.clock.clone());
         let store = KafkaStore::open(config, index, self.owner, self.clock, self.ids)
             .await
             .map_err(refused)?;
-        Ok(Log { kind: Kind::Kafka { store: Arc::new(store), source: Arc::new(source) } })
+        let source = Arc::new(store.source());
+        Ok(Log { kind: Kind::Kafka { store: Arc::new(store), source } })
     }
 }
 
