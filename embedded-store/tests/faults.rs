@@ -233,7 +233,7 @@ async fn a_closed_store_settles_what_was_submitted_and_takes_no_more() {
 async fn a_file_that_indexes_another_log_is_refused() {
     let folder = LogFolder::new();
     let database = database(&folder.file()).await;
-    execute(&database, "INSERT INTO kafold_partition VALUES (0, 17, '{}')").await;
+    execute(&database, "INSERT INTO kafold_partition VALUES (0, 17, '{}', 0)").await;
     let clock = Arc::new(SystemClock);
     let store = EmbeddedStore::open(database.clone(), EmbeddedConfig::default(), clock.clone());
     let refused = store.await.err().expect("refused");
