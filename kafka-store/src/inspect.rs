@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use kafold_core::{Clock, Offset, Partition};
+use kafold_core::{Clock, Offset, Partition, Position};
 use rdkafka::error::{KafkaError, RDKafkaErrorCode};
 
 use crate::client::Inquirer;
@@ -11,7 +11,7 @@ use crate::config::KafkaConfig;
 use crate::fold::{Anchor, Checkpoint, Fold, LogDiverged, LogIdentity};
 use crate::identity::{self, AnchorFound, IdentityError, LogFacts};
 use crate::reader::{Chunk, LogReader, ReadFailure};
-use crate::wire::Content;
+use crate::wire::{Content, Malformed};
 
 /// Between two looks at a log that seems too short.
 const LOOK_AGAIN: Duration = Duration::from_secs(1);
@@ -86,6 +86,23 @@ impl Inspector {
                 Err(error) => return Err(error.into()),
             }
         }
+    }
+
+    /// Looks at the newest record: a format that this program does not know is better found before
+    /// it begins than when its readers come to it.
+    pub(crate) async fn check_newest(&self, partition: Partition) -> Result<(), InspectError> {
+        let (start, end) = self.ends(partition).await?;
+        if end == start {
+            return Ok(());
+        }
+        let newest = Offset(end.0 - 1);
+        for record in self.read(partition, newest).await?.records {
+            if let Content::Malformed(reason @ Malformed::NewerFormat(_)) = record.content {
+                let position = Position { partition, offset: record.offset };
+                return Err(LogDiverged::Malformed { position, reason }.into());
+            }
+        }
+        Ok(())
     }
 
     async fn facts(

@@ -232,7 +232,11 @@ async fn check_log(
     let check = async |partition| {
         let place = Indexer::place(&cursors, partition)
             .map_err(|error| refuse(partition, Arc::new(error)))?;
-        match inspector.check(partition, &place).await {
+        let checked = match inspector.check(partition, &place).await {
+            Ok(()) => inspector.check_newest(partition).await,
+            Err(error) => Err(error),
+        };
+        match checked {
             Ok(()) => Ok(Some(place)),
             Err(InspectError::Unavailable(_)) => Ok(None),
             Err(error) => Err(refuse(partition, Arc::new(error))),

@@ -1,18 +1,20 @@
 //! What the tests on a real broker share.
 
-#![expect(dead_code, reason = "every test file uses a part of it")]
+#![allow(dead_code, reason = "every test file uses a part of it")]
 
 use std::sync::Arc;
 use std::time::Duration;
 
 use kafold_core::clock::{RandomIds, SystemClock};
 use kafold_core::memory::MemoryIndex;
-use kafold_core::store::{Health, Owner};
-use kafold_core::{Clock, EventStore, IdGenerator, StreamIndex};
-use kafold_kafka_store::{KafkaConfig, KafkaStore};
+use kafold_core::store::{Append, Appended, Health, Owner, Ticket};
+use kafold_core::{Clock, Commit, EventStore, ExpectedVersion, IdGenerator, StreamId, StreamIndex};
+use kafold_kafka_store::{KafkaConfig, KafkaStore, OpenError};
 use rdkafka::ClientConfig;
 use rdkafka::admin::{AdminClient, AdminOptions, NewTopic, TopicReplication};
 use rdkafka::client::DefaultClientContext;
+use rdkafka::message::{Header, OwnedHeaders};
+use rdkafka::producer::{BaseProducer, BaseRecord, Producer};
 
 /// How long anything may take that is waited for.
 pub(crate) const WAIT_MAX: Duration = Duration::from_secs(60);
@@ -123,4 +125,82 @@ pub(crate) async fn delete_topic(brokers: &str, topic: &str) {
     deleted.into_iter().for_each(|result| {
         result.expect("deleted");
     });
+}
+
+/// Opens until nothing transient is in the way.
+pub(crate) async fn retry_open<F>(
+    config: KafkaConfig,
+    open: impl Fn(KafkaConfig) -> F,
+) -> KafkaStore
+where
+    F: Future<Output = Result<KafkaStore, OpenError>>,
+{
+    let deadline = SystemClock.instant() + WAIT_MAX;
+    loop {
+        match open(config.clone()).await {
+            Ok(store) => return store,
+            Err(error) => assert!(SystemClock.instant() < deadline, "not opened: {error}"),
+        }
+        pause().await;
+    }
+}
+
+/// Opens until it is refused with all of the words: brokers take a while to agree on a change.
+pub(crate) async fn until_refused<F>(
+    config: KafkaConfig,
+    open: impl Fn(KafkaConfig) -> F,
+    words: &[&str],
+) where
+    F: Future<Output = Result<KafkaStore, OpenError>>,
+{
+    let deadline = SystemClock.instant() + WAIT_MAX;
+    loop {
+        let found = match open(config.clone()).await {
+            Ok(_) => "it was opened".into(),
+            Err(error) => error.to_string(),
+        };
+        if words.iter().all(|word| found.contains(word)) {
+            return;
+        }
+        assert!(SystemClock.instant() < deadline, "{found:?} does not say {words:?}");
+        pause().await;
+    }
+}
+
+/// Produces one record to partition 0, as somebody else would.
+pub(crate) fn produce(brokers: &str, topic: &str, headers: &[(&str, &[u8])]) {
+    let producer: BaseProducer =
+        ClientConfig::new().set("bootstrap.servers", brokers).create().expect("a producer");
+    let mut owned = OwnedHeaders::new();
+    for (key, value) in headers {
+        owned = owned.insert(Header { key, value: Some(*value) });
+    }
+    let record = BaseRecord::to(topic).partition(0).key("somebody").payload("x").headers(owned);
+    producer.send(record).map_err(|(error, _)| error).expect("queued");
+    producer.flush(WAIT_MAX).expect("produced");
+}
+
+/// Appends until the outcome is known, always with the same command id, as a handler does.
+pub(crate) async fn settle(
+    store: &KafkaStore,
+    stream: &StreamId,
+    expected: ExpectedVersion,
+    commit: &Commit,
+) -> Appended {
+    let deadline = SystemClock.instant() + WAIT_MAX;
+    loop {
+        let append = Append {
+            stream: stream.clone(),
+            expected,
+            commit: commit.clone(),
+            ticket: Ticket::next(),
+            after: None,
+            deadline: Some(SystemClock.instant() + Duration::from_secs(5)),
+        };
+        match store.submit(append).await {
+            Ok(appended) => return appended,
+            Err(error) => assert!(SystemClock.instant() < deadline, "not settled: {error}"),
+        }
+        pause().await;
+    }
 }

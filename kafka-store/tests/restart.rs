@@ -1,0 +1,316 @@
+//! Restarts, two stores on one log, and an index that is slow, down or lost.
+
+mod support;
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use async_trait::async_trait;
+use kafold_core::index::{Advanced, IndexBatch, IndexLoad, IndexRead};
+use kafold_core::memory::MemoryIndex;
+use kafold_core::store::{Appended, Cursor, Health};
+use kafold_core::testing::{commit, commit_of, exact, new_command, read_gapless, submit};
+use kafold_core::{
+    AppendError, CommandId, EventStore, ExpectedVersion, Offset, Partition, ReadError, StreamId,
+    StreamIndex, Version,
+};
+use kafold_kafka_store::KafkaStore;
+
+fn stream(id: &str) -> StreamId {
+    StreamId::new("order", id).expect("valid")
+}
+
+/// An index that can be lost and be down, and that remembers what it was fed.
+#[derive(Default)]
+struct TestIndex {
+    inner: Mutex<Arc<MemoryIndex>>,
+    down: AtomicBool,
+    batches: Mutex<Vec<(Partition, Offset, usize)>>,
+}
+
+impl TestIndex {
+    fn inner(&self) -> Result<Arc<MemoryIndex>, ReadError> {
+        if self.down.load(Ordering::SeqCst) {
+            return Err(ReadError::unavailable(Duration::from_millis(10), "the test says so"));
+        }
+        Ok(Arc::clone(&self.inner.lock().expect("no panic")))
+    }
+
+    fn lose_everything(&self) {
+        *self.inner.lock().expect("no panic") = Arc::new(MemoryIndex::new());
+    }
+
+    fn batches(&self) -> Vec<(Partition, Offset, usize)> {
+        std::mem::take(&mut self.batches.lock().expect("no panic"))
+    }
+}
+
+#[async_trait]
+impl StreamIndex for TestIndex {
+    async fn cursors(&self) -> Result<Vec<(Partition, Cursor)>, ReadError> {
+        self.inner()?.cursors().await
+    }
+
+    async fn advance(&self, batch: IndexBatch) -> Result<Advanced, ReadError> {
+        let inner = self.inner()?;
+        let told = (batch.partition, batch.from, batch.events.len());
+        self.batches.lock().expect("no panic").push(told);
+        inner.advance(batch).await
+    }
+
+    async fn load(
+        &self,
+        requests: &[IndexLoad],
+        limit: usize,
+    ) -> Result<Vec<IndexRead>, ReadError> {
+        self.inner()?.load(requests, limit).await
+    }
+
+    async fn find_command(
+        &self,
+        partition: Partition,
+        stream: &StreamId,
+        command_id: CommandId,
+    ) -> Result<(Offset, Option<Appended>), ReadError> {
+        self.inner()?.find_command(partition, stream, command_id).await
+    }
+}
+
+/// How many events of the stream the index itself has.
+async fn indexed(index: &TestIndex, partition: Partition, stream: &StreamId) -> usize {
+    let load = IndexLoad { partition, stream: stream.clone(), after: Version::EMPTY };
+    let read = index.load(&[load], 10_000).await.expect("the index is up");
+    read.into_iter().map(|read| read.events.len()).sum()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_restart_replays_only_from_the_position_of_the_index() {
+    let Some(brokers) = support::brokers("a_restart_replays_only_from_the_index") else { return };
+    let config = support::config(&brokers, &support::new_name("restart"), "partitions=1");
+    let index = Arc::new(TestIndex::default());
+    let store = support::open_with(config.clone(), index.clone(), "first").await;
+    support::ready(&store).await;
+    for version in 0..20 {
+        store.append(&stream("a"), exact(version), commit(1)).await.expect("is next");
+    }
+    store.shutdown().await;
+    let at = index.cursors().await.expect("up")[0].1.next;
+    assert_eq!(at, Offset(21), "a claim and twenty events");
+    index.batches();
+
+    let store = support::open_with(config, index.clone(), "second").await;
+    support::ready(&store).await;
+    let appended = store.append(&stream("a"), exact(20), commit(1)).await.expect("is at 20");
+    read_gapless(&store, &stream("a"), 21).await;
+    store.shutdown().await;
+    let fed = index.batches();
+    assert!(fed.iter().all(|(_, from, _)| *from >= at), "{fed:?} begins at {at}");
+    assert_eq!(fed.iter().map(|(.., events)| events).sum::<usize>(), 1, "{fed:?}");
+    assert!(appended.position.offset >= at);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_newest_start_wins_every_partition_and_the_older_one_says_who() {
+    let Some(brokers) = support::brokers("the_newest_start_wins") else { return };
+    let config = support::config(&brokers, &support::new_name("two"), "partitions=3");
+    let older = support::open(config.clone(), "older").await;
+    let streams: Vec<_> = (0..12).map(|id| stream(&id.to_string())).collect();
+    for stream in &streams {
+        older.append(stream, exact(0), commit(1)).await.expect("is new");
+    }
+    let newer = support::open(config, "newer").await;
+    for stream in &streams {
+        newer.append(stream, exact(1), commit(1)).await.expect("is at 1");
+        // It may not know yet; then its append is void and it must not say otherwise.
+        match older.append(stream, exact(1), commit(1)).await {
+            Err(AppendError::NotOwner { owner, .. }) => {
+                let owner = owner.expect("the claim says who");
+                assert_eq!((&*owner.name, &*owner.address), ("newer", "newer.test:8080"));
+            }
+            other => panic!("the superseded store answered {other:?}"),
+        }
+        newer.append(stream, exact(2), commit(1)).await.expect("is at 2");
+        read_gapless(&newer, stream, 3).await;
+    }
+    let Health::NotReady(reasons) = older.health() else { panic!("it owns nothing") };
+    assert_eq!(reasons.len(), 3, "{reasons:?}");
+    let named = "superseded by newer at newer.test:8080";
+    assert!(reasons.iter().all(|reason| reason.contains(named)), "{reasons:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_idle_store_notices_by_itself_that_it_was_superseded() {
+    let Some(brokers) = support::brokers("an_idle_store_notices_by_itself") else { return };
+    let config = support::config(&brokers, &support::new_name("idle"), "partitions=2");
+    let older = support::open(config.clone(), "older").await;
+    let _newer = support::open(config, "newer").await;
+    support::until("the older store says so", || match older.health() {
+        Health::NotReady(reasons) if reasons.iter().all(|r| r.contains("newer")) => Ok(()),
+        other => Err(format!("{other:?}")),
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_superseded_store_acknowledges_nothing_that_is_not_in_the_log() {
+    let Some(brokers) = support::brokers("a_superseded_store_acknowledges_nothing") else { return };
+    let config = support::config(&brokers, &support::new_name("race"), "partitions=1");
+    let older = Arc::new(support::open(config.clone(), "older").await);
+    // The older one writes all the time while the newer one takes over.
+    let writing = {
+        let older = Arc::clone(&older);
+        tokio::spawn(async move {
+            let mut acknowledged = Vec::new();
+            loop {
+                let id = new_command();
+                let (_, outcome) =
+                    submit(&*older, &stream("r"), ExpectedVersion::Any, commit_of(id, 1), None);
+                match outcome.await {
+                    Ok(appended) => acknowledged.push((id, appended)),
+                    Err(AppendError::NotOwner { .. }) => return acknowledged,
+                    Err(AppendError::NotAppended { .. } | AppendError::OutcomeUnknown { .. }) => {}
+                    Err(other) => panic!("{other}"),
+                }
+            }
+        })
+    };
+    let newer = support::open(config, "newer").await;
+    let appended =
+        newer.append(&stream("r"), ExpectedVersion::Any, commit(1)).await.expect("owns it");
+    let acknowledged = writing.await.expect("no panic");
+    assert!(!acknowledged.is_empty(), "it owned the partition at first");
+    let events = read_gapless(&newer, &stream("r"), appended.version.0).await;
+    for (id, appended) in acknowledged {
+        let at = events.iter().find(|event| event.version == appended.version);
+        let at = at.map(|event| (event.command_id, event.position));
+        assert_eq!(at, Some((id, appended.position)), "acknowledged, so in the log");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_lost_index_is_fed_again_from_the_log() {
+    let Some(brokers) = support::brokers("a_lost_index_is_fed_again") else { return };
+    let config = support::config(&brokers, &support::new_name("lost"), "partitions=1");
+    let index = Arc::new(TestIndex::default());
+    let store = support::open_with(config, index.clone(), "feeds").await;
+    support::ready(&store).await;
+    for version in 0..50 {
+        store.append(&stream("l"), exact(version), commit(1)).await.expect("is next");
+    }
+    wait_indexed(&index, 50).await;
+    index.lose_everything();
+    // Nothing is missing meanwhile: either it is all there or the store says that it cannot tell.
+    let appended = store.append(&stream("l"), exact(50), commit(1)).await.expect("is at 50");
+    assert_eq!(appended.version, Version(51));
+    wait_indexed(&index, 51).await;
+    read_gapless(&store, &stream("l"), 51).await;
+}
+
+#[expect(clippy::disallowed_methods, reason = "a deadline for a condition")]
+async fn wait_indexed(index: &TestIndex, events: usize) {
+    let deadline = std::time::Instant::now() + support::WAIT_MAX;
+    while indexed(index, Partition(0), &stream("l")).await < events {
+        assert!(std::time::Instant::now() < deadline, "{events} events are not indexed");
+        support::pause().await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn while_the_index_is_down_commands_go_on_until_the_tail_is_full() {
+    let Some(brokers) = support::brokers("while_the_index_is_down") else { return };
+    let mut config = support::config(&brokers, &support::new_name("down"), "partitions=1");
+    config.limits.tail_events_max = 20;
+    let index = Arc::new(TestIndex::default());
+    let store = support::open_with(config, index.clone(), "waits").await;
+    support::ready(&store).await;
+    store.append(&stream("l"), exact(0), commit(1)).await.expect("is new");
+    wait_indexed(&index, 1).await;
+    index.down.store(true, Ordering::SeqCst);
+    let mut version = 1;
+    let refused = loop {
+        match store.append(&stream("l"), exact(version), commit(1)).await {
+            Ok(appended) => version = appended.version.0,
+            Err(error) => break error,
+        }
+        assert!(version < 100, "the tail is bounded");
+    };
+    assert!(matches!(refused, AppendError::Unavailable { .. }), "{refused}");
+    assert!(version > 10, "{version}: the known stream goes on without the index");
+    let unknown = read(&store, "unknown").await.expect_err("only the index knows");
+    assert!(matches!(unknown, ReadError::Unavailable { .. }), "{unknown}");
+    support::until("the reason is told", || match store.health() {
+        Health::NotReady(reasons) if reasons[0].contains("the test says so") => Ok(()),
+        other => Err(format!("{other:?}")),
+    })
+    .await;
+
+    index.down.store(false, Ordering::SeqCst);
+    support::ready(&store).await;
+    let command = commit(1);
+    support::settle(&store, &stream("l"), exact(version), &command).await;
+    read_gapless(&store, &stream("l"), version + 1).await;
+}
+
+async fn read(store: &KafkaStore, id: &str) -> Result<usize, ReadError> {
+    use futures_util::TryStreamExt;
+    let events: Vec<_> = store.read(&stream(id), Version::EMPTY).try_collect().await?;
+    Ok(events.len())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_index_that_is_down_at_start_is_waited_for() {
+    let Some(brokers) = support::brokers("an_index_that_is_down_at_start") else { return };
+    let config = support::config(&brokers, &support::new_name("late"), "partitions=2");
+    let index = Arc::new(TestIndex::default());
+    index.down.store(true, Ordering::SeqCst);
+    let store = support::open_with(config, index.clone(), "waits").await;
+    support::until("the reason is told", || match store.health() {
+        Health::NotReady(reasons) if reasons[0].contains("the test says so") => Ok(()),
+        other => Err(format!("{other:?}")),
+    })
+    .await;
+    index.down.store(false, Ordering::SeqCst);
+    support::ready(&store).await;
+    store.append(&stream("x"), exact(0), commit(1)).await.expect("is new");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_long_stream_is_read_in_pages() {
+    let Some(brokers) = support::brokers("a_long_stream_is_read_in_pages") else { return };
+    let mut config = support::config(&brokers, &support::new_name("pages"), "partitions=1");
+    config.limits.page_events_max = 7;
+    config.limits.index_batch_events_max = 5;
+    let index = Arc::new(TestIndex::default());
+    let store = support::open_with(config.clone(), index.clone(), "first").await;
+    support::ready(&store).await;
+    for version in 0..50 {
+        store.append(&stream("l"), exact(version * 2), commit(2)).await.expect("is next");
+    }
+    read_gapless(&store, &stream("l"), 100).await;
+    store.shutdown().await;
+    assert_eq!(indexed(&index, Partition(0), &stream("l")).await, 100, "handed over at the end");
+    // Nothing in the tail: all pages are the index's.
+    let store = support::open_with(config, index, "second").await;
+    read_gapless(&store, &stream("l"), 100).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_store_dropped_without_a_stop_hangs_nothing_and_loses_nothing() {
+    let Some(brokers) = support::brokers("a_store_dropped_without_a_stop") else { return };
+    let config = support::config(&brokers, &support::new_name("dropped"), "partitions=1");
+    let store = support::open(config.clone(), "dropped").await;
+    for version in 0..10 {
+        store.append(&stream("d"), exact(version), commit(1)).await.expect("is next");
+    }
+    let (_, left) = submit(&store, &stream("d"), exact(10), commit(1), None);
+    drop(store);
+    // Whatever became of it, it is answered.
+    if let Err(error) = left.await {
+        let definite = AppendError::OutcomeUnknown { command_id: new_command() };
+        assert_eq!(std::mem::discriminant(&error), std::mem::discriminant(&definite), "{error}");
+    }
+    let store = support::open(config, "next").await;
+    let events = read(&store, "d").await.expect("readable");
+    assert!(events >= 10, "{events}");
+}
