@@ -263,7 +263,7 @@ async fn the_deadline_travels_to_the_store_and_bounds_the_retries() {
         attempts_max: 1_000,
         ..HandlerConfig::default()
     });
-    let deadline = SystemClock.instant() + std::time::Duration::from_millis(100);
+    let deadline = SystemClock.instant() + std::time::Duration::from_secs(1);
     store.on_submit((0..1_000).map(|_| not_appended()));
     let request = Request { deadline: Some(deadline), ..Request::default() };
     let answer = accounts.handle_with("a", &Deposit(1), new_command(), request).await;

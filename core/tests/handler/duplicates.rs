@@ -62,6 +62,7 @@ async fn a_command_is_known_beyond_the_window_when_it_would_append() {
     assert_eq!(store.finds(), 0, "the store finds it when it is submitted");
     // What was decided for the copy is in no state.
     assert_balance(&accounts, 14).await;
+    assert_eq!(store.reads().len(), 1, "the proven state is still good");
     handle(&accounts, Deposit(1)).await.expect("the stream goes on");
     assert_eq!(store.events().await.len(), 6);
 }
@@ -75,8 +76,11 @@ async fn a_command_is_known_beyond_the_window_when_it_would_be_rejected() {
 }
 
 #[tokio::test]
-async fn a_command_is_known_beyond_the_window_before_its_demand_is_checked() {
+async fn a_command_is_known_beyond_the_window_before_demand_and_deadline() {
     let (_, accounts, id, first) = beyond_the_window().await;
+    let late = Request { deadline: Some(SystemClock.instant()), ..Request::default() };
+    let again = accounts.handle_with("a", &Deposit(10), id, late).await;
+    assert_eq!(again.expect("is known"), duplicate_of(first));
     for version in [0, 99] {
         let expected = ExpectedVersion::Exact(Version(version));
         let request = Request { expected, ..Request::default() };

@@ -93,8 +93,28 @@ async fn when_one_in_the_middle_is_refused_the_others_are_appended() {
     let answer = refused.await.expect("runs");
     let unavailable = matches!(answer, Err(HandleError::Append(AppendError::Unavailable { .. })));
     assert!(unavailable, "{answer:?}");
+    // Neither it nor what was behind it is in the state that is decided on now.
+    assert_balance(&accounts, 3).await;
     store.release_all();
     assert_all_appended(&store, &accounts, tasks).await;
+}
+
+#[tokio::test]
+async fn decisions_see_all_pending_events() {
+    let store = ScriptedStore::default();
+    let accounts = store.accounts();
+    store.hold();
+    let deposits = submit_deposits(&store, &accounts, 4).await;
+    assert_balance(&accounts, 15).await;
+    let withdrawal = spawn(&accounts, Withdraw(14));
+    store.until_held(5).await;
+    assert_balance(&accounts, 1).await;
+    store.release_all();
+    for task in deposits.into_iter().chain([withdrawal]) {
+        task.await.expect("runs").expect("no rule is broken");
+    }
+    assert_balance(&accounts, 1).await;
+    assert_eq!(store.submitted().len(), 5);
 }
 
 #[tokio::test]
