@@ -8,6 +8,7 @@ pub(crate) mod source;
 use std::time::Duration;
 
 use kafold_core::clock::RandomIds;
+use kafold_core::testing::eventually;
 use kafold_core::{Clock, IdGenerator};
 use kafold_migrations::{Database, Mode};
 use kafold_projections::sqlx::{self, AssertSqlSafe, Connection, PgConnection};
@@ -80,15 +81,21 @@ impl TestDatabase {
     pub(crate) async fn remove(self) {
         self.database.close().await;
         if let Some((server, name)) = self.server {
-            admin(&server, &format!("DROP DATABASE {name} WITH (FORCE)")).await;
+            let drop = format!("DROP DATABASE {name} WITH (FORCE)");
+            // The server's own vacuum may be in it for a moment, and cannot be forced out.
+            eventually("it is dropped", async || try_admin(&server, &drop).await.is_ok()).await;
         }
     }
 }
 
 async fn admin(server: &str, sql: &str) {
-    let mut connection = PgConnection::connect(server).await.expect("the server answers");
-    sqlx::raw_sql(AssertSqlSafe(sql.to_owned())).execute(&mut connection).await.expect("rights");
-    connection.close().await.expect("a close");
+    try_admin(server, sql).await.expect("the server answers, and the user has the rights");
+}
+
+async fn try_admin(server: &str, sql: &str) -> Result<(), sqlx::Error> {
+    let mut connection = PgConnection::connect(server).await?;
+    sqlx::raw_sql(AssertSqlSafe(sql.to_owned())).execute(&mut connection).await?;
+    connection.close().await
 }
 
 /// The PostgreSQL server to test on; says so once when there is none.

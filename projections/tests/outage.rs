@@ -1,0 +1,107 @@
+//! A database that goes away: nothing is lost, nothing is skipped, and the worker says what it waits
+//! for. On a PostgreSQL of this test's own.
+
+mod common;
+
+use std::path::Path;
+use std::process::Command;
+use std::sync::Arc;
+use std::time::Duration;
+
+use common::domain::{CustomerTotals, Ledger, Orders};
+use common::{Dice, TestDatabase, a_while, server};
+use kafold_core::store::{Health, ReadError};
+use kafold_core::testing::eventually;
+use kafold_projections::{ProjectionConfig, ProjectionWorker, Query, ReadModel};
+
+const WAIT: Duration = Duration::from_secs(60);
+
+/// A server of `dev/postgres`, removed when the test is over.
+struct OwnServer {
+    name: String,
+}
+
+impl OwnServer {
+    fn up() -> (Self, String) {
+        let server = Self { name: format!("projections-outage-{}", std::process::id()) };
+        let url = server.dev("up", &[]);
+        (server, url)
+    }
+
+    /// Runs `dev/postgres`; answers the last line of its output.
+    fn dev(&self, command: &str, flags: &[&str]) -> String {
+        let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../dev/postgres");
+        let mut run = Command::new(script);
+        run.args([command, "--name", &self.name]).args(flags);
+        let output = run.output().expect("dev/postgres runs");
+        let errors = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "dev/postgres {command}: {errors}");
+        String::from_utf8_lossy(&output.stdout).lines().last().unwrap_or_default().to_owned()
+    }
+}
+
+impl Drop for OwnServer {
+    fn drop(&mut self) {
+        self.dev("down", &[]);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_database_that_restarts_loses_and_skips_nothing() {
+    if server().is_none() {
+        return;
+    }
+    let (own, url) = tokio::task::spawn_blocking(OwnServer::up).await.expect("it is up");
+    let database = TestDatabase::on(&url).await;
+    let orders = Arc::new(Orders::new(6));
+    let config = ProjectionConfig {
+        retry_delay_max: Duration::from_millis(300),
+        ..ProjectionConfig::default()
+    };
+    let projections =
+        ProjectionWorker::new(Arc::new(orders.store.clone()), database.database.clone())
+            .config(config)
+            .with(CustomerTotals)
+            .with_projection(Ledger::default())
+            .spawn();
+    let appending = {
+        let (orders, mut dice) = (orders.clone(), Dice::new(11));
+        tokio::spawn(async move {
+            for _ in 0..2_000 {
+                orders.append_random(&mut dice).await;
+                a_while(Duration::from_micros(dice.roll(4_000))).await;
+            }
+        })
+    };
+    for kill in [true, false, true] {
+        a_while(Duration::from_millis(400)).await;
+        let flags: &[&str] = if kill { &["--kill"] } else { &[] };
+        own.dev("stop", flags);
+        eventually("it says what it waits for", async || {
+            let Health::NotReady(why) = projections.health() else { return false };
+            why.iter().any(|why| why.contains("the database is unavailable"))
+        })
+        .await;
+        let query = Query::<CustomerTotals>::new(database.database.clone());
+        let read = query.get(&"c1".to_owned()).await;
+        assert!(matches!(read, Err(ReadError::Unavailable { .. })), "{read:?}");
+        own.dev("start", &[]);
+    }
+    appending.await.expect("memory takes everything");
+    for name in [CustomerTotals::NAME, "ledger"] {
+        for end in orders.ends().await {
+            projections.wait_for(name, end, WAIT).await.expect("applied");
+        }
+    }
+    orders.assert_equals_fold::<CustomerTotals>(&database.database).await;
+    let counted = database.number("SELECT COUNT(*) FROM ledger").await;
+    assert_eq!(counted as usize, orders.count());
+    assert_eq!(projections.health(), Health::Ready);
+    // Another process's waits hear of progress again, too.
+    let other = ProjectionWorker::new(Arc::new(orders.store.clone()), database.again().await);
+    let written = orders.place("after", "c1", 1).await;
+    other.spawn().wait_for(CustomerTotals::NAME, written, WAIT).await.expect("applied");
+    projections.shutdown().await;
+    database.database.close().await;
+    tokio::task::spawn_blocking(move || drop(own)).await.expect("it is down");
+}
