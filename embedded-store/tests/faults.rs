@@ -3,9 +3,11 @@
 mod common;
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use futures_util::future::join_all;
+use async_trait::async_trait;
+use chrono::{DateTime, Utc};
+use futures_util::future::{join, join_all};
 use kafold_core::clock::SystemClock;
 use kafold_core::store::{Append, Cursor, Health, SourceMessage, Subscription, Ticket};
 use kafold_core::testing::{
@@ -316,6 +318,43 @@ async fn a_deleted_event_halts_the_reader_by_name() {
     reader.start(Partition(0), None).await.expect("starts");
     let refusal = reader.next().await.expect_err("a hole").to_string();
     assert!(refusal.contains("the event at 3 is missing"), "{refusal}");
+}
+
+/// A clock whose waits never end: whoever relies on polling waits for ever.
+struct NeverWakes;
+
+#[async_trait]
+impl Clock for NeverWakes {
+    fn now(&self) -> DateTime<Utc> {
+        SystemClock.now()
+    }
+
+    fn instant(&self) -> Instant {
+        SystemClock.instant()
+    }
+
+    async fn sleep(&self, _: Duration) {
+        std::future::pending().await;
+    }
+}
+
+#[tokio::test]
+async fn a_commit_of_this_process_wakes_a_waiting_reader_without_polling() {
+    let folder = LogFolder::new();
+    let database = database(&folder.file()).await;
+    let (store, stream) = (store_on(&database).await, new_stream());
+    let source = EmbeddedSource::open(database, Arc::new(NeverWakes)).await.expect("opens");
+    let mut reader = assigned(&source).await;
+    reader.start(Partition(0), None).await.expect("starts");
+    for version in 0..20 {
+        let reading = tokio::time::timeout(Duration::from_secs(10), reader.next());
+        let writing = store.append(&stream, exact(version), commit(1));
+        // The reader is asked first, so it is waiting when the commit comes.
+        let (read, written) = join(reading, writing).await;
+        written.expect("nobody else writes");
+        let read = read.expect("is woken").expect("reads");
+        assert!(matches!(read, SourceMessage::Batch(batch) if batch.events.len() == 1));
+    }
 }
 
 #[tokio::test]
