@@ -1,5 +1,7 @@
 //! Structured logs on standard error.
 
+use std::io::IsTerminal;
+
 use clap::ValueEnum;
 use tracing_subscriber::EnvFilter;
 
@@ -21,7 +23,10 @@ pub(crate) struct InvalidFilter(tracing_subscriber::filter::ParseError);
 pub(crate) fn start(level: &str, format: LogFormat) -> Result<(), InvalidFilter> {
     let filter = std::env::var("RUST_LOG").ok().filter(|text| !text.trim().is_empty());
     let filter = EnvFilter::try_new(filter.as_deref().unwrap_or(level)).map_err(InvalidFilter)?;
-    let subscriber = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    let subscriber = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_ansi(std::io::stderr().is_terminal())
+        .with_writer(std::io::stderr);
     match format {
         LogFormat::Text => subscriber.init(),
         LogFormat::Json => subscriber.json().flatten_event(true).init(),

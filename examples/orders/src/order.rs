@@ -104,6 +104,11 @@ pub(crate) enum OrderError {
     )]
     Text { field: &'static str, bytes_max: usize, bytes: usize },
     #[error(
+        "customer has 1 to {NAME_BYTES_MAX} bytes, more than blanks, no control characters and no \
+         '/'; this one has {0} bytes"
+    )]
+    Customer(usize),
+    #[error(
         "placed_at is in a year from {PLACED_YEAR_MIN} on and before {PLACED_YEAR_END}, {0} is not"
     )]
     PlacedAt(DateTime<Utc>),
@@ -172,7 +177,7 @@ impl Order {
         if self.status != Status::Unknown {
             return Err(OrderError::Exists);
         }
-        check_text("customer", customer, NAME_BYTES_MAX)?;
+        check_customer(customer)?;
         check_lines(lines)?;
         check_placed_at(placed_at)?;
         Ok(OrderEvent::Placed { customer: customer.into(), lines: lines.into(), placed_at })
@@ -262,12 +267,24 @@ fn check_lines(lines: &[Line]) -> Result<(), OrderError> {
     Ok(())
 }
 
+/// A customer's id, like an order's, stands in the path of a URL.
+pub(crate) fn check_customer(customer: &str) -> Result<(), OrderError> {
+    let is_valid = is_text(customer, NAME_BYTES_MAX) && !customer.contains('/');
+    if is_valid { Ok(()) } else { Err(OrderError::Customer(customer.len())) }
+}
+
 fn check_text(field: &'static str, text: &str, bytes_max: usize) -> Result<(), OrderError> {
-    let is_valid = !text.trim().is_empty()
-        && text.len() <= bytes_max
-        // PostgreSQL has no text with a NUL, and the rest of them are no part of a name either.
-        && !text.chars().any(char::is_control);
-    if is_valid { Ok(()) } else { Err(OrderError::Text { field, bytes_max, bytes: text.len() }) }
+    let bytes = text.len();
+    if is_text(text, bytes_max) {
+        Ok(())
+    } else {
+        Err(OrderError::Text { field, bytes_max, bytes })
+    }
+}
+
+fn is_text(text: &str, bytes_max: usize) -> bool {
+    // PostgreSQL has no text with a NUL, and the rest of them are no part of a name either.
+    !text.trim().is_empty() && text.len() <= bytes_max && !text.chars().any(char::is_control)
 }
 
 fn check_placed_at(placed_at: DateTime<Utc>) -> Result<(), OrderError> {
@@ -425,10 +442,8 @@ mod tests {
             lines: vec![line(1, 1)],
             placed_at: noon(),
         };
-        for bad in ["", " ", "a\0b", "a\nb", &"x".repeat(NAME_BYTES_MAX + 1)] {
-            let field = "customer";
-            let told = OrderError::Text { field, bytes_max: NAME_BYTES_MAX, bytes: bad.len() };
-            refuses([], customer(bad), told);
+        for bad in ["", " ", "a\0b", "a\nb", "a/b", &"x".repeat(NAME_BYTES_MAX + 1)] {
+            refuses([], customer(bad), OrderError::Customer(bad.len()));
         }
         let reason = OrderCommand::Cancel { reason: String::new() };
         let (bytes_max, bytes) = (REASON_BYTES_MAX, 0);

@@ -10,6 +10,7 @@ use chrono::{DateTime, SubsecRound, Utc};
 use kafold::handler::{HandleError, Handled, Request};
 use kafold::store::{AppendError, ReadError};
 use kafold::{Aggregate, CommandId, ExpectedVersion, Position, StreamId, Version};
+use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
 use serde::{Deserialize, Serialize};
 
 use super::App;
@@ -98,7 +99,7 @@ pub(super) async fn place(
         *placed_as = before;
     }
     let done = outcome?;
-    let location = format!("/orders/{}", percent_encoded(&done.order_id));
+    let location = format!("/orders/{}", utf8_percent_encode(&done.order_id, ENCODED));
     let location = HeaderValue::from_str(&location).expect("percent-encoded text is ASCII");
     Ok((StatusCode::CREATED, [(header::LOCATION, location)], done).into_response())
 }
@@ -279,7 +280,9 @@ fn rule_problem(rule: &OrderError) -> Problem {
         OrderError::Lines(_) => (StatusCode::UNPROCESSABLE_ENTITY, "lines-out-of-range"),
         OrderError::Quantity(_) => (StatusCode::UNPROCESSABLE_ENTITY, "quantity-out-of-range"),
         OrderError::Amount(_) => (StatusCode::UNPROCESSABLE_ENTITY, "amount-out-of-range"),
-        OrderError::Text { .. } => (StatusCode::UNPROCESSABLE_ENTITY, "invalid-text"),
+        OrderError::Text { .. } | OrderError::Customer(_) => {
+            (StatusCode::UNPROCESSABLE_ENTITY, "invalid-text")
+        }
         OrderError::PlacedAt(_) => (StatusCode::UNPROCESSABLE_ENTITY, "placed-at-out-of-range"),
     };
     Problem::new(status, name, rule.to_string())
@@ -327,6 +330,5 @@ pub(super) fn read_problem(error: ReadError) -> Problem {
     }
 }
 
-fn percent_encoded(id: &str) -> impl std::fmt::Display + '_ {
-    percent_encoding::utf8_percent_encode(id, percent_encoding::NON_ALPHANUMERIC)
-}
+/// Everything but what RFC 3986 leaves unreserved.
+const ENCODED: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'.').remove(b'_').remove(b'~');

@@ -17,7 +17,7 @@ use super::App;
 use super::commands::{read_problem, stream_of};
 use super::extract::{PathId, QueryOf, positions};
 use super::problem::{Problem, RETRY_SOON};
-use crate::order::{Line, NAME_BYTES_MAX};
+use crate::order::{Line, check_customer};
 use crate::read_models::{
     CustomerOrder, CustomerOrders, OrderDetails, OrderRow, SalesByCustomer, SalesByDay, Sums,
 };
@@ -140,12 +140,7 @@ pub(super) async fn customer_orders(
     PathId(customer): PathId,
     QueryOf(query): QueryOf<After>,
 ) -> Result<Response, Problem> {
-    if customer.len() > NAME_BYTES_MAX || customer.chars().any(char::is_control) {
-        return Err(Problem::malformed(format!(
-            "the customer id cannot be used: it has 1 to {NAME_BYTES_MAX} bytes and no control \
-             characters"
-        )));
-    }
+    check_customer(&customer).map_err(|error| Problem::malformed(error.to_string()))?;
     let service = app.service()?;
     let applied = fresh(&app, service, CustomerOrders::NAME, query.after.as_deref()).await?;
     let found = service

@@ -1,0 +1,212 @@
+//! Start, waiting, stopping, and two of them on one log, against the built program.
+
+mod support;
+
+use std::fs;
+use std::net::TcpListener;
+use std::thread;
+
+use serde_json::json;
+use support::{Stack, on_each_log, order, run, timed, unique_name, wait_for};
+
+on_each_log!(
+    asked_to_stop_it_settles_and_keeps_what_it_answered,
+    a_killed_service_keeps_what_it_answered,
+);
+
+fn asked_to_stop_it_settles_and_keeps_what_it_answered(stack: &Stack) {
+    let mut service = stack.serve();
+    let accepted: Vec<String> = thread::scope(|scope| {
+        let writers: Vec<_> = (0..4)
+            .map(|writer| {
+                let service = &service;
+                scope.spawn(move || {
+                    let place = |nth: i32| {
+                        let order_id = format!("stop-{writer}-{nth}");
+                        (service.post("/orders", &order(&order_id, 1)).status == 201)
+                            .then_some(order_id)
+                    };
+                    // Until it takes no more.
+                    (0..).map_while(place).collect::<Vec<_>>()
+                })
+            })
+            .collect();
+        wait_for("writes are under way", || {
+            (service.get("/orders/stop-0-5/events").status == 200).then_some(())
+        });
+        service.signal("TERM");
+        writers.into_iter().flat_map(|writer| writer.join().expect("a writer")).collect()
+    });
+    let (status, took) = timed(|| service.ended());
+    assert!(status.success(), "{status}: {}", service.log());
+    assert!(took.as_secs() < 15, "{took:?}");
+    assert!(accepted.len() >= 6);
+    let service = stack.serve();
+    for order_id in accepted {
+        assert_eq!(service.get(&format!("/orders/{order_id}/events")).status, 200, "{order_id}");
+    }
+}
+
+fn a_killed_service_keeps_what_it_answered(stack: &Stack) {
+    let service = stack.serve();
+    let positions: Vec<_> =
+        (0..20).map(|nth| service.place(&format!("killed-{nth}"), 1).position()).collect();
+    service.kill();
+    let service = stack.serve();
+    for (nth, position) in positions.iter().enumerate() {
+        let path = format!("/orders/killed-{nth}?after={position}");
+        assert_eq!(service.get(&path).status, 200, "{path}");
+    }
+}
+
+#[test]
+fn a_second_signal_ends_it_at_once() {
+    let stack = Stack::embedded();
+    let mut service = stack.serve();
+    // A request that does not come to its end keeps the first signal's stop waiting.
+    let mut slow = std::net::TcpStream::connect(service.address).expect("a connection");
+    let head = "POST /orders HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 100\r\n\r\n{";
+    std::io::Write::write_all(&mut slow, head.as_bytes()).expect("half a request");
+    wait_for("the request has begun", || {
+        let inside = service.get("/metrics").status == 200;
+        inside.then_some(())
+    });
+    service.signal("TERM");
+    wait_for("it stops", || service.log().contains("stopping").then_some(()));
+    service.signal("TERM");
+    let (status, took) = timed(|| service.ended());
+    assert!(status.success() && took.as_secs() < 5, "{status} after {took:?}");
+}
+
+#[test]
+fn a_body_that_does_not_come_is_answered_within_the_deadline() {
+    let stack = Stack::embedded();
+    let service = stack.start(&["--deadline", "1s"]);
+    service.wait_ready();
+    let head = "POST /orders HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-type: application/json\r\ncontent-length: 100\r\n\r\n{";
+    let (reply, took) = timed(|| service.send(head.as_bytes()));
+    reply.is_problem(503, "outcome-unknown");
+    assert!(took.as_millis() < 2_500, "{took:?}");
+}
+
+#[test]
+fn wrong_settings_end_it_with_a_message_that_names_them() {
+    let stack = Stack::embedded();
+    let folder = stack.folder.path();
+    fs::write(folder.join("not-a-database"), "just text, and long enough to be read as a file header of some database, which it is not at all, not even a bit of one").expect("a file");
+    let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
+    let taken = listener.local_addr().expect("an address").to_string();
+    let cases: [(&[&str], i32, &[&str]); 12] = [
+        (&["--log", "mysql://x"], 2, &["mysql://x", "sqlite://FILE", "kafka://"]),
+        (&["--log", "kafka://localhost:9092/x"], 2, &["--database"]),
+        (
+            &["--log", "kafka://localhost/x y", "--database", "sqlite://x.db"],
+            1,
+            &["kafka://localhost/x y"],
+        ),
+        (&["--log", "sqlite://absent/orders.db"], 1, &["absent"]),
+        (&["--log", "sqlite://not-a-database"], 1, &["not-a-database"]),
+        (&["--log", "sqlite://"], 1, &["sqlite://"]),
+        (&["--database", "mysql://x"], 2, &["mysql://x", "postgres://"]),
+        (&["--database", "postgres://127.0.0.1:port/x"], 1, &["database"]),
+        (&["--listen", "nowhere"], 2, &["nowhere"]),
+        (&["--listen", &taken], 1, &[&taken, "--listen"]),
+        (&["--deadline", "1h"], 2, &["1h"]),
+        (&["--colour", "red"], 2, &["--colour"]),
+    ];
+    for (args, code, told) in cases {
+        let listen = if args[0] == "--listen" { &[][..] } else { &["--listen", "127.0.0.1:0"][..] };
+        let output = run(folder, &[&["serve"][..], listen, args].concat());
+        let errors = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert_eq!(output.status.code(), Some(code), "{args:?}: {errors}");
+        for text in told {
+            assert!(errors.contains(text), "{args:?}: {errors}");
+        }
+    }
+}
+
+#[test]
+fn help_teaches() {
+    let stack = Stack::embedded();
+    let told = |args: &[&str]| {
+        let output = run(stack.folder.path(), args);
+        assert!(output.status.success());
+        String::from_utf8_lossy(&output.stdout).into_owned()
+    };
+    for text in [
+        "serve",
+        "import",
+        "KAFOLD_LOG",
+        "KAFOLD_DATABASE",
+        "KAFOLD_LISTEN",
+        "--deadline",
+        "Examples",
+    ] {
+        assert!(told(&["--help"]).contains(text), "{text}");
+    }
+    assert!(told(&["import", "--help"]).contains("cdnow-N"));
+    assert!(told(&["--version"]).contains("orders"));
+}
+
+#[test]
+fn started_before_its_broker_and_database_it_waits_and_says_so() {
+    let stack = Stack::embedded();
+    // Nobody listens on port 9.
+    let database = ["--database", "postgres://nobody@127.0.0.1:9/nothing"];
+    let mut service = stack.start(&database);
+    wait_for("it says that it waits", || {
+        service.log().contains("the database is not there yet").then_some(())
+    });
+    assert_eq!(service.get("/health/live").status, 200);
+    let ready = service.get("/health/ready");
+    ready.is_problem(503, "unavailable");
+    assert!(ready.text.contains("the database is not there yet"), "{ready:?}");
+    service.post("/orders", &order("early", 1)).is_problem(503, "unavailable");
+    service.get("/orders/early").is_problem(503, "unavailable");
+    service.request("POST", "/orders", &[], b"").is_problem(415, "unsupported-media-type");
+    service.signal("TERM");
+    assert!(service.ended().success());
+
+    let log = format!("kafka://127.0.0.1:9/{}", unique_name());
+    let args = ["--log", log.as_str(), "--database", "sqlite://views.db"];
+    let mut service = stack.start(&args);
+    wait_for("it says that it waits", || {
+        service.log().contains("the log is not there yet").then_some(())
+    });
+    service.get("/health/ready").is_problem(503, "unavailable");
+    service.signal("INT");
+    assert!(service.ended().success());
+}
+
+/// The newest start wins; what it superseded answers no success and says why, also when it was
+/// stopped in the meantime.
+#[test]
+fn a_superseded_service_acknowledges_nothing() {
+    let Some(stack) = Stack::kafka_and_postgres() else { return };
+    let first = stack.serve();
+    first.place("shared", 700);
+    first.signal("STOP");
+    let second = stack.serve();
+    let paid = second.post("/orders/shared/payment", &json!({"amount_cents": 700}));
+    assert_eq!(paid.status, 200, "{paid:?}");
+    let order_ids: Vec<_> = (0..10).map(|nth| format!("second-{nth}")).collect();
+    order_ids.iter().for_each(|order_id| drop(second.place(order_id, 1)));
+    first.signal("CONT");
+
+    // A stale answer would be a second success, or a conflict on the version before the payment.
+    let stale = first.post("/orders/shared/payment", &json!({"amount_cents": 700}));
+    assert!(stale.status == 503 || stale.json()["type"] == "/problems/already-paid", "{stale:?}");
+    wait_for("the first says that it is superseded", || {
+        let reply = first.post("/orders", &order(&unique_name(), 1));
+        assert_ne!(reply.status, 201, "{reply:?}");
+        (reply.json()["type"] == "/problems/not-owner").then_some(())
+    });
+    first.get("/health/ready").is_problem(503, "not-ready");
+    for order_id in &order_ids {
+        let events = second.get(&format!("/orders/{order_id}/events")).json();
+        assert_eq!(events["events"].as_array().map(Vec::len), Some(1), "{order_id}");
+    }
+    let versions = second.get("/orders/shared/events").json();
+    assert_eq!(versions["events"].as_array().map(Vec::len), Some(2));
+    assert_eq!(second.get("/health/ready").status, 200);
+}
