@@ -150,6 +150,7 @@ impl PartitionWriter {
         turn: &mut Turn<'_>,
     ) -> Option<Waiting> {
         let version = match &stream.knowledge {
+            Knowledge::Known(_) if stream.asking => return Some(first),
             Knowledge::Known(known) => known.version,
             Knowledge::Loading(_) => return Some(first),
             Knowledge::Unknown => {
@@ -181,17 +182,23 @@ impl PartitionWriter {
                             bytes,
                         });
                     }
+                    Decision::ConflictOnceConfirmed => {
+                        stream.asking = true;
+                        let waiter = Waiter { deadline: None, ..waiter };
+                        self.ask_log(waiter, Question::Conflict, id, version);
+                        return Some(Waiting {
+                            request,
+                            ask: Ask::Append(append),
+                            deadline,
+                            bytes,
+                        });
+                    }
                     Decision::Answer(result) => self.answer_append(request, bytes, result, turn),
                     Decision::Attach(last_seq) => {
                         self.request_bytes -= bytes;
                         self.attach(last_seq, waiter);
                     }
                     Decision::Produce => self.produce(stream, &append, waiter, bytes, turn),
-                    Decision::ConflictOnceConfirmed => {
-                        self.request_bytes -= bytes;
-                        let question = Question::Conflict(append.expected);
-                        self.ask_log(waiter, question, &append.stream, version);
-                    }
                 }
                 None
             }

@@ -56,6 +56,11 @@ impl Flight {
         }
     }
 
+    /// For [`Mutant::BaseFromReport`].
+    pub(super) fn move_base(&mut self, reported: Option<Offset>) {
+        self.base = reported.unwrap_or(self.base);
+    }
+
     /// Where the next record will be if nobody else writes.
     pub(super) fn next_offset(&self) -> Offset {
         self.base.plus(self.next_seq)

@@ -409,7 +409,9 @@ impl PartitionWriter {
             return;
         }
         turn.say(Output::Doubt(reason));
-        if !mutant::active(Mutant::ConfirmAcrossClaim) {
+        if mutant::active(Mutant::ConfirmAcrossClaim) {
+            self.confirms.iter_mut().for_each(|confirm| confirm.behind = 0);
+        } else {
             self.fail_confirms(turn);
         }
         self.retreat(turn);
@@ -444,6 +446,11 @@ impl PartitionWriter {
                 Ok(offset) => self.reported_base = offset,
                 Err(failure) => self.report_failed(failure, turn),
             },
+            Phase::Owning(flight)
+                if flight.claim == claim && seq == 0 && mutant::active(Mutant::BaseFromReport) =>
+            {
+                flight.move_base(result.ok().flatten());
+            }
             Phase::Owning(flight) if flight.claim == claim && seq > 0 => match result {
                 Ok(offset) => match flight.report(seq, offset) {
                     Judgement::Good => self.take_proven(turn),

@@ -50,8 +50,8 @@ pub(super) struct PendingConfirm {
 pub(super) enum Question {
     /// Is the stream still at this version?
     View(Version),
-    /// An append that expects more than we have: is that really a conflict?
-    Conflict(ExpectedVersion),
+    /// The first append in the stream's queue expects more than we have: is that a conflict?
+    Conflict,
 }
 
 impl PartitionWriter {
@@ -202,10 +202,7 @@ impl PartitionWriter {
                     let conflict = AppendError::Conflict { stream, expected, actual };
                     self.answer_confirm(request, Err(conflict), turn);
                 }
-                Question::Conflict(expected) => {
-                    let conflict = AppendError::Conflict { stream, expected, actual };
-                    self.answer_append(request, 0, Err(conflict), turn);
-                }
+                Question::Conflict => self.conflict_confirmed(request, stream, actual, turn),
             }
         }
     }
@@ -226,10 +223,38 @@ impl PartitionWriter {
         error: AppendError,
         turn: &mut Turn<'_>,
     ) {
-        let request = confirm.waiter.request;
         match confirm.question {
-            Question::View(_) => self.answer_confirm(request, Err(error), turn),
-            Question::Conflict(_) => self.answer_append(request, 0, Err(error), turn),
+            Question::View(_) => self.answer_confirm(confirm.waiter.request, Err(error), turn),
+            // Nothing was answered or produced: it is decided anew under the next claim.
+            Question::Conflict => self.stop_asking(&confirm.stream),
+        }
+    }
+
+    fn stop_asking(&mut self, id: &StreamId) {
+        if let Some(stream) = self.streams.get_mut(id) {
+            stream.asking = false;
+            self.ready.push(id.clone());
+        }
+    }
+
+    /// We are not stale: the append expects a version that the stream does not have.
+    fn conflict_confirmed(
+        &mut self,
+        request: RequestId,
+        id: StreamId,
+        actual: Version,
+        turn: &mut Turn<'_>,
+    ) {
+        self.stop_asking(&id);
+        let Some(stream) = self.streams.get_mut(&id) else { return };
+        // Its deadline may have taken it away meanwhile.
+        let Some(first) = stream.waiting.pop_front_if(|first| first.request == request) else {
+            return;
+        };
+        if let Ask::Append(append) = first.ask {
+            let expected = append.expected;
+            let conflict = AppendError::Conflict { stream: id, expected, actual };
+            self.answer_append(request, first.bytes, Err(conflict), turn);
         }
     }
 

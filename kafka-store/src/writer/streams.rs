@@ -44,6 +44,8 @@ pub(super) struct Stream {
     pub(super) not_found: Option<CommandId>,
     /// It waits for its turn to look up.
     pub(super) queued: bool,
+    /// The first in the queue expects more than we have, and the log is asked whether we are stale.
+    pub(super) asking: bool,
 }
 
 /// What is known of a stream's proven events.
@@ -92,13 +94,17 @@ impl Known {
         }
     }
 
-    /// Adds a visible commit of `count` events of which `last` is the last.
+    /// Adds a visible commit of `count` events of which `last` is the last, unless it is known.
     fn push(
         &mut self,
         last: &RecordedEvent,
         count: u64,
         recent_max: usize,
     ) -> Result<(), NotGapless> {
+        if last.version <= self.version {
+            // The index was ahead of our own reading: another owner feeds it too.
+            return Ok(());
+        }
         if last.version != self.version.plus(count) {
             let found = Version((last.version.0 + 1).saturating_sub(count));
             return Err(NotGapless { actual: self.version, found });
@@ -145,10 +151,7 @@ impl Stream {
         };
         let mut known = Known::new(head, recent_max);
         for (last, count) in &since {
-            // What the load saw already is not added again.
-            if last.version > known.version {
-                known.push(last, *count, recent_max)?;
-            }
+            known.push(last, *count, recent_max)?;
         }
         self.knowledge = Knowledge::Known(known);
         Ok(())

@@ -1,0 +1,81 @@
+//! Which interesting states the seeds reached: a simulation that never meets them proves nothing.
+
+use std::collections::BTreeMap;
+
+/// A state worth meeting.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum State {
+    Gap,
+    DuplicateCopy,
+    ReClaim,
+    LostClaimRace,
+    VoidEvent,
+    UnknownOutcome,
+    PartialCommitVoided,
+    DoubtSettledAsAccepted,
+    DoubtSettledAsNotAppended,
+    ConfirmByBarrier,
+    ConfirmByCommit,
+    ConfirmFailedByDoubt,
+    Superseded,
+    DuplicateAttached,
+    DuplicateFound,
+    LookedUpBeyondTheWindow,
+    BuiltOnPending,
+    ConflictAtOnce,
+    ConflictConfirmed,
+    IndexFedTwice,
+    IndexRolledBack,
+    LoadRefused,
+    FreshProducer,
+    ReaderRestartedInsideCommit,
+    LowLogEnd,
+    Expired,
+}
+
+impl State {
+    pub(super) const ALL: [Self; 26] = [
+        Self::Gap,
+        Self::DuplicateCopy,
+        Self::ReClaim,
+        Self::LostClaimRace,
+        Self::VoidEvent,
+        Self::UnknownOutcome,
+        Self::PartialCommitVoided,
+        Self::DoubtSettledAsAccepted,
+        Self::DoubtSettledAsNotAppended,
+        Self::ConfirmByBarrier,
+        Self::ConfirmByCommit,
+        Self::ConfirmFailedByDoubt,
+        Self::Superseded,
+        Self::DuplicateAttached,
+        Self::DuplicateFound,
+        Self::LookedUpBeyondTheWindow,
+        Self::BuiltOnPending,
+        Self::ConflictAtOnce,
+        Self::ConflictConfirmed,
+        Self::IndexFedTwice,
+        Self::IndexRolledBack,
+        Self::LoadRefused,
+        Self::FreshProducer,
+        Self::ReaderRestartedInsideCommit,
+        Self::LowLogEnd,
+        Self::Expired,
+    ];
+}
+
+/// How often each state was met.
+#[derive(Debug, Default)]
+pub(super) struct Coverage(pub(super) BTreeMap<State, u64>);
+
+impl Coverage {
+    pub(super) fn saw(&mut self, state: State) {
+        *self.0.entry(state).or_default() += 1;
+    }
+
+    pub(super) fn add(&mut self, other: Self) {
+        for (state, times) in other.0 {
+            *self.0.entry(state).or_default() += times;
+        }
+    }
+}

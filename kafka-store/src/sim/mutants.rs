@@ -1,0 +1,51 @@
+//! Every deliberate bug must be found: by random histories, or by a named scenario.
+
+use super::play;
+use crate::mutant::{self, Mutant};
+
+/// Histories that are tried before a mutant counts as not found.
+const SEEDS_MAX: u64 = 1_500;
+
+/// Those that random histories find.
+const FOUND_BY_CHANCE: [Mutant; 21] = [
+    Mutant::AckOnEnqueue,
+    Mutant::AckOnAnyReport,
+    Mutant::AckOnConsecutiveOffsets,
+    Mutant::AckOnUnknownOffset,
+    Mutant::BaseFromReport,
+    Mutant::OwnedByEpoch,
+    Mutant::NoReadBeforeProducing,
+    Mutant::FoldAcceptsHole,
+    Mutant::FoldAcceptsEqualEpoch,
+    Mutant::FoldKeepsCommitOpen,
+    Mutant::NotAppendedOnFailure,
+    Mutant::NotAppendedOnVoid,
+    Mutant::ConflictFromPending,
+    Mutant::ConflictUnconfirmed,
+    Mutant::ConfirmWithoutBarrier,
+    Mutant::ConfirmByEarlierRecord,
+    Mutant::ConfirmAcrossClaim,
+    Mutant::IndexPlainMaximum,
+    Mutant::CheckpointInsideCommit,
+    Mutant::CheckpointWithoutState,
+    Mutant::DedupeOff,
+];
+
+#[test]
+fn every_mutant_is_killed() {
+    let mut alive = Vec::new();
+    for bug in FOUND_BY_CHANCE {
+        let killed = (0..SEEDS_MAX).find_map(|seed| {
+            let violation = mutant::with(Some(bug), || play(seed).0).err()?;
+            Some((seed, violation))
+        });
+        match killed {
+            Some((seed, violation)) => {
+                let violation: String = violation.chars().take(90).collect();
+                println!("{bug:<26?} killed by seed {seed:4}: {violation}");
+            }
+            None => alive.push(bug),
+        }
+    }
+    assert!(alive.is_empty(), "not found in {SEEDS_MAX} histories: {alive:?}");
+}

@@ -1,0 +1,145 @@
+//! The simulated partition with a fold of its own: what is true, against which answers are checked.
+//!
+//! Written differently from the fold under test, so that one mistake is not made twice.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use kafold_core::{CommandId, Offset, Partition, Position, RecordedEvent, StreamId, Version};
+
+use super::coverage::{Coverage, State};
+use crate::wire::{Body, ClaimId, Content, EventBody, LogRecord, Record};
+
+/// A broken promise, in words.
+pub(super) type Violation = String;
+
+/// A record on its way to the log, or in it.
+#[derive(Debug, Clone)]
+pub(super) struct Produced {
+    pub(super) record: Record,
+    /// The incarnation of the node that produced it, and when.
+    pub(super) by: usize,
+    pub(super) order: u64,
+}
+
+/// An accepted commit.
+#[derive(Debug, Clone)]
+pub(super) struct Accepted {
+    pub(super) stream: StreamId,
+    pub(super) version: Version,
+    pub(super) offset: Offset,
+    pub(super) by: usize,
+    pub(super) produced_at: u64,
+}
+
+#[derive(Default)]
+pub(super) struct Reference {
+    pub(super) log: Vec<LogRecord>,
+    claim: Option<ClaimId>,
+    last_seq: u64,
+    open: Vec<Arc<RecordedEvent>>,
+    /// All accepted events, in the order of the log.
+    pub(super) events: Vec<Arc<RecordedEvent>>,
+    pub(super) streams: BTreeMap<StreamId, Vec<Arc<RecordedEvent>>>,
+    pub(super) commits: BTreeMap<CommandId, Accepted>,
+    /// Where each claim is.
+    pub(super) claims: BTreeMap<(u32, u64), Offset>,
+}
+
+pub(super) const PARTITION: Partition = Partition(0);
+
+impl Reference {
+    pub(super) fn version(&self, stream: &StreamId) -> Version {
+        Version(self.streams.get(stream).map_or(0, |events| events.len() as u64))
+    }
+
+    pub(super) fn end(&self) -> Offset {
+        Offset(self.log.len() as u64)
+    }
+
+    /// Appends a record, as the broker does, and folds it.
+    pub(super) fn append(
+        &mut self,
+        produced: Produced,
+        coverage: &mut Coverage,
+    ) -> Result<Offset, Violation> {
+        let offset = self.end();
+        let Produced { mut record, by, order } = produced;
+        if let Body::Event(body) = &mut record.body {
+            let mut event = RecordedEvent::clone(&body.event);
+            event.position = Position { partition: PARTITION, offset };
+            body.event = Arc::new(event);
+        }
+        self.log.push(LogRecord { offset, content: Content::Ours(record.clone()) });
+        let stamp = record.stamp;
+        let current_epoch = self.claim.map_or(0, |claim| claim.epoch.0);
+        if let Body::Claim(_) = record.body {
+            if stamp.claim.epoch.0 == current_epoch + 1 {
+                if !self.open.is_empty() {
+                    coverage.saw(State::PartialCommitVoided);
+                }
+                self.open.clear();
+                self.claim = Some(stamp.claim);
+                self.last_seq = 0;
+                self.claims.insert((stamp.claim.epoch.0, stamp.claim.nonce.0), offset);
+            } else if !self.claims.contains_key(&(stamp.claim.epoch.0, stamp.claim.nonce.0)) {
+                coverage.saw(State::LostClaimRace);
+            }
+            return Ok(offset);
+        }
+        if stamp.claim.epoch.0 > current_epoch {
+            return Err(format!("{stamp:?} at {offset} was written before its claim was accepted"));
+        }
+        if Some(stamp.claim) != self.claim {
+            if stamp.claim.epoch.0 == current_epoch {
+                return Err(format!("{stamp:?} at {offset} was written under a void claim"));
+            }
+            coverage.saw(State::VoidEvent);
+            return Ok(offset);
+        }
+        if stamp.seq != self.last_seq + 1 {
+            coverage.saw(if stamp.seq > self.last_seq { State::Gap } else { State::DuplicateCopy });
+            return Ok(offset);
+        }
+        self.last_seq = stamp.seq;
+        if let Body::Event(body) = &record.body {
+            self.open_or_close(body, offset, by, order)?;
+        }
+        Ok(offset)
+    }
+
+    fn open_or_close(
+        &mut self,
+        body: &EventBody,
+        offset: Offset,
+        by: usize,
+        order: u64,
+    ) -> Result<(), Violation> {
+        if usize::from(body.index) != self.open.len() {
+            return Err(format!("event {} of its commit at {offset} is out of order", body.index));
+        }
+        self.open.push(Arc::clone(&body.event));
+        if self.open.len() < usize::from(body.count) {
+            return Ok(());
+        }
+        let commit = std::mem::take(&mut self.open);
+        let stream = body.event.stream.clone();
+        let command_id = body.event.command_id;
+        for event in &commit {
+            let expected = self.version(&stream).plus(1);
+            if event.version != expected || event.stream != stream {
+                return Err(format!("version {} follows {expected} in {stream}", event.version));
+            }
+            self.streams.entry(stream.clone()).or_default().push(Arc::clone(event));
+            self.events.push(Arc::clone(event));
+        }
+        let version = body.event.version;
+        let accepted = Accepted { stream, version, offset, by, produced_at: order };
+        match self.commits.insert(command_id, accepted) {
+            Some(first) => {
+                Err(format!("command {command_id} was applied at {} and {offset}", first.offset))
+            }
+            None => Ok(()),
+        }
+    }
+}
