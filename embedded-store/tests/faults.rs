@@ -334,7 +334,7 @@ impl Clock for NeverWakes {
     }
 
     async fn sleep(&self, _: Duration) {
-        std::future::pending().await;
+        std::future::pending::<()>().await;
     }
 }
 
