@@ -71,7 +71,8 @@ pub struct Limits {
     /// How long a record may take into the log before its fate is in doubt and the partition is
     /// claimed anew. Default 5 min: shorter than that, a broker that returns needs no new claim.
     pub message_timeout: Duration,
-    /// How often an idle partition is compared with the end of the log. Default 2 s.
+    /// How often it is asked whether any broker answers, and how long the answer may take; three
+    /// questions without one make the store not ready. Default 2 s.
     pub watch_interval: Duration,
     /// How long a graceful stop may take. Default 10 s.
     pub shutdown_timeout: Duration,

@@ -120,8 +120,8 @@ impl Sink for Driver {
         self.tell(Message::Report(report));
     }
 
-    fn unreachable(&self, error: KafkaError) {
-        self.reach.lost(&error);
+    fn unreachable(&self) {
+        self.reach.suspected.notify_one();
     }
 }
 
@@ -194,6 +194,12 @@ impl Driver {
             .spawn(move || thread.run())
             .map_err(|error| KafkaError::ClientCreation(error.to_string()))?;
         Ok(())
+    }
+}
+
+impl Drop for Thread {
+    fn drop(&mut self) {
+        self.driver.reach.close();
     }
 }
 

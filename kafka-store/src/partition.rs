@@ -81,18 +81,25 @@ impl Shared {
     }
 }
 
-/// Whether any broker can be reached, as far as known.
+/// Whether the store can reach any broker, as far as known, and whether it still runs.
 #[derive(Default)]
 pub(crate) struct Reach {
     down: AtomicBool,
     why: Mutex<String>,
+    closed: AtomicBool,
+    /// A client has lost all connections: somebody should look whether that lasts.
+    pub(crate) suspected: Notify,
 }
 
 impl Reach {
-    /// Why no broker can be reached, if so.
+    /// Why nothing can be written, if so.
     pub(crate) fn down(&self) -> Option<String> {
+        if self.closed.load(Ordering::Acquire) {
+            return Some("the store is closed".into());
+        }
         let down = self.down.load(Ordering::Acquire);
-        down.then(|| self.why.lock().unwrap_or_else(PoisonError::into_inner).clone())
+        let why = || self.why.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        down.then(|| format!("no kafka broker can be reached: {}", why()))
     }
 
     pub(crate) fn lost(&self, why: &KafkaError) {
@@ -106,5 +113,10 @@ impl Reach {
         if self.down.load(Ordering::Acquire) && self.down.swap(false, Ordering::AcqRel) {
             tracing::info!("kafka can be reached again");
         }
+    }
+
+    /// The driver has ended, for whatever reason: nothing is taken any more.
+    pub(crate) fn close(&self) {
+        self.closed.store(true, Ordering::Release);
     }
 }

@@ -42,8 +42,8 @@ pub(crate) struct Report {
 /// Where reports and complaints go. Called on the poll thread: it must not block.
 pub(crate) trait Sink: Send + Sync + 'static {
     fn report(&self, report: Report);
-    /// No broker can be reached.
-    fn unreachable(&self, error: KafkaError);
+    /// All connections are lost, maybe for a moment.
+    fn unreachable(&self);
 }
 
 /// One generation of the producer. Dropping it purges what it still holds, on its own thread.
@@ -132,7 +132,7 @@ impl ClientContext for Delivery {
         metrics::counter!("kafold_producer_errors_total").increment(1);
         tracing::debug!(%error, reason, "kafka producer");
         if error.rdkafka_error_code() == Some(RDKafkaErrorCode::AllBrokersDown) {
-            self.sink.unreachable(error);
+            self.sink.unreachable();
         }
     }
 }

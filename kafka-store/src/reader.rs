@@ -21,11 +21,9 @@ use crate::client::{Context, Inquirer, raw_partition};
 use crate::config::{KafkaConfig, Limits};
 use crate::wire::{self, Content, LogRecord};
 
-/// How long the thread waits for records while somebody waits for them, before it looks for new
-/// requests.
-const POLL_BUSY: Duration = Duration::from_millis(2);
-/// How often the thread serves the client's log lines while nobody asks for records.
-const POLL_IDLE: Duration = Duration::from_millis(500);
+/// How often the thread looks for records that it was not woken for, and serves the client's log
+/// lines; librdkafka's wake-ups are known to get lost at times.
+const POLL: Duration = Duration::from_millis(50);
 /// A partition that nobody asked for in this time is let go.
 const IDLE_PARTITION: Duration = Duration::from_secs(5);
 /// What a record takes in memory beside its key and value, roughly.
@@ -71,6 +69,9 @@ pub(crate) type Reply = Box<dyn FnOnce(Result<Chunk, ReadFailure>) + Send>;
 enum Command {
     Read(Request),
     Forget(Partition),
+    /// The client has fetched something.
+    Wake,
+    Close,
 }
 
 struct Request {
@@ -83,7 +84,17 @@ struct Request {
 /// The handle to a reader's thread, which ends when the last handle is dropped.
 #[derive(Clone)]
 pub(crate) struct LogReader {
-    commands: Sender<Command>,
+    commands: Arc<Commands>,
+}
+
+/// The client's wake-ups keep the channel open, so its end has to be told.
+struct Commands(Sender<Command>);
+
+impl Drop for Commands {
+    fn drop(&mut self) {
+        // A thread that is gone needs no end.
+        let _ = self.0.send(Command::Close);
+    }
 }
 
 impl LogReader {
@@ -95,8 +106,12 @@ impl LogReader {
         clock: Arc<dyn Clock>,
     ) -> KafkaResult<Self> {
         let settings = config.reader(fetch_wait);
-        let consumer = BaseConsumer::from_config_and_context(&settings, Context::default())?;
+        let mut consumer = BaseConsumer::from_config_and_context(&settings, Context::default())?;
         let (commands, inbox) = channel();
+        let wake = commands.clone();
+        consumer.set_nonempty_callback(move || {
+            let _ = wake.send(Command::Wake);
+        });
         let reading = Reading {
             consumer,
             inquirer,
@@ -109,7 +124,7 @@ impl LogReader {
             .name("kafold-reader".into())
             .spawn(move || reading.run(&inbox))
             .map_err(|error| KafkaError::ClientCreation(error.to_string()))?;
-        Ok(Self { commands })
+        Ok(Self { commands: Arc::new(Commands(commands)) })
     }
 
     /// Asks for the records of a partition from an offset on. The reply comes as soon as there is a
@@ -117,7 +132,7 @@ impl LogReader {
     /// replaces the one before, whose reply is dropped.
     pub(crate) fn read(&self, partition: Partition, from: Offset, wait: Duration, reply: Reply) {
         // A thread that is gone drops the reply, which its maker notices.
-        let _ = self.commands.send(Command::Read(Request { partition, from, wait, reply }));
+        let _ = self.commands.0.send(Command::Read(Request { partition, from, wait, reply }));
     }
 
     /// [`LogReader::read`] as a future.
@@ -138,7 +153,7 @@ impl LogReader {
 
     /// Stops fetching a partition.
     pub(crate) fn forget(&self, partition: Partition) {
-        let _ = self.commands.send(Command::Forget(partition));
+        let _ = self.commands.0.send(Command::Forget(partition));
     }
 }
 
@@ -182,14 +197,11 @@ struct Fetching {
 
 impl Reading {
     fn run(mut self, inbox: &Receiver<Command>) {
-        while self.take_commands(inbox) {
-            if self.partitions.values().any(|fetching| fetching.request.is_some()) {
-                self.fetch();
-                self.answer();
-            } else {
-                self.fetch_now();
-                self.let_go_of_idle();
-            }
+        let mut more = false;
+        while self.take_commands(inbox, more) {
+            more = self.fetch();
+            self.answer();
+            self.let_go_of_idle();
         }
         // The client is closed here, on its own thread: closing may wait for a broker.
         self.partitions.clear();
@@ -198,30 +210,35 @@ impl Reading {
         }
     }
 
-    /// Whether to go on. Blocks only when nobody waits for records.
-    fn take_commands(&mut self, inbox: &Receiver<Command>) -> bool {
-        let nobody_waits = self.partitions.values().all(|fetching| fetching.request.is_none());
-        if nobody_waits {
-            match inbox.recv_timeout(POLL_IDLE) {
-                Ok(command) => self.obey(command),
-                Err(RecvTimeoutError::Timeout) => {}
-                Err(RecvTimeoutError::Disconnected) => return false,
-            }
-        }
+    /// Waits for something to do, unless there is; whether to go on.
+    fn take_commands(&mut self, inbox: &Receiver<Command>, more: bool) -> bool {
+        let wait = if more { Duration::ZERO } else { self.next_deadline().min(POLL) };
+        let mut next = match inbox.recv_timeout(wait) {
+            Ok(command) => Ok(command),
+            Err(RecvTimeoutError::Timeout) => return true,
+            Err(RecvTimeoutError::Disconnected) => Err(TryRecvError::Disconnected),
+        };
         loop {
-            match inbox.try_recv() {
-                Ok(command) => self.obey(command),
+            match next {
+                Ok(Command::Read(request)) => self.accept(request),
+                Ok(Command::Forget(partition)) => self.drop_partition(partition),
+                Ok(Command::Wake) => {}
+                Ok(Command::Close) | Err(TryRecvError::Disconnected) => return false,
                 Err(TryRecvError::Empty) => return true,
-                Err(TryRecvError::Disconnected) => return false,
             }
+            next = inbox.try_recv();
         }
     }
 
-    fn obey(&mut self, command: Command) {
-        match command {
-            Command::Read(request) => self.accept(request),
-            Command::Forget(partition) => self.drop_partition(partition),
-        }
+    /// How long until the first who waits for records at the end of the log has waited enough.
+    fn next_deadline(&self) -> Duration {
+        let now = self.clock.instant();
+        let at_end = self.partitions.values().filter(|fetching| fetching.next >= fetching.end);
+        let waiting = at_end.filter_map(|fetching| fetching.request.as_ref());
+        let left = waiting.map(|waiting| {
+            waiting.wait.saturating_sub(now.saturating_duration_since(waiting.asked))
+        });
+        left.min().unwrap_or(POLL)
     }
 
     fn accept(&mut self, request: Request) {
@@ -285,22 +302,15 @@ impl Reading {
         }
     }
 
-    /// Waits a little for the first record, then takes what else is there.
-    fn fetch(&mut self) {
-        let mut wait = POLL_BUSY;
+    /// Takes what the client has fetched; whether there may be more.
+    fn fetch(&mut self) -> bool {
         for _ in 0..self.limits.read_records_max {
-            match self.consumer.poll(wait) {
-                None => return,
+            match self.consumer.poll(Duration::ZERO) {
+                None => return false,
                 Some(event) => self.take(event.map(|message| convert(&message))),
             }
-            wait = Duration::ZERO;
         }
-    }
-
-    fn fetch_now(&mut self) {
-        while let Some(event) = self.consumer.poll(Duration::ZERO) {
-            self.take(event.map(|message| convert(&message)));
-        }
+        true
     }
 
     fn take(&mut self, event: KafkaResult<(Partition, Fetched<LogRecord>)>) {

@@ -39,6 +39,8 @@ const REPORT_GRACE: Duration = Duration::from_secs(30);
 const FOR_EVER: Duration = Duration::from_secs(365 * 86_400);
 /// Questions in a row that no broker answered until it is said that none can be reached.
 const PINGS_LOST: u32 = 3;
+/// Before a question that no broker answered is asked again.
+const PING_AGAIN: Duration = Duration::from_millis(200);
 /// How often a graceful stop looks whether the index has everything.
 const DRAIN_POLL: Duration = Duration::from_millis(10);
 /// How long the index may take to tell where it stands before the store is opened without it.
@@ -291,7 +293,8 @@ async fn watch(
     let interval = config.limits.watch_interval;
     let mut lost = 0;
     loop {
-        clock.sleep(interval).await;
+        let pause = if lost > 0 { PING_AGAIN } else { interval };
+        let suspected = within(&*clock, pause, reach.suspected.notified()).await.is_some();
         let (inquirer, topic) = (Arc::clone(&inquirer), config.events_topic());
         let asked = tokio::task::spawn_blocking(move || inquirer.topic_within(&topic, interval));
         match asked.await {
@@ -300,7 +303,7 @@ async fn watch(
                 reach.found();
             }
             Ok(Err(error)) => {
-                lost += 1;
+                lost += if suspected { PINGS_LOST } else { 1 };
                 if lost >= PINGS_LOST {
                     reach.lost(&error);
                 }
@@ -342,9 +345,7 @@ impl EventStore for KafkaStore {
     }
 
     fn health(&self) -> Health {
-        let down = self.reach.down().map(|why| format!("no kafka broker can be reached: {why}"));
-        let reasons: Vec<_> = down
-            .into_iter()
+        let reasons: Vec<_> = (self.reach.down().into_iter())
             .chain(self.partitions.iter().filter_map(|shared| shared.reason()))
             .collect();
         if reasons.is_empty() { Health::Ready } else { Health::NotReady(reasons) }

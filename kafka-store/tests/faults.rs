@@ -13,7 +13,7 @@ use kafold_core::{AppendError, Clock, Commit, EventStore, ExpectedVersion, Strea
 use kafold_kafka_store::KafkaStore;
 
 /// A caller's patience.
-const DEADLINE: Duration = Duration::from_secs(3);
+const DEADLINE: Duration = Duration::from_millis(1_500);
 /// What an answer may take beyond the deadline on a loaded machine.
 const GRACE: Duration = Duration::from_secs(2);
 

@@ -314,3 +314,22 @@ async fn a_store_dropped_without_a_stop_hangs_nothing_and_loses_nothing() {
     let events = read(&store, "d").await.expect("readable");
     assert!(events >= 10, "{events}");
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_closed_store_says_so_and_answers_at_once() {
+    let Some(brokers) = support::brokers("a_closed_store_says_so") else { return };
+    let config = support::config(&brokers, &support::new_name("closed"), "partitions=2");
+    let older = support::open(config.clone(), "older").await;
+    let newer = support::open(config, "newer").await;
+    // A superseded one has nothing to settle.
+    for store in [older, newer] {
+        store.shutdown().await;
+        support::until("it is closed", || match store.health() {
+            Health::NotReady(reasons) if reasons[0] == "the store is closed" => Ok(()),
+            other => Err(format!("{other:?}")),
+        })
+        .await;
+        let refused = store.append(&stream("c"), exact(0), commit(1)).await;
+        assert!(matches!(refused, Err(AppendError::Unavailable { .. })), "{refused:?}");
+    }
+}
