@@ -183,3 +183,108 @@ fn check_stored(stored: &Checkpoint, log: &LogFacts) -> Result<(), IdentityError
     };
     Err(IdentityError::OlderCopy { topic, partition, expected, found })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::fold::FoldState;
+    use crate::wire::{ClaimId, Epoch, Nonce};
+
+    const FIRST: LogIdentity = LogIdentity { nonce: Nonce(7), partitions: 12 };
+
+    fn anchor() -> Anchor {
+        let claim = ClaimId { epoch: Epoch(2), nonce: Nonce(9) };
+        Anchor { offset: Offset(40), claim, seq: 5 }
+    }
+
+    fn stored() -> Checkpoint {
+        let claim = anchor().claim;
+        let (next_seq, commands_mark) = (6, Offset(0));
+        let state =
+            FoldState { log: Some(FIRST), claim, next_seq, anchor: Some(anchor()), commands_mark };
+        Checkpoint { next: Offset(41), state }
+    }
+
+    fn log() -> LogFacts {
+        LogFacts {
+            topic: "orders.events".into(),
+            partition: Partition(3),
+            partitions: 12,
+            log_partitions: 12,
+            start: Offset(0),
+            end: Offset(41),
+            first_claim: Some(FIRST),
+            anchor: AnchorFound::Ours(anchor()),
+        }
+    }
+
+    /// The log differs by `change` from the one that was stored; the refusal says all `words`.
+    fn refused(change: impl FnOnce(&mut LogFacts), words: &[&str]) -> IdentityError {
+        let mut changed = log();
+        change(&mut changed);
+        let error = check(Some(&stored()), &changed).expect_err("another log");
+        let shown = error.to_string();
+        for word in words.iter().chain(&["orders.events/3"]) {
+            assert!(shown.contains(word), "{word:?} is not in {shown:?}");
+        }
+        error
+    }
+
+    #[test]
+    fn the_log_that_was_stored_is_recognised() {
+        assert_eq!(check(Some(&stored()), &log()), Ok(()));
+        assert_eq!(check(None, &log()), Ok(()));
+        let grown = LogFacts { end: Offset(1_000), ..log() };
+        assert_eq!(check(Some(&stored()), &grown), Ok(()));
+        let virgin = LogFacts { first_claim: None, end: Offset(0), ..log() };
+        assert_eq!(check(Some(&Checkpoint::default()), &virgin), Ok(()));
+    }
+
+    #[test]
+    fn a_trimmed_log_is_refused_even_without_a_position() {
+        refused(|log| log.start = Offset(5), &["trimmed", "offset 5", "retention.ms=-1"]);
+        let trimmed = LogFacts { start: Offset(1), ..log() };
+        assert!(matches!(check(None, &trimmed), Err(IdentityError::Trimmed { .. })));
+    }
+
+    #[test]
+    fn a_truncated_log_is_refused_but_may_be_a_stale_leader() {
+        let error = refused(|log| log.end = Offset(40), &["truncated", "offset 40", "below 41"]);
+        assert!(error.may_pass());
+    }
+
+    #[test]
+    fn a_recreated_topic_is_refused() {
+        let nonce = Nonce(8);
+        let other = Some(LogIdentity { nonce, ..FIRST });
+        let words = ["recreated", "0000000000000008", "0000000000000007"];
+        assert!(!refused(|log| log.first_claim = other, &words).may_pass());
+        let empty = |log: &mut LogFacts| (log.first_claim, log.end) = (None, Offset(0));
+        assert!(refused(empty, &["recreated", "absent"]).may_pass());
+    }
+
+    #[test]
+    fn an_older_copy_that_went_on_is_refused() {
+        let found = Anchor { seq: 4, ..anchor() };
+        let words = ["older copy", "offset 40", "seq: 4", "seq: 5"];
+        refused(|log| log.anchor = AnchorFound::Ours(found), &words);
+        refused(|log| log.anchor = AnchorFound::Other, &["older copy", "not ours"]);
+        refused(|log| log.anchor = AnchorFound::NotRead, &["older copy"]);
+    }
+
+    #[test]
+    fn a_compacted_topic_is_refused() {
+        let hole = AnchorFound::Hole(Offset(44));
+        let words = ["compacted", "offset 40", "at 44", "cleanup.policy=delete"];
+        refused(|log| log.anchor = hole, &words);
+    }
+
+    #[test]
+    fn another_partition_count_is_refused_on_virgin_partitions_too() {
+        refused(|log| log.partitions = 24, &["repartitioned", "24", "12"]);
+        let virgin = LogFacts { first_claim: None, partitions: 24, ..log() };
+        assert!(matches!(check(None, &virgin), Err(IdentityError::Repartitioned { .. })));
+        assert_eq!(partitions_of(Some(FIRST), 24), 12);
+        assert_eq!(partitions_of(None, 24), 24);
+    }
+}

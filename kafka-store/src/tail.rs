@@ -208,3 +208,112 @@ impl TailView {
 fn bytes_of(events: &[Arc<RecordedEvent>]) -> usize {
     events.iter().map(|event| event.payload.len()).sum()
 }
+
+#[cfg(test)]
+mod tests {
+    use kafold_core::{Metadata, Position};
+    use uuid::Uuid;
+
+    use super::*;
+
+    fn event(id: &str, version: u64, offset: u64, command: u128) -> Arc<RecordedEvent> {
+        Arc::new(RecordedEvent {
+            stream: id.parse().expect("a stream id"),
+            version: Version(version),
+            position: Position { partition: Partition(0), offset: Offset(offset) },
+            command_id: CommandId(Uuid::from_u128(command)),
+            event_type: "t.v1".into(),
+            payload: Arc::from(*b"{}"),
+            metadata: Metadata {
+                event_id: Uuid::nil(),
+                recorded_at: chrono::DateTime::UNIX_EPOCH,
+                correlation_id: None,
+                causation_id: None,
+                trace_parent: None,
+            },
+        })
+    }
+
+    fn proven(events: Vec<Arc<RecordedEvent>>, next: u64) -> Proven {
+        Proven { events, next: Checkpoint { next: Offset(next), ..Checkpoint::default() } }
+    }
+
+    /// Two streams: `a-1` with versions 1 to 3 in commits at 1–2 and 4, `b-1` with one at 3.
+    fn tail() -> Tail {
+        let mut tail = Tail::new(Partition(0), Checkpoint::default());
+        tail.push(proven(vec![event("a-1", 1, 1, 1), event("a-1", 2, 2, 1)], 3));
+        tail.push(proven(vec![event("b-1", 1, 3, 2)], 4));
+        tail.push(proven(vec![event("a-1", 3, 4, 3)], 5));
+        tail.push(proven(Vec::new(), 7));
+        tail
+    }
+
+    fn stream(id: &str) -> StreamId {
+        id.parse().expect("a stream id")
+    }
+
+    fn versions(events: &[Arc<RecordedEvent>]) -> Vec<u64> {
+        events.iter().map(|event| event.version.0).collect()
+    }
+
+    #[test]
+    fn a_batch_holds_whole_commits_up_to_the_limit() {
+        let batch = |from, max| {
+            let batch = tail().batch(Offset(from), max)?;
+            Some((batch.to.next.0, batch.events.len()))
+        };
+        assert_eq!(batch(0, 1), Some((3, 2)), "a commit is never split");
+        assert_eq!(batch(0, 3), Some((4, 3)));
+        assert_eq!(batch(3, 10), Some((7, 2)), "and the log's end without events");
+        assert_eq!(batch(5, 10), Some((7, 0)));
+        assert_eq!(batch(7, 10), None);
+    }
+
+    #[test]
+    fn what_the_index_has_is_forgotten_and_nothing_else() {
+        let mut tail = tail();
+        tail.drop_below(Offset(2));
+        assert_eq!((tail.events(), tail.start()), (4, Offset(0)), "a commit goes whole");
+        tail.drop_below(Offset(4));
+        assert_eq!((tail.events(), tail.bytes(), tail.start()), (1, 2, Offset(4)));
+        assert_eq!(versions(&tail.view(&stream("a-1"), Version(0)).events), [3]);
+        assert!(tail.view(&stream("b-1"), Version(0)).events.is_empty());
+        tail.drop_below(Offset(7));
+        assert_eq!((tail.events(), tail.bytes(), tail.next().next), (0, 0, Offset(7)));
+    }
+
+    #[test]
+    fn a_command_is_found_by_its_last_event() {
+        let found = tail().find_command(&stream("a-1"), CommandId(Uuid::from_u128(1)));
+        let found = found.expect("in the tail");
+        assert_eq!((found.version, found.position.offset), (Version(2), Offset(2)));
+        assert!(found.duplicate);
+        let in_other = tail().find_command(&stream("b-1"), CommandId(Uuid::from_u128(1)));
+        assert_eq!(in_other, None);
+    }
+
+    #[test]
+    fn rows_and_tail_are_merged_by_version() {
+        let mut tail = tail();
+        tail.drop_below(Offset(3));
+        let view = tail.view(&stream("a-1"), Version(0));
+        let row = |version, offset| RecordedEvent::clone(&event("a-1", version, offset, 1));
+        let merge = |position, rows: Vec<RecordedEvent>| {
+            view.merge(Partition(0), Version(0), Offset(position), rows)
+        };
+        let fed_meanwhile = vec![row(1, 1), row(2, 2), row(3, 4)];
+        for rows in [vec![row(1, 1), row(2, 2)], fed_meanwhile] {
+            assert_eq!(merge(3, rows).map(|events| versions(&events)), Ok(vec![1, 2, 3]));
+        }
+        assert!(matches!(merge(3, vec![row(1, 1)]), Err(MergeError::NotGapless { .. })));
+    }
+
+    #[test]
+    fn an_index_that_lost_what_the_tail_forgot_is_refused() {
+        let mut tail = tail();
+        tail.drop_below(Offset(3));
+        let view = tail.view(&stream("a-1"), Version(0));
+        let refused = view.merge(Partition(0), Version(0), Offset(2), Vec::new());
+        assert!(matches!(refused, Err(MergeError::IndexBehind { .. })), "{refused:?}");
+    }
+}
