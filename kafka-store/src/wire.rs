@@ -602,3 +602,6 @@ fn parse_time(text: &[u8]) -> Option<DateTime<Utc>> {
 fn shorten(bytes: &[u8]) -> String {
     String::from_utf8_lossy(bytes).chars().take(60).collect()
 }
+
+#[cfg(test)]
+mod tests;
