@@ -2,6 +2,8 @@
 //! assignment.
 
 use std::error::Error;
+use std::io;
+use std::net::ToSocketAddrs;
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
@@ -150,6 +152,32 @@ pub(crate) fn raw_partition(partition: Partition) -> i32 {
 pub(crate) fn offset(raw: i64) -> KafkaResult<Offset> {
     let invalid = |_| KafkaError::OffsetFetch(RDKafkaErrorCode::NoOffset);
     u64::try_from(raw).map(Offset).map_err(invalid)
+}
+
+/// Refuses brokers of which none has an address: a name that nobody knows is a slip in the URL, while
+/// a broker that does not answer may be on its way. Blocks while names are looked up.
+pub(crate) fn check_hosts(config: &KafkaConfig) -> Result<(), OpenError> {
+    let mut unknown: Option<io::Error> = None;
+    for broker in config.brokers.split(',') {
+        match broker.to_socket_addrs() {
+            Err(error) if is_unknown_host(&error) => unknown = Some(error),
+            _ => return Ok(()),
+        }
+    }
+    let Some(error) = unknown else { return Ok(()) };
+    Err(OpenError::Refused {
+        brokers: config.brokers.clone(),
+        doing: "looking up the brokers' hosts".into(),
+        remedy: "check the host names in the URL".into(),
+        cause: std::sync::Arc::new(error),
+    })
+}
+
+/// The system gives an unknown name no error kind of its own; a name server that does not answer
+/// ("Temporary failure") is worth waiting for.
+fn is_unknown_host(error: &io::Error) -> bool {
+    let text = error.to_string();
+    text.contains("failed to lookup address") && !text.contains("Temporary failure")
 }
 
 /// What a failed question means at start: wait, or give up with a remedy.

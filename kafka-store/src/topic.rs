@@ -11,7 +11,7 @@ use rdkafka::client::DefaultClientContext;
 use rdkafka::error::{KafkaError, RDKafkaErrorCode};
 use tokio::runtime::Handle;
 
-use crate::client::{Inquirer, TopicShape, open_error};
+use crate::client::{Inquirer, TopicShape, check_hosts, open_error};
 use crate::config::KafkaConfig;
 use crate::error::{Finding, OpenError};
 
@@ -59,6 +59,7 @@ pub(crate) fn prepare(
     inquirer: &Inquirer,
     clock: &Arc<dyn Clock>,
 ) -> Result<EventsTopic, OpenError> {
+    check_hosts(config)?;
     let preparation = Preparation { config, inquirer, clock: &**clock, admin: admin(config)? };
     let topic = config.events_topic();
     let (found, brokers) = preparation.look(&topic)?;
@@ -68,12 +69,14 @@ pub(crate) fn prepare(
         None => config.partitions.unwrap_or(PARTITIONS_DEFAULT),
     };
     preparation.create(&topic, found, partitions, replicas, FOR_EVER)?;
+    // Nothing is made beside a topic that is refused.
+    let events = preparation.check(&topic)?;
     let (commands, replies) = (config.commands_topic(), config.replies_topic());
     for (topic, retention) in [(commands, COMMANDS_RETENTION_MS), (replies, REPLIES_RETENTION_MS)] {
         let (found, _) = preparation.look(&topic)?;
         preparation.create(&topic, found, partitions, replicas, retention)?;
     }
-    preparation.check(&topic)
+    Ok(events)
 }
 
 fn admin(config: &KafkaConfig) -> Result<AdminClient<DefaultClientContext>, OpenError> {
