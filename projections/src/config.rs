@@ -11,7 +11,7 @@ pub struct ProjectionConfig {
     /// The same on SQLite, where a transaction holds up the log's own writer. Default 1 000.
     pub sqlite_batch_events_max: usize,
     /// How long one transaction on SQLite may hold the write gate: batches shrink when one took
-    /// longer, and grow again when there is room. Default 50 ms.
+    /// longer, and grow again when there is room. Default 20 ms.
     pub sqlite_transaction_max: Duration,
     /// Payload bytes after which a batch is closed, however few its events. Default 16 MiB.
     pub batch_bytes_max: usize,
@@ -38,7 +38,7 @@ impl Default for ProjectionConfig {
         Self {
             batch_events_max: 5_000,
             sqlite_batch_events_max: 1_000,
-            sqlite_transaction_max: Duration::from_millis(50),
+            sqlite_transaction_max: Duration::from_millis(20),
             batch_bytes_max: 16 << 20,
             transaction_timeout: Duration::from_secs(60),
             fault_attempts_max: 5,

@@ -49,6 +49,10 @@ impl Definition {
         if let Some(bad) = columns.iter().find_map(|column| Identifier::new(column.name).err()) {
             return Err(format!("{name}: {bad}"));
         }
+        let is_json_index = |c: &&Column| c.kind == ColumnKind::Json && c.role == ColumnRole::Index;
+        if let Some(bad) = columns.iter().find(is_json_index) {
+            return Err(format!("{name}: rows cannot be found by {}, which is JSON", bad.name));
+        }
         let keys: Vec<_> = columns.iter().filter(|c| c.role == ColumnRole::Key).collect();
         match (self.columns, keys.as_slice()) {
             (None, _) => Ok(()),

@@ -8,15 +8,15 @@ use std::marker::PhantomData;
 use kafold_core::row::{Column, ColumnValue, Row, Value};
 use kafold_core::store::ReadError;
 use kafold_core::{Offset, Partition};
-use kafold_migrations::{Database, SqlText, is_transient};
+use kafold_migrations::{Database, Identifier, is_transient};
 use sqlx::postgres::PgArguments;
 use sqlx::sqlite::SqliteArguments;
 
 use crate::definition::Definition;
-use crate::index::read_error;
+use crate::index::{RETRY_AFTER, read_error};
 use crate::read_model::ReadModel;
 use crate::table::Table;
-use crate::value::{add_array, add_value};
+use crate::value::{add_one, add_value};
 
 /// Reads a read model's live generation. Cheap to clone.
 pub struct Query<M> {
@@ -54,21 +54,33 @@ impl<M: ReadModel> Query<M> {
     /// The row of this key.
     pub async fn get(&self, key: &<M::Row as Row>::Key) -> Result<Option<M::Row>, ReadError> {
         let table = table::<M>()?;
-        let (column, _) = table.key();
-        let mut rows =
-            self.select(&table, Some((column.name, key.clone().into_value())), 1).await?;
+        let by = (&table.key(), key.clone().into_value());
+        let mut rows = self.select(&table, Some(by), 1).await?;
         Ok(rows.pop())
     }
 
     /// Rows with this value in a column declared with `#[row(index)]`, or in the key, in the order
-    /// of the key; at most `limit`. Another column is [`ReadError::Diverged`].
-    pub async fn find(
+    /// of the key; at most `limit`. Another column, or a value of another type, is
+    /// [`ReadError::Diverged`].
+    pub async fn find<V: ColumnValue>(
         &self,
         column: &str,
-        value: impl ColumnValue,
+        value: V,
         limit: usize,
     ) -> Result<Vec<M::Row>, ReadError> {
-        self.select(&table::<M>()?, Some((column, value.into_value())), limit).await
+        let table = table::<M>()?;
+        let found = match table.searchable(column) {
+            Some(found) if found.0.kind == V::KIND => found,
+            Some((found, _)) => {
+                let reason = format!("column {column} is {:?}, not {:?}", found.kind, V::KIND);
+                return Err(ReadError::diverged(M::NAME, reason));
+            }
+            None => {
+                let reason = format!("no rows by {column}: mark its field #[row(index)]");
+                return Err(ReadError::diverged(M::NAME, reason));
+            }
+        };
+        self.select(&table, Some((&found, value.into_value())), limit).await
     }
 
     /// The first `limit` rows in the order of the key.
@@ -100,20 +112,18 @@ impl<M: ReadModel> Query<M> {
     async fn select(
         &self,
         table: &Table,
-        by: Option<(&str, Value)>,
+        by: Option<(&Identified<'_>, Value)>,
         limit: usize,
     ) -> Result<Vec<M::Row>, ReadError> {
         let limit = i64::try_from(limit).unwrap_or(i64::MAX);
         let found = match self.fetch(table, by.clone(), limit).await {
             // The view was switched to another generation under a prepared statement.
-            Err(Failed::Database(error)) if is_stale_plan(&error) => {
-                self.fetch(table, by, limit).await
-            }
+            Err(error) if is_stale_plan(&error) => self.fetch(table, by, limit).await,
             found => found,
         };
-        let rows = found.map_err(|failed| match failed {
-            Failed::Database(error) => read_error(error),
-            Failed::Read(error) => error,
+        let rows = found.map_err(|error| match is_missing(&error) {
+            true => ReadError::unavailable(RETRY_AFTER, format!("{} is not built yet", M::NAME)),
+            false => read_error(error),
         })?;
         let row = |values| M::Row::from_values(values).map_err(|e| ReadError::diverged(M::NAME, e));
         rows.into_iter().map(row).collect()
@@ -122,29 +132,26 @@ impl<M: ReadModel> Query<M> {
     async fn fetch(
         &self,
         table: &Table,
-        by: Option<(&str, Value)>,
+        by: Option<(&Identified<'_>, Value)>,
         limit: i64,
-    ) -> Result<Vec<Vec<Value>>, Failed> {
+    ) -> Result<Vec<Vec<Value>>, sqlx::Error> {
         let on_postgres = matches!(self.database, Database::Postgres(_));
         let mut sql = table.select_from_view(on_postgres);
-        let by = match by {
-            Some((name, value)) => {
-                Some((condition::<M>(table, name, &mut sql, on_postgres)?, value))
-            }
-            None => None,
-        };
+        if let Some(((_, name), _)) = &by {
+            sql.text(" WHERE ").name(name).text(" = ").placeholder(1);
+        }
         let (_, key) = table.key();
         let place = if by.is_some() { 2 } else { 1 };
         sql.text(" ORDER BY ").name(key).text(" LIMIT ").placeholder(place);
         match &self.database {
             Database::Postgres(database) => {
                 let mut arguments = PgArguments::default();
-                if let Some((column, value)) = by {
-                    add_array(&mut arguments, column, vec![value])?;
+                if let Some(((column, _), value)) = by {
+                    add_one(&mut arguments, column, value)?;
                 }
                 let query = sqlx::query_with(sql.finish(), arguments).bind(limit);
                 let rows = query.fetch_all(database.pool()).await?;
-                Ok(rows.iter().map(|row| table.postgres_values(row)).collect::<Result<_, _>>()?)
+                rows.iter().map(|row| table.postgres_values(row)).collect()
             }
             Database::Sqlite(database) => {
                 let mut arguments = SqliteArguments::default();
@@ -153,42 +160,14 @@ impl<M: ReadModel> Query<M> {
                 }
                 let query = sqlx::query_with(sql.finish(), arguments).bind(limit);
                 let rows = query.fetch_all(database.readers()).await?;
-                Ok(rows.iter().map(|row| table.sqlite_values(row)).collect::<Result<_, _>>()?)
+                rows.iter().map(|row| table.sqlite_values(row)).collect()
             }
         }
     }
 }
 
-enum Failed {
-    Database(sqlx::Error),
-    Read(ReadError),
-}
-
-impl From<sqlx::Error> for Failed {
-    fn from(error: sqlx::Error) -> Self {
-        Self::Database(error)
-    }
-}
-
-/// Adds the condition on the column of this name. On PostgreSQL the value is bound as an array of
-/// one, as keys are.
-fn condition<M: ReadModel>(
-    table: &Table,
-    name: &str,
-    sql: &mut SqlText,
-    on_postgres: bool,
-) -> Result<&'static Column, Failed> {
-    let Some((column, name)) = table.searchable(name) else {
-        let reason = format!("rows cannot be found by {name}: mark its field #[row(index)]");
-        return Err(Failed::Read(ReadError::diverged(M::NAME, reason)));
-    };
-    sql.text(" WHERE ").name(name);
-    match on_postgres {
-        true => sql.text(" = ANY(").placeholder(1).text(")"),
-        false => sql.text(" = ").placeholder(1),
-    };
-    Ok(column)
-}
+/// A column and its name in SQL.
+type Identified<'t> = (&'static Column, &'t Identifier);
 
 fn table<M: ReadModel>() -> Result<Table, ReadError> {
     let definition = Definition::of_model::<M>();
@@ -200,4 +179,10 @@ fn table<M: ReadModel>() -> Result<Table, ReadError> {
 fn is_stale_plan(error: &sqlx::Error) -> bool {
     let code = error.as_database_error().and_then(|error| error.code());
     code.is_some_and(|code| code == "0A000") && is_transient(error)
+}
+
+/// Whether the view is not there: its worker has not registered the model yet.
+fn is_missing(error: &sqlx::Error) -> bool {
+    let Some(error) = error.as_database_error() else { return false };
+    error.code().is_some_and(|code| code == "42P01") || error.message().contains("no such table")
 }

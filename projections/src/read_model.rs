@@ -20,7 +20,8 @@ use crate::transaction::Transaction;
 /// size. Numbers are 64 bits with sign in the database, so bound amounts and counts where the
 /// command is decided such that no sum passes `i64::MAX` (9.2 · 10¹⁸; a sum of a million millions of
 /// 9 million each still fits), and add with `checked_add` or `saturating_add`: a sum never wraps, and
-/// a panic in a fold stops the model.
+/// a panic in a fold stops the model. Texts may not hold the character NUL, which PostgreSQL takes
+/// nowhere: refuse it where the command is decided, too.
 pub trait ReadModel: Send + Sync + 'static {
     /// Its name and that of its view: `[a-z][a-z0-9_]*`, at most 50 characters. The view is in the
     /// default schema, on the table `NAME__g1`.

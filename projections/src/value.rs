@@ -39,6 +39,25 @@ pub(crate) fn add_array(
     added.map_err(sqlx::Error::Encode)
 }
 
+/// Binds one value on PostgreSQL.
+pub(crate) fn add_one(
+    arguments: &mut PgArguments,
+    column: &Column,
+    value: Value,
+) -> Result<(), sqlx::Error> {
+    let added = match value {
+        Value::Boolean(inner) => arguments.add(inner),
+        Value::Integer(inner) => arguments.add(inner),
+        Value::Real(inner) => arguments.add(inner),
+        Value::Text(inner) => arguments.add(inner),
+        Value::Date(inner) => arguments.add(inner),
+        Value::Timestamp(inner) => arguments.add(inner),
+        Value::Uuid(inner) => arguments.add(inner),
+        other @ (Value::Null | Value::Json(_)) => return Err(mismatch(column, &other)),
+    };
+    added.map_err(sqlx::Error::Encode)
+}
+
 /// Binds one value on SQLite.
 pub(crate) fn add_value(arguments: &mut SqliteArguments, value: Value) -> Result<(), sqlx::Error> {
     let added = match value {

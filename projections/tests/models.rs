@@ -92,6 +92,10 @@ async fn rows_are_found_by_declared_columns_in_the_order_of_the_key(database: &T
     let by_plain = query.find("cents", 1_i64, 10).await;
     let Err(ReadError::Diverged { cause, .. }) = by_plain else { panic!("{by_plain:?}") };
     assert!(cause.to_string().contains("#[row(index)]"), "{cause}");
+    let by_other_type = query.find("customer", 1_i64, 10).await;
+    assert!(matches!(by_other_type, Err(ReadError::Diverged { .. })), "{by_other_type:?}");
+    let by_key = query.find("id", "a1".to_owned(), 10).await.expect("readable");
+    assert_eq!(by_key.len(), 1);
 }
 
 async fn a_row_that_folds_to_nothing_is_deleted(database: &TestDatabase) {
@@ -111,6 +115,9 @@ async fn freshness_tells_what_an_answer_holds(database: &TestDatabase) {
     let orders = Orders::new(1);
     let query = Query::<CustomerTotals>::new(database.database.clone());
     assert_eq!(query.freshness().await.expect("readable").to_string(), "");
+    // Before its worker has started for the first time there is no table: that is no lasting fault.
+    let early = query.get(&"c1".to_owned()).await;
+    assert!(matches!(early, Err(ReadError::Unavailable { .. })), "{early:?}");
     orders.place("1", "c1", 10).await;
     orders.place("2", "c1", 10).await;
     run_through(&orders, database, CustomerTotals).await;
