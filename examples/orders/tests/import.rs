@@ -6,7 +6,7 @@ use std::fs;
 use std::process::{Child, Output, Stdio};
 
 use serde_json::{Value, json};
-use support::{Service, Stack, on_each_log, orders, run, wait_for};
+use support::{Service, Stack, free_address, on_each_log, orders, run, wait_for};
 
 on_each_log!(
     a_second_import_changes_nothing,
@@ -75,8 +75,9 @@ fn a_second_import_changes_nothing(stack: &Stack) {
 }
 
 fn an_import_survives_three_kills_of_the_service(stack: &Stack) {
-    let service = stack.serve();
-    let address = service.address.to_string();
+    let address = free_address();
+    let service = stack.start(&["--listen", &address]);
+    service.wait_ready();
     let mut importing = start_import(stack, &service);
     let mut service = Some(service);
     for kill in 1..=3 {

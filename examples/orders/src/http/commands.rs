@@ -73,6 +73,7 @@ pub(super) async fn place(
     headers: CommandHeaders,
     body: Result<JsonOf<PlaceBody>, Problem>,
 ) -> Result<Response, Problem> {
+    let body = headers.perhaps_repeated(body)?;
     let call = Call::new(&app, origin, &headers)?;
     let placement = call.service.placement(call.id);
     let mut placed_as = placement.lock().await;
@@ -149,6 +150,7 @@ async fn change(
     command: Result<OrderCommand, Problem>,
 ) -> Result<Response, Problem> {
     stream_of(&order_id)?;
+    let command = headers.perhaps_repeated(command)?;
     let done = Call::new(&app, origin, &headers)?.run(&order_id, command).await?;
     Ok(done.into_response())
 }

@@ -130,6 +130,17 @@ pub(crate) struct CommandHeaders {
     pub(crate) precondition: Precondition,
 }
 
+impl CommandHeaders {
+    /// What is wrong with a body matters at once only when the command cannot be a repeated one,
+    /// whose first result is answered whatever the body.
+    pub(crate) fn perhaps_repeated<T>(
+        &self,
+        body: Result<T, Problem>,
+    ) -> Result<Result<T, Problem>, Problem> {
+        if self.key.is_some() { Ok(body) } else { body.map(Ok) }
+    }
+}
+
 /// What `If-Match` demands of the order.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Precondition {

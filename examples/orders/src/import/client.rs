@@ -14,7 +14,9 @@ use crate::http::problem::chain;
 /// One attempt takes at most this long: more than the service's own deadline.
 const ATTEMPT_TIMEOUT: Duration = Duration::from_secs(30);
 /// How long a request is tried again while the service does not take it, such as in a restart.
-pub(super) const PATIENCE: Duration = Duration::from_secs(60);
+const PATIENCE: Duration = Duration::from_secs(60);
+/// How long a report may take to follow the last command.
+const REPORT_PATIENCE: Duration = Duration::from_secs(600);
 const BACKOFF_BASE: Duration = Duration::from_millis(100);
 const BACKOFF_MAX: Duration = Duration::from_secs(2);
 
@@ -28,8 +30,8 @@ pub(crate) enum ClientError {
     Unreachable { url: String, cause: String },
     #[error("{url} answers, but not as an order service ({answer}); name another one with --url")]
     NotTheService { url: String, answer: String },
-    #[error("the service did not take it for {PATIENCE:?}, at last: {last}")]
-    OutOfPatience { last: String },
+    #[error("the service did not take it for {patience:?}, at last: {last}")]
+    OutOfPatience { patience: Duration, last: String },
     #[error("the service refused it with {status}: {detail}")]
     Refused { status: u16, detail: String },
     #[error("an answer of the service cannot be read: {0}")]
@@ -91,7 +93,7 @@ impl Client {
     ) -> Result<Answer, ClientError> {
         let request =
             || self.http.post(self.at(path)).header("idempotency-key", id.to_string()).json(body);
-        let response = self.persist(request, |_| false).await?;
+        let response = self.persist(request, PATIENCE, |_| false).await?;
         response.json().await.map_err(|error| ClientError::Unreadable(chain(&error.without_url())))
     }
 
@@ -99,14 +101,15 @@ impl Client {
     /// counts as none.
     pub(super) async fn query(&self, path: &str) -> Result<Value, ClientError> {
         let request = || self.http.get(self.at(path));
-        let response =
-            self.persist(request, |status| status == StatusCode::GATEWAY_TIMEOUT).await?;
+        let is_behind = |status| status == StatusCode::GATEWAY_TIMEOUT;
+        let response = self.persist(request, REPORT_PATIENCE, is_behind).await?;
         response.json().await.map_err(|error| ClientError::Unreadable(chain(&error.without_url())))
     }
 
     async fn persist(
         &self,
         request: impl Fn() -> reqwest::RequestBuilder,
+        patience: Duration,
         also_retried: impl Fn(StatusCode) -> bool,
     ) -> Result<Response, ClientError> {
         let mut failing_since: Option<Instant> = None;
@@ -129,8 +132,8 @@ impl Client {
             };
             let now = self.clock.instant();
             let since = *failing_since.get_or_insert(now);
-            if now.saturating_duration_since(since) > PATIENCE {
-                return Err(ClientError::OutOfPatience { last });
+            if now.saturating_duration_since(since) > patience {
+                return Err(ClientError::OutOfPatience { patience, last });
             }
             tracing::debug!(attempt, last, "trying again");
             let pause = backoff(&*self.ids, attempt, BACKOFF_BASE, BACKOFF_MAX);

@@ -3,7 +3,7 @@
 
 use std::fs::{self, File};
 use std::io::{Read, Write};
-use std::net::{Shutdown, SocketAddr, TcpStream};
+use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
 use std::sync::Once;
@@ -144,8 +144,9 @@ impl Service {
     fn start(folder: &Path, args: &[&str]) -> Self {
         let log = folder.join(format!("{}.log", unique_name()));
         let output = File::create(folder.join("stdout")).expect("a file");
-        let child = orders(folder, &["serve", "--listen", "127.0.0.1:0"])
-            .args(args)
+        let any_port = ["--listen", "127.0.0.1:0"];
+        let listen = if args.contains(&"--listen") { &[][..] } else { &any_port[..] };
+        let child = orders(folder, &[&["serve"], listen, args].concat())
             .env("RUST_LOG", "info,orders=debug")
             .stdout(output)
             .stderr(File::create(&log).expect("a file"))
@@ -155,6 +156,8 @@ impl Service {
         let mut service = Self { child, address: ([0, 0, 0, 0], 0).into(), log };
         service.address = wait_for("the service listens", || {
             let text = service.log();
+            let ended = service.child.try_wait().expect("a child");
+            assert!(ended.is_none(), "the service ended: {text}");
             let (_, rest) = text.split_once("address=")?;
             let (address, _) = rest.split_once(' ')?;
             address.parse().ok()
@@ -239,6 +242,16 @@ impl Service {
             text: error.to_string(),
         })
     }
+}
+
+/// An address that is free now, with a port that no outgoing connection is given by chance.
+pub(crate) fn free_address() -> String {
+    use kafold::IdGenerator;
+    wait_for("a free port", || {
+        let port = 10_000 + kafold::clock::RandomIds.random() % 20_000;
+        let address = format!("127.0.0.1:{port}");
+        TcpListener::bind(&address).is_ok().then_some(address)
+    })
 }
 
 /// An order of one line.
