@@ -1,9 +1,10 @@
 //! The exact in-memory store: whoever writes another store reads this one first.
 //!
-//! [`MemoryStore`] keeps every promise of [`EventStore`] and [`EventSource`] by doing everything
-//! under one lock, so an append is settled the moment it is submitted. Nothing outlives the
-//! process and nothing is bounded: the log is the memory. [`MemoryIndex`] and [`MemorySnapshots`]
-//! are the other two seams, for a process without a database and for tests.
+//! [`MemoryStore`] keeps every promise of [`EventStore`] and of
+//! [`EventSource`](crate::EventSource) by doing everything under one lock, so an append is settled
+//! the moment it is submitted. Nothing outlives the process and nothing is bounded: the log is the
+//! memory. [`MemoryIndex`] and [`MemorySnapshots`] are the other two seams, for a process without a
+//! database and for tests.
 
 mod index;
 mod source;

@@ -2,7 +2,7 @@
 //!
 //! A store's test file says how its store is made and hands that over:
 //!
-//! ```ignore
+//! ```text
 //! async fn make(claim: &'static str) -> Option<MyHarness> { … }
 //! kafold_core::store_contract!(make);
 //! ```
