@@ -362,3 +362,110 @@ impl HeadBuilder {
         StreamHead { version: self.version, recent: self.recent.into(), complete: self.complete }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use kafold_core::Position;
+    use kafold_core::index::IndexBatch;
+    use kafold_core::memory::MemoryIndex;
+    use kafold_core::testing::event;
+    use uuid::Uuid;
+
+    use super::*;
+    use crate::fold::{Checkpoint, FoldState};
+    use crate::writer::Proven;
+
+    const PARTITION: Partition = Partition(0);
+
+    struct Fixture {
+        index: Arc<MemoryIndex>,
+        shared: Arc<Shared>,
+        loader: Arc<Loader>,
+        stream: StreamId,
+    }
+
+    /// A log in which event n of the one stream stands at offset n − 1.
+    fn fixture() -> Fixture {
+        let index = Arc::new(MemoryIndex::new());
+        let shared = Arc::new(Shared::new(PARTITION));
+        let limits = Limits { page_events_max: 2, ..Limits::default() };
+        let (loader, asking) = Loader::new(index.clone(), vec![Arc::clone(&shared)], &limits);
+        tokio::spawn(asking);
+        let stream = StreamId::new("order", "1").expect("valid");
+        Fixture { index, shared, loader, stream }
+    }
+
+    impl Fixture {
+        fn event(&self, version: u64) -> RecordedEvent {
+            let new = event(version);
+            RecordedEvent {
+                stream: self.stream.clone(),
+                version: Version(version),
+                position: Position { partition: PARTITION, offset: Offset(version - 1) },
+                command_id: CommandId(Uuid::from_u128(version.into())),
+                event_type: new.event_type,
+                payload: new.payload,
+                metadata: new.metadata,
+            }
+        }
+
+        fn prove(&self, version: u64) {
+            let next = Checkpoint { next: Offset(version), state: FoldState::default() };
+            let events = vec![Arc::new(self.event(version))];
+            self.shared.tail().push(Proven { events, next });
+        }
+
+        /// Hands the index the events from `from` on, and lets the tail forget them.
+        async fn feed(&self, from: u64, to: u64) {
+            let batch = IndexBatch {
+                partition: PARTITION,
+                from: Offset(from - 1),
+                to: Checkpoint { next: Offset(to), state: FoldState::default() }.to_cursor(),
+                events: (from..=to).map(|version| self.event(version)).collect(),
+            };
+            self.index.advance(batch).await.expect("fits");
+            self.shared.tail().drop_below(Offset(to));
+        }
+
+        async fn read(&self) -> Result<Vec<u64>, ReadError> {
+            let events = self.loader.read(PARTITION, &self.stream, Version::EMPTY);
+            events.map_ok(|event| event.version.0).try_collect().await
+        }
+    }
+
+    #[tokio::test]
+    async fn a_stream_is_the_pages_of_the_index_and_then_the_tail() {
+        let log = fixture();
+        (1..=7).for_each(|version| log.prove(version));
+        assert_eq!(log.read().await.expect("all in the tail"), (1..=7).collect::<Vec<_>>());
+        log.feed(1, 5).await;
+        assert_eq!(log.read().await.expect("in both"), (1..=7).collect::<Vec<_>>());
+        log.feed(6, 7).await;
+        assert_eq!(log.read().await.expect("all in the index"), (1..=7).collect::<Vec<_>>());
+    }
+
+    #[tokio::test]
+    async fn an_index_below_the_tail_is_refused() {
+        let log = fixture();
+        (1..=3).for_each(|version| log.prove(version));
+        log.shared.tail().drop_below(Offset(2));
+        let refused = log.read().await.expect_err("the index has not got 1 and 2");
+        assert!(matches!(refused, ReadError::Unavailable { .. }), "{refused}");
+        let found = log.loader.find(PARTITION, &log.stream, CommandId(Uuid::nil())).await;
+        assert!(matches!(found, Err(ReadError::Unavailable { .. })), "{found:?}");
+    }
+
+    #[tokio::test]
+    async fn a_head_that_was_read_is_known_while_the_tail_has_what_came_since() {
+        let log = fixture();
+        (1..=3).for_each(|version| log.prove(version));
+        log.feed(1, 3).await;
+        assert!(log.loader.known_head(PARTITION, &log.stream).is_none(), "nobody has read it");
+        log.read().await.expect("readable");
+        log.prove(4);
+        let head = log.loader.known_head(PARTITION, &log.stream).expect("was read");
+        assert_eq!((head.version, head.recent.len(), head.complete), (Version(4), 4, true));
+        log.feed(4, 4).await;
+        assert!(log.loader.known_head(PARTITION, &log.stream).is_none(), "event 4 is not seen");
+    }
+}

@@ -351,3 +351,74 @@ impl EventStore for KafkaStore {
         if reasons.is_empty() { Health::Ready } else { Health::NotReady(reasons) }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use kafold_core::clock::{RandomIds, SystemClock};
+    use kafold_core::memory::MemoryIndex;
+    use kafold_core::testing::{commit, eventually, new_stream, read_gapless};
+    use kafold_core::{ExpectedVersion, Offset};
+
+    use super::*;
+    use crate::producer::{Report, Tag};
+    use crate::wire::{ClaimId, Content};
+    use crate::writer::ReportFailure;
+
+    /// The newest claim of a partition, read from the log.
+    async fn newest_claim(store: &KafkaStore, partition: Partition) -> ClaimId {
+        let (inquirer, clock) = (Arc::clone(&store.inquirer), Arc::clone(&store.clock));
+        let reader =
+            LogReader::start(&store.config, FETCH_WAIT, inquirer, clock).expect("a reader");
+        let read = reader.read_async(partition, Offset(0), Duration::from_secs(10)).await;
+        let records = read.expect("readable").records;
+        let claims = records.into_iter().rev().find_map(|record| match record.content {
+            Content::Ours(ours) if ours.stamp.seq == 0 => Some(ours.stamp.claim),
+            _ => None,
+        });
+        claims.expect("it was claimed")
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn after_a_fatal_error_a_fresh_producer_claims_every_partition_anew() {
+        let Ok(brokers) = std::env::var("KAFOLD_TEST_KAFKA") else {
+            eprintln!("skipped after_a_fatal_error: KAFOLD_TEST_KAFKA names no broker");
+            return;
+        };
+        let name = format!("fatal-{}", RandomIds.event_id());
+        let config = format!("kafka://{brokers}/{name}?partitions=2").parse().expect("valid");
+        let clock: Arc<dyn Clock> = Arc::new(SystemClock);
+        let owner = Owner { name: "fatal".into(), address: String::new(), started_at: clock.now() };
+        let index = Arc::new(MemoryIndex::new());
+        let store = KafkaStore::open(config, index, owner, clock, Arc::new(RandomIds))
+            .await
+            .expect("opened");
+        eventually("it is ready", async || store.health() == Health::Ready).await;
+        let of = |wanted| {
+            std::iter::repeat_with(new_stream).find(|id| partition_of(id, 2) == Partition(wanted))
+        };
+        let streams = [of(0).expect("one of many"), of(1).expect("one of many")];
+        for stream in &streams {
+            store.append(stream, ExpectedVersion::NoStream, commit(1)).await.expect("is new");
+        }
+        let claims =
+            [newest_claim(&store, Partition(0)).await, newest_claim(&store, Partition(1)).await];
+
+        let failure = ReportFailure { fatal: true, refused: false, reason: "made up".into() };
+        let tag = Tag { claim: claims[0], seq: 1 };
+        let partition = Partition(0);
+        let result = Err(failure);
+        store.driver.tell(Message::Report(Report { generation: 0, partition, tag, result }));
+        for stream in &streams {
+            let second = commit(1);
+            eventually("the second commit is in", async || {
+                store.append(stream, ExpectedVersion::Any, second.clone()).await.is_ok()
+            })
+            .await;
+            read_gapless(&store, stream, 2).await;
+        }
+        for (partition, old) in claims.into_iter().enumerate() {
+            let new = newest_claim(&store, Partition(partition as u32)).await;
+            assert!(new.epoch > old.epoch, "partition {partition} was not claimed anew");
+        }
+    }
+}
