@@ -6,6 +6,7 @@
 
 use std::sync::Arc;
 
+use chrono::{DateTime, Utc};
 use kafold_core::store::Cursor;
 use kafold_core::{CommandId, Offset, Partition, Position, RecordedEvent, StreamId, Version};
 use serde::{Deserialize, Serialize};
@@ -28,6 +29,9 @@ pub struct FoldState {
     pub anchor: Option<Anchor>,
     /// The highest commands mark of an accepted record.
     pub commands_mark: Offset,
+    /// The latest start among the accepted claims: a claimant that comes now is newer.
+    #[serde(default)]
+    pub newest_start: Option<DateTime<Utc>>,
 }
 
 /// Whose log a partition is.
@@ -313,6 +317,7 @@ impl Fold {
         self.state.next_seq = 0;
         let identity = LogIdentity { nonce: stamp.claim.nonce, partitions: claim.partitions };
         self.state.log.get_or_insert(identity);
+        self.state.newest_start = self.state.newest_start.max(Some(claim.started_at));
         self.accept(offset, stamp);
         Verdict::Claim
     }
@@ -692,7 +697,7 @@ mod tests {
         let mut log = Log::claimed();
         assert!(matches!(log.barrier(1, 10, 1), Ok(Read::Barrier(_))));
         let cursor = log.reader.fold().checkpoint().to_cursor();
-        let expected = r#"{"log":{"nonce":10,"partitions":12},"claim":{"epoch":1,"nonce":10},"next_seq":2,"anchor":{"offset":1,"claim":{"epoch":1,"nonce":10},"seq":1},"commands_mark":1}"#;
+        let expected = r#"{"log":{"nonce":10,"partitions":12},"claim":{"epoch":1,"nonce":10},"next_seq":2,"anchor":{"offset":1,"claim":{"epoch":1,"nonce":10},"seq":1},"commands_mark":1,"newest_start":"1970-01-01T00:00:00Z"}"#;
         assert_eq!(cursor.state, expected);
         let bad = Cursor { next: Offset(2), state: "{}".into() };
         let refused = Checkpoint::from_cursor(&bad).expect_err("no state of ours").to_string();

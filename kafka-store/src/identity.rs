@@ -199,9 +199,13 @@ mod tests {
 
     fn stored() -> Checkpoint {
         let claim = anchor().claim;
-        let (next_seq, commands_mark) = (6, Offset(0));
-        let state =
-            FoldState { log: Some(FIRST), claim, next_seq, anchor: Some(anchor()), commands_mark };
+        let state = FoldState {
+            log: Some(FIRST),
+            claim,
+            next_seq: 6,
+            anchor: Some(anchor()),
+            ..FoldState::default()
+        };
         Checkpoint { next: Offset(41), state }
     }
 

@@ -71,7 +71,8 @@ impl PartitionWriter {
         if let Some(error) = self.refusal() {
             return Err(error);
         }
-        if self.requests >= self.config.limits.requests_max {
+        // Commits whose callers gave up are still pending.
+        if self.requests.max(self.pending.len()) >= self.config.limits.requests_max {
             return Err(self.unavailable("too many requests wait for the log"));
         }
         Ok(())

@@ -37,8 +37,8 @@ pub struct WriterLimits {
     /// Largest record in bytes, with everything that [`event_size`](crate::wire::event_size) counts;
     /// a larger one is answered `TooLarge`. The topic's `max.message.bytes`. Default 1 MiB.
     pub record_bytes_max: usize,
-    /// Submissions and confirms without an answer; one more is answered `Unavailable`. Default
-    /// 16 384.
+    /// Submissions and confirms without an answer, and commits without an outcome; one more is
+    /// answered `Unavailable`. Default 16 384.
     pub requests_max: usize,
     /// Bytes of the commits without an answer; more is answered `Unavailable`, and a commit that
     /// alone is larger `TooLarge`. Default 64 MiB.

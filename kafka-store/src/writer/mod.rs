@@ -23,12 +23,13 @@ use std::num::NonZeroUsize;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use chrono::{DateTime, Utc};
+use chrono::TimeDelta;
 use kafold_core::store::{Cause, Owner};
 use kafold_core::{CommandId, Offset, StreamId};
 use lru::LruCache;
 
 use crate::fold::{Checkpoint, CommitReader, Read};
+use crate::identity::IdentityError;
 use crate::mutant::{self, Mutant};
 use crate::wire::{Body, Claim, ClaimId, Epoch, LogRecord, Nonce, Record, Stamp, stored_time};
 
@@ -44,6 +45,9 @@ pub use messages::{
 /// Draws nonces and jitter: in a service from the operating system's entropy.
 pub type Entropy = Box<dyn FnMut() -> u64 + Send>;
 
+/// How far behind the newest start in the log a claimant with a slow clock places its own.
+const TIE_BREAK_MICROS: u64 = 100_000;
+
 /// The single writer of one partition.
 pub struct PartitionWriter {
     config: WriterConfig,
@@ -52,8 +56,6 @@ pub struct PartitionWriter {
     phase: Phase,
     /// What all claims of this process say; made with the first, see [`Claim::started_at`].
     claim: Option<Claim>,
-    /// The latest start among the accepted claims that were read.
-    newest_start: Option<DateTime<Utc>>,
     claim_attempts: u32,
     claim_not_before: Option<Instant>,
     /// A producer is in place that is not known to be broken.
@@ -121,7 +123,6 @@ impl PartitionWriter {
             reader: CommitReader::new(partition, Checkpoint::default()),
             phase: Phase::New,
             claim: None,
-            newest_start: None,
             claim_attempts: 0,
             claim_not_before: None,
             producer_ready: true,
@@ -349,10 +350,13 @@ impl PartitionWriter {
     /// What our claims say. The newest start wins, so ours must lie behind those in the log when
     /// we came, even where their clocks are ahead of ours.
     fn claim(&mut self) -> &Claim {
-        let (config, newest) = (&self.config, self.newest_start);
+        let (config, entropy) = (&self.config, &mut self.entropy);
+        let newest = self.reader.fold().state().newest_start;
         self.claim.get_or_insert_with(|| {
+            // Two that come to the same moment must not tie.
+            let ahead = TimeDelta::microseconds(1 + (entropy() % TIE_BREAK_MICROS) as i64);
             let own = stored_time(config.owner.started_at);
-            let behind = newest.map(|start| start + chrono::TimeDelta::microseconds(1));
+            let behind = newest.map(|start| start.checked_add_signed(ahead).unwrap_or(start));
             Claim {
                 owner: config.owner.name.clone(),
                 address: config.owner.address.clone(),
@@ -364,9 +368,20 @@ impl PartitionWriter {
 
     /// A claim was accepted: every older one is over, and what was pending is definite.
     fn claim_accepted(&mut self, id: ClaimId, claim: &Claim, turn: &mut Turn<'_>) {
-        self.newest_start = self.newest_start.max(Some(claim.started_at));
         let ours = matches!(&self.phase, Phase::Claiming { claim, .. } if is_ours(*claim, id));
         self.fail_pending(turn);
+        if let Some(begun) = self.reader.fold().state().log
+            && begun.partitions != self.config.partitions
+        {
+            // Streams would be looked for in other partitions than they are in.
+            let repartitioned = IdentityError::Repartitioned {
+                topic: self.config.log.clone(),
+                partition: self.config.partition,
+                expected: begun.partitions,
+                found: self.config.partitions,
+            };
+            return self.halt(repartitioned.into_cause(), turn);
+        }
         if ours {
             let base = Offset(self.reader.fold().next().0 - 1);
             let base = match self.reported_base {
