@@ -584,3 +584,6 @@ impl<T: Into<Box<dyn std::error::Error + Send + Sync>>> IntoCause for T {
         self.into().into()
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,176 @@
+//! Every limit, and the end.
+
+use super::*;
+
+fn with(change: impl FnOnce(&mut WriterLimits)) -> Bench {
+    let mut config = config();
+    change(&mut config.limits);
+    Bench::owning_with(config)
+}
+
+#[test]
+fn a_large_event_is_refused_before_anything_is_produced() {
+    let mut bench = with(|limits| limits.record_bytes_max = 400);
+    let request = bench.submit(exact(0), 1, 1);
+    assert!(bench.answer(request).is_none());
+    bench.load_empty();
+    bench.settle();
+    let large = |append: &mut Append| {
+        let small = append.commit.events()[0].clone();
+        let large = NewEvent { payload: Arc::from(vec![b' '; 300]), ..small.clone() };
+        append.commit = Commit::new(command(2), vec![small, large]).expect("two events");
+    };
+    let (refused, _) = bench.submit_with(exact(1), 2, 1, large);
+    match bench.answer(refused) {
+        Some(Err(AppendError::TooLarge { size, limit })) => assert!(size > 400 && limit == 400),
+        other => panic!("{other:?}"),
+    }
+    assert!(bench.produced.is_empty());
+}
+
+#[test]
+fn an_event_that_could_not_be_read_back_is_refused() {
+    let mut bench = Bench::owning();
+    let nameless = |append: &mut Append| {
+        let event = NewEvent { event_type: "".into(), ..append.commit.events()[0].clone() };
+        append.commit = Commit::new(command(1), vec![event]).expect("an event");
+    };
+    let (refused, _) = bench.submit_with(exact(0), 1, 1, nameless);
+    assert!(is_not_appended(&bench.answer(refused)));
+}
+
+#[test]
+fn requests_and_their_bytes_are_bounded() {
+    let mut bench = with(|limits| limits.requests_max = 2);
+    bench.submit(exact(0), 1, 1);
+    let view = bench.confirm(0, None);
+    let (third, fourth) = (bench.submit(exact(0), 2, 1), bench.confirm(0, None));
+    assert!(is_unavailable(&bench.answer(third), "too many requests"));
+    assert!(is_unavailable(&bench.confirmed(fourth), "too many requests"));
+    bench.load_empty();
+    bench.settle();
+    bench.pass(Duration::from_millis(6));
+    bench.settle();
+    assert!(bench.confirmed(view).is_some());
+    let fifth = bench.submit(exact(1), 3, 1);
+    bench.settle();
+    assert_eq!(bench.acknowledged(fifth).0, 2, "there is room again");
+
+    let mut bench = with(|limits| limits.request_bytes_max = 1_000);
+    let alone = bench.submit(exact(0), 1, 9);
+    assert!(matches!(bench.answer(alone), Some(Err(AppendError::TooLarge { limit: 1_000, .. }))));
+    let second = (0..4).map(|id| bench.submit(exact(0), 2 + id, 1)).last().expect("four");
+    assert!(is_unavailable(&bench.answer(second), "too many bytes"));
+}
+
+#[test]
+fn commits_whose_callers_gave_up_count_too() {
+    let mut bench = with(|limits| limits.requests_max = 1);
+    let soon = bench.now + Duration::from_millis(1);
+    bench.submit_with(exact(0), 1, 1, |append| append.deadline = Some(soon));
+    bench.load_empty();
+    bench.pass(Duration::from_millis(2));
+    let next = bench.submit(exact(0), 2, 1);
+    assert!(is_unavailable(&bench.answer(next), "too many requests"));
+}
+
+#[test]
+fn an_index_that_is_far_behind_pushes_back() {
+    let mut bench = with(|limits| limits.unindexed_events_max = 2);
+    bench.submit(exact(0), 1, 2);
+    bench.load_empty();
+    bench.settle();
+    let refused = bench.submit(exact(2), 2, 1);
+    assert!(is_unavailable(&bench.answer(refused), "index"));
+    bench.give(Input::Indexed(Offset(3)));
+    let taken = bench.submit(exact(2), 2, 1);
+    bench.settle();
+    assert_eq!(bench.acknowledged(taken).0, 3);
+}
+
+#[test]
+fn loads_wait_for_their_turn_and_none_is_forgotten() {
+    let mut bench = with(|limits| limits.loads_max = 1);
+    let ids: Vec<StreamId> =
+        ["s-1", "s-2", "s-3"].map(|id| id.parse().expect("a stream id")).to_vec();
+    let requests: Vec<RequestId> = ids
+        .iter()
+        .map(|id| bench.submit_with(exact(0), 1, 1, |append| append.stream = id.clone()).0)
+        .collect();
+    for round in 1..=3 {
+        let loads: Vec<StreamId> = bench
+            .out
+            .iter()
+            .filter_map(|output| match output {
+                Output::Load { stream } => Some(stream.clone()),
+                _ => None,
+            })
+            .collect();
+        assert_eq!(loads.len(), round, "one at a time");
+        let head = StreamHead { complete: true, ..StreamHead::default() };
+        bench.give(Input::Loaded { stream: loads[round - 1].clone(), head: Ok(head) });
+    }
+    bench.settle();
+    for request in requests {
+        assert_eq!(bench.acknowledged(request).0, 1);
+    }
+}
+
+#[test]
+fn a_load_that_fails_is_told_and_tried_again_with_the_next_request() {
+    let mut bench = Bench::owning();
+    let request = bench.submit(exact(0), 1, 1);
+    let away = kafold_core::ReadError::unavailable(Duration::ZERO, "the database is away");
+    bench.give(Input::Loaded { stream: stream(), head: Err(away) });
+    assert!(is_unavailable(&bench.answer(request), "the database is away"));
+    let again = bench.submit(exact(0), 1, 1);
+    bench.load_empty();
+    bench.settle();
+    assert_eq!(bench.acknowledged(again), (1, 1, false));
+}
+
+#[test]
+fn streams_that_are_not_in_use_make_room() {
+    let mut bench = with(|limits| limits.streams_max = 1);
+    bench.submit(exact(0), 1, 1);
+    bench.load_empty();
+    bench.settle();
+    let other = |append: &mut Append| append.stream = "s-2".parse().expect("a stream id");
+    bench.submit_with(exact(0), 2, 1, other);
+    bench.out.clear();
+    bench.submit(exact(1), 3, 1);
+    assert!(bench.has(|output| matches!(output, Output::Load { stream: id } if *id == stream())));
+}
+
+#[test]
+fn stopping_settles_what_is_pending_and_takes_nothing_more() {
+    let mut bench = Bench::owning();
+    let pending = bench.submit(exact(0), 1, 1);
+    bench.load_empty();
+    let waiting = bench.submit(exact(0), 2, 1);
+    let view = bench.confirm(0, None);
+    bench.give(Input::Stop);
+    assert!(is_unavailable(&bench.answer(waiting), "stopping"));
+    assert!(is_unavailable(&bench.confirmed(view), "stopping"));
+    assert!(!bench.has(|output| matches!(output, Output::Stopped)));
+    bench.settle();
+    assert_eq!(bench.acknowledged(pending), (1, 1, false));
+    assert!(bench.has(|output| matches!(output, Output::Stopped)));
+    let late = bench.submit(exact(1), 3, 1);
+    assert!(is_unavailable(&bench.answer(late), "stopped"));
+}
+
+#[test]
+fn stopping_in_doubt_claims_once_more_to_settle() {
+    let mut bench = Bench::owning();
+    let pending = bench.submit(exact(0), 1, 1);
+    bench.load_empty();
+    let stamp = bench.produced.remove(0).stamp;
+    bench.report_failure(stamp, |_| ());
+    bench.give(Input::Stop);
+    bench.claim_again();
+    bench.land_all();
+    bench.catch_up();
+    assert!(is_not_appended(&bench.answer(pending)));
+    assert!(matches!(bench.writer.status(), Status::Stopped));
+}
