@@ -1,7 +1,12 @@
 //! Every deliberate bug must be found: by random histories, or by a named scenario.
 
+use kafold_core::Offset;
+
 use super::play;
+use super::reference::{PARTITION, Violation};
+use crate::fold::{Checkpoint, Fold};
 use crate::mutant::{self, Mutant};
+use crate::wire::{Content, LogRecord, Malformed};
 
 /// Histories that are tried before a mutant counts as not found.
 const SEEDS_MAX: u64 = 1_500;
@@ -31,6 +36,16 @@ const FOUND_BY_CHANCE: [Mutant; 21] = [
     Mutant::DedupeOff,
 ];
 
+/// No random history has a malformed record: no writer makes one.
+fn a_malformed_record_halts() -> Result<(), Violation> {
+    let mut fold = Fold::new(PARTITION, Checkpoint::default());
+    let content = Content::Malformed(Malformed::UnknownKind(9));
+    match fold.apply(&LogRecord { offset: Offset(0), content }) {
+        Err(_) => Ok(()),
+        Ok(verdict) => Err(format!("a malformed record is {verdict:?}")),
+    }
+}
+
 #[test]
 fn every_mutant_is_killed() {
     let mut alive = Vec::new();
@@ -45,6 +60,13 @@ fn every_mutant_is_killed() {
                 println!("{bug:<26?} killed by seed {seed:4}: {violation}");
             }
             None => alive.push(bug),
+        }
+    }
+    assert_eq!(a_malformed_record_halts(), Ok(()));
+    match mutant::with(Some(Mutant::SkipMalformed), a_malformed_record_halts) {
+        Ok(()) => alive.push(Mutant::SkipMalformed),
+        Err(violation) => {
+            println!("{:<26?} killed by scenario: {violation}", Mutant::SkipMalformed)
         }
     }
     assert!(alive.is_empty(), "not found in {SEEDS_MAX} histories: {alive:?}");

@@ -1,5 +1,6 @@
 //! Golden bytes of every kind, which stay for ever; round trips; everything that is refused.
 
+use kafold_core::{Metadata, Partition, Position, Version};
 use proptest::prelude::*;
 
 use super::*;

@@ -1,114 +1,18 @@
 //! From a submission to its records, an answer, or a wait.
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
 
-use kafold_core::store::{Append, Appended, Owner, View};
-use kafold_core::{
-    AppendError, CommandId, ExpectedVersion, ReadError, RecordedEvent, StreamId, Version,
-};
+use kafold_core::store::{Append, Appended, View};
+use kafold_core::{AppendError, CommandId, ExpectedVersion, RecordedEvent, StreamId, Version};
 
-use super::messages::{Output, RequestId, StreamHead};
+use super::messages::{Output, RequestId};
 use super::settle::{PendingCommit, PendingConfirm, Question, Waiter};
-use super::streams::{Ask, Knowledge, NotGapless, Stream, Waiting};
-use super::{IntoCause, PartitionWriter, Phase, Turn};
-use crate::fold::LogDiverged;
+use super::streams::{Ask, Knowledge, Stream, Waiting};
+use super::{PartitionWriter, Phase, Turn};
 use crate::mutant::{self, Mutant};
-use crate::wire::{Body, EventBody, check_event, event_size, stored_time};
-
-/// After which a caller may try again what is answered `Unavailable`.
-const RETRY_AFTER: Duration = Duration::from_millis(500);
+use crate::wire::{Body, EventBody, stored_time};
 
 impl PartitionWriter {
-    pub(super) fn submit(&mut self, request: RequestId, append: Append, turn: &mut Turn<'_>) {
-        match self.admit(&append) {
-            Ok(bytes) => {
-                let (stream, deadline) = (append.stream.clone(), append.deadline);
-                let ask = Ask::Append(append);
-                self.enqueue(&stream, Waiting { request, ask, deadline, bytes });
-            }
-            Err(error) => turn.say(Output::Appended { request, result: Err(error) }),
-        }
-    }
-
-    pub(super) fn confirm(&mut self, request: RequestId, view: View, turn: &mut Turn<'_>) {
-        match self.admit_request() {
-            Ok(()) => {
-                let (stream, deadline) = (view.stream.clone(), view.deadline);
-                let ask = Ask::Confirm(view);
-                self.enqueue(&stream, Waiting { request, ask, deadline, bytes: 0 });
-            }
-            Err(error) => turn.say(Output::Confirmed { request, result: Err(error) }),
-        }
-    }
-
-    /// The bytes of the commit's records, if it can be taken.
-    fn admit(&self, append: &Append) -> Result<usize, AppendError> {
-        self.admit_request()?;
-        let limits = &self.config.limits;
-        let mut bytes = 0;
-        for event in append.commit.events() {
-            check_event(event).map_err(|reason| AppendError::NotAppended { reason })?;
-            let size = event_size(&self.config.log, &append.stream, event);
-            if size > limits.record_bytes_max {
-                return Err(AppendError::TooLarge { size, limit: limits.record_bytes_max });
-            }
-            bytes += size;
-        }
-        if bytes > limits.request_bytes_max {
-            return Err(AppendError::TooLarge { size: bytes, limit: limits.request_bytes_max });
-        }
-        if self.request_bytes + bytes > limits.request_bytes_max {
-            return Err(self.unavailable("too many bytes wait for the log"));
-        }
-        if self.unindexed_events >= limits.unindexed_events_max {
-            return Err(self.unavailable("the stream index is too far behind the log"));
-        }
-        Ok(bytes)
-    }
-
-    fn admit_request(&self) -> Result<(), AppendError> {
-        if let Some(error) = self.refusal() {
-            return Err(error);
-        }
-        // Commits whose callers gave up are still pending.
-        if self.requests.max(self.pending.len()) >= self.config.limits.requests_max {
-            return Err(self.unavailable("too many requests wait for the log"));
-        }
-        Ok(())
-    }
-
-    /// Why nothing is taken any more; `None` while the partition may still be or become ours.
-    pub(super) fn refusal(&self) -> Option<AppendError> {
-        let partition = self.config.partition;
-        match &self.phase {
-            Phase::Superseded(owner) => {
-                Some(AppendError::NotOwner { partition, owner: Some(Owner::clone(owner)) })
-            }
-            Phase::Halted(cause) => Some(AppendError::Unavailable {
-                retry_after: RETRY_AFTER,
-                cause: Arc::clone(cause),
-            }),
-            Phase::Stopped => Some(self.unavailable("the store has stopped")),
-            _ if self.stopping => Some(self.unavailable("the store is stopping")),
-            _ => None,
-        }
-    }
-
-    pub(super) fn unavailable(&self, what: &str) -> AppendError {
-        let partition = self.config.partition;
-        AppendError::unavailable(RETRY_AFTER, format!("partition {partition}: {what}"))
-    }
-
-    fn enqueue(&mut self, id: &StreamId, waiting: Waiting) {
-        self.requests += 1;
-        self.request_bytes += waiting.bytes;
-        self.note_deadline(waiting.deadline);
-        self.streams.waiting.insert(id.clone());
-        self.streams.entry(id).waiting.push_back(waiting);
-        self.ready.push(id.clone());
-    }
-
     /// Decides what can be decided, stream by stream, in the order of the calls within each.
     pub(super) fn decide_ready(&mut self, turn: &mut Turn<'_>) {
         while let Some(id) = self.next_ready() {
@@ -395,108 +299,6 @@ impl PartitionWriter {
             refused: None,
         });
     }
-
-    // --- loads and look-ups --------------------------------------------------------------------
-
-    /// Whether another load or look-up may begin; else the stream gets its turn later.
-    fn take_lookup(&mut self, id: &StreamId, stream: &mut Stream) -> bool {
-        if self.streams.lookups < self.config.limits.loads_max {
-            self.streams.lookups += 1;
-            return true;
-        }
-        if !stream.queued {
-            stream.queued = true;
-            self.streams.lookup_queue.push_back(id.clone());
-        }
-        false
-    }
-
-    pub(super) fn loaded(
-        &mut self,
-        id: StreamId,
-        head: Result<StreamHead, ReadError>,
-        turn: &mut Turn<'_>,
-    ) {
-        let recent_max = self.config.limits.recent_commands_max;
-        let Some(stream) = self.streams.get_mut(&id) else { return };
-        if !matches!(stream.knowledge, Knowledge::Loading(_)) {
-            return;
-        }
-        match head.map(|head| stream.loaded(head, recent_max)) {
-            Ok(Ok(())) => {}
-            Ok(Err(broken)) => {
-                return self.halt_at(self.reader.fold().next(), id, &broken, turn);
-            }
-            Err(error) => {
-                stream.knowledge = Knowledge::Unknown;
-                let waiting = std::mem::take(&mut stream.waiting);
-                self.streams.waiting.remove(&id);
-                for waiting in waiting {
-                    self.answer_waiting_one(waiting, &cannot_look(&error), turn);
-                }
-            }
-        }
-        self.streams.lookups -= 1;
-        self.ready.push(id);
-    }
-
-    pub(super) fn found(
-        &mut self,
-        id: StreamId,
-        command_id: CommandId,
-        found: Result<Option<Appended>, ReadError>,
-        turn: &mut Turn<'_>,
-    ) {
-        let Some(stream) = self.streams.get_mut(&id) else { return };
-        if stream.finding != Some(command_id) {
-            return;
-        }
-        stream.finding = None;
-        let concerns = |waiting: &Waiting| match &waiting.ask {
-            Ask::Append(append) => append.commit.command_id() == command_id,
-            Ask::Confirm(_) => false,
-        };
-        let first = stream.waiting.front().is_some_and(concerns);
-        match found {
-            Ok(None) => stream.not_found = Some(command_id),
-            Ok(Some(appended)) if first => {
-                if let Some(waiting) = stream.waiting.pop_front() {
-                    let result = Ok(Appended { duplicate: true, ..appended });
-                    self.answer_append(waiting.request, waiting.bytes, result, turn);
-                }
-            }
-            Err(error) if first => {
-                if let Some(waiting) = stream.waiting.pop_front() {
-                    self.answer_waiting_one(waiting, &cannot_look(&error), turn);
-                }
-            }
-            // Whoever asked is gone.
-            Ok(Some(_)) | Err(_) => {}
-        }
-        self.streams.lookups -= 1;
-        self.ready.push(id);
-    }
-
-    pub(super) fn halt_at(
-        &mut self,
-        offset: kafold_core::Offset,
-        stream: StreamId,
-        broken: &NotGapless,
-        turn: &mut Turn<'_>,
-    ) {
-        let position = kafold_core::Position { partition: self.config.partition, offset };
-        let (actual, found) = (broken.actual, broken.found);
-        let diverged = LogDiverged::BrokenStream { position, stream, actual, found };
-        self.halt(diverged.into_cause(), turn);
-    }
-
-    pub(super) fn expired(&self) -> AppendError {
-        self.unavailable("the deadline passed before anything was written")
-    }
-
-    pub(super) fn note_deadline(&mut self, deadline: Option<Instant>) {
-        self.earliest_deadline = super::earlier(self.earliest_deadline, deadline);
-    }
 }
 
 /// What becomes of the first append in a stream's queue.
@@ -514,13 +316,4 @@ enum Decision {
 fn not_behind() -> AppendError {
     let reason = "the commit it was built on was not appended as the last one of its stream";
     AppendError::NotAppended { reason: reason.into() }
-}
-
-fn cannot_look(error: &ReadError) -> AppendError {
-    match error {
-        ReadError::Unavailable { retry_after, cause } => {
-            AppendError::Unavailable { retry_after: *retry_after, cause: Arc::clone(cause) }
-        }
-        ReadError::Diverged { .. } => AppendError::unavailable(RETRY_AFTER, error.clone()),
-    }
 }

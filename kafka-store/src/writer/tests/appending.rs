@@ -82,6 +82,24 @@ fn a_void_copy_does_not_hide_the_accepted_one() {
 }
 
 #[test]
+fn a_void_copy_that_comes_first_proves_nothing() {
+    let mut bench = Bench::owning();
+    let first = bench.submit(ExpectedVersion::Any, 1, 1);
+    bench.load_empty();
+    let second = bench.submit(ExpectedVersion::Any, 2, 1);
+    let (one, two) = (bench.produced.remove(0), bench.produced.remove(0));
+    bench.report_failure(one.stamp, |_| ());
+    bench.land(two.clone());
+    bench.catch_up();
+    assert!(bench.answer(second).is_none(), "void behind a hole, and may still come");
+    bench.land(one);
+    bench.land(two);
+    bench.catch_up();
+    assert_eq!(bench.acknowledged(first), (1, 2, false));
+    assert_eq!(bench.acknowledged(second), (2, 3, false));
+}
+
+#[test]
 fn a_partial_commit_is_not_appended_and_its_version_is_given_again() {
     let mut bench = Bench::owning();
     let request = bench.submit(exact(0), 1, 2);

@@ -8,7 +8,7 @@ mod limits;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use chrono::{DateTime, Utc};
+use chrono::{DateTime, TimeDelta, Utc};
 use kafold_core::clock::SystemClock;
 use kafold_core::store::{Append, Appended, Owner, Ticket, View};
 use kafold_core::{
@@ -18,7 +18,7 @@ use kafold_core::{
 use uuid::Uuid;
 
 use super::*;
-use crate::wire::{Content, EventBody};
+use crate::wire::{Body, Content, Epoch, EventBody, Nonce, Record};
 
 const PARTITION: Partition = Partition(0);
 
