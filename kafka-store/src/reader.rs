@@ -417,8 +417,11 @@ impl Reading {
 
     fn let_go_of_idle(&mut self) {
         let now = self.clock.instant();
-        let idle =
-            |fetching: &Fetching| now.saturating_duration_since(fetching.used) > IDLE_PARTITION;
+        // Who waits for the next record may wait longer than that.
+        let idle = |fetching: &Fetching| {
+            fetching.request.is_none()
+                && now.saturating_duration_since(fetching.used) > IDLE_PARTITION
+        };
         let idle: Vec<_> =
             self.partitions.iter().filter(|(_, f)| idle(f)).map(|(p, _)| *p).collect();
         for partition in idle {
