@@ -66,7 +66,7 @@ fn every_mutant_is_killed() {
     match mutant::with(Some(Mutant::SkipMalformed), a_malformed_record_halts) {
         Ok(()) => alive.push(Mutant::SkipMalformed),
         Err(violation) => {
-            println!("{:<26?} killed by scenario: {violation}", Mutant::SkipMalformed)
+            println!("{:<26?} killed by scenario: {violation}", Mutant::SkipMalformed);
         }
     }
     assert!(alive.is_empty(), "not found in {SEEDS_MAX} histories: {alive:?}");

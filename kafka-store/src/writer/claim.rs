@@ -65,7 +65,10 @@ impl PartitionWriter {
 
     /// A claim was accepted: every older one is over, and what was pending is definite.
     pub(super) fn claim_accepted(&mut self, id: ClaimId, claim: &Claim, turn: &mut Turn<'_>) {
-        let ours = matches!(&self.phase, Phase::Claiming { claim, .. } if is_ours(*claim, id));
+        let ours = match &self.phase {
+            Phase::Claiming { claim, .. } if is_ours(*claim, id) => Some(*claim),
+            _ => None,
+        };
         self.fail_pending(turn);
         if let Some(begun) = self.reader.fold().state().log
             && begun.partitions != self.config.partitions
@@ -79,17 +82,13 @@ impl PartitionWriter {
             };
             return self.halt(repartitioned.into_cause(), turn);
         }
-        if ours {
-            let base = Offset(self.reader.fold().next().0 - 1);
+        if let Some(ours) = ours {
+            let read = Offset(self.reader.fold().next().0 - 1);
             let base = match self.reported_base {
                 Some(reported) if mutant::active(Mutant::BaseFromReport) => reported,
-                _ => base,
+                _ => read,
             };
-            let id = match &self.phase {
-                Phase::Claiming { claim, .. } => *claim,
-                _ => id,
-            };
-            return self.own(id, base, turn);
+            return self.own(ours, base, turn);
         }
         let rank = |claim: &Claim| (claim.started_at, claim.owner.clone(), claim.address.clone());
         if self.claim.as_ref().is_some_and(|own| rank(claim) > rank(own)) {

@@ -1,6 +1,6 @@
 //! From an accepted record to answers.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use kafold_core::store::Appended;
 use kafold_core::{AppendError, CommandId, ExpectedVersion, Offset, StreamId, Version};
@@ -11,6 +11,10 @@ use super::{Flight, PartitionWriter, Phase, Turn};
 use crate::fold::ReadCommit;
 use crate::mutant::{self, Mutant};
 use crate::wire::{Body, ClaimId, Content, LogRecord, Record};
+
+/// Deadlines that pass within this time are answered together: looking for them costs a walk over
+/// all who wait.
+const DEADLINE_GRAIN: Duration = Duration::from_millis(10);
 
 /// A commit that was produced and has no definite outcome. It outlives its callers' deadlines.
 #[derive(Debug)]
@@ -347,7 +351,7 @@ impl PartitionWriter {
         for id in self.streams.waiting.clone() {
             self.expire_waiting(&id, turn);
         }
-        self.earliest_deadline = self.next_deadline();
+        self.earliest_deadline = self.next_deadline().map(|next| next.max(now + DEADLINE_GRAIN));
     }
 
     fn expire_waiting(&mut self, id: &StreamId, turn: &mut Turn<'_>) {
