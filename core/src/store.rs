@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
-use chrono::{DateTime, Utc};
+use chrono::{DateTime, SecondsFormat, Utc};
 use futures_util::future::BoxFuture;
 use futures_util::stream::BoxStream;
 
@@ -91,7 +91,10 @@ pub struct Owner {
 
 impl fmt::Display for Owner {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} at {} (started {})", self.name, self.address, self.started_at.to_rfc3339())
+        let Self { name, address, started_at } = self;
+        let at = if address.is_empty() { "" } else { " at " };
+        let started_at = started_at.to_rfc3339_opts(SecondsFormat::Millis, true);
+        write!(f, "{name}{at}{address} (started {started_at})")
     }
 }
 

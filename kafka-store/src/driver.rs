@@ -407,7 +407,7 @@ impl Thread {
             }
             Output::Superseded(owner) => {
                 metrics::counter!("kafold_superseded_total").increment(1);
-                tracing::warn!(%partition, "superseded by {} at {}", owner.name, owner.address);
+                tracing::warn!(%partition, "superseded by {owner}");
             }
             Output::Halted(cause) => {
                 tracing::error!(%partition, cause = %cause, "partition halted");

@@ -64,10 +64,9 @@ impl LogOptions {
         self
     }
 
-    /// How this process calls itself in its claims, and where others reach it. By default the host's
-    /// name with the process id, and no address.
-    pub fn owner(mut self, name: impl Into<String>, address: impl Into<String>) -> Self {
-        self.owner.name = name.into();
+    /// Where others reach this process, as its claims and those it supersedes tell; nothing by
+    /// default. Its name is the host's with the process id.
+    pub fn address(mut self, address: impl Into<String>) -> Self {
         self.owner.address = address.into();
         self
     }

@@ -150,7 +150,7 @@ pub(crate) async fn run(args: ServeArgs) -> Result<(), ServeError> {
     let opened = tokio::select! {
         biased;
         () = stop.asked(1) => None,
-        opened = open(&args, &app, &clock, &ids) => Some(opened?),
+        opened = open(&args, address, &app, &clock, &ids) => Some(opened?),
     };
     let Some((log, service)) = opened else { return Ok(()) };
     app.open(service.clone());
@@ -199,12 +199,13 @@ async fn settle(log: Log, service: &Service) {
 /// Opens database and log; while one of them is down, says so and waits.
 async fn open(
     args: &ServeArgs,
+    address: SocketAddr,
     app: &App,
     clock: &Arc<dyn Clock>,
     ids: &Arc<dyn IdGenerator>,
 ) -> Result<(Log, Arc<Service>), ServeError> {
     for attempt in 1.. {
-        let reason = match try_open(args, clock, ids).await {
+        let reason = match try_open(args, address, clock, ids).await {
             Ok((log, database)) => {
                 let service = Service::start(&log, database, clock.clone(), ids.clone());
                 return Ok((log, Arc::new(service)));
@@ -226,6 +227,7 @@ async fn open(
 
 async fn try_open(
     args: &ServeArgs,
+    address: SocketAddr,
     clock: &Arc<dyn Clock>,
     ids: &Arc<dyn IdGenerator>,
 ) -> Result<(Log, Database), ServeError> {
@@ -233,7 +235,9 @@ async fn try_open(
         Some(url) => Some(Database::open(url, Mode::Migrate).await.map_err(ServeError::Database)?),
         None => None,
     };
-    let mut options = LogOptions::new(&args.log).clock(clock.clone(), ids.clone());
+    let mut options = LogOptions::new(&args.log)
+        .address(format!("http://{address}"))
+        .clock(clock.clone(), ids.clone());
     if let Some(database) = &database {
         options = options.index(database);
     }
