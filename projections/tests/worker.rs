@@ -132,10 +132,16 @@ async fn killed_at_any_moment_it_counts_every_event_once(database: &TestDatabase
 }
 
 async fn rows_shared_by_many_partitions_are_exact(database: &TestDatabase) {
-    // Three workers of one group: each has some of the partitions, all write the same rows.
+    // Three workers of one group: each has some of the partitions, all write the same row, in many
+    // small transactions at once.
     let orders = Orders::new(12);
-    let workers: Vec<_> =
-        (0..3).map(|_| worker(&orders, database).with(CustomerTotals).spawn()).collect();
+    let config = ProjectionConfig { batch_events_max: 3, sqlite_batch_events_max: 10, ..quick() };
+    let spawn = || worker(&orders, database).config(config.clone()).with(CustomerTotals).spawn();
+    let workers = [spawn(), spawn(), spawn()];
+    eventually("each has its part", async || {
+        workers.iter().all(|worker| status(worker, CustomerTotals::NAME).partitions.len() == 4)
+    })
+    .await;
     for n in 0..1_500 {
         orders.place(&n.to_string(), "everyone", 1).await;
     }
