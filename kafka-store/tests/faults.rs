@@ -24,10 +24,10 @@ struct Cluster {
 
 impl Cluster {
     /// Only where the other real tests run too.
-    fn up(name: &'static str) -> Option<(Self, String)> {
+    fn up(name: &'static str, nodes: &str) -> Option<(Self, String)> {
         support::brokers(name)?;
         let cluster = Self { name };
-        let out = cluster.run(&["up"]);
+        let out = cluster.run(&["up", "--nodes", nodes]);
         let brokers = out.lines().last().expect("an address").to_owned();
         Some((cluster, brokers))
     }
@@ -111,12 +111,46 @@ async fn outage(cluster: &Cluster, brokers: &str, stop: &[&str], start: &[&str])
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_stopped_broker_loses_nothing_and_writes_are_answered_in_time() {
-    let Some((cluster, brokers)) = Cluster::up("kstore-stop") else { return };
+    let Some((cluster, brokers)) = Cluster::up("kstore-stop", "1") else { return };
     outage(&cluster, &brokers, &["stop-node", "1", "--kill"], &["start-node", "1"]).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_frozen_broker_loses_nothing_and_writes_are_answered_in_time() {
-    let Some((cluster, brokers)) = Cluster::up("kstore-freeze") else { return };
+    let Some((cluster, brokers)) = Cluster::up("kstore-freeze", "1") else { return };
     outage(&cluster, &brokers, &["pause-node", "1"], &["resume-node", "1"]).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn one_broker_of_three_may_be_killed_and_another_frozen() {
+    let Some((cluster, brokers)) = Cluster::up("kstore-three", "3") else { return };
+    let config = support::config(&brokers, &support::new_name("three"), "partitions=3");
+    let store = support::open(config, "three").await;
+    let streams: Vec<_> =
+        (0..9).map(|id| StreamId::new("order", &id.to_string()).expect("valid")).collect();
+    let mut acknowledged = 0;
+    for fault in [
+        None,
+        Some(["stop-node", "1", "--kill"]),
+        Some(["start-node", "1", "--keep"]),
+        Some(["pause-node", "2", "--keep"]),
+        Some(["resume-node", "2", "--keep"]),
+    ] {
+        let begun = SystemClock.instant();
+        if let Some(arguments) = fault {
+            cluster.run(&arguments);
+        }
+        let struck = SystemClock.instant();
+        for stream in &streams {
+            let appended = support::settle(&store, stream, exact(acknowledged), &commit(1)).await;
+            assert_eq!(appended.version.0, acknowledged + 1);
+        }
+        let (fault_took, writes_took) = (struck - begun, SystemClock.instant() - struck);
+        println!("{fault:?} took {fault_took:?}, the writes behind it {writes_took:?}");
+        acknowledged += 1;
+        for stream in &streams {
+            read_gapless(&store, stream, acknowledged).await;
+        }
+    }
+    support::ready(&store).await;
 }

@@ -129,3 +129,30 @@ async fn a_topic_recreated_under_a_running_store_halts_it_by_name() {
     let refused = store.append(&stream("u"), exact(20), commit(1)).await;
     assert!(refused.is_err(), "acknowledged in another log: {refused:?}");
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_subscription_that_has_waited_long_still_delivers() {
+    let Some(brokers) = support::brokers("a_subscription_that_has_waited_long") else { return };
+    let config = support::config(&brokers, &support::new_name("long"), "partitions=1");
+    let store = support::open(config, "long").await;
+    let mut subscription = store.source().subscribe("long", 10).await.expect("subscribed");
+    let waiting = tokio::spawn(async move {
+        loop {
+            match subscription.next().await.expect("waiting is no failure") {
+                SourceMessage::Assigned(partitions) => {
+                    for partition in partitions {
+                        subscription.start(partition, None).await.expect("can be started");
+                    }
+                }
+                SourceMessage::Batch(batch) if batch.events.is_empty() => {}
+                SourceMessage::Batch(batch) => return batch.events.len(),
+                SourceMessage::Revoked(_) => panic!("nobody else reads"),
+            }
+        }
+    });
+    // Longer than a partition may be idle before its reader lets go of it.
+    support::rest(Duration::from_secs(7)).await;
+    store.append(&stream("w"), exact(0), commit(1)).await.expect("is new");
+    let delivered = tokio::time::timeout(Duration::from_secs(20), waiting).await;
+    assert_eq!(delivered.expect("in time").expect("no panic"), 1);
+}

@@ -92,9 +92,13 @@ pub(crate) async fn until<T>(what: &str, mut condition: impl FnMut() -> Result<T
 }
 
 /// Between two looks at something that is waited for, with a deadline.
-#[expect(clippy::disallowed_methods, reason = "the one place that polls, for tests alone")]
 pub(crate) async fn pause() {
-    tokio::time::sleep(Duration::from_millis(5)).await;
+    rest(Duration::from_millis(5)).await;
+}
+
+/// Lets time pass in which nothing is to happen.
+pub(crate) async fn rest(time: Duration) {
+    SystemClock.sleep(time).await;
 }
 
 pub(crate) fn admin(brokers: &str) -> AdminClient<DefaultClientContext> {
