@@ -241,7 +241,6 @@ fn encode_event(stamp: &Stamp, body: &EventBody, log: &str) -> Encoded {
         command_id: event.command_id,
     };
     let mut headers = vec![
-        (HEADER_NAME, header.encode().to_vec()),
         ("ce_specversion", SPEC_VERSION.into()),
         ("ce_id", metadata.event_id.to_string().into_bytes()),
         ("ce_source", format!("/{log}/{}", event.stream.category()).into_bytes()),
@@ -259,6 +258,8 @@ fn encode_event(stamp: &Stamp, body: &EventBody, log: &str) -> Encoded {
             headers.push((name, value.clone().into_bytes()));
         }
     }
+    // Last: its bytes are no text, and whoever prints the headers shows the readable ones first.
+    headers.push((HEADER_NAME, header.encode().to_vec()));
     Encoded { key: event.stream.as_str().into(), headers, value: Arc::clone(&event.payload) }
 }
 
@@ -274,7 +275,6 @@ fn encode_control(
     let header =
         Header { kind, stamp, version: 0, index: 0, count: 0, command_id: CommandId(Uuid::nil()) };
     let mut headers = vec![
-        (HEADER_NAME, header.encode().to_vec()),
         ("ce_specversion", SPEC_VERSION.into()),
         ("ce_id", control_id(&stamp).to_string().into_bytes()),
         ("ce_source", format!("/{log}").into_bytes()),
@@ -284,6 +284,7 @@ fn encode_control(
     if !value.is_empty() {
         headers.push(("content-type", JSON.into()));
     }
+    headers.push((HEADER_NAME, header.encode().to_vec()));
     Encoded { key: CONTROL_KEY.into(), headers, value: value.into() }
 }
 

@@ -65,6 +65,13 @@ fn read_back(encoded: &Encoded) -> Content {
     record.content
 }
 
+/// The header `kf`, which is the last: its bytes are no text, and consoles show those before it first.
+fn kf(encoded: &mut Encoded) -> &mut Vec<u8> {
+    let (name, value) = encoded.headers.last_mut().expect("headers");
+    assert_eq!(*name, HEADER_NAME);
+    value
+}
+
 fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
@@ -84,7 +91,6 @@ fn shown(encoded: &Encoded) -> String {
 #[test]
 fn an_event_has_these_bytes_for_ever() {
     let golden = "order-17
-kf: 010201020304111213141516171800000000000021220000000000003132000100024142434445464748494a4b4c4d4e4f500000000000005152
 ce_specversion: 1.0
 ce_id: 01900000-0000-7000-8000-000000000001
 ce_source: /orders/order
@@ -94,6 +100,7 @@ content-type: application/json
 ce_correlationid: request-1
 ce_causationid: command-1
 traceparent: 00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01
+kf: 010201020304111213141516171800000000000021220000000000003132000100024142434445464748494a4b4c4d4e4f500000000000005152
 {\"customer\":\"c1\"}";
     let record = event_record(event());
     assert_eq!(shown(&encoded(&record)), golden);
@@ -103,13 +110,13 @@ traceparent: 00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01
 #[test]
 fn a_claim_has_these_bytes_for_ever() {
     let golden = "kafold
-kf: 01010102030411121314151617180000000000000000000000000000000000000000000000000000000000000000000000000000000000005152
 ce_specversion: 1.0
 ce_id: 11121314-1516-8718-8000-000000000000
 ce_source: /orders
 ce_type: kafold.claim.v1
 ce_time: 2023-11-14T22:13:20.000000Z
 content-type: application/json
+kf: 01010102030411121314151617180000000000000000000000000000000000000000000000000000000000000000000000000000000000005152
 {\"owner\":\"node-1\",\"address\":\"http://10.0.0.1:8080\",\"partitions\":12,\"started_at\":\"2023-11-14T22:13:20.000001Z\"}";
     let record = claim_record();
     assert_eq!(shown(&encoded(&record)), golden);
@@ -119,12 +126,12 @@ content-type: application/json
 #[test]
 fn a_barrier_has_these_bytes_for_ever() {
     let golden = "kafold
-kf: 01030102030411121314151617180000000000000009000000000000000000000000000000000000000000000000000000000000000000005152
 ce_specversion: 1.0
 ce_id: 11121314-1516-8718-8000-000000000009
 ce_source: /orders
 ce_type: kafold.barrier.v1
 ce_time: 2023-11-14T22:13:20.000000Z
+kf: 01030102030411121314151617180000000000000009000000000000000000000000000000000000000000000000000000000000000000005152
 ";
     let record = barrier_record();
     assert_eq!(shown(&encoded(&record)), golden);
@@ -134,7 +141,7 @@ ce_time: 2023-11-14T22:13:20.000000Z
 #[test]
 fn the_header_is_58_bytes_whatever_the_kind() {
     for record in [event_record(event()), claim_record(), barrier_record()] {
-        assert_eq!(encoded(&record).headers[0].1.len(), HEADER_BYTES);
+        assert_eq!(kf(&mut encoded(&record)).len(), HEADER_BYTES);
     }
 }
 
@@ -166,26 +173,26 @@ fn malformed(record: &Record, change: impl FnOnce(&mut Encoded)) -> Malformed {
 
 /// The same for one byte of the header `kf`.
 fn with_byte(record: &Record, at: usize, byte: u8) -> Malformed {
-    malformed(record, |encoded| encoded.headers[0].1[at] = byte)
+    malformed(record, |encoded| kf(encoded)[at] = byte)
 }
 
 #[test]
 fn a_newer_format_is_told_apart_whatever_its_length() {
     let event = event_record(event());
     assert_eq!(with_byte(&event, 0, 2), Malformed::NewerFormat(2));
-    let short = malformed(&event, |encoded| encoded.headers[0].1 = vec![7]);
+    let short = malformed(&event, |encoded| *kf(encoded) = vec![7]);
     assert_eq!(short, Malformed::NewerFormat(7));
     assert_eq!(with_byte(&event, 0, 0), Malformed::UnknownFormat(Some(0)));
-    let empty = malformed(&event, |encoded| encoded.headers[0].1.clear());
+    let empty = malformed(&event, |encoded| kf(encoded).clear());
     assert_eq!(empty, Malformed::UnknownFormat(None));
 }
 
 #[test]
 fn a_header_of_another_length_or_kind_is_refused() {
     let event = event_record(event());
-    let short = malformed(&event, |encoded| encoded.headers[0].1.truncate(57));
+    let short = malformed(&event, |encoded| kf(encoded).truncate(57));
     assert_eq!(short, Malformed::HeaderLength(57));
-    let long = malformed(&event, |encoded| encoded.headers[0].1.push(0));
+    let long = malformed(&event, |encoded| kf(encoded).push(0));
     assert_eq!(long, Malformed::HeaderLength(59));
     for kind in [0, 4, 255] {
         assert_eq!(with_byte(&event, 1, kind), Malformed::UnknownKind(kind));
@@ -200,13 +207,13 @@ fn numbers_that_a_kind_cannot_have_are_refused() {
     };
     let event = event_record(event());
     assert_eq!(field(with_byte(&event, 31, 2)), ("event", "index"), "index = count");
-    let no_count = malformed(&event, |encoded| encoded.headers[0].1[32..34].fill(0));
+    let no_count = malformed(&event, |encoded| kf(encoded)[32..34].fill(0));
     assert_eq!(field(no_count), ("event", "index"));
-    let no_version = malformed(&event, |encoded| encoded.headers[0].1[22..30].fill(0));
+    let no_version = malformed(&event, |encoded| kf(encoded)[22..30].fill(0));
     assert_eq!(field(no_version), ("event", "version"));
-    let no_seq = malformed(&event, |encoded| encoded.headers[0].1[14..22].fill(0));
+    let no_seq = malformed(&event, |encoded| kf(encoded)[14..22].fill(0));
     assert_eq!(field(no_seq), ("event", "seq"));
-    let no_epoch = malformed(&event, |encoded| encoded.headers[0].1[2..6].fill(0));
+    let no_epoch = malformed(&event, |encoded| kf(encoded)[2..6].fill(0));
     assert_eq!(field(no_epoch), ("event", "epoch"));
     assert_eq!(field(with_byte(&claim_record(), 21, 1)), ("claim", "seq"));
     for (at, name) in [(29, "version"), (31, "index"), (33, "count"), (49, "command id")] {
@@ -240,7 +247,7 @@ fn cloud_event_headers_are_demanded_of_every_kind() {
             let twice = malformed(&record, |encoded| encoded.headers.push((name, vec![b'x'])));
             assert_eq!(twice, Malformed::HeaderTwice(name));
         }
-        let kf = encoded(&record).headers[0].clone();
+        let kf = encoded(&record).headers.last().expect("headers").clone();
         assert_eq!(malformed(&record, |to| to.headers.push(kf)), Malformed::HeaderTwice("kf"));
     }
 }
@@ -357,7 +364,7 @@ proptest! {
         let template = encoded(&event_record(event()));
         let mut headers: Vec<(&str, Option<&[u8]>)> =
             template.headers.iter().map(|(name, value)| (*name, Some(value.as_slice()))).collect();
-        headers[0].1 = Some(&kf);
+        headers.last_mut().expect("headers").1 = Some(&kf);
         let record = parse(PARTITION, OFFSET, key.as_deref(), headers, value.as_deref());
         prop_assert!(!matches!(record.content, Content::Foreign));
     }
