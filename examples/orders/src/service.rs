@@ -2,6 +2,7 @@
 
 use std::num::NonZeroUsize;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use kafold::projections::{
     ProjectionState, ProjectionStatus, ProjectionWorker, Projections, Query,
@@ -18,6 +19,8 @@ use crate::sales_by_sku::SalesBySku;
 
 /// Keys of placed orders that are remembered until the read model is sure to have them.
 const RECENT_KEYS_MAX: NonZeroUsize = NonZeroUsize::new(100_000).expect("is not zero");
+/// How long the database may take to answer when readiness is asked for.
+const DATABASE_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// What a request works with once log and database are open.
 pub(crate) struct Service {
@@ -29,6 +32,7 @@ pub(crate) struct Service {
     pub(crate) by_day: Query<SalesByDay>,
     pub(crate) by_customer: Query<SalesByCustomer>,
     pub(crate) database: Database,
+    clock: Arc<dyn Clock>,
     placements: Mutex<LruCache<CommandId, Placement>>,
 }
 
@@ -53,7 +57,7 @@ impl Service {
             .with_projection(SalesBySku)
             .spawn();
         Self {
-            handler: CommandHandler::with_parts(log.store(), clock, ids),
+            handler: CommandHandler::with_parts(log.store(), clock.clone(), ids),
             store: log.store(),
             projections,
             orders: Query::new(database.clone()),
@@ -61,6 +65,7 @@ impl Service {
             by_day: Query::new(database.clone()),
             by_customer: Query::new(database.clone()),
             database,
+            clock,
             placements: Mutex::new(LruCache::new(RECENT_KEYS_MAX)),
         }
     }
@@ -105,13 +110,30 @@ impl Service {
     }
 
     /// Why it is not ready, one sentence an entry; nothing when it is.
-    pub(crate) fn complaints(&self) -> Vec<String> {
-        [self.store.health(), self.projections.health()]
+    pub(crate) async fn complaints(&self) -> Vec<String> {
+        let mut complaints: Vec<_> = [self.store.health(), self.projections.health()]
             .into_iter()
             .flat_map(|health| match health {
                 Health::Ready => Vec::new(),
                 Health::NotReady(reasons) => reasons,
             })
-            .collect()
+            .collect();
+        complaints.extend(self.database_complaint().await);
+        complaints
+    }
+
+    /// Idle projections do not notice that the database is gone; queries would.
+    async fn database_complaint(&self) -> Option<String> {
+        let url = self.database.url();
+        tokio::select! {
+            biased;
+            answered = self.orders.freshness() => {
+                let error = answered.err()?;
+                Some(format!("the database {url} cannot be read: {error}"))
+            }
+            () = self.clock.sleep(DATABASE_TIMEOUT) => {
+                Some(format!("the database {url} does not answer within {DATABASE_TIMEOUT:?}"))
+            }
+        }
     }
 }

@@ -210,3 +210,39 @@ fn a_superseded_service_acknowledges_nothing() {
     assert_eq!(versions["events"].as_array().map(Vec::len), Some(2));
     assert_eq!(second.get("/health/ready").status, 200);
 }
+
+#[test]
+fn without_its_database_it_says_so_and_loses_nothing() {
+    let Some(stack) = Stack::kafka_and_postgres() else { return };
+    let (stack, proxy) = stack.with_database_proxy();
+    let service = stack.serve();
+    let mut accepted = vec![service.place("before", 1)];
+    proxy.cut();
+    for path in ["/orders/before", "/reports/sales?by=day", "/reports/sales?by=sku"] {
+        let (reply, took) = timed(|| service.get(path));
+        reply.is_problem(503, "unavailable");
+        assert!(took.as_secs() < 10, "{took:?}");
+    }
+    let ready = service.get("/health/ready");
+    ready.is_problem(503, "not-ready");
+    assert!(ready.text.contains("database"), "{ready:?}");
+    let during = service.post("/orders", &order("during", 1));
+    match during.status {
+        201 => accepted.push(during),
+        _ => during.is_problem(503, "unavailable"),
+    }
+    proxy.mend();
+    service.wait_ready();
+    accepted.push(service.place("after", 1));
+    for reply in &accepted {
+        let order_id = reply.json()["order_id"].as_str().expect("an id").to_owned();
+        let path = format!("/orders/{order_id}?after={}", reply.position());
+        let found = wait_for("the read model follows", || {
+            let reply = service.get(&path);
+            (reply.status != 503).then_some(reply)
+        });
+        assert_eq!(found.status, 200, "{found:?}");
+    }
+    let total = service.get("/reports/sales?by=day").json()["total"]["orders"].clone();
+    assert_eq!(total, json!(accepted.len()));
+}

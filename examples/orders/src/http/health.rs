@@ -18,7 +18,7 @@ pub(super) async fn live() -> Json<Value> {
 
 /// It takes commands and its read models follow; else every reason why not.
 pub(super) async fn ready(State(app): State<Arc<App>>) -> Result<Json<Value>, Problem> {
-    let reasons = app.service()?.complaints();
+    let reasons = app.service()?.complaints().await;
     if reasons.is_empty() {
         return Ok(Json(json!({"status": "ready"})));
     }
@@ -30,7 +30,7 @@ pub(super) async fn ready(State(app): State<Arc<App>>) -> Result<Json<Value>, Pr
 pub(super) async fn metrics(State(app): State<Arc<App>>) -> impl IntoResponse {
     if let Ok(service) = app.service() {
         // The lag is measured when it is asked for.
-        service.complaints();
+        service.projections.health();
     }
     ([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], app.metrics.render())
 }

@@ -6,7 +6,8 @@ use std::io::{Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
-use std::sync::Once;
+use std::sync::{Arc, Mutex, Once};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use kafold::projections::sqlx::{AssertSqlSafe, Connection, PgConnection, query};
@@ -26,7 +27,7 @@ pub(crate) fn wait_for<T>(what: &str, mut probe: impl FnMut() -> Option<T>) -> T
             return found;
         }
         assert!(begun.elapsed() < PATIENCE, "gave up waiting: {what}");
-        std::thread::sleep(POLL_INTERVAL);
+        thread::sleep(POLL_INTERVAL);
     }
 }
 
@@ -76,8 +77,14 @@ impl Stack {
         Some(Self { folder, args: args.into() })
     }
 
-    pub(crate) fn is_kafka(&self) -> bool {
-        !self.args.is_empty()
+    /// The same, with the database reached through a proxy.
+    pub(crate) fn with_database_proxy(mut self) -> (Self, Proxy) {
+        let url = self.args.last_mut().expect("the database's URL");
+        let (scheme, rest) = url.split_once('@').expect("a URL with a user");
+        let (server, name) = rest.split_once('/').expect("a URL with a database");
+        let proxy = Proxy::to(server.to_owned());
+        *url = format!("{scheme}@{}/{name}", proxy.address);
+        (self, proxy)
     }
 
     /// Starts the service and waits until it is ready.
@@ -91,6 +98,62 @@ impl Stack {
     pub(crate) fn start(&self, more: &[&str]) -> Service {
         let args = self.args.iter().map(String::as_str).chain(more.iter().copied());
         Service::start(self.folder.path(), &args.collect::<Vec<_>>())
+    }
+}
+
+/// A TCP connection to a server that can be cut and mended.
+pub(crate) struct Proxy {
+    pub(crate) address: SocketAddr,
+    state: Arc<Mutex<Line>>,
+}
+
+#[derive(Default)]
+struct Line {
+    is_cut: bool,
+    connections: Vec<TcpStream>,
+}
+
+impl Proxy {
+    /// Forwards to `server` until the process ends.
+    pub(crate) fn to(server: String) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
+        let address = listener.local_addr().expect("an address");
+        let state = Arc::new(Mutex::new(Line::default()));
+        let line = Arc::clone(&state);
+        thread::spawn(move || {
+            for client in listener.incoming() {
+                let client = client.expect("a connection");
+                let mut line = line.lock().expect("no panic holds it");
+                if line.is_cut {
+                    continue;
+                }
+                let Ok(upstream) = TcpStream::connect(&server) else { continue };
+                for (from, to) in [(&client, &upstream), (&upstream, &client)] {
+                    let mut from = from.try_clone().expect("a handle");
+                    let mut to = to.try_clone().expect("a handle");
+                    thread::spawn(move || {
+                        drop(std::io::copy(&mut from, &mut to));
+                        drop(to.shutdown(Shutdown::Both));
+                    });
+                }
+                line.connections.extend([client, upstream]);
+            }
+        });
+        Self { address, state }
+    }
+
+    /// Ends every connection and takes no new one.
+    pub(crate) fn cut(&self) {
+        let mut line = self.state.lock().expect("no panic holds it");
+        line.is_cut = true;
+        for connection in line.connections.drain(..) {
+            drop(connection.shutdown(Shutdown::Both));
+        }
+    }
+
+    /// Takes connections again.
+    pub(crate) fn mend(&self) {
+        self.state.lock().expect("no panic holds it").is_cut = false;
     }
 }
 
