@@ -163,7 +163,12 @@ async fn two_feeders_at_once_do_no_harm(database: &TestDatabase) {
             while from < 300 {
                 let to = (from + 1 + dice.roll(40)).min(300);
                 let events = &log[from as usize..to as usize];
-                from = match index.advance(batch(from, to, events)).await.expect("no error") {
+                let advanced = index.advance(batch(from, to, events)).await.expect("no error");
+                if advanced == Advanced::Moved {
+                    let cursors = index.cursors().await.expect("readable");
+                    assert!(cursors[0].1.next >= Offset(to), "the index moved back");
+                }
+                from = match advanced {
                     // Now and then it goes back, as a late feeder does.
                     Advanced::Moved if dice.roll(4) == 0 => from.saturating_sub(dice.roll(30)),
                     Advanced::Moved => to,
