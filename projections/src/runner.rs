@@ -5,7 +5,9 @@
 //! are waited for, for ever; an event's is narrowed to its commit, tried a few times, and then stops
 //! this projection alone.
 
-use std::collections::{BTreeMap, HashMap};
+mod rounds;
+
+use std::collections::HashMap;
 use std::convert::Infallible;
 use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
@@ -13,18 +15,17 @@ use std::time::Duration;
 
 use futures_util::FutureExt;
 use kafold_core::clock::backoff;
-use kafold_core::store::{Batch, ReadError};
+use kafold_core::store::ReadError;
 use kafold_core::{Offset, Partition};
 use kafold_migrations::Database;
 use tokio::sync::watch;
 
-use crate::checkpoint::{self, Place, Step};
+use crate::checkpoint::{self, Place};
 use crate::handler::{ApplyError, Fault, Handler, Target, panic_text};
-use crate::projection::ProjectionBatch;
 use crate::reader::{Message, Reader, RoundLimit};
 use crate::registry::{self, State};
 use crate::status::{PartitionStatus, ProjectionState, SharedStatus};
-use crate::transaction::{OpenTransaction, is_unavailable};
+use crate::transaction::is_unavailable;
 use crate::worker::Context;
 
 /// Events in one batch of the source; rounds are made of several. Small enough on SQLite that a
@@ -305,237 +306,6 @@ impl Runner {
         self.status.change(|status| status.partitions.clear());
     }
 
-    /// Applies a round, in halves when it fails, down to the batch at fault.
-    async fn work_off(&mut self, round: ProjectionBatch) -> Result<(), Ended> {
-        let mut todo = vec![round];
-        while let Some(mut round) = todo.pop() {
-            let Some(fault) = self.apply(&mut round).await? else { continue };
-            tracing::warn!(projection = self.status.name(), fault.reason, "a batch failed");
-            let count = round.batches().len();
-            if count > 1 {
-                let tail = round.split_off(count / 2);
-                todo.extend([tail, round]);
-            } else {
-                self.narrow(round, fault).await?;
-            }
-        }
-        self.leave_care()
-    }
-
-    /// One batch of the source fails. If it holds more than one commit it is read again a commit at
-    /// a time; one commit is tried again a few times.
-    async fn narrow(&mut self, mut round: ProjectionBatch, fault: Fault) -> Result<(), Ended> {
-        let Some(batch) = round.batches().first() else { return Ok(()) };
-        if !is_one_commit(batch) && self.careful_until.is_empty() {
-            self.careful_until.insert(batch.partition, batch.next.next);
-            return Err(Ended::Again);
-        }
-        let mut reason = fault.reason;
-        if fault.at.is_none() {
-            reason = format!("{}: {reason}", show_commit(batch));
-        }
-        for attempt in 1..self.context.config.fault_attempts_max {
-            self.wait_because(attempt, &reason).await?;
-            match self.apply(&mut round).await? {
-                Some(fault) => tracing::debug!(fault.reason, attempt, "failed again"),
-                None => return Ok(()),
-            }
-        }
-        Err(Ended::Stopped(reason))
-    }
-
-    /// Back to large batches once what failed is behind.
-    fn leave_care(&mut self) -> Result<(), Ended> {
-        if self.careful_until.is_empty() {
-            return Ok(());
-        }
-        let places = &self.places;
-        self.careful_until.retain(|partition, until| {
-            places.get(partition).is_some_and(|place| place.next < *until)
-        });
-        if self.careful_until.is_empty() { Err(Ended::Again) } else { Ok(()) }
-    }
-
-    /// Applies the round, waiting out what is the database's fault. Answers the fault if it is not.
-    async fn apply(&mut self, round: &mut ProjectionBatch) -> Result<Option<Fault>, Ended> {
-        let mut attempt = 0;
-        loop {
-            self.prune(round)?;
-            if round.batches().is_empty() {
-                return Ok(None);
-            }
-            match self.transact(round).await {
-                Ok(()) => return Ok(None),
-                Err(Failed::Fault(fault)) => return Ok(Some(fault)),
-                Err(Failed::Superseded) => self.reconcile(&mut attempt).await?,
-                Err(Failed::Unavailable(reason)) => {
-                    attempt += 1;
-                    self.wait_because(attempt, &reason).await?;
-                    // The answer of a commit may have been lost: what is there decides.
-                    self.reconcile(&mut attempt).await?;
-                }
-            }
-        }
-    }
-
-    /// Leaves out what is not this worker's any more, and what is applied already.
-    fn prune(&self, round: &mut ProjectionBatch) -> Result<(), Ended> {
-        let mut expected: HashMap<Partition, Offset> = HashMap::new();
-        let mut gap = None;
-        round.batches_mut().retain(|batch| {
-            let Some(place) = self.places.get(&batch.partition) else { return false };
-            let at = expected.entry(batch.partition).or_insert(place.next);
-            if batch.next.next <= *at {
-                return false;
-            }
-            // The beginning of a log may be above 0.
-            let begins = place.cursor().is_none() && *at == place.next;
-            if batch.from != *at && !(begins && batch.from > *at) {
-                gap = Some((batch.partition, *at, batch.from));
-            }
-            *at = batch.next.next;
-            true
-        });
-        let Some((partition, at, from)) = gap else { return Ok(()) };
-        Err(Ended::Stopped(format!(
-            "the source went on at {partition}:{from} where {partition}:{at} was next"
-        )))
-    }
-
-    async fn transact(&mut self, round: &ProjectionBatch) -> Result<(), Failed> {
-        let Context { clock, config, .. } = &self.context;
-        let (clock, timeout) = (clock.clone(), config.transaction_timeout);
-        let begun = clock.instant();
-        let (steps, held) = tokio::select! {
-            biased;
-            done = self.commit(round) => done?,
-            () = clock.sleep(timeout) => {
-                let reason = format!("a transaction was not through within {timeout:?}");
-                return Err(Failed::Unavailable(reason));
-            }
-        };
-        let took = clock.instant().saturating_duration_since(begun);
-        self.advanced(steps);
-        self.status.measure(round.count(), took, clock.now());
-        self.adapt(held);
-        Ok(())
-    }
-
-    /// The transaction. Answers how long it was open.
-    async fn commit(&self, round: &ProjectionBatch) -> Result<(Vec<Step>, Duration), Failed> {
-        let Context { database, clock, .. } = &self.context;
-        let target = Target { name: self.status.name(), generation: self.generation };
-        let has_events = round.count() > 0;
-        let work = match has_events {
-            true => Some(self.handler.prepare(round).map_err(Failed::Fault)?),
-            false => None,
-        };
-        let steps = self.steps(round);
-        let mut open = OpenTransaction::begin(database).await?;
-        let begun = clock.instant();
-        let tx = &mut open.lend();
-        // First, so that a worker that takes the partition now waits for this transaction.
-        if !checkpoint::advance(tx, target, &steps, clock.now()).await? {
-            open.rollback().await?;
-            return Err(Failed::Superseded);
-        }
-        if let Some(work) = work {
-            work.apply(target, tx).await.map_err(sorted)?;
-            checkpoint::announce(tx, target, &steps).await?;
-        }
-        open.commit().await?;
-        Ok((steps, clock.instant().saturating_duration_since(begun)))
-    }
-
-    /// One step a partition, over all its batches.
-    fn steps(&self, round: &ProjectionBatch) -> Vec<Step> {
-        let mut steps: BTreeMap<Partition, Step> = BTreeMap::new();
-        for batch in round.batches() {
-            let Some(place) = self.places.get(&batch.partition) else { continue };
-            let step = steps.entry(batch.partition).or_insert_with(|| Step {
-                partition: batch.partition,
-                from: place.next,
-                fence: place.fence,
-                to: batch.next.clone(),
-                end: batch.end,
-                last_event_at: None,
-            });
-            step.to = batch.next.clone();
-            step.end = step.end.max(batch.end);
-            let last = batch.events.last().map(|event| event.metadata.recorded_at);
-            step.last_event_at = last.or(step.last_event_at);
-        }
-        steps.into_values().collect()
-    }
-
-    fn advanced(&mut self, steps: Vec<Step>) {
-        self.status.change(|status| {
-            status.state = ProjectionState::Running;
-            for step in &steps {
-                let partition = status.partitions.entry(step.partition).or_default();
-                partition.next = step.to.next;
-                partition.end = step.end.max(step.to.next);
-                partition.last_event_at = step.last_event_at.or(partition.last_event_at);
-            }
-        });
-        for step in steps {
-            if let Some(place) = self.places.get_mut(&step.partition) {
-                place.next = step.to.next;
-                place.state = step.to.state;
-            }
-        }
-    }
-
-    /// Keeps transactions on SQLite within their time: the log's writer waits for them.
-    fn adapt(&mut self, held: Duration) {
-        if matches!(self.context.database, Database::Postgres(_)) {
-            return;
-        }
-        let limit = self.context.config.sqlite_transaction_max;
-        if held > limit {
-            self.events_max = (self.events_max / 2).max(1);
-        } else if held < limit / 2 {
-            self.events_max = (self.events_max * 2).min(self.configured_events_max());
-        }
-    }
-
-    /// Learns from the database what became of the partitions: one under another fence is lost, one
-    /// that moved has moved.
-    async fn reconcile(&mut self, attempt: &mut u32) -> Result<(), Ended> {
-        let found = loop {
-            let target = Target { name: self.status.name(), generation: self.generation };
-            let looking = checkpoint::places(&self.context.database, target);
-            match until_asked(&mut self.shutdown, looking).await? {
-                Ok(found) => break found,
-                Err(error) if is_unavailable(&error) => {
-                    *attempt += 1;
-                    self.wait_because(*attempt, &unavailable(&error)).await?;
-                }
-                Err(error) => return Err(Ended::Stopped(error.to_string())),
-            }
-        };
-        let found: HashMap<_, _> =
-            found.into_iter().map(|place| (place.partition, place)).collect();
-        let mut lost = Vec::new();
-        for place in self.places.values_mut() {
-            match found.get(&place.partition) {
-                Some(now) if now.fence == place.fence => place.clone_from(now),
-                _ => lost.push(place.partition),
-            }
-        }
-        if lost.is_empty() {
-            return Ok(());
-        }
-        tracing::warn!(projection = self.status.name(), ?lost, "another worker took partitions");
-        self.places.retain(|partition, _| !lost.contains(partition));
-        self.status.change(|status| {
-            status.state = ProjectionState::Running;
-            status.partitions.retain(|partition, _| !lost.contains(partition));
-            status.superseded.extend(lost);
-        });
-        Ok(())
-    }
-
     async fn wait_for_source(&mut self, attempt: u32, error: &ReadError) -> Result<(), Ended> {
         match error {
             ReadError::Unavailable { cause, .. } => {
@@ -599,21 +369,4 @@ fn sorted(error: ApplyError) -> Failed {
 
 fn unavailable(error: &sqlx::Error) -> String {
     format!("the database is unavailable: {error}")
-}
-
-fn is_one_commit(batch: &Batch) -> bool {
-    let commit = |event: &kafold_core::RecordedEvent| (event.stream.clone(), event.command_id);
-    let mut commits = batch.events.iter().map(commit);
-    let Some(first) = commits.next() else { return true };
-    commits.all(|commit| commit == first)
-}
-
-fn show_commit(batch: &Batch) -> String {
-    match (batch.events.first(), batch.events.last()) {
-        (Some(first), Some(last)) => format!(
-            "commit {} to {} (versions {} to {} of {})",
-            first.position, last.position, first.version, last.version, first.stream
-        ),
-        _ => format!("partition {} at {}", batch.partition, batch.from),
-    }
 }
