@@ -33,7 +33,7 @@ const SECONDS_BUCKETS: &[f64] =
 /// Where events are kept, where read models are, where to listen.
 #[derive(Debug, clap::Args)]
 pub(crate) struct ServeArgs {
-    /// The event log: sqlite://FILE, or kafka://HOST:PORT[,HOST:PORT]/NAME.
+    /// The event log: sqlite://FILE, or kafka://HOST:PORT,HOST:PORT/NAME (one broker or several).
     ///
     /// A file is created when absent, its folder is not. On Kafka the topics NAME.events,
     /// NAME.commands and NAME.replies are created when absent, with
