@@ -155,14 +155,14 @@ impl ProducerContext for Delivery {
 fn failure(error: &KafkaError) -> ReportFailure {
     use RDKafkaErrorCode as C;
     let code = error.rdkafka_error_code();
+    // What is wrong with the record itself. Rights are not: they may be given, and the same command
+    // is then welcome.
     let refused = [
         C::MessageSizeTooLarge,
         C::InvalidMessageSize,
         C::InvalidRecord,
         C::InvalidTimestamp,
         C::PolicyViolation,
-        C::TopicAuthorizationFailed,
-        C::ClusterAuthorizationFailed,
     ];
     ReportFailure {
         fatal: code == Some(C::Fatal),

@@ -157,12 +157,20 @@ impl SharedStatus {
     pub(crate) fn running(&self) {
         self.sender.send_if_modified(|status| {
             let was = std::mem::replace(&mut status.state, ProjectionState::Running);
+            if matches!(was, ProjectionState::Waiting(_)) {
+                tracing::info!(projection = &*self.name, "projection goes on");
+            }
             was != ProjectionState::Running
         });
     }
 
     pub(crate) fn waiting(&self, reason: &str) {
         counter!("kafold_projection_retries_total", "projection" => self.name.clone()).increment(1);
+        // An outage is told once, however often it is tried again.
+        if self.sender.borrow().state == ProjectionState::Waiting(reason.to_owned()) {
+            tracing::debug!(projection = &*self.name, reason, "projection still waits");
+            return;
+        }
         tracing::warn!(projection = &*self.name, reason, "projection waits");
         self.change(|status| {
             status.state = ProjectionState::Waiting(reason.to_owned());

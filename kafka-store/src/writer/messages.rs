@@ -167,7 +167,7 @@ pub enum Input {
 pub struct ReportFailure {
     /// The producer is beyond repair: a fresh one is needed.
     pub fatal: bool,
-    /// The broker refuses this very record and always will, for its size or for want of rights.
+    /// The broker refuses this very record and always will, such as for its size.
     pub refused: bool,
     /// The client's words.
     pub reason: String,
