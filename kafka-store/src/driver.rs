@@ -500,6 +500,8 @@ impl Thread {
                 let (records, end) = (chunk.records, chunk.end);
                 driver.tell(Message::Input(partition, Input::Records { records, end }));
             }
+            // By a later read of the same writer: nobody else has this reader.
+            Err(ReadFailure::Replaced) => {}
             Err(failure) => driver.tell(Message::ReadFailed(partition, failure)),
         };
         self.parts.reader.read(partition, from, wait, Box::new(reply));

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use kafold_core::{Clock, Offset, Partition, Position};
 use rdkafka::error::{KafkaError, RDKafkaErrorCode};
+use tokio::sync::Mutex;
 
 use crate::client::Inquirer;
 use crate::config::KafkaConfig;
@@ -40,10 +41,13 @@ pub(crate) struct Inspector {
     partitions: u32,
     patience: Duration,
     read_wait: Duration,
+    /// Checks of several partitions all look at partition 0, and a read replaces the one before.
+    turn: Arc<Mutex<()>>,
 }
 
 impl Inspector {
-    /// `partitions` is what metadata says; the reader must be nobody else's meanwhile.
+    /// `partitions` is what metadata says. Whoever shares the reader has his reads cancelled when the
+    /// inspector looks at the same partition.
     pub(crate) fn new(
         config: &KafkaConfig,
         partitions: u32,
@@ -59,6 +63,7 @@ impl Inspector {
             partitions,
             patience: config.limits.low_end_patience,
             read_wait: config.limits.request_timeout,
+            turn: Arc::default(),
         }
     }
 
@@ -187,11 +192,14 @@ impl Inspector {
 
     /// Records that are known to be there.
     async fn read(&self, partition: Partition, from: Offset) -> Result<Chunk, InspectError> {
-        match self.reader.read_async(partition, from, self.read_wait).await {
+        let turn = self.turn.lock().await;
+        let answer = self.reader.read_async(partition, from, self.read_wait).await;
+        drop(turn);
+        match answer {
             Ok(chunk) if !chunk.records.is_empty() => Ok(chunk),
             Err(ReadFailure::Unavailable(error)) => Err(InspectError::Unavailable(error)),
             // It was there a moment ago: the leader has changed, or does not answer.
-            Ok(_) | Err(ReadFailure::OutOfRange { .. }) => {
+            Ok(_) | Err(ReadFailure::OutOfRange { .. } | ReadFailure::Replaced) => {
                 let code = RDKafkaErrorCode::RequestTimedOut;
                 Err(InspectError::Unavailable(KafkaError::MessageConsumption(code)))
             }

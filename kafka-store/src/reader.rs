@@ -54,6 +54,9 @@ pub(crate) enum ReadFailure {
         /// The offset of the next record.
         end: Offset,
     },
+    /// Another request for the same partition came.
+    #[error("another read of the partition was asked for")]
+    Replaced,
 }
 
 impl ReadFailure {
@@ -128,8 +131,8 @@ impl LogReader {
     }
 
     /// Asks for the records of a partition from an offset on. The reply comes as soon as there is a
-    /// record; at the end of the log, as far as known, it comes after `wait` at the latest. A new request for a partition
-    /// replaces the one before, whose reply is dropped.
+    /// record; at the end of the log, as far as known, it comes after `wait` at the latest. A new
+    /// request for a partition replaces the one before, which is told so.
     pub(crate) fn read(&self, partition: Partition, from: Offset, wait: Duration, reply: Reply) {
         // A thread that is gone drops the reply, which its maker notices.
         let _ = self.commands.0.send(Command::Read(Request { partition, from, wait, reply }));
@@ -243,6 +246,10 @@ impl Reading {
 
     fn accept(&mut self, request: Request) {
         let Request { partition, from, wait, reply } = request;
+        let before = self.partitions.get_mut(&partition).and_then(|found| found.request.take());
+        if let Some(before) = before {
+            (before.reply)(Err(ReadFailure::Replaced));
+        }
         let continues = self.partitions.get(&partition).is_some_and(|found| found.next == from);
         if !continues {
             self.drop_partition(partition);

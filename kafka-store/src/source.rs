@@ -224,6 +224,11 @@ impl KafkaSubscription {
                 self.ready.extend(batches.into_iter().map(SourceMessage::Batch));
                 Ok(())
             }
+            // The inspector has looked at this partition meanwhile.
+            Err(ReadFailure::Replaced) => {
+                self.ask(partition, Duration::ZERO);
+                Ok(())
+            }
             Err(ReadFailure::Unavailable(error)) => {
                 self.ask(partition, RETRY_AFTER);
                 Err(ReadError::unavailable(RETRY_AFTER, error))

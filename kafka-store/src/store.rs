@@ -82,13 +82,17 @@ impl KafkaStore {
     ) -> Result<Self, OpenError> {
         let (topic, inquirer) = connect(&config, &clock).await?;
         let client_error = |error| open_error(&config, "starting a client", error, None);
-        let reader =
+        let start_reader = || {
             LogReader::start(&config, FETCH_WAIT, Arc::clone(&inquirer), Arc::clone(&clock))
-                .map_err(client_error)?;
+                .map_err(client_error)
+        };
+        // The inspector looks at any partition at any time: a read of its own must not replace one
+        // that a writer waits for.
+        let (reader, inspecting) = (start_reader()?, start_reader()?);
         let inspector = Inspector::new(
             &config,
             topic.partitions,
-            reader.clone(),
+            inspecting,
             Arc::clone(&inquirer),
             Arc::clone(&clock),
         );

@@ -261,7 +261,7 @@ async fn read(store: &KafkaStore, id: &str) -> Result<usize, ReadError> {
 #[tokio::test(flavor = "multi_thread")]
 async fn an_index_that_is_down_at_start_is_waited_for() {
     let Some(brokers) = support::brokers("an_index_that_is_down_at_start") else { return };
-    let config = support::config(&brokers, &support::new_name("late"), "partitions=2");
+    let config = support::config(&brokers, &support::new_name("late"), "partitions=12");
     let index = Arc::new(TestIndex::default());
     index.down.store(true, Ordering::SeqCst);
     let store = support::open_with(config, index.clone(), "waits").await;
