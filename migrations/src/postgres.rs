@@ -20,8 +20,9 @@ pub const ACQUIRE_TIMEOUT: Duration = Duration::from_secs(5);
 pub const STATEMENT_TIMEOUT: Duration = Duration::from_secs(60);
 /// How long a statement may wait for a lock; then it fails as transient.
 pub const LOCK_TIMEOUT: Duration = Duration::from_secs(10);
-/// How long a transaction may do nothing: a frozen process must not hold its locks for ever.
-pub const IDLE_IN_TRANSACTION_TIMEOUT: Duration = Duration::from_secs(60);
+/// How long a transaction may do nothing: a process that was frozen in the middle of one must let its
+/// successor go on, and well before [`LOCK_TIMEOUT`]. No transaction of ours waits for anything else.
+pub const IDLE_IN_TRANSACTION_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Names the advisory lock that is held while tables are made: two processes at once are safe.
 const MIGRATION_LOCK: i64 = 0x6b61_666f_6c64; // "kafold"
