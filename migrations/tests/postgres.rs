@@ -174,5 +174,5 @@ async fn statements_and_locks_are_bounded() {
     .fetch_all(database.pool())
     .await
     .expect("reads");
-    assert_eq!(settings, ["60000", "10000", "60000"]);
+    assert_eq!(settings, ["5000", "10000", "60000"]);
 }
