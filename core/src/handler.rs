@@ -64,7 +64,7 @@ pub struct CommandHandler<A: Aggregate> {
 }
 
 /// What a command came to.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct Handled {
     /// The version of the commit's last event; of the stream, when the command changed nothing.
     pub version: Version,
