@@ -6,6 +6,7 @@ mod common;
 use std::path::Path;
 use std::process::Command;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use common::domain::{CustomerTotals, Ledger, Orders};
@@ -64,10 +65,12 @@ async fn a_database_that_restarts_loses_and_skips_nothing() {
             .with(CustomerTotals)
             .with_projection(Ledger::default())
             .spawn();
+    // Goes on as long as the outages do: an idle projection does not notice one.
+    let enough = Arc::new(AtomicBool::new(false));
     let appending = {
-        let (orders, mut dice) = (orders.clone(), Dice::new(11));
+        let (orders, enough, mut dice) = (orders.clone(), enough.clone(), Dice::new(11));
         tokio::spawn(async move {
-            for _ in 0..2_000 {
+            while !enough.load(Ordering::Relaxed) {
                 orders.append_random(&mut dice).await;
                 a_while(Duration::from_micros(dice.roll(4_000))).await;
             }
@@ -87,6 +90,7 @@ async fn a_database_that_restarts_loses_and_skips_nothing() {
         assert!(matches!(read, Err(ReadError::Unavailable { .. })), "{read:?}");
         own.dev("start", &[]);
     }
+    enough.store(true, Ordering::Relaxed);
     appending.await.expect("memory takes everything");
     for name in [CustomerTotals::NAME, "ledger"] {
         for end in orders.ends().await {
