@@ -3,10 +3,13 @@
 //! Everything else in kafold gets a [`Clock`] and an [`IdGenerator`] handed in, so that a test and
 //! a simulation decide what time it is.
 
+use std::future::Future;
+use std::pin::pin;
 use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 use chrono::{DateTime, Utc};
+use futures_util::future::{Either, select};
 use uuid::Uuid;
 
 /// Tells the time and waits.
@@ -65,6 +68,14 @@ impl IdGenerator for RandomIds {
 
     fn random(&self) -> u64 {
         Uuid::new_v4().as_u64_pair().1
+    }
+}
+
+/// The future's output if it comes within the time, which a future that is done at once always does.
+pub async fn within<F: Future>(clock: &dyn Clock, time: Duration, future: F) -> Option<F::Output> {
+    match select(pin!(future), clock.sleep(time)).await {
+        Either::Left((output, _)) => Some(output),
+        Either::Right(_) => None,
     }
 }
 

@@ -75,7 +75,7 @@ pub enum Reply {
         /// What the owner waits for.
         reason: String,
     },
-    /// The owner's program or its log has to be corrected; nothing of it happened.
+    /// The owner's program or its log has to be corrected; nothing more comes of it.
     Failed {
         /// What is affected.
         what: String,

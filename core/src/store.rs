@@ -112,7 +112,7 @@ pub enum AppendError {
         actual: Version,
     },
     /// Another process owns the partition: send the command there.
-    #[error("partition {partition} is owned by {}", owner.as_ref().map_or("another writer".into(), Owner::to_string))]
+    #[error("partition {partition} is owned by {}", owner.as_ref().map_or("another node".into(), Owner::to_string))]
     NotOwner {
         /// The partition of the stream.
         partition: Partition,
@@ -323,4 +323,9 @@ pub trait Subscription: Send {
     /// partition again moves it there. A cursor that does not fit the log is
     /// [`ReadError::Diverged`].
     async fn start(&mut self, partition: Partition, from: Option<Cursor>) -> Result<(), ReadError>;
+
+    /// Whether readers of one name share the partitions, so that each is always some reader's.
+    fn is_shared(&self) -> bool {
+        false
+    }
 }

@@ -7,12 +7,14 @@ use std::net::ToSocketAddrs;
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
+use chrono::{DateTime, Utc};
 use kafold_core::{Offset, Partition};
 use rdkafka::client::ClientContext;
 use rdkafka::config::{FromClientConfigAndContext, RDKafkaLogLevel};
 use rdkafka::consumer::{BaseConsumer, Consumer, ConsumerContext};
 use rdkafka::error::{KafkaError, KafkaResult, RDKafkaErrorCode};
 use rdkafka::statistics::Statistics;
+use rdkafka::topic_partition_list::{Offset as RawOffset, TopicPartitionList};
 
 use crate::config::KafkaConfig;
 use crate::error::OpenError;
@@ -135,6 +137,26 @@ impl Inquirer {
         Ok((offset(start)?, offset(end)?))
     }
 
+    /// The offset of the first record from that time on; the end when there is none.
+    pub(crate) fn since(
+        &self,
+        topic: &str,
+        partition: Partition,
+        time: DateTime<Utc>,
+    ) -> KafkaResult<Offset> {
+        let (_, end) = self.ends(topic, partition)?;
+        let from = time.timestamp_millis();
+        let mut asked = TopicPartitionList::with_capacity(1);
+        asked.add_partition_offset(topic, raw_partition(partition), RawOffset::Offset(from))?;
+        let found = self.client.offsets_for_times(asked, self.timeout);
+        self.serve();
+        let found = found?;
+        Ok(match found.elements().first().map(|element| element.offset()) {
+            Some(RawOffset::Offset(raw)) => offset(raw)?,
+            _ => end,
+        })
+    }
+
     /// Hands the client's log lines and errors to its context.
     fn serve(&self) {
         while let Some(event) = self.client.poll(Duration::ZERO) {
@@ -224,7 +246,9 @@ fn remedy(code: RDKafkaErrorCode) -> Option<&'static str> {
         C::ClusterAuthorizationFailed => {
             "allow this user Create and IdempotentWrite on the cluster, or create the topics"
         }
-        C::GroupAuthorizationFailed => "allow this user Read on the consumer group NAME.reader",
+        C::GroupAuthorizationFailed => {
+            "allow this user Read on the consumer groups whose names begin with NAME"
+        }
         C::Authentication | C::SaslAuthenticationFailed | C::SSL => {
             "check the librdkafka.sasl.* and librdkafka.ssl.* options of the URL"
         }

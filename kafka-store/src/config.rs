@@ -18,6 +18,9 @@ pub const NAME_BYTES_MAX: usize = 101;
 /// broker would cost a new claim.
 pub const MESSAGE_TIMEOUT_MIN: Duration = Duration::from_secs(5);
 
+/// How long a forwarded command or a reply may take into its topic.
+const OUTBOX_TIMEOUT_MS: &str = "15000";
+
 /// A log on Kafka: `kafka://HOST:PORT[,HOST:PORT]/NAME?partitions=N&replication=R`.
 ///
 /// Also `librdkafka.KEY=VALUE` for any setting of the client that the protocol does not rely on, and
@@ -37,8 +40,23 @@ pub struct KafkaConfig {
     pub allow_unsafe: BTreeSet<String>,
     /// Settings of librdkafka, none of which the protocol relies on.
     pub librdkafka: Vec<(String, String)>,
+    /// Who says which partitions a process is to own. Not part of a URL.
+    pub assignment: Assignment,
     /// Limits on queues, batches and waits.
     pub limits: Limits,
+}
+
+/// Who says which partitions a process is to own, or to read.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Assignment {
+    /// The consumer group of all nodes: every partition has one owner, and each reader of a name a
+    /// share.
+    #[default]
+    Group,
+    /// Nobody: this process goes for every partition, and reads every one. Two that do so take them
+    /// from each other again and again, and lose nothing by it: for tests of just that, and for
+    /// programs that read the whole log on their own.
+    Everything,
 }
 
 /// Limits on every queue, batch and wait of the store, and what happens when they are reached.
@@ -76,6 +94,23 @@ pub struct Limits {
     pub watch_interval: Duration,
     /// How long a graceful stop may take. Default 10 s.
     pub shutdown_timeout: Duration,
+    /// How long a partition that goes to another node may take to settle what is pending; what is then
+    /// left is answered `OutcomeUnknown`, and the next owner finds it in the log. Default 5 s.
+    pub hand_over_timeout: Duration,
+    /// Wait before a partition that another process has claimed is claimed back, doubled each time.
+    /// Default 3 s.
+    pub yield_backoff: Duration,
+    /// The longest such wait. Default 30 s.
+    pub yield_backoff_max: Duration,
+    /// Commands of this process that wait for the answer of another node; one more is answered
+    /// `Unavailable`. Default 10 000.
+    pub calls_max: usize,
+    /// Commands of other nodes that are being handled, a partition; more wait in the topic. Default
+    /// 1 000.
+    pub forwarded_commands_max: usize,
+    /// How long a command of another node may be tried here before it is answered `Unavailable`: the
+    /// answers of all behind it may wait for it. Default 5 s.
+    pub forwarded_bound: Duration,
     /// How long a log end that is too low is looked at again before it is believed. Default 30 s.
     pub low_end_patience: Duration,
 }
@@ -97,6 +132,12 @@ impl Default for Limits {
             message_timeout: Duration::from_secs(300),
             watch_interval: Duration::from_secs(2),
             shutdown_timeout: Duration::from_secs(10),
+            hand_over_timeout: Duration::from_secs(5),
+            yield_backoff: Duration::from_secs(3),
+            yield_backoff_max: Duration::from_secs(30),
+            calls_max: 10_000,
+            forwarded_commands_max: 1_000,
+            forwarded_bound: Duration::from_secs(5),
             low_end_patience: Duration::from_secs(30),
         }
     }
@@ -150,12 +191,51 @@ impl KafkaConfig {
         config
     }
 
+    /// Settings of the producer of commands and replies.
+    pub(crate) fn outbox(&self) -> ClientConfig {
+        let mut config = self.producer(crate::topic::RECORD_BYTES_DEFAULT);
+        // Nobody waits longer for any of it.
+        config.set("message.timeout.ms", OUTBOX_TIMEOUT_MS);
+        config
+    }
+
     /// Settings of a client that only asks: metadata and the ends of partitions.
     pub(crate) fn inquirer(&self) -> ClientConfig {
         let mut config = self.client();
         // Read committed would report the last stable offset as the end.
         config.set("isolation.level", "read_uncommitted").set("allow.auto.create.topics", "false");
         config
+    }
+
+    /// Settings of a member of a group, which is told about partitions and reads none.
+    pub(crate) fn member(&self, group: &str) -> ClientConfig {
+        let mut config = self.inquirer();
+        // Failing over is as fast as the session ends: by the oldest protocol that moves partitions
+        // one by one, since the newer one does not allow less than 45 s.
+        for (key, value) in [("session.timeout.ms", "6000"), ("heartbeat.interval.ms", "500")] {
+            if config.get(key).is_none() {
+                config.set(key, value);
+            }
+        }
+        config
+            .set("group.id", group)
+            .set("partition.assignment.strategy", "cooperative-sticky")
+            .set("enable.auto.commit", "false")
+            .set("enable.auto.offset.store", "false")
+            .set("auto.offset.reset", "error")
+            // Tells when the member is settled.
+            .set("statistics.interval.ms", "200");
+        config
+    }
+
+    /// The group that spreads the partitions over the nodes.
+    pub(crate) fn owners_group(&self) -> String {
+        self.commands_topic()
+    }
+
+    /// The group that spreads the partitions over those who read the log under one name.
+    pub(crate) fn readers_group(&self, name: &str) -> String {
+        format!("{}.reader.{name}", self.name)
     }
 
     /// Settings of a client that reads partitions assigned by hand.
@@ -200,6 +280,7 @@ impl FromStr for KafkaConfig {
             replication: None,
             allow_unsafe: BTreeSet::new(),
             librdkafka: Vec::new(),
+            assignment: Assignment::default(),
             limits: Limits::default(),
         };
         for option in query.split('&').filter(|option| !option.is_empty()) {
@@ -349,7 +430,9 @@ fn why_forbidden(key: &str) -> Option<&'static str> {
         | "auto.commit.interval.ms"
         | "group.id"
         | "group.instance.id"
-        | "group.protocol" => "offsets are never kept in a consumer group",
+        | "group.protocol"
+        | "partition.assignment.strategy"
+        | "max.poll.interval.ms" => "groups are named and spread by the store",
         "allow.auto.create.topics" => "topics are made by the store, with safe settings",
         "queued.max.messages.kbytes"
         | "fetch.queue.backoff.ms"

@@ -12,17 +12,17 @@ use std::time::{Duration, Instant};
 
 use futures_util::FutureExt;
 use kafold_core::store::{Append, Appended, Outcome, View};
-use kafold_core::{AppendError, Clock, Partition};
+use kafold_core::{AppendError, Clock, CommandId, Offset, Partition, StreamId};
 use rdkafka::error::{KafkaError, KafkaResult};
 use tokio::sync::oneshot;
 
 use crate::config::KafkaConfig;
 use crate::identity::IdentityError;
 use crate::loader::Loader;
-use crate::partition::{Reach, Shared};
+use crate::partition::{Hold, Reach, Shared, TakeOver};
 use crate::producer::{Producer, Report, Sent, Sink, Tag};
 use crate::reader::{LogReader, ReadFailure};
-use crate::wire::{self, Record};
+use crate::wire::{self, ClaimId, Record};
 use crate::writer::{Input, Output, PartitionWriter, ReportFailure, RequestId, Status};
 
 /// When a caller may try again who found the queue full or the broker away.
@@ -33,6 +33,11 @@ const FULL_RETRY: Duration = Duration::from_millis(1);
 const PRODUCER_RETRY: Duration = Duration::from_secs(1);
 /// Messages handled before timers are looked at.
 const BURST: usize = 1_024;
+
+/// Counts how often a partition was assigned: what was asked for in an earlier tenure is not answered
+/// into a later one.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct Tenure(pub(crate) u64);
 
 type Answer<T> = oneshot::Sender<Result<T, AppendError>>;
 
@@ -48,11 +53,16 @@ pub(crate) enum Message {
         view: View,
         answer: Answer<()>,
     },
-    Input(Partition, Input),
-    ReadFailed(Partition, ReadFailure),
+    /// The partition is to be ours; the number tells this time from all earlier ones.
+    Assign(Partition, Tenure),
+    /// Takes nothing new for the partition and settles what is pending, then tells.
+    Release(Partition, oneshot::Sender<()>),
+    /// Answers everybody who waits at the partition, at once.
+    Abandon(Partition),
+    /// For the writer, from something that was begun in the tenure.
+    Input(Partition, Tenure, Input),
+    ReadFailed(Partition, Tenure, ReadFailure),
     Report(Report),
-    /// Take nothing new and settle what is pending, then tell.
-    Stop(oneshot::Sender<()>),
     /// End at once.
     Quit,
 }
@@ -133,12 +143,22 @@ pub(crate) struct Slot {
     blocked: VecDeque<Record>,
     /// Since when the log has ended below where the writer reads.
     low_since: Option<Instant>,
-    stopped: bool,
+    /// `None` while the partition is not ours.
+    tenure: Option<Tenure>,
+    /// Who waits until everything is settled.
+    releasing: Option<oneshot::Sender<()>>,
 }
 
 impl Slot {
     pub(crate) fn new(writer: PartitionWriter, shared: Arc<Shared>) -> Self {
-        Self { writer, shared, blocked: VecDeque::new(), low_since: None, stopped: false }
+        Self {
+            writer,
+            shared,
+            blocked: VecDeque::new(),
+            low_since: None,
+            tenure: None,
+            releasing: None,
+        }
     }
 }
 
@@ -153,7 +173,10 @@ pub(crate) struct Parts {
     /// The topic's `max.message.bytes`.
     pub(crate) record_bytes_max: usize,
     pub(crate) slots: Vec<Slot>,
+    /// Reads what a writer must have read before it may own, without delay.
     pub(crate) reader: LogReader,
+    /// Reads behind an idle owner, who wants to know when another has claimed.
+    pub(crate) watcher: LogReader,
     pub(crate) loader: Arc<Loader>,
     pub(crate) clock: Arc<dyn Clock>,
 }
@@ -169,7 +192,6 @@ struct Thread {
     last_request: u64,
     /// Inputs that followed from outputs.
     follow_ups: VecDeque<(Partition, Input)>,
-    stopping: Option<oneshot::Sender<()>>,
 }
 
 impl Driver {
@@ -187,7 +209,6 @@ impl Driver {
             pending: HashMap::new(),
             last_request: 0,
             follow_ups: VecDeque::new(),
-            stopping: None,
         };
         std::thread::Builder::new()
             .name("kafold-driver".into())
@@ -219,7 +240,6 @@ impl Thread {
                 }
             }
             self.tick();
-            self.tell_stopped();
         }
     }
 
@@ -241,30 +261,80 @@ impl Thread {
         match message {
             Message::Submit { partition, append, answer } => {
                 self.driver.queued.fetch_sub(1, Ordering::AcqRel);
+                if !self.is_ours(partition) {
+                    let _ = answer.send(Err(not_owner(partition)));
+                    return;
+                }
                 let since = self.parts.clock.instant();
                 let request = self.register(Pending::Submit { since, answer });
                 self.input(partition, Input::Submit { request, append });
             }
             Message::Confirm { partition, view, answer } => {
                 self.driver.queued.fetch_sub(1, Ordering::AcqRel);
+                if !self.is_ours(partition) {
+                    let _ = answer.send(Err(not_owner(partition)));
+                    return;
+                }
                 let since = self.parts.clock.instant();
                 let request = self.register(Pending::Confirm { since, answer });
                 self.input(partition, Input::Confirm { request, view });
             }
-            Message::Input(partition, input) => {
+            Message::Assign(partition, tenure) => self.assign(partition, tenure),
+            Message::Release(partition, released) => {
+                let Some(slot) = self.slot(partition).filter(|slot| slot.tenure.is_some()) else {
+                    return;
+                };
+                slot.releasing = Some(released);
+                self.input(partition, Input::Release);
+            }
+            Message::Abandon(partition) => self.input(partition, Input::Abandon),
+            Message::Input(partition, tenure, input) => {
+                if !self.is_of(partition, tenure) {
+                    return;
+                }
                 if matches!(input, Input::Records { .. }) {
                     self.note_progress(partition, &input);
                 }
                 self.input(partition, input);
             }
-            Message::ReadFailed(partition, failure) => self.read_failed(partition, &failure),
-            Message::Report(report) => self.report(report),
-            Message::Stop(done) => {
-                self.stopping = Some(done);
-                self.input_all(|| Input::Stop);
+            Message::ReadFailed(partition, tenure, failure) => {
+                if self.is_of(partition, tenure) {
+                    self.read_failed(partition, &failure);
+                }
             }
+            Message::Report(report) => self.report(report),
             Message::Quit => {}
         }
+    }
+
+    fn is_ours(&self, partition: Partition) -> bool {
+        self.parts.slots.get(partition.0 as usize).is_some_and(|slot| slot.tenure.is_some())
+    }
+
+    fn is_of(&self, partition: Partition, tenure: Tenure) -> bool {
+        let slot = self.parts.slots.get(partition.0 as usize);
+        slot.is_some_and(|slot| slot.tenure == Some(tenure))
+    }
+
+    fn assign(&mut self, partition: Partition, tenure: Tenure) {
+        let Some(slot) = self.slot(partition) else { return };
+        slot.writer.renew();
+        slot.tenure = Some(tenure);
+        slot.low_since = None;
+        slot.releasing = None;
+    }
+
+    /// Nothing is pending: whoever waits for that goes on, and the partition is not ours any more.
+    fn released(&mut self, partition: Partition) {
+        let Some(slot) = self.slot(partition) else { return };
+        slot.tenure = None;
+        // Records of commits that were given up, if any are left.
+        slot.blocked.clear();
+        if let Some(released) = slot.releasing.take() {
+            let _ = released.send(());
+        }
+        self.parts.reader.forget(partition);
+        self.parts.watcher.forget(partition);
     }
 
     fn register(&mut self, pending: Pending) -> RequestId {
@@ -339,13 +409,6 @@ impl Thread {
         }
     }
 
-    fn input_all(&mut self, input: impl Fn() -> Input) {
-        for index in 0..self.parts.slots.len() {
-            let partition = self.parts.slots[index].shared.partition;
-            self.input(partition, input());
-        }
-    }
-
     fn step(&mut self, partition: Partition, input: Input) {
         let now = self.parts.clock.instant();
         let Some(slot) = self.slot(partition) else { return };
@@ -359,6 +422,42 @@ impl Thread {
         }
         if let Some(slot) = self.slot(partition) {
             slot.shared.standing().status = slot.writer.status();
+        }
+    }
+
+    fn owned(&mut self, partition: Partition, claim: ClaimId, commands_mark: Offset) {
+        let (now, at) = (self.parts.clock.instant(), self.parts.clock.now());
+        // From here on it reads only to see whether another claims.
+        self.parts.reader.forget(partition);
+        let Some(slot) = self.slot(partition) else { return };
+        let mut standing = slot.shared.standing();
+        let took = standing.assigned_at.map(|since| now.saturating_duration_since(since));
+        let (epoch, took) = (claim.epoch, took.unwrap_or_default());
+        match &mut standing.take_over {
+            Some(before) => before.epoch = epoch,
+            None => {
+                standing.take_over = Some(TakeOver { epoch, since: at, took });
+                metrics::histogram!("kafold_take_over_seconds").record(took);
+                tracing::info!(%partition, epoch = epoch.0, ?took, "partition owned");
+            }
+        }
+        drop(standing);
+        let hold = Hold { claim, resume: commands_mark, settled: commands_mark };
+        slot.shared.hold.send_replace(Some(hold));
+        self.driver.reach.ownership_changed.notify_one();
+        let label = partition.to_string();
+        metrics::gauge!("kafold_epoch", "partition" => label.clone()).set(epoch.0);
+        metrics::gauge!("kafold_partition_owned", "partition" => label).set(1);
+        metrics::counter!("kafold_claims_total").increment(1);
+    }
+
+    /// The claim is over; what was found out under it is not true of the next.
+    fn not_owned(&mut self, partition: Partition) {
+        let Some(slot) = self.slot(partition) else { return };
+        if slot.shared.hold.send_replace(None).is_some() {
+            metrics::gauge!("kafold_partition_owned", "partition" => partition.to_string()).set(0);
+            self.driver.reach.ownership_changed.notify_one();
+            self.parts.watcher.forget(partition);
         }
     }
 
@@ -395,27 +494,33 @@ impl Thread {
             Output::Appended { request, result } => self.answer_append(request, result),
             Output::Confirmed { request, result } => self.answer_confirm(request, result),
             Output::FreshProducer => self.fresh_producer(),
-            Output::Owned(claim) => {
-                let (label, epoch) = (partition.to_string(), claim.epoch.0);
-                metrics::gauge!("kafold_epoch", "partition" => label).set(epoch);
-                metrics::counter!("kafold_claims_total").increment(1);
-                tracing::info!(%partition, epoch, "partition owned");
+            Output::Owned { claim, commands_mark } => self.owned(partition, claim, commands_mark),
+            Output::CommandsSettled(mark) => {
+                if let Some(slot) = self.slot(partition) {
+                    slot.shared.hold.send_modify(|hold| {
+                        if let Some(hold) = hold {
+                            hold.settled = mark;
+                        }
+                    });
+                }
             }
             Output::Doubt(reason) => {
+                self.not_owned(partition);
                 metrics::counter!("kafold_doubts_total").increment(1);
                 tracing::warn!(%partition, reason, "in doubt: claiming again");
             }
             Output::Superseded(owner) => {
+                self.not_owned(partition);
                 metrics::counter!("kafold_superseded_total").increment(1);
                 tracing::warn!(%partition, "superseded by {owner}");
             }
             Output::Halted(cause) => {
+                self.not_owned(partition);
                 tracing::error!(%partition, cause = %cause, "partition halted");
             }
-            Output::Stopped => {
-                if let Some(slot) = self.slot(partition) {
-                    slot.stopped = true;
-                }
+            Output::Released => {
+                self.not_owned(partition);
+                self.released(partition);
             }
         }
     }
@@ -490,41 +595,40 @@ impl Thread {
         }
     }
 
-    fn read(&mut self, partition: Partition, from: kafold_core::Offset, wait: Duration) {
-        if let Some(slot) = self.slot(partition) {
-            slot.shared.standing().read = from;
-        }
+    fn read(&mut self, partition: Partition, from: Offset, wait: Duration) {
+        let Some(slot) = self.slot(partition) else { return };
+        let Some(tenure) = slot.tenure else { return };
+        slot.shared.standing().read = from;
+        let owning = matches!(slot.writer.status(), Status::Owning);
         let driver = self.driver.clone();
         let reply = move |answer: Result<crate::reader::Chunk, ReadFailure>| match answer {
             Ok(chunk) => {
                 let (records, end) = (chunk.records, chunk.end);
-                driver.tell(Message::Input(partition, Input::Records { records, end }));
+                driver.tell(Message::Input(partition, tenure, Input::Records { records, end }));
             }
             // By a later read of the same writer: nobody else has this reader.
             Err(ReadFailure::Replaced) => {}
-            Err(failure) => driver.tell(Message::ReadFailed(partition, failure)),
+            Err(failure) => driver.tell(Message::ReadFailed(partition, tenure, failure)),
         };
-        self.parts.reader.read(partition, from, wait, Box::new(reply));
+        let reader = if owning { &self.parts.watcher } else { &self.parts.reader };
+        reader.read(partition, from, wait, Box::new(reply));
     }
 
-    fn load(&mut self, partition: Partition, stream: kafold_core::StreamId) {
+    fn load(&mut self, partition: Partition, stream: StreamId) {
+        let Some(tenure) = self.slot(partition).and_then(|slot| slot.tenure) else { return };
         let driver = self.driver.clone();
         let loaded = move |stream, head| {
-            driver.tell(Message::Input(partition, Input::Loaded { stream, head }));
+            driver.tell(Message::Input(partition, tenure, Input::Loaded { stream, head }));
         };
         self.parts.loader.spawn_head(partition, stream, loaded);
     }
 
-    fn find(
-        &mut self,
-        partition: Partition,
-        stream: kafold_core::StreamId,
-        command_id: kafold_core::CommandId,
-    ) {
+    fn find(&mut self, partition: Partition, stream: StreamId, command_id: CommandId) {
+        let Some(tenure) = self.slot(partition).and_then(|slot| slot.tenure) else { return };
         let driver = self.driver.clone();
         let answer = move |stream, found| {
             let input = Input::Found { stream, command_id, found };
-            driver.tell(Message::Input(partition, input));
+            driver.tell(Message::Input(partition, tenure, input));
         };
         self.parts.loader.spawn_find(partition, stream, command_id, answer);
     }
@@ -552,18 +656,10 @@ impl Thread {
         metrics::histogram!("kafold_confirm_seconds").record(waited);
         let _ = answer.send(result);
     }
+}
 
-    fn tell_stopped(&mut self) {
-        if self.stopping.is_none() {
-            return;
-        }
-        let ended = |slot: &Slot| slot.stopped || matches!(slot.writer.status(), Status::Halted(_));
-        if self.parts.slots.iter().all(ended)
-            && let Some(done) = self.stopping.take()
-        {
-            let _ = done.send(());
-        }
-    }
+fn not_owner(partition: Partition) -> AppendError {
+    AppendError::NotOwner { partition, owner: None }
 }
 
 fn name_of(error: &AppendError) -> &'static str {

@@ -106,6 +106,16 @@ pub enum OpenError {
         /// Everything that is wrong with it.
         findings: Vec<Finding>,
     },
+    /// Another node is up that this one does not go together with.
+    #[error("node {node} is up on topic {topic}, and {why}")]
+    OtherNode {
+        /// The topic on which it said so.
+        topic: String,
+        /// The other node.
+        node: String,
+        /// What differs, and the remedy.
+        why: String,
+    },
     /// What the topic holds is not a log this version can go on with.
     #[error("partition {partition} of topic {topic} is refused: {cause}")]
     Log {

@@ -6,7 +6,6 @@
 
 use std::sync::Arc;
 
-use chrono::{DateTime, Utc};
 use kafold_core::store::Cursor;
 use kafold_core::{CommandId, Offset, Partition, Position, RecordedEvent, StreamId, Version};
 use serde::{Deserialize, Serialize};
@@ -29,9 +28,6 @@ pub struct FoldState {
     pub anchor: Option<Anchor>,
     /// The highest commands mark of an accepted record.
     pub commands_mark: Offset,
-    /// The latest start among the accepted claims: a claimant that comes now is newer.
-    #[serde(default)]
-    pub newest_start: Option<DateTime<Utc>>,
 }
 
 /// Whose log a partition is.
@@ -317,7 +313,6 @@ impl Fold {
         self.state.next_seq = 0;
         let identity = LogIdentity { nonce: stamp.claim.nonce, partitions: claim.partitions };
         self.state.log.get_or_insert(identity);
-        self.state.newest_start = self.state.newest_start.max(Some(claim.started_at));
         self.accept(offset, stamp);
         Verdict::Claim
     }

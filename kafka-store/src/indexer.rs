@@ -1,6 +1,6 @@
 //! Feeds the stream index behind the write, and finds out from it where a partition begins.
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -12,7 +12,7 @@ use tokio::sync::Semaphore;
 
 use crate::client::Inquirer;
 use crate::config::KafkaConfig;
-use crate::driver::{Driver, Message};
+use crate::driver::{Driver, Message, Tenure};
 use crate::fold::{Checkpoint, CommitReader, InvalidCursor, LogDiverged, Read};
 use crate::inspect::{InspectError, Inspector};
 use crate::partition::Shared;
@@ -31,7 +31,7 @@ const FETCH_WAIT: Duration = Duration::from_millis(50);
 /// How long a read of records that are known to be there may take.
 const READ_WAIT: Duration = Duration::from_secs(5);
 
-/// What the tasks that feed the index work with; one task a partition.
+/// What the tasks that feed the index work with; one task an assigned partition.
 pub(crate) struct Indexer {
     pub(crate) config: KafkaConfig,
     pub(crate) index: Arc<dyn StreamIndex>,
@@ -42,8 +42,6 @@ pub(crate) struct Indexer {
     pub(crate) ids: Arc<dyn IdGenerator>,
     /// Batches in flight over all partitions.
     permits: Semaphore,
-    /// Everything that is there is to be handed over now.
-    closing: AtomicBool,
     /// Reads the log for an index that has lost its place.
     again: Mutex<Option<LogReader>>,
 }
@@ -96,7 +94,6 @@ impl Indexer {
             clock,
             ids,
             permits,
-            closing: AtomicBool::new(false),
             again: Mutex::new(None),
         }
     }
@@ -111,31 +108,25 @@ impl Indexer {
     }
 
     /// Begins a partition at its place in the index, once that is known to be good, then feeds the
-    /// index for ever.
-    pub(crate) async fn run(self: Arc<Self>, shared: Arc<Shared>, place: Option<Checkpoint>) {
-        let place = match place {
-            Some(checked) => checked,
-            None => match self.find_place(&shared).await {
-                Some(found) => found,
-                None => return,
-            },
-        };
+    /// index until the tenure ends.
+    pub(crate) async fn run(self: Arc<Self>, shared: Arc<Shared>, tenure: Tenure) {
+        let Some(place) = self.find_place(&shared, tenure).await else { return };
         *shared.tail() = Tail::new(shared.partition, place.clone());
         shared.standing().waiting = None;
         let from = place.next;
-        self.driver.tell(Message::Input(shared.partition, Input::Start(place)));
-        self.feed(&shared, from).await;
+        self.driver.tell(Message::Input(shared.partition, tenure, Input::Start(place)));
+        self.feed(&shared, tenure, from).await;
     }
 
     /// `None` when the partition was halted.
-    async fn find_place(&self, shared: &Shared) -> Option<Checkpoint> {
+    async fn find_place(&self, shared: &Shared, tenure: Tenure) -> Option<Checkpoint> {
         for attempt in 1.. {
             let error = match self.try_place(shared.partition).await {
                 Ok(place) => return Some(place),
                 Err(error) => error,
             };
             if !error.is_transient() {
-                self.halt(shared, error);
+                self.halt(shared, tenure, error);
                 return None;
             }
             shared.standing().waiting = Some(error.to_string());
@@ -150,7 +141,7 @@ impl Indexer {
         Ok(place)
     }
 
-    async fn feed(&self, shared: &Shared, mut from: Offset) {
+    async fn feed(&self, shared: &Shared, tenure: Tenure, mut from: Offset) {
         let mut attempt = 0;
         loop {
             // What the tail no longer holds is in the index, unless that has lost its place.
@@ -159,7 +150,7 @@ impl Indexer {
                 self.feed_again(shared).await
             } else {
                 match self.next_batch(shared, from) {
-                    Some(batch) => self.advance(shared, batch).await,
+                    Some(batch) => self.advance(shared, tenure, batch).await,
                     None => {
                         shared.advanced.notified().await;
                         continue;
@@ -178,7 +169,7 @@ impl Indexer {
                     self.tell_when_full(shared, &error);
                     self.pause(attempt).await;
                 }
-                Err(error) => return self.halt(shared, error),
+                Err(error) => return self.halt(shared, tenure, error),
             }
         }
     }
@@ -193,19 +184,24 @@ impl Indexer {
         let batch = tail.batch(from, self.config.limits.index_batch_events_max)?;
         let worth_it = !batch.events.is_empty()
             || batch.to.next.0 - from.0 >= EMPTY_OFFSETS
-            || self.closing.load(Ordering::Acquire);
+            || shared.handing_over.load(Ordering::Acquire);
         worth_it.then_some(batch)
     }
 
     /// Where the index stands then.
-    async fn advance(&self, shared: &Shared, batch: IndexBatch) -> Result<Offset, FeedError> {
+    async fn advance(
+        &self,
+        shared: &Shared,
+        tenure: Tenure,
+        batch: IndexBatch,
+    ) -> Result<Offset, FeedError> {
         // Never closed.
         let _permit = self.permits.acquire().await.ok();
         let to = batch.to.next;
         match self.index.advance(batch).await? {
             Advanced::Moved => {
                 shared.tail().drop_below(to);
-                self.driver.tell(Message::Input(shared.partition, Input::Indexed(to)));
+                self.driver.tell(Message::Input(shared.partition, tenure, Input::Indexed(to)));
                 Ok(to)
             }
             Advanced::Behind(cursor) => Ok(cursor.map_or(Offset(0), |cursor| cursor.next)),
@@ -255,14 +251,15 @@ impl Indexer {
             return Ok(reader.clone());
         }
         let (inquirer, clock) = (Arc::clone(&self.inquirer), Arc::clone(&self.clock));
-        let reader = LogReader::start(&self.config, FETCH_WAIT, inquirer, clock)
+        let topic = self.config.events_topic();
+        let reader = LogReader::start(&self.config, topic, FETCH_WAIT, inquirer, clock)
             .map_err(FeedError::Reader)?;
         Ok(again.insert(reader).clone())
     }
 
-    fn halt(&self, shared: &Shared, error: FeedError) {
+    fn halt(&self, shared: &Shared, tenure: Tenure, error: FeedError) {
         shared.standing().index = Some(error.to_string());
-        self.driver.tell(Message::Input(shared.partition, Input::Halt(Arc::new(error))));
+        self.driver.tell(Message::Input(shared.partition, tenure, Input::Halt(Arc::new(error))));
     }
 
     /// A full tail takes no commands: only then the index is the partition's concern.
@@ -274,13 +271,5 @@ impl Indexer {
 
     async fn pause(&self, attempt: u32) {
         self.clock.sleep(backoff(&*self.ids, attempt, RETRY_BASE, RETRY_MAX)).await;
-    }
-
-    /// Hands over everything that is proven, from now on without waiting for more.
-    pub(crate) fn close(&self, partitions: &[Arc<Shared>]) {
-        self.closing.store(true, Ordering::Release);
-        for shared in partitions {
-            shared.advanced.notify_one();
-        }
     }
 }

@@ -41,8 +41,8 @@ pub(crate) struct Inspector {
     partitions: u32,
     patience: Duration,
     read_wait: Duration,
-    /// Checks of several partitions all look at partition 0, and a read replaces the one before.
-    turn: Arc<Mutex<()>>,
+    /// A read replaces the one before: of one partition there is one at a time.
+    turns: Arc<[Mutex<()>]>,
 }
 
 impl Inspector {
@@ -63,7 +63,7 @@ impl Inspector {
             partitions,
             patience: config.limits.low_end_patience,
             read_wait: config.limits.request_timeout,
-            turn: Arc::default(),
+            turns: (0..partitions).map(|_| Mutex::default()).collect(),
         }
     }
 
@@ -192,7 +192,7 @@ impl Inspector {
 
     /// Records that are known to be there.
     async fn read(&self, partition: Partition, from: Offset) -> Result<Chunk, InspectError> {
-        let turn = self.turn.lock().await;
+        let turn = self.turns[partition.0 as usize].lock().await;
         let answer = self.reader.read_async(partition, from, self.read_wait).await;
         drop(turn);
         match answer {

@@ -19,6 +19,9 @@
 //! - `topic`: topics are created safe, unsafe ones are refused by name;
 //! - `driver`: the thread that joins all writers to one `producer`; `reader`: the thread that reads
 //!   the log for them;
+//! - `membership`: a place in a consumer group; `ownership`: takes over what the group assigns and hands
+//!   over what it revokes;
+//! - `forward`: commands between the nodes;
 //! - `indexer`: feeds the index behind the write; `loader`: streams from index and tail;
 //! - [`store`], [`source`]: the two seams.
 
@@ -27,11 +30,14 @@ pub mod config;
 mod driver;
 pub mod error;
 pub mod fold;
+mod forward;
 pub mod identity;
 mod indexer;
 mod inspect;
 mod loader;
+mod membership;
 mod mutant;
+mod ownership;
 mod partition;
 pub mod partitioner;
 mod producer;
@@ -45,7 +51,8 @@ mod topic;
 pub mod wire;
 pub mod writer;
 
-pub use config::{KafkaConfig, Limits};
+pub use config::{Assignment, KafkaConfig, Limits};
 pub use error::{ConfigError, OpenError};
+pub use forward::nodes::{Node, OwnedPartition};
 pub use source::KafkaSource;
 pub use store::KafkaStore;

@@ -2,13 +2,16 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
+use chrono::{DateTime, Utc};
 use kafold_core::{Offset, Partition};
 use rdkafka::error::KafkaError;
-use tokio::sync::Notify;
+use tokio::sync::{Notify, watch};
 
 use crate::fold::Checkpoint;
 use crate::tail::Tail;
+use crate::wire::{ClaimId, Epoch};
 use crate::writer::Status;
 
 /// One partition, as everybody but its writer sees it.
@@ -18,6 +21,31 @@ pub(crate) struct Shared {
     standing: Mutex<Standing>,
     /// The tail has grown, or the writer began.
     pub(crate) advanced: Notify,
+    /// Whether this process is to own it. A hint for routing: the writer has the last word.
+    assigned: AtomicBool,
+    /// What is in the tail is to be handed over now, without waiting for more.
+    pub(crate) handing_over: AtomicBool,
+    /// The claim under which this process owns the partition, for those who handle its commands.
+    pub(crate) hold: watch::Sender<Option<Hold>>,
+}
+
+/// The claim under which this process owns a partition.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Hold {
+    pub(crate) claim: ClaimId,
+    /// Where the commands that may not be settled began when the claim was accepted.
+    pub(crate) resume: Offset,
+    /// The log says that all commands below it are settled.
+    pub(crate) settled: Offset,
+}
+
+/// How this process came to own a partition.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct TakeOver {
+    pub(crate) epoch: Epoch,
+    pub(crate) since: DateTime<Utc>,
+    /// From being assigned to the first accepted claim.
+    pub(crate) took: Duration,
 }
 
 /// How far the writer of a partition is.
@@ -32,6 +60,10 @@ pub(crate) struct Standing {
     pub(crate) waiting: Option<String>,
     /// Whether the index has contradicted the log.
     pub(crate) index: Option<String>,
+    /// Why forwarded commands are not handled.
+    pub(crate) commands: Option<String>,
+    pub(crate) assigned_at: Option<Instant>,
+    pub(crate) take_over: Option<TakeOver>,
 }
 
 impl Shared {
@@ -39,15 +71,39 @@ impl Shared {
         Self {
             partition,
             tail: Mutex::new(Tail::new(partition, Checkpoint::default())),
-            standing: Mutex::new(Standing {
-                status: Status::CatchingUp,
-                read: Offset(0),
-                end: Offset(0),
-                waiting: Some("its place in the log is being looked up".into()),
-                index: None,
-            }),
+            standing: Mutex::new(Standing::new(None)),
             advanced: Notify::new(),
+            assigned: AtomicBool::new(false),
+            handing_over: AtomicBool::new(false),
+            hold: watch::Sender::new(None),
         }
+    }
+
+    /// The partition is to be ours: everything about it begins anew.
+    pub(crate) fn assign(&self, now: Instant) {
+        *self.standing() = Standing::new(Some(now));
+        self.handing_over.store(false, Ordering::Release);
+        self.assigned.store(true, Ordering::Release);
+    }
+
+    /// It is not to be ours any more; what is under way may still be settled.
+    pub(crate) fn unassign(&self) {
+        self.assigned.store(false, Ordering::Release);
+    }
+
+    pub(crate) fn is_assigned(&self) -> bool {
+        self.assigned.load(Ordering::Acquire)
+    }
+
+    /// Whether commands of the partition are best decided here.
+    pub(crate) fn is_local(&self) -> bool {
+        self.is_assigned() && !matches!(self.standing().status, Status::Superseded(_))
+    }
+
+    /// Nothing of it is held here any more.
+    pub(crate) fn forget(&self) {
+        *self.standing() = Standing::new(None);
+        *self.tail() = Tail::new(self.partition, Checkpoint::default());
     }
 
     pub(crate) fn tail(&self) -> MutexGuard<'_, Tail> {
@@ -63,14 +119,17 @@ impl Shared {
     pub(crate) fn reason(&self) -> Option<String> {
         let partition = self.partition;
         let standing = self.standing();
-        if let Some(reason) = &standing.index {
+        if !self.is_assigned() {
+            return None;
+        }
+        if let Some(reason) = standing.index.as_ref().or(standing.commands.as_ref()) {
             return Some(format!("partition {partition}: {reason}"));
         }
         let why = match (&standing.status, &standing.waiting) {
             (Status::Owning, _) => return None,
             (Status::Superseded(owner), _) => format!("superseded by {owner}"),
             (Status::Halted(cause), _) => format!("halted: {cause}"),
-            (Status::Stopped, _) => "stopped".into(),
+            (Status::Released, _) => "being handed over".into(),
             (_, Some(waiting)) => waiting.clone(),
             (Status::CatchingUp, None) => {
                 format!("replaying, at offset {} of {}", standing.read, standing.end)
@@ -81,12 +140,30 @@ impl Shared {
     }
 }
 
+impl Standing {
+    fn new(assigned_at: Option<Instant>) -> Self {
+        Self {
+            status: Status::CatchingUp,
+            read: Offset(0),
+            end: Offset(0),
+            waiting: Some("its place in the log is being looked up".into()),
+            index: None,
+            commands: None,
+            assigned_at,
+            take_over: None,
+        }
+    }
+}
+
 /// Whether the store can reach any broker, as far as known, and whether it still runs.
 #[derive(Default)]
 pub(crate) struct Reach {
     down: AtomicBool,
     why: Mutex<String>,
+    stopping: AtomicBool,
     closed: AtomicBool,
+    /// A partition was taken or lost.
+    pub(crate) ownership_changed: Notify,
     /// A client has lost all connections: somebody should look whether that lasts.
     pub(crate) suspected: Notify,
 }
@@ -96,6 +173,9 @@ impl Reach {
     pub(crate) fn down(&self) -> Option<String> {
         if self.closed.load(Ordering::Acquire) {
             return Some("the store is closed".into());
+        }
+        if self.stopping.load(Ordering::Acquire) {
+            return Some("the store is stopping".into());
         }
         let down = self.down.load(Ordering::Acquire);
         let why = || self.why.lock().unwrap_or_else(PoisonError::into_inner).clone();
@@ -113,6 +193,11 @@ impl Reach {
         if self.down.load(Ordering::Acquire) && self.down.swap(false, Ordering::AcqRel) {
             tracing::info!("kafka can be reached again");
         }
+    }
+
+    /// A graceful stop has begun: nothing new is taken.
+    pub(crate) fn stop(&self) {
+        self.stopping.store(true, Ordering::Release);
     }
 
     /// The driver has ended, for whatever reason: nothing is taken any more.

@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use kafold_core::{Offset, Partition};
+use rdkafka::ClientConfig;
 use rdkafka::client::ClientContext;
 use rdkafka::config::{FromClientConfigAndContext, RDKafkaLogLevel};
 use rdkafka::error::{KafkaError, KafkaResult, RDKafkaErrorCode};
@@ -46,10 +47,39 @@ pub(crate) trait Sink: Send + Sync + 'static {
     fn unreachable(&self);
 }
 
-/// One generation of the producer. Dropping it purges what it still holds, on its own thread.
-pub(crate) struct Producer {
-    inner: Arc<BaseProducer<Delivery>>,
+/// A producer that is polled on a thread of its own, from within which reports are handed on the
+/// moment they arrive. Dropping it purges what it still holds, on that thread.
+pub(crate) struct Polled<C: ProducerContext + 'static> {
+    pub(crate) inner: Arc<BaseProducer<C>>,
     ended: Arc<AtomicBool>,
+}
+
+impl<C: ProducerContext + 'static> Polled<C> {
+    pub(crate) fn start(settings: &ClientConfig, context: C, name: &str) -> KafkaResult<Self> {
+        let inner = Arc::new(BaseProducer::from_config_and_context(settings, context)?);
+        let ended = Arc::new(AtomicBool::new(false));
+        let (polled, end) = (Arc::clone(&inner), Arc::clone(&ended));
+        std::thread::Builder::new()
+            .name(name.into())
+            .spawn(move || {
+                while !end.load(Ordering::Acquire) {
+                    polled.poll(POLL);
+                }
+            })
+            .map_err(|error| KafkaError::ClientCreation(error.to_string()))?;
+        Ok(Self { inner, ended })
+    }
+}
+
+impl<C: ProducerContext + 'static> Drop for Polled<C> {
+    fn drop(&mut self) {
+        self.ended.store(true, Ordering::Release);
+    }
+}
+
+/// One generation of the events' producer.
+pub(crate) struct Producer {
+    polled: Polled<Delivery>,
     topic: String,
 }
 
@@ -71,20 +101,9 @@ impl Producer {
         sink: Arc<dyn Sink>,
     ) -> KafkaResult<Self> {
         let settings = config.producer(record_bytes_max);
-        let inner =
-            BaseProducer::from_config_and_context(&settings, Delivery { generation, sink })?;
-        let (inner, ended) = (Arc::new(inner), Arc::new(AtomicBool::new(false)));
-        let (polled, end) = (Arc::clone(&inner), Arc::clone(&ended));
-        std::thread::Builder::new()
-            .name("kafold-producer".into())
-            .spawn(move || {
-                // Reports are handed on the moment they arrive, from within `poll`.
-                while !end.load(Ordering::Acquire) {
-                    polled.poll(POLL);
-                }
-            })
-            .map_err(|error| KafkaError::ClientCreation(error.to_string()))?;
-        Ok(Self { inner, ended, topic: config.events_topic() })
+        let delivery = Delivery { generation, sink };
+        let polled = Polled::start(&settings, delivery, "kafold-producer")?;
+        Ok(Self { polled, topic: config.events_topic() })
     }
 
     pub(crate) fn send(&self, partition: Partition, tag: Tag, record: &Encoded) -> Sent {
@@ -97,7 +116,7 @@ impl Producer {
             .key(&record.key)
             .payload(&*record.value)
             .headers(headers);
-        match self.inner.send(message) {
+        match self.polled.inner.send(message) {
             Ok(()) => Sent::Queued,
             Err((KafkaError::MessageProduction(RDKafkaErrorCode::QueueFull), _)) => Sent::Full,
             Err((error, _)) => Sent::Failed(failure(&error)),
@@ -106,13 +125,7 @@ impl Producer {
 
     /// Gives up what is queued and in flight; their reports follow.
     pub(crate) fn purge(&self) {
-        self.inner.purge(PurgeConfig::default().queue().inflight());
-    }
-}
-
-impl Drop for Producer {
-    fn drop(&mut self) {
-        self.ended.store(true, Ordering::Release);
+        self.polled.inner.purge(PurgeConfig::default().queue().inflight());
     }
 }
 

@@ -1,4 +1,4 @@
-//! Reads partitions of the events topic on request, on a thread of its own.
+//! Reads partitions of a topic on request, on a thread of its own.
 //!
 //! Pull: whoever wants records asks for the next ones of a partition and gets them as soon as there
 //! are any. What is fetched ahead is bounded, and a partition that nobody asks for is let go. There
@@ -31,11 +31,20 @@ const RECORD_MEMORY_BYTES: usize = 512;
 /// Longest question to a broker from this thread: the other partitions' readers wait meanwhile.
 const ENDS_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// Records of one partition, in the order of the log and without a gap.
+/// What a record of a topic is read as.
+pub(crate) trait Decode: Sized + Send + 'static {
+    /// Reads it. A message that is held would hold its whole fetch buffer: everything is copied.
+    fn decode(message: &BorrowedMessage<'_>, partition: Partition, offset: Offset) -> Self;
+
+    /// Its place.
+    fn offset(&self) -> Offset;
+}
+
+/// Records of one partition, in the order of the topic and without a gap.
 #[derive(Debug)]
-pub(crate) struct Chunk {
+pub(crate) struct Chunk<T = LogRecord> {
     /// The records from the offset asked for; none if there were none in time.
-    pub(crate) records: Vec<LogRecord>,
+    pub(crate) records: Vec<T>,
     /// The end of the partition as far as known.
     pub(crate) end: Offset,
 }
@@ -60,6 +69,16 @@ pub(crate) enum ReadFailure {
 }
 
 impl ReadFailure {
+    /// As an error of the client.
+    pub(crate) fn into_error(self) -> KafkaError {
+        match self {
+            Self::Unavailable(error) => error,
+            Self::OutOfRange { .. } | Self::Replaced => {
+                KafkaError::MessageConsumption(RDKafkaErrorCode::OffsetOutOfRange)
+            }
+        }
+    }
+
     /// Records that should be there did not come.
     pub(crate) fn timed_out() -> Self {
         Self::Unavailable(KafkaError::MessageConsumption(RDKafkaErrorCode::RequestTimedOut))
@@ -67,43 +86,53 @@ impl ReadFailure {
 }
 
 /// Called once, on the reader's thread: it must not block.
-pub(crate) type Reply = Box<dyn FnOnce(Result<Chunk, ReadFailure>) + Send>;
+pub(crate) type Reply<T = LogRecord> = Box<dyn FnOnce(Result<Chunk<T>, ReadFailure>) + Send>;
 
-enum Command {
-    Read(Request),
+enum Command<T> {
+    Read(Request<T>),
     Forget(Partition),
     /// The client has fetched something.
     Wake,
     Close,
 }
 
-struct Request {
+struct Request<T> {
     partition: Partition,
     from: Offset,
     wait: Duration,
-    reply: Reply,
+    reply: Reply<T>,
 }
 
 /// The handle to a reader's thread, which ends when the last handle is dropped.
-#[derive(Clone)]
-pub(crate) struct LogReader {
-    commands: Arc<Commands>,
+pub(crate) struct Reader<T> {
+    commands: Arc<Commands<T>>,
+}
+
+/// Reads the events topic.
+pub(crate) type LogReader = Reader<LogRecord>;
+
+impl<T> Clone for Reader<T> {
+    fn clone(&self) -> Self {
+        Self { commands: Arc::clone(&self.commands) }
+    }
 }
 
 /// The client's wake-ups keep the channel open, so its end has to be told.
-struct Commands(Sender<Command>);
+struct Commands<T>(Sender<Command<T>>);
 
-impl Drop for Commands {
+impl<T> Drop for Commands<T> {
     fn drop(&mut self) {
         // A thread that is gone needs no end.
         let _ = self.0.send(Command::Close);
     }
 }
 
-impl LogReader {
-    /// Starts the thread. The client connects when it is first asked.
+impl<T: Decode> Reader<T> {
+    /// Starts the thread. The client connects when it is first asked. A fetch waits `fetch_wait` for
+    /// new records, and a partition that begins to be read meanwhile waits with it.
     pub(crate) fn start(
         config: &KafkaConfig,
+        topic: String,
         fetch_wait: Duration,
         inquirer: Arc<Inquirer>,
         clock: Arc<dyn Clock>,
@@ -118,7 +147,7 @@ impl LogReader {
         let reading = Reading {
             consumer,
             inquirer,
-            topic: config.events_topic(),
+            topic,
             limits: config.limits.clone(),
             clock,
             partitions: BTreeMap::new(),
@@ -133,7 +162,7 @@ impl LogReader {
     /// Asks for the records of a partition from an offset on. The reply comes as soon as there is a
     /// record; at the end of the log, as far as known, it comes after `wait` at the latest. A new
     /// request for a partition replaces the one before, which is told so.
-    pub(crate) fn read(&self, partition: Partition, from: Offset, wait: Duration, reply: Reply) {
+    pub(crate) fn read(&self, partition: Partition, from: Offset, wait: Duration, reply: Reply<T>) {
         // A thread that is gone drops the reply, which its maker notices.
         let _ = self.commands.0.send(Command::Read(Request { partition, from, wait, reply }));
     }
@@ -144,7 +173,7 @@ impl LogReader {
         partition: Partition,
         from: Offset,
         wait: Duration,
-    ) -> impl Future<Output = Result<Chunk, ReadFailure>> + Send + 'static {
+    ) -> impl Future<Output = Result<Chunk<T>, ReadFailure>> + Send + 'static {
         let (send, receive) = tokio::sync::oneshot::channel();
         let reply = move |answer| {
             // Nobody waits any more: the records can be read again.
@@ -160,21 +189,21 @@ impl LogReader {
     }
 }
 
-struct Reading {
+struct Reading<T> {
     consumer: BaseConsumer<Context>,
     /// A question on the reader's own connection would wait behind a fetch that waits for records.
     inquirer: Arc<Inquirer>,
     topic: String,
     limits: Limits,
     clock: Arc<dyn Clock>,
-    partitions: BTreeMap<Partition, Fetching>,
+    partitions: BTreeMap<Partition, Fetching<T>>,
 }
 
 /// Somebody who waits for the next records of a partition.
-struct Waiting {
+struct Waiting<T> {
     asked: Instant,
     wait: Duration,
-    reply: Reply,
+    reply: Reply<T>,
 }
 
 /// A record with what it weighs.
@@ -184,9 +213,9 @@ struct Fetched<T> {
 }
 
 /// A partition that is being fetched.
-struct Fetching {
+struct Fetching<T> {
     /// Fetched and not yet handed out; begins at `next`.
-    stash: VecDeque<Fetched<LogRecord>>,
+    stash: VecDeque<Fetched<T>>,
     stash_bytes: usize,
     next: Offset,
     /// The offset of the record to be fetched next.
@@ -194,12 +223,12 @@ struct Fetching {
     end: Offset,
     /// Whether the client fetches it: it stops when the stash is full.
     assigned: bool,
-    request: Option<Waiting>,
+    request: Option<Waiting<T>>,
     used: Instant,
 }
 
-impl Reading {
-    fn run(mut self, inbox: &Receiver<Command>) {
+impl<T: Decode> Reading<T> {
+    fn run(mut self, inbox: &Receiver<Command<T>>) {
         let mut more = false;
         while self.take_commands(inbox, more) {
             more = self.fetch();
@@ -214,7 +243,7 @@ impl Reading {
     }
 
     /// Waits for something to do, unless there is; whether to go on.
-    fn take_commands(&mut self, inbox: &Receiver<Command>, more: bool) -> bool {
+    fn take_commands(&mut self, inbox: &Receiver<Command<T>>, more: bool) -> bool {
         let wait = if more { Duration::ZERO } else { self.next_deadline().min(POLL) };
         let mut next = match inbox.recv_timeout(wait) {
             Ok(command) => Ok(command),
@@ -244,7 +273,7 @@ impl Reading {
         left.min().unwrap_or(POLL)
     }
 
-    fn accept(&mut self, request: Request) {
+    fn accept(&mut self, request: Request<T>) {
         let Request { partition, from, wait, reply } = request;
         let before = self.partitions.get_mut(&partition).and_then(|found| found.request.take());
         if let Some(before) = before {
@@ -273,7 +302,7 @@ impl Reading {
     }
 
     /// Checks that the log reaches to `from`, so that a missing offset is told with the ends.
-    fn begin(&mut self, partition: Partition, from: Offset) -> Result<Fetching, ReadFailure> {
+    fn begin(&mut self, partition: Partition, from: Offset) -> Result<Fetching<T>, ReadFailure> {
         let timeout = self.limits.request_timeout.min(ENDS_TIMEOUT);
         let (start, end) = self
             .inquirer
@@ -320,7 +349,7 @@ impl Reading {
         true
     }
 
-    fn take(&mut self, event: KafkaResult<(Partition, Fetched<LogRecord>)>) {
+    fn take(&mut self, event: KafkaResult<(Partition, Fetched<T>)>) {
         match event {
             Ok((partition, record)) => self.stash(partition, record),
             Err(KafkaError::PartitionEOF(raw)) => {
@@ -355,10 +384,10 @@ impl Reading {
         }
     }
 
-    fn stash(&mut self, partition: Partition, fetched: Fetched<LogRecord>) {
+    fn stash(&mut self, partition: Partition, fetched: Fetched<T>) {
         let Some(fetching) = self.partitions.get_mut(&partition) else { return };
         // A record from before the last assignment.
-        let offset = fetched.record.offset;
+        let offset = fetched.record.offset();
         if offset < fetching.fetched {
             return;
         }
@@ -405,7 +434,7 @@ impl Reading {
         }
         let (records, bytes) = take_front(&mut fetching.stash, &self.limits);
         fetching.stash_bytes -= bytes;
-        fetching.next = records.last().map_or(fetching.next, |last| last.offset.plus(1));
+        fetching.next = records.last().map_or(fetching.next, |last| last.offset().plus(1));
         let chunk = Chunk { end: fetching.end, records };
         if let Some(Waiting { reply, .. }) = fetching.request.take() {
             reply(Ok(chunk));
@@ -425,7 +454,7 @@ impl Reading {
     fn let_go_of_idle(&mut self) {
         let now = self.clock.instant();
         // Who waits for the next record may wait longer than that.
-        let idle = |fetching: &Fetching| {
+        let idle = |fetching: &Fetching<T>| {
             fetching.request.is_none()
                 && now.saturating_duration_since(fetching.used) > IDLE_PARTITION
         };
@@ -450,10 +479,7 @@ fn assign(
 }
 
 /// The first records within the limits of one read, and their bytes.
-fn take_front(
-    stash: &mut VecDeque<Fetched<LogRecord>>,
-    limits: &Limits,
-) -> (Vec<LogRecord>, usize) {
+fn take_front<T>(stash: &mut VecDeque<Fetched<T>>, limits: &Limits) -> (Vec<T>, usize) {
     let (mut count, mut bytes) = (0, 0);
     for fetched in stash.iter().take(limits.read_records_max) {
         count += 1;
@@ -465,19 +491,37 @@ fn take_front(
     (stash.drain(..count).map(|fetched| fetched.record).collect(), bytes)
 }
 
-/// A record of the log, and the bytes it was made from: of a message that is held, the whole fetch
-/// buffer stays, so none is.
-fn convert(message: &BorrowedMessage<'_>) -> (Partition, Fetched<LogRecord>) {
+/// A record of the topic, and the bytes it was made from.
+fn convert<T: Decode>(message: &BorrowedMessage<'_>) -> (Partition, Fetched<T>) {
     let partition = Partition(u32::try_from(message.partition()).unwrap_or(u32::MAX));
     let offset = Offset(u64::try_from(message.offset()).unwrap_or(u64::MAX));
-    let (key, value) = (message.key(), message.payload());
-    let parsed = catch_unwind(AssertUnwindSafe(|| {
-        let headers = message.headers().into_iter().flat_map(Headers::iter);
-        let headers = headers.map(|header| (header.key, header.value));
-        wire::parse(partition, offset, key, headers, value)
-    }));
-    // The wrapper panics at a header name that is not UTF-8. None of ours is one.
-    let record = parsed.unwrap_or(LogRecord { offset, content: Content::Foreign });
+    let record = T::decode(message, partition, offset);
     let bytes = message.key_len() + message.payload_len() + RECORD_MEMORY_BYTES;
     (partition, Fetched { bytes, record })
+}
+
+/// Hands the headers over, if they can be read: the wrapper panics at a name that is not UTF-8. No
+/// record of ours has one.
+pub(crate) fn with_headers<'m, R>(
+    message: &'m BorrowedMessage<'_>,
+    read: impl FnOnce(&mut dyn Iterator<Item = (&'m str, Option<&'m [u8]>)>) -> R,
+) -> Option<R> {
+    catch_unwind(AssertUnwindSafe(|| {
+        let headers = message.headers().into_iter().flat_map(Headers::iter);
+        read(&mut headers.map(|header| (header.key, header.value)))
+    }))
+    .ok()
+}
+
+impl Decode for LogRecord {
+    fn decode(message: &BorrowedMessage<'_>, partition: Partition, offset: Offset) -> Self {
+        let (key, value) = (message.key(), message.payload());
+        let parsed =
+            with_headers(message, |headers| wire::parse(partition, offset, key, headers, value));
+        parsed.unwrap_or(Self { offset, content: Content::Foreign })
+    }
+
+    fn offset(&self) -> Offset {
+        self.offset
+    }
 }

@@ -10,12 +10,14 @@ use futures_util::future::BoxFuture;
 use futures_util::stream::FuturesUnordered;
 use kafold_core::store::{Batch, Cursor, SourceMessage, Subscription};
 use kafold_core::{Clock, EventSource, Offset, Partition, ReadError, RecordedEvent};
+use tokio::sync::{mpsc, oneshot};
 
 use crate::client::Inquirer;
-use crate::config::KafkaConfig;
+use crate::config::{Assignment, KafkaConfig};
 use crate::error::OpenError;
 use crate::fold::{Checkpoint, CommitReader, Read};
 use crate::inspect::{InspectError, Inspector};
+use crate::membership::{Membership, Rebalance};
 use crate::reader::{Chunk, LogReader, ReadFailure};
 use crate::store::connect;
 
@@ -27,8 +29,8 @@ const FETCH_WAIT: Duration = Duration::from_millis(20);
 /// Between two attempts while no broker answers.
 const RETRY_AFTER: Duration = Duration::from_millis(500);
 
-/// Reads the events topic. Every subscription gets all partitions; one that shares a name with
-/// another does too.
+/// Reads the events topic. Subscriptions of one name, in whatever process, share the partitions through
+/// a consumer group of that name; with [`Assignment::Everything`] each gets all of them.
 pub struct KafkaSource {
     config: KafkaConfig,
     partitions: u32,
@@ -62,8 +64,9 @@ impl EventSource for KafkaSource {
         batch_events_max: usize,
     ) -> Result<Box<dyn Subscription>, ReadError> {
         let (inquirer, clock) = (Arc::clone(&self.inquirer), Arc::clone(&self.clock));
-        let reader = LogReader::start(&self.config, FETCH_WAIT, inquirer, clock)
-            .map_err(|error| ReadError::unavailable(RETRY_AFTER, error))?;
+        let reader =
+            LogReader::start(&self.config, self.config.events_topic(), FETCH_WAIT, inquirer, clock)
+                .map_err(|error| ReadError::unavailable(RETRY_AFTER, error))?;
         let inspector = Inspector::new(
             &self.config,
             self.partitions,
@@ -71,7 +74,18 @@ impl EventSource for KafkaSource {
             Arc::clone(&self.inquirer),
             Arc::clone(&self.clock),
         );
-        let assigned = SourceMessage::Assigned((0..self.partitions).map(Partition).collect());
+        let (group, ready) = match self.config.assignment {
+            Assignment::Everything => {
+                let all = (0..self.partitions).map(Partition).collect();
+                (None, VecDeque::from([SourceMessage::Assigned(all)]))
+            }
+            Assignment::Group => {
+                let group = self.config.readers_group(name);
+                let member = Membership::join(&self.config, &group, self.config.events_topic())
+                    .map_err(|error| ReadError::unavailable(RETRY_AFTER, error))?;
+                (Some(member), VecDeque::new())
+            }
+        };
         tracing::debug!(name, topic = self.config.events_topic(), "subscribed");
         Ok(Box::new(KafkaSubscription {
             topic: self.config.events_topic(),
@@ -84,7 +98,9 @@ impl EventSource for KafkaSource {
             started: BTreeMap::new(),
             starts: 0,
             reads: FuturesUnordered::new(),
-            ready: VecDeque::from([assigned]),
+            ready,
+            group,
+            revoking: Vec::new(),
         }))
     }
 }
@@ -110,6 +126,10 @@ struct KafkaSubscription {
     reads: FuturesUnordered<BoxFuture<'static, Answer>>,
     /// What one read gave: the next one is asked for when it is taken.
     ready: VecDeque<SourceMessage>,
+    /// The place in the group, and what it decides.
+    group: Option<(Membership, mpsc::UnboundedReceiver<Rebalance>)>,
+    /// Dropped when the reader comes back after it was told: then it has let go of the partitions.
+    revoking: Vec<oneshot::Sender<()>>,
 }
 
 /// A partition that is being delivered.
@@ -124,17 +144,28 @@ struct Started {
 
 #[async_trait]
 impl Subscription for KafkaSubscription {
-    // Cancel-safe: the only wait is for `reads`, which keeps what is not taken.
+    // Cancel-safe: what is waited for keeps what is not taken.
     async fn next(&mut self) -> Result<SourceMessage, ReadError> {
+        if self.ready.front().is_none_or(|message| !matches!(message, SourceMessage::Revoked(_))) {
+            self.revoking.clear();
+        }
         loop {
             if let Some(message) = self.ready.pop_front() {
                 self.ask_again(&message);
                 return Ok(message);
             }
-            match self.reads.next().await {
-                Some(answer) => self.take(answer)?,
-                // No partition is started: only a start changes that, and it needs `&mut self`.
-                None => std::future::pending().await,
+            let rebalances = async {
+                match &mut self.group {
+                    Some((_, rebalances)) => rebalances.recv().await,
+                    None => std::future::pending().await,
+                }
+            };
+            tokio::select! {
+                biased;
+                Some(rebalance) = rebalances => self.follow(rebalance),
+                Some(answer) = self.reads.next() => self.take(answer)?,
+                // Nothing is started, and no group decides: only a start changes that.
+                else => std::future::pending().await,
             }
         }
     }
@@ -170,9 +201,30 @@ impl Subscription for KafkaSubscription {
         self.ask(partition, Duration::ZERO);
         Ok(())
     }
+
+    fn is_shared(&self) -> bool {
+        self.group.is_some()
+    }
 }
 
 impl KafkaSubscription {
+    fn follow(&mut self, rebalance: Rebalance) {
+        match rebalance {
+            Rebalance::Assigned(partitions) => {
+                self.ready.push_back(SourceMessage::Assigned(partitions));
+            }
+            Rebalance::Revoked { partitions, settled } => {
+                for partition in &partitions {
+                    self.started.remove(partition);
+                    self.reader.forget(*partition);
+                }
+                self.ready.retain(|message| !partitions.iter().any(|p| is_of(message, *p)));
+                self.revoking.push(settled);
+                self.ready.push_back(SourceMessage::Revoked(partitions));
+            }
+        }
+    }
+
     fn what(&self, partition: Partition) -> String {
         format!("partition {partition} of topic {}", self.topic)
     }

@@ -4,35 +4,42 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use async_trait::async_trait;
+use chrono::{DateTime, Utc};
 use futures_util::future::join_all;
 use futures_util::stream::BoxStream;
+use kafold_core::clock::within;
 use kafold_core::store::{Append, Appended, Health, Outcome, Owner, View};
 use kafold_core::{
-    Clock, CommandId, EventStore, IdGenerator, Partition, ReadError, RecordedEvent, StreamId,
-    StreamIndex, Version,
+    Clock, CommandBus, CommandId, EventStore, IdGenerator, Offset, Partition, ReadError,
+    RecordedEvent, StreamId, StreamIndex, Version,
 };
 use rdkafka::error::KafkaError;
-use tokio::sync::oneshot;
 use tokio::task::JoinSet;
 
 use crate::client::{Inquirer, open_error};
-use crate::config::KafkaConfig;
+use crate::config::{Assignment, KafkaConfig};
 use crate::driver::{Driver, Message, Parts, Slot};
 use crate::error::OpenError;
-use crate::fold::Checkpoint;
+use crate::forward::nodes::{self, Node, Nodes};
+use crate::forward::wire::{ReplyContent, ReplyRecord};
+use crate::forward::{Bus, Inboxes, Outbox};
 use crate::indexer::Indexer;
 use crate::inspect::{InspectError, Inspector};
 use crate::loader::Loader;
+use crate::membership::Membership;
+use crate::ownership::Ownership;
 use crate::partition::{Reach, Shared};
 use crate::partitioner::partition_of;
-use crate::reader::LogReader;
+use crate::reader::{Decode, Reader};
 use crate::source::KafkaSource;
 use crate::topic::{self, EventsTopic};
 use crate::writer::{Entropy, PartitionWriter, WriterConfig, WriterLimits};
 
-/// How long a fetch of the writers' reader waits for records: a partition that begins to be read
-/// waits with it.
-const FETCH_WAIT: Duration = Duration::from_millis(50);
+/// How long a fetch waits for records where somebody waits to own: a partition that begins to be read
+/// meanwhile waits with it.
+const FETCH_WAIT: Duration = Duration::from_millis(5);
+/// How long a fetch behind an idle owner waits, and one for commands or replies, which begin seldom.
+const IDLE_FETCH_WAIT: Duration = Duration::from_millis(100);
 /// Records without a report for so much longer than the producer tries are in doubt.
 const REPORT_GRACE: Duration = Duration::from_secs(30);
 /// Stands for a producer that tries for ever.
@@ -41,13 +48,14 @@ const FOR_EVER: Duration = Duration::from_secs(365 * 86_400);
 const PINGS_LOST: u32 = 3;
 /// Before a question that no broker answered is asked again.
 const PING_AGAIN: Duration = Duration::from_millis(200);
-/// How often a graceful stop looks whether the index has everything.
-const DRAIN_POLL: Duration = Duration::from_millis(10);
 /// How long the index may take to tell where it stands before the store is opened without it.
 const INDEX_PATIENCE: Duration = Duration::from_secs(5);
+/// Commands of one read: no more than this beyond the limit are ever begun.
+const COMMANDS_READ_MAX: usize = 100;
 
-/// An event store whose truth is a Kafka topic. This process tries to own every partition: the
-/// newest start wins each, and the one before answers [`NotOwner`](kafold_core::AppendError).
+/// An event store whose truth is a Kafka topic. The consumer group of all nodes says which partitions
+/// this process is to own; those of other nodes answer [`NotOwner`](kafold_core::AppendError), and
+/// [`KafkaStore::commands`] carries commands there.
 ///
 /// Reads need the index for what is no longer in memory; appends need it only for streams that this
 /// process does not know yet.
@@ -56,8 +64,11 @@ pub struct KafkaStore {
     topic: EventsTopic,
     driver: Driver,
     loader: Arc<Loader>,
-    indexer: Arc<Indexer>,
     partitions: Vec<Arc<Shared>>,
+    ownership: Arc<Ownership>,
+    /// `None` when nobody says what is to be owned.
+    membership: Option<Membership>,
+    bus: Arc<Bus>,
     inquirer: Arc<Inquirer>,
     reach: Arc<Reach>,
     clock: Arc<dyn Clock>,
@@ -67,8 +78,9 @@ pub struct KafkaStore {
 
 impl KafkaStore {
     /// Opens the log: creates its topics if they are absent, refuses unsafe ones, checks that this is
-    /// the log the index was made from, and begins to take over all partitions. Returns as soon as
-    /// the checks are through; [`EventStore::health`] tells when commands are taken.
+    /// the log the index was made from and that the other nodes go together with this one, and joins
+    /// the group of the nodes. Returns as soon as the checks are through; [`EventStore::health`] tells
+    /// when commands are taken.
     ///
     /// `owner` is what other processes are told when they find that this one owns a partition. Fails
     /// with a transient error when no broker answers: call again. An index that does not answer is
@@ -82,13 +94,10 @@ impl KafkaStore {
     ) -> Result<Self, OpenError> {
         let (topic, inquirer) = connect(&config, &clock).await?;
         let client_error = |error| open_error(&config, "starting a client", error, None);
-        let start_reader = || {
-            LogReader::start(&config, FETCH_WAIT, Arc::clone(&inquirer), Arc::clone(&clock))
-                .map_err(client_error)
-        };
+        let readers = Readers { config: &config, inquirer: &inquirer, clock: &clock };
         // The inspector looks at any partition at any time: a read of its own must not replace one
         // that a writer waits for.
-        let (reader, inspecting) = (start_reader()?, start_reader()?);
+        let inspecting = readers.start(config.events_topic(), FETCH_WAIT)?;
         let inspector = Inspector::new(
             &config,
             topic.partitions,
@@ -96,7 +105,7 @@ impl KafkaStore {
             Arc::clone(&inquirer),
             Arc::clone(&clock),
         );
-        let places = check_log(&config, topic, &*index, &inspector, &*clock).await?;
+        check_log(&config, topic, &*index, &inspector, &*clock).await?;
 
         let shared: Vec<_> =
             (0..topic.partitions).map(|p| Arc::new(Shared::new(Partition(p)))).collect();
@@ -111,7 +120,8 @@ impl KafkaStore {
             config: config.clone(),
             record_bytes_max: topic.record_bytes_max,
             slots,
-            reader,
+            reader: readers.start(config.events_topic(), FETCH_WAIT)?,
+            watcher: readers.start(config.events_topic(), IDLE_FETCH_WAIT)?,
             loader: Arc::clone(&loader),
             clock: Arc::clone(&clock),
         };
@@ -123,9 +133,44 @@ impl KafkaStore {
             inspector,
             Arc::clone(&inquirer),
             Arc::clone(&clock),
-            ids,
+            Arc::clone(&ids),
         ));
+
+        let outbox = Arc::new(Outbox::start(&config).map_err(client_error)?);
+        let mut few = config.clone();
+        few.limits.read_records_max = COMMANDS_READ_MAX;
+        let commands = Readers { config: &few, ..readers };
+        let inboxes = Arc::new(Inboxes::new(
+            &config,
+            commands.start(config.commands_topic(), IDLE_FETCH_WAIT)?,
+            Arc::clone(&outbox),
+            driver.clone(),
+            Arc::clone(&clock),
+            Arc::clone(&ids),
+            topic.partitions,
+        ));
+        let id = uuid::Uuid::from_u64_pair(ids.random(), ids.random());
+        let nodes = Arc::new(Nodes::new(id, owner, shared.clone(), Arc::clone(&clock)));
+        let replies = Partition((id.as_u64_pair().1 % u64::from(topic.partitions)) as u32);
+        let bus = Arc::new(Bus {
+            partitions: shared.clone(),
+            outbox: Arc::clone(&outbox),
+            inboxes: Arc::clone(&inboxes),
+            nodes: Arc::clone(&nodes),
+            reach: Arc::clone(&reach),
+            clock: Arc::clone(&clock),
+            replies,
+            calls_max: config.limits.calls_max,
+            calls: Arc::default(),
+        });
         let mut tasks = JoinSet::new();
+        let listening = readers.start(config.replies_topic(), IDLE_FETCH_WAIT)?;
+        let begin =
+            hear_others(&config, &inquirer, &listening, &nodes, clock.now(), topic, replies)
+                .await?;
+        for (partition, from) in begin {
+            tasks.spawn(Arc::clone(&bus).listen(listening.clone(), partition, from));
+        }
         tasks.spawn(asking);
         tasks.spawn(watch(
             config.clone(),
@@ -133,18 +178,39 @@ impl KafkaStore {
             Arc::clone(&reach),
             Arc::clone(&clock),
         ));
-        for (shared, place) in shared.iter().zip(places) {
-            tasks.spawn(Arc::clone(&indexer).run(Arc::clone(shared), place));
-        }
+        let ownership = Arc::new(Ownership::new(
+            shared.clone(),
+            driver.clone(),
+            indexer,
+            inboxes,
+            Arc::clone(&clock),
+            config.limits.hand_over_timeout,
+        ));
+        let membership = match config.assignment {
+            Assignment::Everything => {
+                ownership.take_all();
+                None
+            }
+            Assignment::Group => {
+                let group = config.owners_group();
+                let (membership, rebalances) =
+                    Membership::join(&config, &group, config.commands_topic())
+                        .map_err(client_error)?;
+                tasks.spawn(Arc::clone(&ownership).follow(rebalances));
+                Some(membership)
+            }
+        };
+        tasks.spawn(nodes.announce(outbox, Arc::clone(&reach)));
         let tasks = Mutex::new(tasks);
-        let partitions = shared;
         Ok(Self {
             config,
             topic,
             driver,
             loader,
-            indexer,
-            partitions,
+            partitions: shared,
+            ownership,
+            membership,
+            bus,
             inquirer,
             reach,
             clock,
@@ -162,31 +228,40 @@ impl KafkaStore {
         )
     }
 
+    /// Carries commands to the nodes that own their streams.
+    pub fn commands(&self) -> Arc<dyn CommandBus> {
+        self.bus.clone()
+    }
+
+    /// The nodes that are up, this one first, and what each owns.
+    pub fn nodes(&self) -> Vec<Node> {
+        self.bus.nodes.all()
+    }
+
     /// How many partitions the log has.
     pub fn partitions(&self) -> u32 {
         self.topic.partitions
     }
 
     /// Stops gracefully: takes nothing new, settles what is pending, hands the index what it has
-    /// not got yet. Takes at most the limit `shutdown_timeout`; what is then left is settled by the
-    /// next start, from the log. Afterwards everything is answered `Unavailable`.
+    /// not got yet, leaves the group. Takes at most the limit `shutdown_timeout`; what is then left is
+    /// settled by the next owner, from the log. Afterwards everything is answered `Unavailable`.
     pub async fn shutdown(&self) {
-        let deadline = self.clock.instant() + self.config.limits.shutdown_timeout;
-        let (done, stopped) = oneshot::channel();
-        self.driver.tell(Message::Stop(done));
-        let left = deadline.saturating_duration_since(self.clock.instant());
-        let in_time = within(&*self.clock, left, stopped).await.is_some();
-        self.indexer.close(&self.partitions);
-        let mut drained = false;
-        while !drained && self.clock.instant() < deadline {
-            drained = self.partitions.iter().all(|shared| shared.tail().events() == 0);
-            if !drained {
-                self.clock.sleep(DRAIN_POLL).await;
+        self.reach.stop();
+        let timeout = self.config.limits.shutdown_timeout;
+        let leaving = async {
+            self.ownership.hand_over_all().await;
+            if let Some(membership) = &self.membership {
+                membership.leave().await;
             }
-        }
+        };
+        let in_time = within(&*self.clock, timeout, leaving).await.is_some();
+        self.bus.nodes.leave(&self.bus.outbox);
+        self.bus.outbox.flush(&*self.clock).await;
         self.driver.tell(Message::Quit);
+        self.ownership.abort();
         self.tasks.lock().unwrap_or_else(PoisonError::into_inner).abort_all();
-        tracing::info!(settled = in_time, indexed = drained, "kafka store closed");
+        tracing::info!(in_time, "kafka store closed");
     }
 }
 
@@ -194,7 +269,71 @@ impl Drop for KafkaStore {
     fn drop(&mut self) {
         // The tasks end with their set; threads end by themselves, nobody waits for them.
         self.driver.tell(Message::Quit);
+        self.ownership.abort();
     }
+}
+
+/// Starts readers of the log's topics.
+#[derive(Clone, Copy)]
+struct Readers<'a> {
+    config: &'a KafkaConfig,
+    inquirer: &'a Arc<Inquirer>,
+    clock: &'a Arc<dyn Clock>,
+}
+
+impl Readers<'_> {
+    fn start<T: Decode>(&self, topic: String, wait: Duration) -> Result<Reader<T>, OpenError> {
+        let (inquirer, clock) = (Arc::clone(self.inquirer), Arc::clone(self.clock));
+        Reader::start(self.config, topic, wait, inquirer, clock)
+            .map_err(|error| open_error(self.config, "starting a client", error, None))
+    }
+}
+
+/// Hears what the other nodes said of themselves lately, and refuses those that this one does not go
+/// together with. Where to listen on from, in each partition of replies that this node reads.
+async fn hear_others(
+    config: &KafkaConfig,
+    inquirer: &Arc<Inquirer>,
+    reader: &Reader<ReplyRecord>,
+    nodes: &Nodes,
+    now: DateTime<Utc>,
+    topic: EventsTopic,
+    replies: Partition,
+) -> Result<Vec<(Partition, Offset)>, OpenError> {
+    let name = config.replies_topic();
+    let (asked, spoken) = (name.clone(), nodes::PARTITION);
+    let since = now - nodes::SILENCE_MAX;
+    let inquirer = Arc::clone(inquirer);
+    let ends = tokio::task::spawn_blocking(move || {
+        let lately = inquirer.since(&asked, spoken, since)?;
+        let (_, end) = inquirer.ends(&asked, spoken)?;
+        Ok((lately, end, inquirer.ends(&asked, replies)?.1))
+    });
+    let doing = || format!("reading topic {name}");
+    let failed = |error| open_error(config, doing(), error, None);
+    let (mut next, end, replies_end) =
+        ends.await.unwrap_or(Err(KafkaError::Canceled)).map_err(failed)?;
+    let mut announcements = Vec::new();
+    while next < end {
+        let read = reader.read_async(spoken, next, config.limits.request_timeout).await;
+        let chunk = read.map_err(|failure| failed(failure.into_error()))?;
+        if chunk.records.is_empty() {
+            break;
+        }
+        for record in chunk.records {
+            next = record.offset.plus(1);
+            if let ReplyContent::Announcement { json, .. } = record.content {
+                nodes.hear(&json);
+                announcements.extend(serde_json::from_slice(&json).ok());
+            }
+        }
+    }
+    nodes::check_others(&name, topic.partitions, &announcements)?;
+    let mut begin = vec![(spoken, next)];
+    if replies != spoken {
+        begin.push((replies, replies_end));
+    }
+    Ok(begin)
 }
 
 /// Prepares the topics and gives the client that asks about them.
@@ -213,16 +352,15 @@ pub(crate) async fn connect(
     prepared.await.map_err(canceled)?
 }
 
-/// Checks every partition against its place in the index. Without an answer of the index each
-/// partition is checked later, on its own.
+/// Checks every partition against its place in the index. What does not answer is checked when the
+/// partition is taken over, as everything is once more.
 async fn check_log(
     config: &KafkaConfig,
     topic: EventsTopic,
     index: &dyn StreamIndex,
     inspector: &Inspector,
     clock: &dyn Clock,
-) -> Result<Vec<Option<Checkpoint>>, OpenError> {
-    let partitions = (0..topic.partitions).map(Partition);
+) -> Result<(), OpenError> {
     let refuse =
         |partition, cause| OpenError::Log { topic: config.events_topic(), partition, cause };
     let cursors = match within(clock, INDEX_PATIENCE, index.cursors()).await {
@@ -232,7 +370,7 @@ async fn check_log(
         }
         Some(Err(ReadError::Unavailable { .. })) | None => {
             tracing::warn!("the index does not answer: waiting for it in the background");
-            return Ok(partitions.map(|_| None).collect());
+            return Ok(());
         }
     };
     let check = async |partition| {
@@ -243,12 +381,11 @@ async fn check_log(
             Err(error) => Err(error),
         };
         match checked {
-            Ok(()) => Ok(Some(place)),
-            Err(InspectError::Unavailable(_)) => Ok(None),
+            Ok(()) | Err(InspectError::Unavailable(_)) => Ok(()),
             Err(error) => Err(refuse(partition, Arc::new(error))),
         }
     };
-    join_all(partitions.map(check)).await.into_iter().collect()
+    join_all((0..topic.partitions).map(Partition).map(check)).await.into_iter().collect()
 }
 
 fn slot(
@@ -269,6 +406,8 @@ fn slot(
             record_bytes_max: topic.record_bytes_max,
             unindexed_events_max: limits.tail_events_max,
             report_timeout: tried + REPORT_GRACE,
+            yield_backoff: limits.yield_backoff,
+            yield_backoff_max: limits.yield_backoff_max,
             ..WriterLimits::default()
         },
     };
@@ -276,15 +415,6 @@ fn slot(
     // A nonce of the operating system's entropy; where that fails the process's own ids are left.
     let entropy: Entropy = Box::new(move || getrandom::u64().unwrap_or_else(|_| ids.random()));
     Slot::new(PartitionWriter::new(writer, entropy), shared)
-}
-
-/// The result of the future, if it comes in time.
-async fn within<F: Future>(clock: &dyn Clock, limit: Duration, future: F) -> Option<F::Output> {
-    use futures_util::future::{Either, select};
-    match select(std::pin::pin!(future), clock.sleep(limit)).await {
-        Either::Left((output, _)) => Some(output),
-        Either::Right(_) => None,
-    }
 }
 
 /// Asks again and again whether a broker answers: an idle process would not notice otherwise.
@@ -349,7 +479,11 @@ impl EventStore for KafkaStore {
     }
 
     fn health(&self) -> Health {
+        let joining = self.membership.as_ref().is_some_and(|membership| !membership.is_settled());
+        let joining =
+            joining.then(|| "the group of the nodes has not told what is to be owned".into());
         let reasons: Vec<_> = (self.reach.down().into_iter())
+            .chain(joining)
             .chain(self.partitions.iter().filter_map(|shared| shared.reason()))
             .collect();
         if reasons.is_empty() { Health::Ready } else { Health::NotReady(reasons) }
@@ -365,16 +499,16 @@ mod tests {
 
     use super::*;
     use crate::producer::{Report, Tag};
-    use crate::wire::{ClaimId, Content};
+    use crate::wire::{ClaimId, Content, LogRecord};
     use crate::writer::ReportFailure;
 
     /// The newest claim of a partition, read from the log.
     async fn newest_claim(store: &KafkaStore, partition: Partition) -> ClaimId {
-        let (inquirer, clock) = (Arc::clone(&store.inquirer), Arc::clone(&store.clock));
-        let reader =
-            LogReader::start(&store.config, FETCH_WAIT, inquirer, clock).expect("a reader");
+        let (config, inquirer, clock) = (&store.config, &store.inquirer, &store.clock);
+        let readers = Readers { config, inquirer, clock };
+        let reader = readers.start(config.events_topic(), FETCH_WAIT).expect("a reader");
         let read = reader.read_async(partition, Offset(0), Duration::from_secs(10)).await;
-        let records = read.expect("readable").records;
+        let records: Vec<LogRecord> = read.expect("readable").records;
         let claims = records.into_iter().rev().find_map(|record| match record.content {
             Content::Ours(ours) if ours.stamp.seq == 0 => Some(ours.stamp.claim),
             _ => None,

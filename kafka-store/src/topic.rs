@@ -32,7 +32,7 @@ const REPLIES_RETENTION_MS: &str = "3600000";
 /// Between two looks at a topic that is being created.
 const CREATION_POLL: Duration = Duration::from_millis(50);
 /// Kafka's own `max.message.bytes`, should a broker not tell.
-const RECORD_BYTES_DEFAULT: usize = 1_048_588;
+pub(crate) const RECORD_BYTES_DEFAULT: usize = 1_048_588;
 
 /// Settings of an existing topic that `allow_unsafe` can accept.
 pub(crate) const UNSAFE_SETTINGS: [&str; 6] = [

@@ -113,8 +113,7 @@ pub struct Claim {
     pub address: String,
     /// How many partitions the topic has, as far as the claimant knows.
     pub partitions: u32,
-    /// When the claimant started: the newest start wins. Moved up, where clocks differ, to lie after
-    /// the start of every claimant that was in the log before its first claim.
+    /// When the claimant started.
     pub started_at: DateTime<Utc>,
 }
 

@@ -11,7 +11,7 @@ use std::collections::HashMap;
 use std::convert::Infallible;
 use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use futures_util::FutureExt;
 use kafold_core::clock::backoff;
@@ -32,6 +32,9 @@ use crate::worker::Context;
 /// round can be kept within its time.
 const SOURCE_BATCH_EVENTS: usize = 500;
 const SOURCE_BATCH_EVENTS_SQLITE: usize = 100;
+/// A partition that another worker took, though the group gives it to this one, was taken by one that
+/// did not know better. It is taken back when the group has had the time to tell him.
+const RETAKE_AFTER: Duration = Duration::from_secs(10);
 /// How long a source that could not be read must not complain before it counts as back.
 const SOURCE_CALM: Duration = Duration::from_secs(3);
 
@@ -68,6 +71,10 @@ pub(crate) struct Runner {
     careful_until: HashMap<Partition, Offset>,
     /// Whether the status says that the source cannot be read.
     source_complained: bool,
+    /// Whether a group says who reads which partition.
+    is_shared: bool,
+    /// When to subscribe anew, after partitions were lost that the group has not taken away.
+    retake_at: Option<Instant>,
 }
 
 impl Runner {
@@ -87,6 +94,8 @@ impl Runner {
             events_max: 1,
             careful_until: HashMap::new(),
             source_complained: false,
+            is_shared: false,
+            retake_at: None,
         }
     }
 
@@ -204,6 +213,8 @@ impl Runner {
             let subscribing = self.context.source.subscribe(&name, batch_events_max);
             match until_asked(&mut self.shutdown, subscribing).await? {
                 Ok(subscription) => {
+                    self.is_shared = subscription.is_shared();
+                    self.retake_at = None;
                     return Ok(Reader::new(subscription, self.context.clock.clone()));
                 }
                 Err(error) => {
@@ -222,10 +233,14 @@ impl Runner {
         };
         loop {
             let calm = self.context.clock.sleep(SOURCE_CALM);
+            let now = self.context.clock.instant();
+            let retake = self.retake_at.map(|at| at.saturating_duration_since(now));
+            let retake = self.context.clock.sleep(retake.unwrap_or_default());
             let message = tokio::select! {
                 biased;
                 _ = self.shutdown.wait_for(|asked| *asked) => return Err(Ended::Shutdown),
                 message = reader.next(limit) => message,
+                () = retake, if self.retake_at.is_some() => return Err(Ended::Again),
                 () = calm, if self.source_complained => {
                     self.source_complained = false;
                     self.status.running();
@@ -298,12 +313,18 @@ impl Runner {
         self.status.change(|status| {
             status.partitions.retain(|partition, _| !partitions.contains(partition));
             status.superseded.retain(|partition| !partitions.contains(partition));
+            if status.superseded.is_empty() {
+                self.retake_at = None;
+            }
         });
     }
 
     fn release_all(&mut self) {
         self.places.clear();
-        self.status.change(|status| status.partitions.clear());
+        self.status.change(|status| {
+            status.partitions.clear();
+            status.superseded.clear();
+        });
     }
 
     async fn wait_for_source(&mut self, attempt: u32, error: &ReadError) -> Result<(), Ended> {

@@ -60,6 +60,10 @@ impl Calls {
         self.open.len()
     }
 
+    pub(super) fn open_of(&self, incarnation: usize) -> usize {
+        self.open.values().filter(|call| call.incarnation == incarnation).count()
+    }
+
     /// The node crashed: its callers know nothing.
     pub(super) fn abandon(&mut self, incarnation: usize) {
         self.open.retain(|_, call| call.incarnation != incarnation);
@@ -299,6 +303,8 @@ impl World {
                 self.coverage.saw(State::UnknownOutcome);
                 match deadline {
                     Some(deadline) if deadline <= self.now => Ok(()),
+                    // The one way to be given up without being settled.
+                    _ if cause == Cause::Abandon => Ok(()),
                     _ => Err(format!("{request:?} is unknown before its deadline")),
                 }
             }

@@ -31,10 +31,16 @@ pub(super) enum State {
     ReaderRestartedInsideCommit,
     LowLogEnd,
     Expired,
+    TakenBack,
+    Released,
+    Abandoned,
+    AssignedAgain,
+    CommandsSettledByBarrier,
+    CommandsSettledByCommit,
 }
 
 impl State {
-    pub(super) const ALL: [Self; 26] = [
+    pub(super) const ALL: [Self; 32] = [
         Self::Gap,
         Self::DuplicateCopy,
         Self::ReClaim,
@@ -61,6 +67,12 @@ impl State {
         Self::ReaderRestartedInsideCommit,
         Self::LowLogEnd,
         Self::Expired,
+        Self::TakenBack,
+        Self::Released,
+        Self::Abandoned,
+        Self::AssignedAgain,
+        Self::CommandsSettledByBarrier,
+        Self::CommandsSettledByCommit,
     ];
 }
 

@@ -13,6 +13,7 @@ use super::random::Random;
 use super::reference::{PARTITION, Violation};
 use crate::fold::Checkpoint;
 use crate::tail::{MergeError, Tail, TailView};
+use crate::wire::ClaimId;
 use crate::writer::{CommandOutcome, PartitionWriter, StreamHead, WriterConfig, WriterLimits};
 
 pub(super) struct Node {
@@ -30,8 +31,15 @@ pub(super) struct Node {
     pub(super) producer_due: bool,
     pub(super) paused_until: u64,
     pub(super) owned: u32,
-    /// The incarnation that took the partition away.
-    pub(super) superseded_by: Option<usize>,
+    /// Told to give the partition up, and done with it.
+    pub(super) releasing: bool,
+    pub(super) was_superseded: bool,
+    pub(super) released: bool,
+    /// The claim under which it owns, and the highest commands mark it was told of or told.
+    pub(super) hold: Option<ClaimId>,
+    pub(super) mark: Offset,
+    pub(super) mark_wanted: Offset,
+    pub(super) mark_settled: Offset,
     /// Seqs of barriers, to tell what proved a confirm.
     pub(super) barriers: BTreeSet<(u32, u64)>,
 }
@@ -65,6 +73,8 @@ pub(super) fn limits() -> WriterLimits {
         barrier_interval: Duration::from_millis(5),
         claim_backoff: Duration::from_millis(4),
         claim_backoff_max: Duration::from_millis(64),
+        yield_backoff: Duration::from_millis(8),
+        yield_backoff_max: Duration::from_millis(64),
         report_timeout: Duration::from_millis(400),
         quiet_time: Duration::from_millis(5),
         read_wait: Duration::from_millis(20),
@@ -103,9 +113,28 @@ impl Node {
             producer_due: false,
             paused_until: 0,
             owned: 0,
-            superseded_by: None,
+            was_superseded: false,
+            releasing: false,
+            released: false,
+            hold: None,
+            mark: Offset(0),
+            mark_wanted: Offset(0),
+            mark_settled: Offset(0),
             barriers: BTreeSet::new(),
         }
+    }
+
+    /// The partition is assigned once more, to the same process and its producers. What was asked for
+    /// before is not answered.
+    pub(super) fn begin_again(&mut self, from: Checkpoint) {
+        self.writer.renew();
+        self.index_at = from.next;
+        self.tail = Tail::new(PARTITION, from);
+        self.read = None;
+        self.lookups.clear();
+        self.feed = None;
+        (self.releasing, self.released) = (false, false);
+        self.hold = None;
     }
 
     /// What a caller of this node reads of a stream.

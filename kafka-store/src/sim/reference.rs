@@ -42,6 +42,8 @@ pub(super) struct Reference {
     pub(super) events: Vec<Arc<RecordedEvent>>,
     pub(super) streams: BTreeMap<StreamId, Vec<Arc<RecordedEvent>>>,
     pub(super) commits: BTreeMap<CommandId, Accepted>,
+    /// The highest commands mark of an accepted record.
+    pub(super) mark: Offset,
     /// Where each claim is.
     pub(super) claims: BTreeMap<(u32, u64), Offset>,
 }
@@ -81,6 +83,7 @@ impl Reference {
                 self.open.clear();
                 self.claim = Some(stamp.claim);
                 self.last_seq = 0;
+                self.mark = self.mark.max(stamp.commands_mark);
                 self.claims.insert((stamp.claim.epoch.0, stamp.claim.nonce.0), offset);
             } else if !self.claims.contains_key(&(stamp.claim.epoch.0, stamp.claim.nonce.0)) {
                 coverage.saw(State::LostClaimRace);
@@ -102,6 +105,7 @@ impl Reference {
             return Ok(offset);
         }
         self.last_seq = stamp.seq;
+        self.mark = self.mark.max(stamp.commands_mark);
         if let Body::Event(body) = &record.body {
             self.open_or_close(body, offset, by, order)?;
         }

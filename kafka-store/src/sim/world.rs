@@ -107,7 +107,11 @@ impl World {
             87..=91 => self.tick(),
             92..=94 => self.read_log(),
             95..=96 => self.deliver_late(),
-            97 => self.disturb(),
+            97 => match self.random.below(4) {
+                0 => self.rebalance(),
+                1 => self.settle_commands(),
+                _ => self.disturb(),
+            },
             98 => self.wait_long(),
             _ => self.make_producers(),
         }
@@ -187,6 +191,39 @@ impl World {
             7 => self.roll_back_index(),
             _ => Ok(()),
         }
+    }
+
+    /// The group takes the partition from a node, or gives it back.
+    fn rebalance(&mut self) -> Result<(), Violation> {
+        if let Some(at) = self.pick(|node| node.released) {
+            let from = self.index.checkpoint()?;
+            let incarnation = self.nodes[at].incarnation;
+            self.note(|| format!("node {incarnation} is assigned again from {}", from.next));
+            self.coverage.saw(State::AssignedAgain);
+            self.nodes[at].begin_again(from.clone());
+            return self.give(at, Input::Start(from));
+        }
+        let Some(at) = self.pick(|node| !node.releasing) else { return Ok(()) };
+        self.nodes[at].releasing = true;
+        if self.random.chance(30) {
+            self.coverage.saw(State::Abandoned);
+            return self.give(at, Input::Abandon);
+        }
+        self.give(at, Input::Release)
+    }
+
+    /// Forwarded commands are settled on a node that owns.
+    fn settle_commands(&mut self) -> Result<(), Violation> {
+        let Some(at) = self.pick(|node| node.hold.is_some()) else { return Ok(()) };
+        let (more, wanted) = (self.random.below(4), self.random.chance(50));
+        let node = &mut self.nodes[at];
+        let Some(claim) = node.hold else { return Ok(()) };
+        node.mark = node.mark.plus(more);
+        if wanted {
+            node.mark_wanted = node.mark;
+        }
+        let mark = node.mark;
+        self.give(at, Input::CommandsMark { claim, mark, wanted })
     }
 
     /// The index is deleted or restored from an older copy.
@@ -308,22 +345,62 @@ impl World {
                 node.producer_due = true;
                 Ok(())
             }
-            Output::Owned(_) => {
+            Output::Owned { claim, commands_mark } => {
                 node.owned += 1;
                 if node.owned > 1 {
                     self.coverage.saw(State::ReClaim);
                 }
+                if std::mem::take(&mut node.was_superseded) {
+                    self.coverage.saw(State::TakenBack);
+                }
+                node.hold = Some(claim);
+                node.mark = commands_mark;
+                (node.mark_wanted, node.mark_settled) = (commands_mark, commands_mark);
+                // The next owner goes on where the one before was known to be, if nobody came since.
+                if commands_mark > self.truth.mark {
+                    return Err(format!("mark {commands_mark} is above {}", self.truth.mark));
+                }
                 Ok(())
             }
-            Output::Superseded(owner) => {
-                let by = owner.name.strip_prefix("node-").and_then(|by| by.parse().ok());
-                node.superseded_by = by;
+            Output::CommandsSettled(mark) => {
+                node.mark_settled = mark;
+                self.coverage.saw(match cause {
+                    Cause::Report(claim, seq) if node.barriers.contains(&(claim.epoch.0, seq)) => {
+                        State::CommandsSettledByBarrier
+                    }
+                    _ => State::CommandsSettledByCommit,
+                });
+                // Whoever is answered by it would be decided anew if the log did not say it.
+                match mark <= self.truth.mark {
+                    true => Ok(()),
+                    false => {
+                        Err(format!("{mark} is told as settled, the log says {}", self.truth.mark))
+                    }
+                }
+            }
+            Output::Superseded(_) => {
+                node.hold = None;
+                node.was_superseded = true;
                 self.coverage.saw(State::Superseded);
                 Ok(())
             }
-            Output::Doubt(_) => Ok(()),
+            Output::Doubt(_) => {
+                node.hold = None;
+                Ok(())
+            }
             Output::Halted(cause) => Err(format!("node {} halted: {cause}", node.incarnation)),
-            Output::Stopped => Err(format!("node {} stopped unasked", node.incarnation)),
+            Output::Released => {
+                let incarnation = node.incarnation;
+                if !std::mem::replace(&mut node.releasing, true) {
+                    return Err(format!("node {incarnation} gave up unasked"));
+                }
+                (node.hold, node.released) = (None, true);
+                self.coverage.saw(State::Released);
+                match self.calls.open_of(incarnation) {
+                    0 => Ok(()),
+                    open => Err(format!("node {incarnation} gave up with {open} calls open")),
+                }
+            }
         }
     }
 
@@ -557,7 +634,8 @@ impl World {
 
     // --- the end -------------------------------------------------------------------------------
 
-    /// Without faults everything comes to rest: every call is answered, one node owns.
+    /// Without faults everything comes to rest: every call is answered, and the one node that is left
+    /// owns. The others crash or are told to give up.
     fn heal(&mut self) -> Result<(), Violation> {
         self.healing = true;
         self.note(|| "healing".into());
@@ -574,12 +652,20 @@ impl World {
                 self.nodes[at].index_at = self.nodes[at].index_at.min(self.index.position());
             }
         }
+        for at in (1..self.nodes.len()).rev() {
+            if self.nodes[at].releasing || self.random.chance(50) {
+                self.crash(at);
+            } else {
+                self.nodes[at].releasing = true;
+                self.give(at, Input::Release)?;
+            }
+        }
         let last = self.step + HEALING_STEPS_MAX;
         while self.step < last {
             if self.is_at_rest() {
                 return self.finish();
             }
-            self.replace_lost_owner()?;
+            self.keep_one_node()?;
             self.next_step_of_healing()?;
         }
         let states: Vec<_> =
@@ -587,20 +673,12 @@ impl World {
         Err(format!("no rest: {} calls open, {states:?}", self.calls.open()))
     }
 
-    /// Whoever is superseded does not claim again; when the newest start is gone, and only then, it
-    /// takes another start.
-    fn replace_lost_owner(&mut self) -> Result<(), Violation> {
-        let Some(newest) = self.nodes.iter().map(|node| node.superseded_by).max() else {
-            return self.start_node();
-        };
-        if self.nodes.iter().any(|node| node.superseded_by.is_none()) {
-            return Ok(());
+    /// Whoever has given up is gone, and somebody is there.
+    fn keep_one_node(&mut self) -> Result<(), Violation> {
+        if let Some(at) = self.nodes.iter().position(|node| node.released) {
+            self.crash(at);
         }
-        let lives = |by: usize| self.nodes.iter().any(|node| node.incarnation == by);
-        if self.nodes.iter().all(|node| node.superseded_by.is_some_and(lives)) {
-            return Err(format!("all nodes stepped down, the newest because of {newest:?}"));
-        }
-        self.start_node()
+        if self.nodes.is_empty() { self.start_node() } else { Ok(()) }
     }
 
     fn next_step_of_healing(&mut self) -> Result<(), Violation> {
@@ -623,8 +701,8 @@ impl World {
             self.nodes.iter().filter(|node| matches!(node.writer.status(), Status::Owning));
         self.calls.open() == 0
             && owners.count() == 1
-            && self.nodes.iter().filter(|node| node.superseded_by.is_some()).count() + 1
-                == self.nodes.len()
+            && self.nodes.len() == 1
+            && self.nodes.iter().all(|node| node.mark_settled >= node.mark_wanted)
             && self.queues.values().all(VecDeque::is_empty)
             && self.late.is_empty()
             && self.nodes.iter().all(|node| node.lookups.is_empty())
@@ -654,6 +732,7 @@ pub(super) enum Cause {
     Report(ClaimId, u64),
     Records,
     Looked,
+    Abandon,
     Other,
 }
 
@@ -663,6 +742,7 @@ fn cause(input: &Input) -> Cause {
         Input::Report { claim, seq, .. } => Cause::Report(*claim, *seq),
         Input::Records { .. } => Cause::Records,
         Input::Loaded { .. } | Input::Found { .. } => Cause::Looked,
+        Input::Abandon => Cause::Abandon,
         _ => Cause::Other,
     }
 }

@@ -77,15 +77,15 @@ impl PartitionWriter {
     pub(super) fn refusal(&self) -> Option<AppendError> {
         let partition = self.config.partition;
         match &self.phase {
-            Phase::Superseded(owner) => {
-                Some(AppendError::NotOwner { partition, owner: Some(Owner::clone(owner)) })
+            Phase::Superseded { by, .. } => {
+                Some(AppendError::NotOwner { partition, owner: Some(Owner::clone(by)) })
             }
             Phase::Halted(cause) => Some(AppendError::Unavailable {
                 retry_after: RETRY_AFTER,
                 cause: Arc::clone(cause),
             }),
-            Phase::Stopped => Some(self.unavailable("the store has stopped")),
-            _ if self.stopping => Some(self.unavailable("the store is stopping")),
+            Phase::Released => Some(AppendError::NotOwner { partition, owner: None }),
+            _ if self.releasing => Some(AppendError::NotOwner { partition, owner: None }),
             _ => None,
         }
     }

@@ -1,8 +1,7 @@
 //! Taking the partition over, losing it, and doubt.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use chrono::TimeDelta;
 use kafold_core::Offset;
 use kafold_core::store::Owner;
 
@@ -13,13 +12,10 @@ use crate::identity::IdentityError;
 use crate::mutant::{self, Mutant};
 use crate::wire::{Body, Claim, ClaimId, Epoch, Nonce, Record, Stamp, stored_time};
 
-/// How far behind the newest start in the log a claimant with a slow clock places its own.
-const TIE_BREAK_MICROS: u64 = 100_000;
-
 impl PartitionWriter {
     pub(super) fn claim_if_due(&mut self, turn: &mut Turn<'_>) {
         let due = self.claim_not_before.is_none_or(|at| at <= turn.now);
-        let settled = self.stopping && self.pending.is_empty();
+        let settled = self.releasing && self.pending.is_empty();
         if !matches!(self.phase, Phase::CatchingUp { caught_up: true })
             || !due
             || settled
@@ -34,9 +30,10 @@ impl PartitionWriter {
         };
         let commands_mark = state.commands_mark;
         let id = ClaimId { epoch, nonce: Nonce((self.entropy)()) };
-        let body = Body::Claim(self.claim().clone());
+        let body = Body::Claim(self.claim());
         let stamp = Stamp { claim: id, seq: 0, commands_mark };
         self.reported_base = None;
+        self.has_claimed = true;
         self.phase = Phase::Claiming { claim: id, since: turn.now };
         turn.say(Output::Produce(Record { stamp, body }));
         if mutant::active(Mutant::NoReadBeforeProducing) {
@@ -44,23 +41,15 @@ impl PartitionWriter {
         }
     }
 
-    /// What our claims say. The newest start wins, so ours must lie behind those in the log when
-    /// we came, even where their clocks are ahead of ours.
-    pub(super) fn claim(&mut self) -> &Claim {
-        let (config, entropy) = (&self.config, &mut self.entropy);
-        let newest = self.reader.fold().state().newest_start;
-        self.claim.get_or_insert_with(|| {
-            // Two that come to the same moment must not tie.
-            let ahead = TimeDelta::microseconds(1 + (entropy() % TIE_BREAK_MICROS) as i64);
-            let own = stored_time(config.owner.started_at);
-            let behind = newest.map(|start| start.checked_add_signed(ahead).unwrap_or(start));
-            Claim {
-                owner: config.owner.name.clone(),
-                address: config.owner.address.clone(),
-                partitions: config.partitions,
-                started_at: behind.map_or(own, |behind| own.max(behind)),
-            }
-        })
+    /// What our claims say.
+    fn claim(&self) -> Claim {
+        let owner = &self.config.owner;
+        Claim {
+            owner: owner.name.clone(),
+            address: owner.address.clone(),
+            partitions: self.config.partitions,
+            started_at: stored_time(owner.started_at),
+        }
     }
 
     /// A claim was accepted: every older one is over, and what was pending is definite.
@@ -90,27 +79,55 @@ impl PartitionWriter {
             };
             return self.own(ours, base, turn);
         }
-        let rank = |claim: &Claim| (claim.started_at, claim.owner.clone(), claim.address.clone());
-        if self.claim.as_ref().is_some_and(|own| rank(claim) > rank(own)) {
+        if !self.has_claimed {
+            return;
+        }
+        if *claim != self.claim() {
             return self.supersede(claim.owner(), turn);
         }
-        // An older start's, or a late one of our own: nothing keeps us from claiming again.
+        // A late one of our own: nothing keeps us from claiming again.
         match &self.phase {
             Phase::Claiming { .. } => self.retreat(turn),
-            _ => self.doubt(format!("an older claim by {} was accepted", claim.owner()), turn),
+            _ => self.doubt("an older claim of this process was accepted".into(), turn),
         }
     }
 
     pub(super) fn own(&mut self, id: ClaimId, base: Offset, turn: &mut Turn<'_>) {
-        self.phase = Phase::Owning(Flight::new(id, base, turn.now));
+        let commands_mark = self.reader.fold().state().commands_mark;
+        self.phase = Phase::Owning(Flight::new(id, base, commands_mark, turn.now));
+        self.owned_at = Some(turn.now);
+        self.told_mark = commands_mark;
         self.ready.extend(self.streams.waiting.iter().cloned());
-        turn.say(Output::Owned(id));
+        turn.say(Output::Owned { claim: id, commands_mark });
     }
 
-    pub(super) fn supersede(&mut self, owner: Owner, turn: &mut Turn<'_>) {
-        self.phase = Phase::Superseded(owner.clone());
-        turn.say(Output::Superseded(owner));
+    /// Another process has the partition. Whether it is right to have it is not ours to judge: ours is
+    /// to let it work, and to ask for the partition again only while nobody takes it from us.
+    pub(super) fn supersede(&mut self, by: Owner, turn: &mut Turn<'_>) {
+        let limits = &self.config.limits;
+        let settled_in = |at: Instant| turn.now >= at + limits.yield_backoff_max;
+        if self.owned_at.take().is_some_and(settled_in) {
+            self.yields = 0;
+        }
+        let (base, most) = (limits.yield_backoff, limits.yield_backoff_max);
+        let until = turn.now + self.jittered(base, most, self.yields);
+        self.yields = self.yields.saturating_add(1);
+        self.has_claimed = false;
+        self.reading = false;
+        self.phase = Phase::Superseded { by: by.clone(), until };
+        turn.say(Output::Superseded(by));
         self.answer_everybody(turn);
+    }
+
+    /// Reads on after the wait, to claim at the end of the log.
+    pub(super) fn come_back_if_due(&mut self, turn: &Turn<'_>) {
+        if let Phase::Superseded { until, .. } = &self.phase
+            && *until <= turn.now
+            && !self.releasing
+        {
+            self.claim_not_before = None;
+            self.phase = Phase::CatchingUp { caught_up: false };
+        }
     }
 
     /// The claim cannot go on: nothing is acknowledged by reports any more. Reading on and a new
@@ -131,15 +148,20 @@ impl PartitionWriter {
     /// Back to reading; the next claim comes after a jittered wait that doubles.
     pub(super) fn retreat(&mut self, turn: &Turn<'_>) {
         let limits = &self.config.limits;
-        let doubled = limits.claim_backoff.saturating_mul(1 << self.claim_attempts.min(20));
-        let half = doubled.min(limits.claim_backoff_max) / 2;
-        let spread = (half.as_micros() as u64).saturating_add(1);
-        let jitter = Duration::from_micros((self.entropy)() % spread);
+        let (base, most) = (limits.claim_backoff, limits.claim_backoff_max);
+        let wait = self.jittered(base, most, self.claim_attempts);
         self.claim_attempts = self.claim_attempts.saturating_add(1);
-        self.claim_not_before = Some(turn.now + half + jitter);
+        self.claim_not_before = Some(turn.now + wait);
         self.phase = Phase::CatchingUp { caught_up: false };
         // A read that waits for a record at the end of the log would say nothing: ask anew.
         self.reading = false;
+    }
+
+    /// The wait doubled so often, half of it random.
+    fn jittered(&mut self, base: Duration, most: Duration, doublings: u32) -> Duration {
+        let half = base.saturating_mul(1 << doublings.min(20)).min(most) / 2;
+        let spread = (half.as_micros() as u64).saturating_add(1);
+        half + Duration::from_micros((self.entropy)() % spread)
     }
 }
 

@@ -248,7 +248,6 @@ impl PartitionWriter {
     ) {
         let Phase::Owning(flight) = &mut self.phase else { return };
         let partition = self.config.partition;
-        let commands_mark = self.reader.fold().state().commands_mark;
         let before = if stream.pending.is_empty() {
             stream.known().map_or(Version::EMPTY, |known| known.version)
         } else {
@@ -271,7 +270,7 @@ impl PartitionWriter {
                 metadata,
             });
             let body = Body::Event(EventBody { index, count, event });
-            turn.say(Output::Produce(flight.push(body, commands_mark, turn.now)));
+            turn.say(Output::Produce(flight.push(body, turn.now)));
         }
         let end = before.plus(u64::from(count));
         let last_seq = flight.last_seq();

@@ -22,6 +22,11 @@ pub(super) struct Flight {
     pub(super) active_at: Instant,
     barrier_seq: u64,
     barrier_at: Option<Instant>,
+    /// What the next record says of forwarded commands, what the last one said, and what somebody
+    /// waits for.
+    commands_mark: Offset,
+    mark_produced: Offset,
+    mark_wanted: Offset,
 }
 
 #[derive(Debug)]
@@ -43,7 +48,8 @@ pub(super) enum Judgement {
 }
 
 impl Flight {
-    pub(super) fn new(claim: ClaimId, base: Offset, now: Instant) -> Self {
+    /// `commands_mark` is the highest of the accepted records.
+    pub(super) fn new(claim: ClaimId, base: Offset, commands_mark: Offset, now: Instant) -> Self {
         Self {
             claim,
             base,
@@ -53,7 +59,23 @@ impl Flight {
             active_at: now,
             barrier_seq: 0,
             barrier_at: None,
+            commands_mark,
+            mark_produced: commands_mark,
+            mark_wanted: commands_mark,
         }
+    }
+
+    /// All forwarded commands below are settled; `wanted` if somebody waits until the log says so.
+    pub(super) fn mark_commands(&mut self, mark: Offset, wanted: bool) {
+        self.commands_mark = self.commands_mark.max(mark);
+        if wanted {
+            self.mark_wanted = self.mark_wanted.max(mark);
+        }
+    }
+
+    /// Whether nothing that is in flight or proven says what somebody waits for.
+    pub(super) fn mark_is_due(&self) -> bool {
+        self.mark_wanted > self.mark_produced
     }
 
     /// For [`Mutant::BaseFromReport`].
@@ -76,9 +98,11 @@ impl Flight {
     }
 
     /// Gives the next seq to a record that is produced now.
-    pub(super) fn push(&mut self, body: Body, commands_mark: Offset, now: Instant) -> Record {
+    pub(super) fn push(&mut self, body: Body, now: Instant) -> Record {
+        let commands_mark = self.commands_mark;
         let stamp = Stamp { claim: self.claim, seq: self.next_seq, commands_mark };
         let record = Record { stamp, body };
+        self.mark_produced = commands_mark;
         if self.unproven.is_empty() {
             self.active_at = now;
         }
@@ -87,19 +111,14 @@ impl Flight {
         record
     }
 
-    /// A barrier for the confirms at the last seq, unless one is in flight or it is too early.
-    pub(super) fn push_barrier(
-        &mut self,
-        interval: Duration,
-        commands_mark: Offset,
-        now: Instant,
-    ) -> Option<Record> {
+    /// A barrier, unless one is in flight or it is too early.
+    pub(super) fn push_barrier(&mut self, interval: Duration, now: Instant) -> Option<Record> {
         if self.barrier_due(interval)? > now {
             return None;
         }
         self.barrier_at = Some(now);
         self.barrier_seq = self.next_seq;
-        Some(self.push(Body::Barrier, commands_mark, now))
+        Some(self.push(Body::Barrier, now))
     }
 
     /// When the next barrier may be produced; `None` while one is in flight.

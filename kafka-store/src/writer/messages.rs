@@ -62,6 +62,11 @@ pub struct WriterLimits {
     pub claim_backoff: Duration,
     /// The longest such wait. Default 5 s.
     pub claim_backoff_max: Duration,
+    /// Wait before a partition that another process claimed is claimed back, doubled each time, half
+    /// of it random: longer than the group needs to tell who is to own it. Default 3 s.
+    pub yield_backoff: Duration,
+    /// The longest such wait; whoever owned for so long begins with the shortest again. Default 30 s.
+    pub yield_backoff_max: Duration,
     /// A record without a report for so long is in doubt; longer than the producer itself tries.
     /// Default 330 s.
     pub report_timeout: Duration,
@@ -88,6 +93,8 @@ impl Default for WriterLimits {
             barrier_interval: Duration::from_millis(5),
             claim_backoff: Duration::from_millis(50),
             claim_backoff_max: Duration::from_secs(5),
+            yield_backoff: Duration::from_secs(3),
+            yield_backoff_max: Duration::from_secs(30),
             report_timeout: Duration::from_secs(330),
             quiet_time: Duration::from_millis(200),
             read_wait: Duration::from_secs(1),
@@ -158,8 +165,21 @@ pub enum Input {
     Tick,
     /// The driver found that the log is not ours any more: nothing can go on.
     Halt(Cause),
-    /// Take nothing new, settle what is pending, then [`Output::Stopped`].
-    Stop,
+    /// All forwarded commands below `mark` are settled, found out under this claim: the records from
+    /// here on say so. If it is `wanted`, somebody waits until the log says it.
+    CommandsMark {
+        /// The claim under which they were settled; under another one it is not true any more.
+        claim: ClaimId,
+        /// The lowest offset of a command that is not settled.
+        mark: Offset,
+        /// Whether a record is to be produced for it alone, if no other comes.
+        wanted: bool,
+    },
+    /// The partition is to be another's: take nothing new, settle what is pending, then
+    /// [`Output::Released`].
+    Release,
+    /// The partition is another's, and there is no time to settle anything: everybody is answered.
+    Abandon,
 }
 
 /// Why a record may not have reached the log.
@@ -219,15 +239,23 @@ pub enum Output {
     /// Make a fresh producer, purge the old one, tell [`Input::ProducerReady`] to all partitions.
     FreshProducer,
     /// The partition is ours from here on.
-    Owned(ClaimId),
+    Owned {
+        /// Under this claim.
+        claim: ClaimId,
+        /// The lowest offset of a forwarded command that may not be settled.
+        commands_mark: Offset,
+    },
+    /// The log says, under our own claim, that all forwarded commands below are settled.
+    CommandsSettled(Offset),
     /// What was in flight is in doubt: a new claim will settle it. For logs and metrics.
     Doubt(String),
-    /// Another process owns the partition from here on; this one will not claim it again.
+    /// Another process has claimed the partition. This one takes nothing for a while and then claims
+    /// it back, unless it is released.
     Superseded(Owner),
     /// The partition halts for good: the log contradicts itself.
     Halted(Cause),
-    /// Everything is settled after [`Input::Stop`].
-    Stopped,
+    /// Nothing is pending any more after [`Input::Release`] or [`Input::Abandon`].
+    Released,
 }
 
 /// The log up to `next` is folded and cannot change.
@@ -270,10 +298,10 @@ pub enum Status {
     Claiming,
     /// Commands are decided here.
     Owning,
-    /// Another process owns the partition.
+    /// Another process owns the partition, for now.
     Superseded(Owner),
     /// The log contradicts itself.
     Halted(Cause),
-    /// Stopped.
-    Stopped,
+    /// Given up for another to take.
+    Released,
 }

@@ -3,8 +3,9 @@
 //! [`PartitionWriter::handle`] takes what happened and says what is to be done. The way of a
 //! partition: read from the index's position to the end, claim, read until the own claim is
 //! accepted, then decide and produce. A record is proven when its own report carries exactly the one
-//! offset it must have; anything else is doubt, which a new claim settles. A process that finds a
-//! newer start's claim accepted steps down for good.
+//! offset it must have; anything else is doubt, which a new claim settles. Who finds another's claim
+//! accepted steps down, and claims again only after a wait that doubles and while he is to own the
+//! partition: a writer lives from the moment it is assigned until it is released.
 //!
 //! - `messages`: inputs, outputs, limits;
 //! - `flight`: what is produced under the current claim and not proven;
@@ -35,7 +36,7 @@ use lru::LruCache;
 
 use crate::fold::{Checkpoint, CommitReader, Read};
 use crate::mutant::{self, Mutant};
-use crate::wire::{Claim, ClaimId, LogRecord, Stamp};
+use crate::wire::{ClaimId, LogRecord, Stamp};
 
 use flight::{Flight, Judgement};
 use settle::{PendingCommit, PendingConfirm};
@@ -55,9 +56,13 @@ pub struct PartitionWriter {
     entropy: Entropy,
     reader: CommitReader,
     phase: Phase,
-    /// What all claims of this process say; made with the first, see [`Claim::started_at`].
-    claim: Option<Claim>,
+    /// Whether it has gone for the partition since it was assigned, or last lost it: another's claim
+    /// from before that is history.
+    has_claimed: bool,
     claim_attempts: u32,
+    /// Times that the partition was lost to another process, and since when it is owned.
+    yields: u32,
+    owned_at: Option<Instant>,
     claim_not_before: Option<Instant>,
     /// A producer is in place that is not known to be broken.
     producer_ready: bool,
@@ -66,6 +71,8 @@ pub struct PartitionWriter {
     read_not_before: Option<Instant>,
     /// What the last [`Output::Proven`] told.
     told: Offset,
+    /// What [`Output::Owned`] or the last [`Output::CommandsSettled`] told.
+    told_mark: Offset,
     streams: Streams,
     /// Streams whose first in the queue may be decided now.
     ready: Vec<StreamId>,
@@ -82,19 +89,28 @@ pub struct PartitionWriter {
     request_bytes: usize,
     /// No deadline lies before it.
     earliest_deadline: Option<Instant>,
-    stopping: bool,
+    releasing: bool,
     /// The offset that the claim's report told, for [`Mutant::BaseFromReport`] alone.
     reported_base: Option<Offset>,
 }
 
 enum Phase {
     New,
-    CatchingUp { caught_up: bool },
-    Claiming { claim: ClaimId, since: Instant },
+    CatchingUp {
+        caught_up: bool,
+    },
+    Claiming {
+        claim: ClaimId,
+        since: Instant,
+    },
     Owning(Flight),
-    Superseded(Owner),
+    /// Another claimed it: until then it is not claimed back.
+    Superseded {
+        by: Owner,
+        until: Instant,
+    },
     Halted(Cause),
-    Stopped,
+    Released,
 }
 
 /// One call of [`PartitionWriter::handle`].
@@ -123,13 +139,16 @@ impl PartitionWriter {
             entropy,
             reader: CommitReader::new(partition, Checkpoint::default()),
             phase: Phase::New,
-            claim: None,
+            has_claimed: false,
             claim_attempts: 0,
+            yields: 0,
+            owned_at: None,
             claim_not_before: None,
             producer_ready: true,
             reading: false,
             read_not_before: None,
             told: Offset(0),
+            told_mark: Offset(0),
             ready: Vec::new(),
             pending: VecDeque::new(),
             confirms: VecDeque::new(),
@@ -138,9 +157,15 @@ impl PartitionWriter {
             requests: 0,
             request_bytes: 0,
             earliest_deadline: None,
-            stopping: false,
+            releasing: false,
             reported_base: None,
         }
+    }
+
+    /// Makes it new, for the next time that the partition is assigned.
+    pub fn renew(&mut self) {
+        let entropy = std::mem::replace(&mut self.entropy, Box::new(|| 0));
+        *self = Self::new(self.config.clone(), entropy);
     }
 
     /// Takes what happened at `now` and adds what is to be done, in order.
@@ -161,7 +186,9 @@ impl PartitionWriter {
             Input::Indexed(position) => self.indexed(position),
             Input::Tick => {}
             Input::Halt(cause) => self.halt(cause, turn),
-            Input::Stop => self.stop(turn),
+            Input::CommandsMark { claim, mark, wanted } => self.commands_mark(claim, mark, wanted),
+            Input::Release => self.release(turn),
+            Input::Abandon => self.abandon(turn),
         }
         self.go_on(turn);
     }
@@ -178,9 +205,10 @@ impl PartitionWriter {
                 (Some(*since + limits.report_timeout), self.read_not_before)
             }
             Phase::Owning(flight) => {
-                let barrier = self.barrier_wanted(flight);
-                let barrier =
-                    barrier.then(|| flight.barrier_due(limits.barrier_interval)).flatten();
+                let barrier = self
+                    .barrier_wanted(flight)
+                    .then(|| flight.barrier_due(limits.barrier_interval))
+                    .flatten();
                 let report = flight.waiting_since().map(|since| since + limits.report_timeout);
                 let quiet = flight.quiet_since().map(|since| since + limits.quiet_time);
                 (
@@ -188,7 +216,8 @@ impl PartitionWriter {
                     quiet.max(self.read_not_before.filter(|_| quiet.is_some())),
                 )
             }
-            Phase::New | Phase::Superseded(_) | Phase::Halted(_) | Phase::Stopped => (None, None),
+            Phase::Superseded { until, .. } => (Some(*until), None),
+            Phase::New | Phase::Halted(_) | Phase::Released => (None, None),
         };
         earlier(earlier(phase, read.filter(|_| !self.reading)), self.earliest_deadline)
     }
@@ -199,9 +228,9 @@ impl PartitionWriter {
             Phase::New | Phase::CatchingUp { .. } => Status::CatchingUp,
             Phase::Claiming { .. } => Status::Claiming,
             Phase::Owning(_) => Status::Owning,
-            Phase::Superseded(owner) => Status::Superseded(owner.clone()),
+            Phase::Superseded { by, .. } => Status::Superseded(by.clone()),
             Phase::Halted(cause) => Status::Halted(Arc::clone(cause)),
-            Phase::Stopped => Status::Stopped,
+            Phase::Released => Status::Released,
         }
     }
 
@@ -209,11 +238,12 @@ impl PartitionWriter {
     fn go_on(&mut self, turn: &mut Turn<'_>) {
         self.expire(turn);
         self.notice_missing_report(turn);
+        self.come_back_if_due(turn);
         self.claim_if_due(turn);
         self.decide_ready(turn);
         self.barrier_if_due(turn);
         self.read_if_due(turn);
-        self.stop_if_settled(turn);
+        self.released_if_settled(turn);
     }
 
     fn start(&mut self, from: Checkpoint) {
@@ -279,6 +309,24 @@ impl PartitionWriter {
         {
             flight.was_read(stamp.seq, turn.now);
             self.answer_confirms(turn);
+            self.tell_mark(turn);
+        }
+    }
+
+    /// Tells that the log says which forwarded commands are settled, when it says so of more.
+    fn tell_mark(&mut self, turn: &mut Turn<'_>) {
+        let mark = self.reader.fold().state().commands_mark;
+        if mark > self.told_mark {
+            self.told_mark = mark;
+            turn.say(Output::CommandsSettled(mark));
+        }
+    }
+
+    fn commands_mark(&mut self, claim: ClaimId, mark: Offset, wanted: bool) {
+        if let Phase::Owning(flight) = &mut self.phase
+            && flight.claim == claim
+        {
+            flight.mark_commands(mark, wanted);
         }
     }
 
@@ -301,7 +349,7 @@ impl PartitionWriter {
                 Some(since) if since + limits.quiet_time <= turn.now => limits.read_wait,
                 _ => return,
             },
-            Phase::New | Phase::Superseded(_) | Phase::Halted(_) | Phase::Stopped => return,
+            Phase::New | Phase::Superseded { .. } | Phase::Halted(_) | Phase::Released => return,
         };
         if !self.reading && due(self.read_not_before) {
             self.reading = true;
@@ -381,6 +429,7 @@ impl PartitionWriter {
                 Err(diverged) => return self.halt(Arc::new(diverged), turn),
             }
             self.answer_confirms(turn);
+            self.tell_mark(turn);
         }
         self.tell_progress(turn);
     }
@@ -410,7 +459,7 @@ impl PartitionWriter {
     // --- the end -------------------------------------------------------------------------------
 
     fn halt(&mut self, cause: Cause, turn: &mut Turn<'_>) {
-        if matches!(self.phase, Phase::Halted(_) | Phase::Stopped) {
+        if matches!(self.phase, Phase::Halted(_) | Phase::Released) {
             return;
         }
         self.phase = Phase::Halted(Arc::clone(&cause));
@@ -418,16 +467,21 @@ impl PartitionWriter {
         self.answer_everybody(turn);
     }
 
-    fn stop(&mut self, turn: &mut Turn<'_>) {
-        self.stopping = true;
+    fn release(&mut self, turn: &mut Turn<'_>) {
+        self.releasing = true;
         self.answer_waiting(turn);
         self.fail_confirms(turn);
     }
 
-    fn stop_if_settled(&mut self, turn: &mut Turn<'_>) {
-        if self.stopping && self.pending.is_empty() && !matches!(self.phase, Phase::Stopped) {
-            self.phase = Phase::Stopped;
-            turn.say(Output::Stopped);
+    fn abandon(&mut self, turn: &mut Turn<'_>) {
+        self.releasing = true;
+        self.answer_everybody(turn);
+    }
+
+    fn released_if_settled(&mut self, turn: &mut Turn<'_>) {
+        if self.releasing && self.pending.is_empty() && !matches!(self.phase, Phase::Released) {
+            self.phase = Phase::Released;
+            turn.say(Output::Released);
         }
     }
 }

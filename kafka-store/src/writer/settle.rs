@@ -165,9 +165,11 @@ impl PartitionWriter {
 
     // --- confirms ------------------------------------------------------------------------------
 
-    /// Whether no record that is in flight will answer the last confirm.
+    /// Whether no record that is in flight will answer the last confirm, or say of forwarded commands
+    /// what somebody waits for.
     pub(super) fn barrier_wanted(&self, flight: &Flight) -> bool {
-        self.confirms.back().is_some_and(|last| last.behind >= flight.last_seq())
+        flight.mark_is_due()
+            || self.confirms.back().is_some_and(|last| last.behind >= flight.last_seq())
     }
 
     pub(super) fn barrier_if_due(&mut self, turn: &mut Turn<'_>) {
@@ -175,10 +177,9 @@ impl PartitionWriter {
         if !self.barrier_wanted(flight) {
             return;
         }
-        let commands_mark = self.reader.fold().state().commands_mark;
         let interval = self.config.limits.barrier_interval;
         let Phase::Owning(flight) = &mut self.phase else { return };
-        if let Some(record) = flight.push_barrier(interval, commands_mark, turn.now) {
+        if let Some(record) = flight.push_barrier(interval, turn.now) {
             turn.say(Output::Produce(record));
         }
     }

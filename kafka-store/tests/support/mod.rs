@@ -9,7 +9,7 @@ use kafold_core::clock::{RandomIds, SystemClock};
 use kafold_core::memory::MemoryIndex;
 use kafold_core::store::{Append, Appended, Health, Owner, Ticket};
 use kafold_core::{Clock, Commit, EventStore, ExpectedVersion, IdGenerator, StreamId, StreamIndex};
-use kafold_kafka_store::{KafkaConfig, KafkaStore, OpenError};
+use kafold_kafka_store::{Assignment, KafkaConfig, KafkaStore, OpenError};
 use rdkafka::ClientConfig;
 use rdkafka::admin::{AdminClient, AdminOptions, NewTopic, TopicReplication};
 use rdkafka::client::DefaultClientContext;
@@ -60,6 +60,16 @@ pub(crate) async fn open_with(
     KafkaStore::open(config, index, owner(name), clock(), Arc::new(RandomIds))
         .await
         .unwrap_or_else(|error| panic!("{error}"))
+}
+
+/// A process that goes for every partition, whatever a group says, and that does not come back for a
+/// long time once it has lost one.
+pub(crate) fn contender(config: &KafkaConfig) -> KafkaConfig {
+    let mut config = config.clone();
+    config.assignment = Assignment::Everything;
+    config.limits.yield_backoff = Duration::from_secs(600);
+    config.limits.yield_backoff_max = Duration::from_secs(600);
+    config
 }
 
 /// A store that owns every partition.

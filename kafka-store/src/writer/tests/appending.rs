@@ -57,7 +57,7 @@ fn consecutive_offsets_behind_another_claim_are_no_proof() {
     let mut bench = Bench::owning();
     let first = bench.submit(exact(0), 1, 2);
     bench.load_empty();
-    bench.other_claims(2, 2_000);
+    bench.other_claims(2);
     bench.settle();
     assert!(bench.answer(first).is_none());
     bench.catch_up();
@@ -280,15 +280,18 @@ fn what_the_broker_refuses_for_good_is_not_proposed_twice() {
 #[test]
 fn commits_read_while_a_load_is_under_way_are_not_lost() {
     let mut bench = Bench::owning();
-    let request = bench.submit(exact(1), 1, 1);
-    // The load was begun; then an older start takes over for a moment and appends.
-    let other = bench.other_claims(2, 1);
+    let early = bench.submit(exact(0), 1, 1);
+    // The load was begun; then another takes over for a moment and appends.
+    let other = bench.other_claims(2);
     bench.other_appends(other, 1, 1, 99);
     bench.catch_up();
-    bench.load_empty();
-    bench.claim_again();
+    assert!(is_not_owner(&bench.answer(early)));
+    bench.pass(WriterLimits::default().yield_backoff);
+    bench.catch_up();
+    let request = bench.submit(exact(1), 1, 1);
     bench.land_all();
     bench.catch_up();
+    bench.load_empty();
     bench.settle();
     assert_eq!(bench.acknowledged(request), (2, 4, false));
 }

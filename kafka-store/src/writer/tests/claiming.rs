@@ -5,8 +5,8 @@ use super::*;
 #[test]
 fn nothing_is_claimed_before_the_end_is_read() {
     let mut bench = Bench::new(config());
-    bench.other_claims(1, 1);
-    bench.other_claims(2, 2);
+    bench.other_claims(1);
+    bench.other_claims(2);
     bench.give(Input::Start(Checkpoint::default()));
     assert!(bench.has(|output| matches!(output, Output::Read { from: Offset(0), .. })));
     let first = bench.log[..1].to_vec();
@@ -38,21 +38,25 @@ fn a_claim_of_our_epoch_by_another_is_not_ours() {
     let mut bench = Bench::new(config());
     bench.give(Input::Start(Checkpoint::default()));
     bench.catch_up();
-    bench.other_claims(1, 2_000);
+    bench.other_claims(1);
     bench.land_all();
     bench.catch_up();
-    assert!(!bench.has(|output| matches!(output, Output::Owned(_))));
+    assert!(!bench.has(|output| matches!(output, Output::Owned { .. })));
     assert!(matches!(bench.writer.status(), Status::Superseded(owner) if owner.name == "other"));
 }
 
 #[test]
-fn a_lost_race_against_an_older_start_is_run_again() {
+fn a_lost_race_is_run_again_after_a_while() {
     let mut bench = Bench::new(config());
     bench.give(Input::Start(Checkpoint::default()));
     bench.catch_up();
-    bench.other_claims(1, 500);
+    bench.other_claims(1);
     bench.land_all();
-    bench.claim_again();
+    bench.catch_up();
+    assert!(matches!(bench.writer.status(), Status::Superseded(_)));
+    bench.pass(WriterLimits::default().yield_backoff);
+    bench.catch_up();
+    assert_eq!(bench.kinds(), [("claim", 0)]);
     assert_eq!(bench.produced[0].stamp.claim.epoch, Epoch(2));
 }
 
@@ -67,7 +71,7 @@ fn base_is_where_our_reading_accepted_the_claim_not_what_was_reported() {
     let request = bench.submit(exact(0), 1, 1);
     bench.load_empty();
     // Another takes over; a retried copy of our claim lands behind and is what the report tells.
-    bench.other_claims(2, 2_000);
+    bench.other_claims(2);
     let copy = bench.land(claim);
     bench.report(stamp, Some(copy.0));
     bench.settle();
@@ -77,13 +81,13 @@ fn base_is_where_our_reading_accepted_the_claim_not_what_was_reported() {
 }
 
 #[test]
-fn a_superseded_writer_gets_no_ack_and_claims_no_more() {
+fn a_superseded_writer_gets_no_ack_and_lets_the_other_work() {
     let mut bench = Bench::owning();
     bench.submit(exact(0), 1, 1);
     bench.load_empty();
     bench.settle();
     let late = bench.submit(exact(1), 2, 1);
-    let other = bench.other_claims(2, 2_000);
+    let other = bench.other_claims(2);
     bench.other_appends(other, 1, 2, 99);
     bench.settle();
     assert!(bench.answer(late).is_none(), "offset 4 instead of 2");
@@ -94,8 +98,9 @@ fn a_superseded_writer_gets_no_ack_and_claims_no_more() {
     let owner = |error: AppendError| matches!(error, AppendError::NotOwner { owner: Some(owner), .. } if owner.name == "other");
     assert!(owner(bench.answer(refused).expect("an answer").expect_err("refused")));
     assert!(owner(bench.confirmed(view).expect("an answer").expect_err("refused")));
-    bench.pass(Duration::from_secs(60));
-    assert!(bench.produced.is_empty(), "it does not claim again");
+    bench.pass(WriterLimits::default().yield_backoff / 3);
+    bench.catch_up();
+    assert!(bench.produced.is_empty(), "it does not claim back at once");
 }
 
 #[test]
@@ -104,72 +109,63 @@ fn an_idle_owner_reads_and_notices_that_it_was_superseded() {
     bench.out.clear();
     bench.pass(Duration::from_secs(1));
     assert!(bench.has(|output| matches!(output, Output::Read { from: Offset(1), .. })));
-    bench.other_claims(2, 2_000);
+    bench.other_claims(2);
     bench.catch_up();
     assert!(matches!(bench.writer.status(), Status::Superseded(_)));
 }
 
-#[test]
-fn a_start_behind_a_fast_clock_is_the_newest_nevertheless() {
-    let mut bench = Bench::new(config());
-    bench.other_claims(1, 9_000);
-    bench.give(Input::Start(Checkpoint::default()));
+/// The time that passes until the next claim is produced.
+fn wait_for_claim(bench: &mut Bench) -> Duration {
+    let begin = bench.now;
     bench.catch_up();
-    let Body::Claim(claim) = &bench.produced[0].body else { panic!("{:?}", bench.produced) };
-    assert!(claim.started_at > DateTime::<Utc>::UNIX_EPOCH + TimeDelta::seconds(9_000));
+    while bench.produced.is_empty() {
+        let wake = bench.writer.next_wake().expect("a claim is due");
+        bench.now = bench.now.max(wake);
+        bench.give(Input::Tick);
+        bench.catch_up();
+    }
+    bench.now - begin
 }
 
-#[test]
-fn of_two_racing_starts_exactly_one_stays() {
-    // Both claim epoch 1; the older start's claim lands first, and the newer one runs again.
-    let mut older = Bench::new(config());
-    older.give(Input::Start(Checkpoint::default()));
-    older.catch_up();
-    older.land_all();
-    older.catch_up();
-    assert!(matches!(older.writer.status(), Status::Owning));
-    let mut newer = config();
-    newer.owner.name = "newer".into();
-    newer.owner.started_at += TimeDelta::seconds(1);
-    let mut newer = Bench::new(newer);
-    newer.give(Input::Start(Checkpoint::default()));
-    newer.catch_up();
-    let lost = newer.produced.remove(0);
-    newer.log = older.log.clone();
-    newer.land(lost);
-    newer.claim_again();
-    newer.land_all();
-    newer.catch_up();
-    assert!(matches!(newer.writer.status(), Status::Owning));
-    older.log = newer.log.clone();
-    older.catch_up();
-    older.catch_up();
-    assert!(matches!(older.writer.status(), Status::Superseded(owner) if owner.name == "newer"));
+fn assert_doubling(waits: &[Duration], base: Duration, most: Duration) {
+    for (attempt, wait) in waits.iter().enumerate() {
+        let longest = (base * (1 << attempt)).min(most);
+        assert!(longest / 2 <= *wait && *wait <= longest, "attempt {attempt}: {wait:?}");
+    }
 }
 
 #[test]
 fn waits_between_claims_double_and_are_bounded() {
     let mut bench = Bench::owning();
     let mut waits = Vec::new();
-    for epoch in 2..14 {
-        // An older start's claim keeps coming first.
-        bench.other_claims(epoch, 1);
+    for _ in 2..14 {
+        bench.give(Input::ProducerReady);
         bench.produced.clear();
-        bench.catch_up();
-        bench.catch_up();
-        let begin = bench.now;
-        while bench.produced.is_empty() {
-            let wake = bench.writer.next_wake().expect("a claim is due");
-            bench.now = bench.now.max(wake);
-            bench.give(Input::Tick);
-        }
-        waits.push(bench.now - begin);
+        waits.push(wait_for_claim(&mut bench));
     }
     let limits = WriterLimits::default();
-    for (attempt, wait) in waits.iter().enumerate() {
-        let most = (limits.claim_backoff * (1 << attempt)).min(limits.claim_backoff_max);
-        assert!(most / 2 <= *wait && *wait <= most, "attempt {attempt}: {wait:?} of {most:?}");
-    }
+    assert_doubling(&waits, limits.claim_backoff, limits.claim_backoff_max);
+}
+
+#[test]
+fn waits_before_a_partition_is_claimed_back_double_and_begin_anew_for_a_settled_owner() {
+    let limits = WriterLimits::default();
+    let mut bench = Bench::owning();
+    let lose = |bench: &mut Bench| {
+        let epoch = bench.writer.reader.fold().state().claim.epoch.0 + 1;
+        bench.other_claims(epoch);
+        bench.produced.clear();
+        bench.catch_up();
+        let wait = wait_for_claim(bench);
+        bench.land_all();
+        bench.catch_up();
+        assert!(matches!(bench.writer.status(), Status::Owning));
+        wait
+    };
+    let waits: Vec<_> = (0..7).map(|_| lose(&mut bench)).collect();
+    assert_doubling(&waits, limits.yield_backoff, limits.yield_backoff_max);
+    bench.pass(limits.yield_backoff_max);
+    assert!(lose(&mut bench) <= limits.yield_backoff, "it had owned the partition for long");
 }
 
 #[test]
@@ -204,7 +200,7 @@ fn a_log_begun_with_another_partition_count_halts() {
     let mut wrong = config();
     wrong.partitions = 2;
     let mut bench = Bench::new(wrong);
-    bench.other_claims(1, 1);
+    bench.other_claims(1);
     bench.give(Input::Start(Checkpoint::default()));
     let request = bench.submit(exact(0), 1, 1);
     bench.catch_up();

@@ -72,7 +72,7 @@ fn there_is_one_barrier_in_flight_and_one_in_five_milliseconds() {
 #[test]
 fn a_stale_owner_confirms_nothing() {
     let mut bench = loaded();
-    let other = bench.other_claims(2, 2_000);
+    let other = bench.other_claims(2);
     bench.other_appends(other, 1, 1, 99);
     let view = bench.confirm(0, None);
     bench.settle();

@@ -143,34 +143,74 @@ fn streams_that_are_not_in_use_make_room() {
 }
 
 #[test]
-fn stopping_settles_what_is_pending_and_takes_nothing_more() {
+fn a_release_answers_who_waits_and_settles_what_is_pending() {
     let mut bench = Bench::owning();
     let pending = bench.submit(exact(0), 1, 1);
     bench.load_empty();
     let waiting = bench.submit(exact(0), 2, 1);
     let view = bench.confirm(0, None);
-    bench.give(Input::Stop);
-    assert!(is_unavailable(&bench.answer(waiting), "stopping"));
-    assert!(is_unavailable(&bench.confirmed(view), "stopping"));
-    assert!(!bench.has(|output| matches!(output, Output::Stopped)));
+    bench.give(Input::Release);
+    assert!(is_not_owner(&bench.answer(waiting)));
+    assert!(is_not_owner(&bench.confirmed(view)));
+    assert!(!bench.has(|output| matches!(output, Output::Released)));
     bench.settle();
     assert_eq!(bench.acknowledged(pending), (1, 1, false));
-    assert!(bench.has(|output| matches!(output, Output::Stopped)));
+    assert!(bench.has(|output| matches!(output, Output::Released)));
     let late = bench.submit(exact(1), 3, 1);
-    assert!(is_unavailable(&bench.answer(late), "stopped"));
+    assert!(is_not_owner(&bench.answer(late)));
 }
 
 #[test]
-fn stopping_in_doubt_claims_once_more_to_settle() {
+fn a_release_in_doubt_claims_once_more_to_settle() {
     let mut bench = Bench::owning();
     let pending = bench.submit(exact(0), 1, 1);
     bench.load_empty();
     let stamp = bench.produced.remove(0).stamp;
     bench.report_failure(stamp, |_| ());
-    bench.give(Input::Stop);
+    bench.give(Input::Release);
     bench.claim_again();
     bench.land_all();
     bench.catch_up();
     assert!(is_not_appended(&bench.answer(pending)));
-    assert!(matches!(bench.writer.status(), Status::Stopped));
+    assert!(matches!(bench.writer.status(), Status::Released));
+}
+
+#[test]
+fn who_is_abandoned_with_a_commit_in_flight_is_told_that_it_is_unknown() {
+    let mut bench = Bench::owning();
+    let pending = bench.submit(exact(0), 1, 1);
+    bench.load_empty();
+    let waiting = bench.submit(exact(0), 2, 1);
+    bench.give(Input::Abandon);
+    assert!(matches!(bench.answer(pending), Some(Err(AppendError::OutcomeUnknown { .. }))));
+    assert!(is_not_owner(&bench.answer(waiting)));
+    assert!(bench.has(|output| matches!(output, Output::Released)));
+    bench.settle();
+    bench.pass(Duration::from_secs(60));
+    assert!(bench.produced.is_empty());
+}
+
+#[test]
+fn a_renewed_writer_begins_where_it_is_told_and_claims_above_its_old_claim() {
+    let mut bench = Bench::owning();
+    let first = bench.submit(exact(0), 1, 1);
+    bench.load_empty();
+    bench.settle();
+    assert_eq!(bench.acknowledged(first), (1, 1, false));
+    bench.give(Input::Release);
+    bench.writer.renew();
+    bench.give(Input::Start(Checkpoint::default()));
+    bench.catch_up();
+    assert_eq!(bench.produced[0].stamp.claim.epoch, Epoch(2));
+    bench.land_all();
+    bench.catch_up();
+    let again = bench.submit(ExpectedVersion::Any, 1, 1);
+    assert!(bench.has(|output| matches!(output, Output::Load { .. })));
+    let recent = vec![CommandOutcome {
+        command_id: command(1),
+        version: Version(1),
+        position: Position { partition: PARTITION, offset: Offset(1) },
+    }];
+    bench.load(StreamHead { version: Version(1), recent, complete: true });
+    assert_eq!(bench.acknowledged(again), (1, 1, true));
 }

@@ -4,6 +4,7 @@ mod appending;
 mod claiming;
 mod confirming;
 mod limits;
+mod marks;
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -18,7 +19,7 @@ use kafold_core::{
 use uuid::Uuid;
 
 use super::*;
-use crate::wire::{Body, Content, Epoch, EventBody, Nonce, Record};
+use crate::wire::{Body, Claim, Content, Epoch, EventBody, Nonce, Record};
 
 const PARTITION: Partition = Partition(0);
 
@@ -140,14 +141,14 @@ impl Bench {
         }
     }
 
-    /// Another process claims, with the given start in seconds; its claim is in the log.
-    fn other_claims(&mut self, epoch: u32, started_at: i64) -> ClaimId {
+    /// Another process claims; its claim is in the log.
+    fn other_claims(&mut self, epoch: u32) -> ClaimId {
         let id = ClaimId { epoch: Epoch(epoch), nonce: Nonce(900 + u64::from(epoch)) };
         let claim = Claim {
             owner: "other".into(),
             address: "there".into(),
             partitions: 1,
-            started_at: DateTime::<Utc>::UNIX_EPOCH + TimeDelta::seconds(started_at),
+            started_at: DateTime::UNIX_EPOCH,
         };
         let stamp = Stamp { claim: id, seq: 0, commands_mark: Offset(0) };
         self.land(Record { stamp, body: Body::Claim(claim) });
@@ -294,6 +295,10 @@ fn conflict(result: Option<Result<Appended, AppendError>>) -> u64 {
         Some(Err(AppendError::Conflict { actual, .. })) => actual.0,
         other => panic!("no conflict: {other:?}"),
     }
+}
+
+fn is_not_owner<T>(result: &Option<Result<T, AppendError>>) -> bool {
+    matches!(result, Some(Err(AppendError::NotOwner { .. })))
 }
 
 fn is_not_appended<T: std::fmt::Debug>(result: &Option<Result<T, AppendError>>) -> bool {

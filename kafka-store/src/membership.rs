@@ -1,0 +1,245 @@
+//! A place in a consumer group, which spreads the partitions of a topic over the nodes of a service.
+//!
+//! The group is a hint for balance and liveness, never for safety, and nothing is ever read through
+//! it: its members are told which partitions are theirs, and read them by hand, from places of our
+//! own. Partitions move one by one (cooperative-sticky): what a member keeps, it keeps without a
+//! pause.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Receiver, Sender, TryRecvError, channel};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use kafold_core::Partition;
+use rdkafka::client::ClientContext;
+use rdkafka::config::{FromClientConfigAndContext, RDKafkaLogLevel};
+use rdkafka::consumer::{BaseConsumer, Consumer, ConsumerContext};
+use rdkafka::error::{KafkaError, KafkaResult};
+use rdkafka::statistics::Statistics;
+use rdkafka::topic_partition_list::{Offset as RawOffset, TopicPartitionList};
+use rdkafka::types::RDKafkaRespErr;
+use tokio::sync::{mpsc, oneshot};
+
+use crate::client::log;
+use crate::config::KafkaConfig;
+
+/// How long the thread waits for the group at once; a leave waits as long.
+const POLL: Duration = Duration::from_millis(100);
+/// The same while somebody settles what is to be given up: the group waits for it.
+const POLL_WHILE_SETTLING: Duration = Duration::from_millis(2);
+/// What librdkafka calls a member that is neither joining nor losing anything.
+const STEADY: &str = "steady";
+
+/// What the group decided.
+#[derive(Debug)]
+pub(crate) enum Rebalance {
+    /// These partitions are ours from now on.
+    Assigned(Vec<Partition>),
+    /// These partitions are to be another's. Unless they are lost already, the group waits until
+    /// `settled` is used or dropped.
+    Revoked { partitions: Vec<Partition>, settled: oneshot::Sender<()> },
+}
+
+/// A member of a group; dropping it leaves the group.
+pub(crate) struct Membership {
+    leave: Sender<oneshot::Sender<()>>,
+    settled: Arc<AtomicBool>,
+}
+
+impl Membership {
+    /// Joins the group that shares the partitions of `topic`. Whatever is decided comes out of the
+    /// receiver, the last being that everything is revoked.
+    pub(crate) fn join(
+        config: &KafkaConfig,
+        group: &str,
+        topic: String,
+    ) -> KafkaResult<(Self, mpsc::UnboundedReceiver<Rebalance>)> {
+        let settled = Arc::new(AtomicBool::new(false));
+        let context = MemberContext { events: Mutex::default(), settled: Arc::clone(&settled) };
+        let consumer = BaseConsumer::from_config_and_context(&config.member(group), context)?;
+        consumer.subscribe(&[&topic])?;
+        let (leave, asked) = channel();
+        let (told, rebalances) = mpsc::unbounded_channel();
+        let member = Member { consumer, topic, told, heard: false, settling: Vec::new() };
+        std::thread::Builder::new()
+            .name("kafold-member".into())
+            .spawn(move || member.run(&asked))
+            .map_err(|error| KafkaError::ClientCreation(error.to_string()))?;
+        Ok((Self { leave, settled }, rebalances))
+    }
+
+    /// Whether the group has told this member what is its own, be it nothing.
+    pub(crate) fn is_settled(&self) -> bool {
+        self.settled.load(Ordering::Acquire)
+    }
+
+    /// Gives up everything and leaves the group; returns when it has left.
+    pub(crate) async fn leave(&self) {
+        let (told, left) = oneshot::channel();
+        // A thread that is gone has left.
+        let _ = self.leave.send(told);
+        let _ = left.await;
+    }
+}
+
+struct Member {
+    consumer: BaseConsumer<MemberContext>,
+    topic: String,
+    told: mpsc::UnboundedSender<Rebalance>,
+    /// Whether the group has ever decided anything.
+    heard: bool,
+    /// What is to be given up, and who says when that may be.
+    settling: Vec<(Vec<Partition>, oneshot::Receiver<()>)>,
+}
+
+impl Member {
+    fn run(mut self, leave: &Receiver<oneshot::Sender<()>>) {
+        // Who waits until the group is left; nobody, when the membership was dropped.
+        let (mut leaving, mut left) = (false, None);
+        while !(leaving && self.is_out()) {
+            // An error says that no broker answers; the client goes on by itself.
+            let wait = if self.settling.is_empty() { POLL } else { POLL_WHILE_SETTLING };
+            if let Some(Err(error)) = self.consumer.poll(wait) {
+                tracing::debug!(topic = self.topic, %error, "group member");
+            }
+            for event in self.consumer.context().take() {
+                self.follow(event);
+            }
+            self.tell_of_nothing();
+            self.give_up_settled();
+            match leave.try_recv() {
+                Err(TryRecvError::Empty) => continue,
+                Ok(waits) => left = Some(waits),
+                Err(TryRecvError::Disconnected) => {}
+            }
+            if !std::mem::replace(&mut leaving, true) {
+                self.consumer.unsubscribe();
+            }
+        }
+        // Closing tells the group, and may wait for a broker: on this thread that harms nobody.
+        drop(self.consumer);
+        drop(left);
+    }
+
+    /// Whether nothing is held or settled any more.
+    fn is_out(&self) -> bool {
+        self.settling.is_empty() && self.consumer.assignment().is_ok_and(|held| held.count() == 0)
+    }
+
+    /// A group with more members than partitions gives some of them nothing, and says nothing.
+    fn tell_of_nothing(&mut self) {
+        if !self.heard && self.consumer.context().settled.load(Ordering::Acquire) {
+            self.heard = true;
+            let _ = self.told.send(Rebalance::Assigned(Vec::new()));
+        }
+    }
+
+    fn follow(&mut self, event: Event) {
+        self.heard = true;
+        match event {
+            Event::Assigned(partitions) => {
+                if let Err(error) = self.take(&partitions) {
+                    tracing::error!(topic = self.topic, %error, "the assignment was not taken");
+                    return;
+                }
+                let _ = self.told.send(Rebalance::Assigned(partitions));
+            }
+            Event::Revoked { partitions, lost } => {
+                let (settled, settling) = oneshot::channel();
+                let revoked = Rebalance::Revoked { partitions: partitions.clone(), settled };
+                let heard = self.told.send(revoked).is_ok();
+                // What is lost is another's already: nobody waits for us.
+                if lost || !heard {
+                    self.give_up(&partitions);
+                } else {
+                    self.settling.push((partitions, settling));
+                }
+            }
+        }
+    }
+
+    /// Accepts the partitions without ever fetching from them.
+    fn take(&self, partitions: &[Partition]) -> KafkaResult<()> {
+        let mut list = self.list(partitions);
+        list.set_all_offsets(RawOffset::End)?;
+        self.consumer.incremental_assign(&list)?;
+        self.consumer.pause(&list)
+    }
+
+    fn give_up_settled(&mut self) {
+        let mut open = std::mem::take(&mut self.settling);
+        open.retain_mut(|(partitions, settled)| {
+            let waits = matches!(settled.try_recv(), Err(oneshot::error::TryRecvError::Empty));
+            if !waits {
+                self.give_up(partitions);
+            }
+            waits
+        });
+        self.settling = open;
+    }
+
+    fn give_up(&self, partitions: &[Partition]) {
+        if let Err(error) = self.consumer.incremental_unassign(&self.list(partitions)) {
+            tracing::debug!(topic = self.topic, %error, "what was revoked is gone already");
+        }
+    }
+
+    fn list(&self, partitions: &[Partition]) -> TopicPartitionList {
+        let mut list = TopicPartitionList::with_capacity(partitions.len());
+        for partition in partitions {
+            list.add_partition(&self.topic, crate::client::raw_partition(*partition));
+        }
+        list
+    }
+}
+
+enum Event {
+    Assigned(Vec<Partition>),
+    Revoked { partitions: Vec<Partition>, lost: bool },
+}
+
+/// Keeps what the group decides until the thread has left the client's callback: only then may it
+/// wait for others.
+struct MemberContext {
+    events: Mutex<Vec<Event>>,
+    settled: Arc<AtomicBool>,
+}
+
+impl MemberContext {
+    fn take(&self) -> Vec<Event> {
+        std::mem::take(&mut *self.events.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+}
+
+impl ClientContext for MemberContext {
+    fn log(&self, level: RDKafkaLogLevel, facility: &str, message: &str) {
+        log(level, facility, message);
+    }
+
+    fn stats(&self, statistics: Statistics) {
+        if statistics.cgrp.is_some_and(|group| group.join_state == STEADY) {
+            self.settled.store(true, Ordering::Release);
+        }
+    }
+
+    fn error(&self, error: KafkaError, reason: &str) {
+        tracing::debug!(%error, reason, "group member");
+    }
+}
+
+impl ConsumerContext for MemberContext {
+    fn rebalance(
+        &self,
+        consumer: &BaseConsumer<Self>,
+        what: RDKafkaRespErr,
+        list: &mut TopicPartitionList,
+    ) {
+        let of = |raw: i32| Partition(u32::try_from(raw).unwrap_or(u32::MAX));
+        let partitions = list.elements().iter().map(|element| of(element.partition())).collect();
+        let event = match what {
+            RDKafkaRespErr::RD_KAFKA_RESP_ERR__ASSIGN_PARTITIONS => Event::Assigned(partitions),
+            _ => Event::Revoked { partitions, lost: consumer.assignment_lost() },
+        };
+        self.events.lock().unwrap_or_else(PoisonError::into_inner).push(event);
+    }
+}
