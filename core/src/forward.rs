@@ -9,10 +9,11 @@ use chrono::{DateTime, Utc};
 use futures_util::future::BoxFuture;
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
+use uuid::Uuid;
 
 use crate::handler::Handled;
-use crate::ids::{CommandId, ExpectedVersion, StreamId, Version};
-use crate::store::AppendError;
+use crate::ids::{CommandId, ExpectedVersion, Partition, StreamId, Version};
+use crate::store::{AppendError, Owner};
 
 /// A command as it travels from node to node.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -140,4 +141,40 @@ pub trait CommandExecutor: Send + Sync + 'static {
         command: &ForwardedCommand,
         deadline: Instant,
     ) -> Result<Reply, AppendError>;
+}
+
+/// One node of the service.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Node {
+    /// Names this run of the process.
+    pub id: Uuid,
+    /// Who it is and where it is reached, as its claims say.
+    #[serde(flatten)]
+    pub owner: Owner,
+    /// What it owns, in the order of the partitions.
+    pub partitions: Vec<OwnedPartition>,
+}
+
+impl Node {
+    /// The only node there can be: the process that has the file of an embedded log open, whose one
+    /// partition needs no claim.
+    pub fn only(owner: Owner) -> Self {
+        let since = owner.started_at;
+        let partition =
+            OwnedPartition { partition: Partition(0), epoch: 0, since, take_over_ms: 0 };
+        Self { id: Uuid::nil(), owner, partitions: vec![partition] }
+    }
+}
+
+/// A partition in the hands of a node.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct OwnedPartition {
+    /// The partition.
+    pub partition: Partition,
+    /// The epoch of its claim.
+    pub epoch: u32,
+    /// Since when the node owns it.
+    pub since: DateTime<Utc>,
+    /// How long the take-over took, in milliseconds: from the group's word to the accepted claim.
+    pub take_over_ms: u64,
 }

@@ -53,6 +53,5 @@ pub mod writer;
 
 pub use config::{Assignment, KafkaConfig, Limits};
 pub use error::{ConfigError, OpenError};
-pub use forward::nodes::{Node, OwnedPartition};
 pub use source::KafkaSource;
 pub use store::KafkaStore;

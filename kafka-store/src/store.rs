@@ -8,6 +8,7 @@ use chrono::{DateTime, Utc};
 use futures_util::future::join_all;
 use futures_util::stream::BoxStream;
 use kafold_core::clock::within;
+use kafold_core::forward::Node;
 use kafold_core::store::{Append, Appended, Health, Outcome, Owner, View};
 use kafold_core::{
     Clock, CommandBus, CommandId, EventStore, IdGenerator, Offset, Partition, ReadError,
@@ -20,7 +21,7 @@ use crate::client::{Inquirer, open_error};
 use crate::config::{Assignment, KafkaConfig};
 use crate::driver::{Driver, Message, Parts, Slot};
 use crate::error::OpenError;
-use crate::forward::nodes::{self, Node, Nodes};
+use crate::forward::nodes::{self, Nodes};
 use crate::forward::wire::{ReplyContent, ReplyRecord};
 use crate::forward::{Bus, Inboxes, Outbox};
 use crate::indexer::Indexer;

@@ -4,8 +4,9 @@ use std::fmt;
 use std::sync::Arc;
 
 use kafold_core::clock::{RandomIds, SystemClock};
+use kafold_core::forward::Node;
 use kafold_core::store::{Health, Owner};
-use kafold_core::{Clock, EventSource, EventStore, IdGenerator};
+use kafold_core::{Clock, CommandBus, EventSource, EventStore, IdGenerator};
 
 #[cfg(feature = "embedded")]
 use kafold_embedded_store::{EmbeddedConfig, EmbeddedSource, EmbeddedStore};
@@ -107,7 +108,12 @@ impl LogOptions {
             EmbeddedStore::open(file.clone(), config, self.clock.clone()).await.map_err(unread)?;
         let source = EmbeddedSource::open(file.clone(), self.clock).await.map_err(unread)?;
         Ok(Log {
-            kind: Kind::Embedded { store: Arc::new(store), source: Arc::new(source), database },
+            kind: Kind::Embedded {
+                store: Arc::new(store),
+                source: Arc::new(source),
+                database,
+                node: Node::only(self.owner),
+            },
         })
     }
 
@@ -145,7 +151,12 @@ pub struct Log {
 #[derive(Clone)]
 enum Kind {
     #[cfg(feature = "embedded")]
-    Embedded { store: Arc<EmbeddedStore>, source: Arc<EmbeddedSource>, database: Database },
+    Embedded {
+        store: Arc<EmbeddedStore>,
+        source: Arc<EmbeddedSource>,
+        database: Database,
+        node: Node,
+    },
     #[cfg(feature = "kafka")]
     Kafka { store: Arc<KafkaStore>, source: Arc<KafkaSource> },
 }
@@ -190,6 +201,39 @@ impl Log {
             Kind::Embedded { database, .. } => Some(database),
             #[cfg(feature = "kafka")]
             Kind::Kafka { .. } => None,
+        }
+    }
+
+    /// Carries commands to the node that owns their stream, for
+    /// [`CommandHandler::forwarding`](kafold_core::CommandHandler::forwarding); `None` where there is
+    /// one process only.
+    pub fn commands(&self) -> Option<Arc<dyn CommandBus>> {
+        match &self.kind {
+            #[cfg(feature = "embedded")]
+            Kind::Embedded { .. } => None,
+            #[cfg(feature = "kafka")]
+            Kind::Kafka { store, .. } => Some(store.commands()),
+        }
+    }
+
+    /// The nodes of the service, this one first, and which partitions each owns. Those that another
+    /// one has not heard of for 10 s are left out.
+    pub fn nodes(&self) -> Vec<Node> {
+        match &self.kind {
+            #[cfg(feature = "embedded")]
+            Kind::Embedded { node, .. } => vec![node.clone()],
+            #[cfg(feature = "kafka")]
+            Kind::Kafka { store, .. } => store.nodes(),
+        }
+    }
+
+    /// How many partitions the log has.
+    pub fn partitions(&self) -> u32 {
+        match &self.kind {
+            #[cfg(feature = "embedded")]
+            Kind::Embedded { .. } => 1,
+            #[cfg(feature = "kafka")]
+            Kind::Kafka { store, .. } => store.partitions(),
         }
     }
 

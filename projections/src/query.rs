@@ -34,6 +34,30 @@ impl<M> Clone for Query<M> {
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Freshness(pub Vec<(Partition, Offset)>);
 
+impl Freshness {
+    /// Up to where the rows of a projection are complete now, whoever writes them. Taken before a query,
+    /// it tells of the query's answer.
+    pub async fn of(database: &Database, projection: &str) -> Result<Self, ReadError> {
+        let sql = "SELECT c.partition, c.next_offset FROM kafold_checkpoint c \
+                   JOIN kafold_projection p \
+                     ON p.name = c.projection AND p.live_generation = c.generation \
+                   WHERE p.name = $1 ORDER BY c.partition";
+        let rows: Result<Vec<(i32, i64)>, _> = match database {
+            Database::Postgres(database) => {
+                sqlx::query_as(sql).bind(projection).fetch_all(database.pool()).await
+            }
+            Database::Sqlite(database) => {
+                sqlx::query_as(sql).bind(projection).fetch_all(database.readers()).await
+            }
+        };
+        let pair = |(partition, next): (i32, i64)| {
+            let next = u64::try_from(next).unwrap_or_default();
+            (Partition(partition.unsigned_abs()), Offset(next))
+        };
+        Ok(Self(rows.map_err(read_error)?.into_iter().map(pair).collect()))
+    }
+}
+
 impl fmt::Display for Freshness {
     /// `0:17 1:3`, one pair a partition.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -90,23 +114,7 @@ impl<M: ReadModel> Query<M> {
 
     /// Up to where the model is complete now. Taken before a query, it tells of the query's answer.
     pub async fn freshness(&self) -> Result<Freshness, ReadError> {
-        let sql = "SELECT c.partition, c.next_offset FROM kafold_checkpoint c \
-                   JOIN kafold_projection p \
-                     ON p.name = c.projection AND p.live_generation = c.generation \
-                   WHERE p.name = $1 ORDER BY c.partition";
-        let rows: Result<Vec<(i32, i64)>, _> = match &self.database {
-            Database::Postgres(database) => {
-                sqlx::query_as(sql).bind(M::NAME).fetch_all(database.pool()).await
-            }
-            Database::Sqlite(database) => {
-                sqlx::query_as(sql).bind(M::NAME).fetch_all(database.readers()).await
-            }
-        };
-        let pair = |(partition, next): (i32, i64)| {
-            let next = u64::try_from(next).unwrap_or_default();
-            (Partition(partition.unsigned_abs()), Offset(next))
-        };
-        Ok(Freshness(rows.map_err(read_error)?.into_iter().map(pair).collect()))
+        Freshness::of(&self.database, M::NAME).await
     }
 
     async fn select(

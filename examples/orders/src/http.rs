@@ -122,6 +122,7 @@ pub(crate) fn router(app: Arc<App>) -> Router {
         .route("/health/live", get(health::live))
         .route("/health/ready", get(health::ready))
         .route("/metrics", get(health::metrics))
+        .route("/nodes", get(health::nodes))
         .method_not_allowed_fallback(method_not_allowed)
         .fallback(no_route)
         .layer(CatchPanicLayer::custom(observe::panicked))
@@ -142,6 +143,7 @@ GET  /customers/{id}/orders
 GET  /reports/sales?by=day|sku|customer
      ?after=POSITION waits until a read model has seen the position that a command answered
 GET  /health/live  /health/ready  /metrics
+GET  /nodes    which node owns which partition, since when
 ";
 
 async fn index() -> &'static str {

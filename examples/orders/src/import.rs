@@ -37,9 +37,13 @@ pub(crate) struct ImportArgs {
     /// file, counted from 1 and with the header, becomes the order cdnow-N. The whole file is checked
     /// before anything is sent.
     file: PathBuf,
-    /// The service, as it is reached over HTTP.
-    #[arg(long, env = "ORDERS_URL", default_value = "http://127.0.0.1:8080", value_parser = http_url)]
-    url: Url,
+    /// The service, as it is reached over HTTP; again, or separated by commas, for more nodes of it,
+    /// which are asked in turn.
+    #[arg(
+        long, env = "ORDERS_URL", default_value = "http://127.0.0.1:8080", value_parser = http_url,
+        value_delimiter = ','
+    )]
+    url: Vec<Url>,
     /// Requests in flight.
     #[arg(long, default_value_t = 64, value_parser = clap::value_parser!(u16).range(1..=IN_FLIGHT_MAX as i64))]
     in_flight: u16,

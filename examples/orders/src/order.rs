@@ -2,6 +2,8 @@
 //!
 //! The whole aggregate in one file: events, commands, errors, state, decisions, tests.
 
+use std::borrow::Cow;
+
 use chrono::{DateTime, TimeZone, Utc};
 use kafold::{Aggregate, DomainEvent};
 use serde::{Deserialize, Serialize};
@@ -56,8 +58,8 @@ pub(crate) enum OrderEvent {
     Cancelled { reason: String, customer: String, lines: Vec<Line>, placed_at: DateTime<Utc> },
 }
 
-/// What may be asked of an order.
-#[derive(Debug, Clone, PartialEq, Eq)]
+/// What may be asked of an order. It travels between the nodes of the service as it is written here.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) enum OrderCommand {
     /// Order the lines for the customer.
     Place { customer: String, lines: Vec<Line>, placed_at: DateTime<Utc> },
@@ -69,8 +71,8 @@ pub(crate) enum OrderCommand {
     Cancel { reason: String },
 }
 
-/// The rules, each with what to do about it.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+/// The rules, each with what to do about it. A node is told by another one which it was.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error, Serialize, Deserialize)]
 pub(crate) enum OrderError {
     #[error("there is no such order: place it first")]
     Unknown,
@@ -102,7 +104,7 @@ pub(crate) enum OrderError {
         "{field} has 1 to {bytes_max} bytes, more than blanks and no control characters; \
          this one has {bytes} bytes"
     )]
-    Text { field: &'static str, bytes_max: usize, bytes: usize },
+    Text { field: Cow<'static, str>, bytes_max: usize, bytes: usize },
     #[error(
         "customer has 1 to {NAME_BYTES_MAX} bytes, more than blanks, no control characters and no \
          '/'; this one has {0} bytes"
@@ -278,7 +280,7 @@ fn check_text(field: &'static str, text: &str, bytes_max: usize) -> Result<(), O
     if is_text(text, bytes_max) {
         Ok(())
     } else {
-        Err(OrderError::Text { field, bytes_max, bytes })
+        Err(OrderError::Text { field: field.into(), bytes_max, bytes })
     }
 }
 
@@ -447,7 +449,7 @@ mod tests {
         }
         let reason = OrderCommand::Cancel { reason: String::new() };
         let (bytes_max, bytes) = (REASON_BYTES_MAX, 0);
-        refuses([placed()], reason, OrderError::Text { field: "reason", bytes_max, bytes });
+        refuses([placed()], reason, OrderError::Text { field: "reason".into(), bytes_max, bytes });
     }
 
     #[test]

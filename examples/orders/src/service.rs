@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use kafold::projections::{
-    ProjectionState, ProjectionStatus, ProjectionWorker, Projections, Query,
+    Freshness, ProjectionState, ProjectionStatus, ProjectionWorker, Projections, Query,
 };
 use kafold::store::{Health, ReadError};
 use kafold::{
@@ -25,6 +25,7 @@ const DATABASE_TIMEOUT: Duration = Duration::from_secs(2);
 /// What a request works with once log and database are open.
 pub(crate) struct Service {
     pub(crate) handler: CommandHandler<Order>,
+    pub(crate) log: Log,
     pub(crate) store: Arc<dyn EventStore>,
     pub(crate) projections: Projections,
     pub(crate) orders: Query<OrderDetails>,
@@ -57,7 +58,9 @@ impl Service {
             .with_projection(SalesBySku)
             .spawn();
         Self {
-            handler: CommandHandler::with_parts(log.store(), clock.clone(), ids),
+            handler: CommandHandler::with_parts(log.store(), clock.clone(), ids)
+                .forwarding(log.commands()),
+            log: log.clone(),
             store: log.store(),
             projections,
             orders: Query::new(database.clone()),
@@ -82,13 +85,6 @@ impl Service {
         Ok(found.into_iter().next().map(|order| order.order_id))
     }
 
-    /// How many partitions the log has; `None` before the projection knows.
-    pub(crate) fn partitions(&self, projection: &str) -> Option<u32> {
-        let status = self.status(projection)?;
-        let held = status.partitions.into_keys().chain(status.superseded);
-        held.max().map(|last| last.0 + 1)
-    }
-
     /// What a projection does.
     pub(crate) fn state(&self, projection: &str) -> Option<ProjectionState> {
         self.status(projection).map(|status| status.state)
@@ -98,15 +94,19 @@ impl Service {
         self.projections.status().into_iter().find(|status| status.name == projection)
     }
 
-    /// The last position of each partition that a projection has applied.
-    pub(crate) fn applied(&self, projection: &str) -> Vec<Position> {
-        let partitions =
-            self.status(projection).map(|status| status.partitions).unwrap_or_default();
-        let last = partitions.into_iter().filter_map(|(partition, status)| {
-            let offset = Offset(status.next.0.checked_sub(1)?);
+    /// The last position of each partition that a projection has applied. The database is asked only
+    /// where other nodes have a part of the projection.
+    pub(crate) async fn applied(&self, projection: &str) -> Result<Vec<Position>, ReadError> {
+        let held = self.status(projection).map(|status| status.partitions).unwrap_or_default();
+        let next: Vec<_> = match held.len() as u32 == self.log.partitions() {
+            true => held.into_iter().map(|(partition, status)| (partition, status.next)).collect(),
+            false => Freshness::of(&self.database, projection).await?.0,
+        };
+        let last = next.into_iter().filter_map(|(partition, next)| {
+            let offset = Offset(next.0.checked_sub(1)?);
             Some(Position { partition, offset })
         });
-        last.collect()
+        Ok(last.collect())
     }
 
     /// Why it is not ready, one sentence an entry; nothing when it is.

@@ -6,8 +6,8 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use chrono::{DateTime, Utc};
 use kafold_core::clock::within;
+use kafold_core::forward::{Node, OwnedPartition};
 use kafold_core::store::Owner;
 use kafold_core::{Clock, Partition};
 use serde::{Deserialize, Serialize};
@@ -27,31 +27,6 @@ const INTERVAL: Duration = Duration::from_secs(3);
 pub(crate) const SILENCE_MAX: Duration = Duration::from_secs(10);
 /// Changes that come together are told together.
 const SETTLE: Duration = Duration::from_millis(20);
-
-/// One node of the service.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Node {
-    /// Names this run of the process.
-    pub id: Uuid,
-    /// Who it is and where it is reached, as its claims say.
-    #[serde(flatten)]
-    pub owner: Owner,
-    /// What it owns, in the order of the partitions.
-    pub partitions: Vec<OwnedPartition>,
-}
-
-/// A partition in the hands of a node.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub struct OwnedPartition {
-    /// The partition.
-    pub partition: Partition,
-    /// The epoch of its claim.
-    pub epoch: u32,
-    /// Since when the node owns it.
-    pub since: DateTime<Utc>,
-    /// How long the take-over took, in milliseconds: from the group's word to the accepted claim.
-    pub take_over_ms: u64,
-}
 
 /// What a node says of itself.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -210,6 +185,8 @@ pub(crate) fn check_others(
 
 #[cfg(test)]
 mod tests {
+    use chrono::DateTime;
+
     use super::*;
 
     fn announcement(id: u128) -> Announcement {

@@ -1,5 +1,6 @@
 //! Liveness, readiness, metrics.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use axum::Json;
@@ -24,6 +25,19 @@ pub(super) async fn ready(State(app): State<Arc<App>>) -> Result<Json<Value>, Pr
     }
     let problem = Problem::unavailable("not-ready", RETRY_SOON, reasons.join("; "));
     Err(problem.with_reasons(reasons))
+}
+
+/// The nodes of the service, this one first, and which partitions of the log each owns.
+pub(super) async fn nodes(State(app): State<Arc<App>>) -> Result<Json<Value>, Problem> {
+    let log = &app.service()?.log;
+    let nodes = log.nodes();
+    let owned: BTreeSet<_> =
+        nodes.iter().flat_map(|node| &node.partitions).map(|owned| owned.partition.0).collect();
+    let unowned: Vec<_> = (0..log.partitions()).filter(|p| !owned.contains(p)).collect();
+    let this = nodes.first().map(|node| node.id);
+    Ok(Json(json!({
+        "self": this, "partitions": log.partitions(), "nodes": nodes, "unowned": unowned
+    })))
 }
 
 /// Prometheus text.

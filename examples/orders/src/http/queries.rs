@@ -281,25 +281,27 @@ async fn fresh(
         let positions = positions(after)?;
         let begun = app.clock.instant();
         for position in positions {
-            check_partition(service, projection, position)?;
+            check_partition(service, position)?;
             let waited = app.clock.instant().saturating_duration_since(begun);
             let left = app.limits.wait.saturating_sub(waited);
             let applied = service.projections.wait_for(projection, position, left).await;
             applied.map_err(|error| wait_problem(service, projection, &error))?;
         }
     }
-    let applied = service.applied(projection).iter().map(ToString::to_string).collect::<Vec<_>>();
+    let applied = service.applied(projection).await.map_err(read_problem)?;
+    let applied = applied.iter().map(ToString::to_string).collect::<Vec<_>>();
     Ok(ascii(&applied.join(",")))
 }
 
-fn check_partition(service: &Service, projection: &str, after: Position) -> Result<(), Problem> {
-    match service.partitions(projection) {
-        Some(count) if after.partition.0 >= count => Err(Problem::malformed(format!(
-            "after: {after} is in no partition of this log, it has {count}; take the position that a \
-             command of this service answered"
-        ))),
-        _ => Ok(()),
+fn check_partition(service: &Service, after: Position) -> Result<(), Problem> {
+    let count = service.log.partitions();
+    if after.partition.0 < count {
+        return Ok(());
     }
+    Err(Problem::malformed(format!(
+        "after: {after} is in no partition of this log, it has {count}; take the position that a \
+         command of this service answered"
+    )))
 }
 
 fn wait_problem(service: &Service, projection: &str, error: &WaitError) -> Problem {

@@ -1,6 +1,7 @@
 //! The import's side of HTTP: commands that are sent until they are answered.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use kafold::clock::backoff;
@@ -44,18 +45,21 @@ pub(super) struct Answer {
     pub(super) position: Position,
 }
 
-/// A connection pool to one service.
+/// A connection pool to the nodes of one service.
 pub(super) struct Client {
     http: reqwest::Client,
-    url: Url,
+    /// Never none.
+    nodes: Vec<Url>,
+    turn: AtomicUsize,
     clock: Arc<dyn Clock>,
     ids: Arc<dyn IdGenerator>,
 }
 
 impl Client {
-    /// Checks that an order service answers at the URL, whether or not it is ready.
+    /// Checks that an order service answers at one of the URLs at least, whether or not it is ready,
+    /// and nothing else at any.
     pub(super) async fn connect(
-        url: Url,
+        nodes: Vec<Url>,
         clock: Arc<dyn Clock>,
         ids: Arc<dyn IdGenerator>,
     ) -> Result<Self, ClientError> {
@@ -65,23 +69,36 @@ impl Client {
             .no_proxy()
             .build()
             .map_err(|error| ClientError::Unreachable {
-                url: url.to_string(),
+                url: shown(&nodes),
                 cause: chain(&error),
             })?;
-        let client = Self { http, url, clock, ids };
-        let unreachable = |error: reqwest::Error| ClientError::Unreachable {
-            url: client.url.to_string(),
-            cause: chain(&error.without_url()),
-        };
-        let response =
-            client.http.get(client.at("health/live")).send().await.map_err(unreachable)?;
-        let status = response.status();
-        let body: Value = response.json().await.unwrap_or_default();
-        if body["service"] != "orders" {
-            let answer = format!("status {status}");
-            return Err(ClientError::NotTheService { url: client.url.into(), answer });
+        let client = Self { http, nodes, turn: AtomicUsize::new(0), clock, ids };
+        let mut unreachable = Vec::new();
+        for node in &client.nodes {
+            if let Err(cause) = client.greet(node).await? {
+                unreachable.push(cause);
+            }
+        }
+        if unreachable.len() == client.nodes.len() {
+            let cause = unreachable.pop().unwrap_or_default();
+            return Err(ClientError::Unreachable { url: shown(&client.nodes), cause });
         }
         Ok(client)
+    }
+
+    /// Why the node cannot be reached, if so.
+    async fn greet(&self, node: &Url) -> Result<Result<(), String>, ClientError> {
+        let response = match self.http.get(at(node, "health/live")).send().await {
+            Ok(response) => response,
+            Err(error) => return Ok(Err(chain(&error.without_url()))),
+        };
+        let status = response.status();
+        let body: Value = response.json().await.unwrap_or_default();
+        if body["service"] == "orders" {
+            return Ok(Ok(()));
+        }
+        let answer = format!("status {status}");
+        Err(ClientError::NotTheService { url: node.to_string(), answer })
     }
 
     /// Sends a command until it is answered; safe because its id makes it apply at most once.
@@ -91,8 +108,9 @@ impl Client {
         id: CommandId,
         body: &Value,
     ) -> Result<Answer, ClientError> {
-        let request =
-            || self.http.post(self.at(path)).header("idempotency-key", id.to_string()).json(body);
+        let request = |node: &Url| {
+            self.http.post(at(node, path)).header("idempotency-key", id.to_string()).json(body)
+        };
         let response = self.persist(request, PATIENCE, |_| false).await?;
         response.json().await.map_err(|error| ClientError::Unreadable(chain(&error.without_url())))
     }
@@ -100,7 +118,7 @@ impl Client {
     /// Queries until there is an answer; a wait that ended before the read model had followed (504)
     /// counts as none.
     pub(super) async fn query(&self, path: &str) -> Result<Value, ClientError> {
-        let request = || self.http.get(self.at(path));
+        let request = |node: &Url| self.http.get(at(node, path));
         let is_behind = |status| status == StatusCode::GATEWAY_TIMEOUT;
         let response = self.persist(request, REPORT_PATIENCE, is_behind).await?;
         response.json().await.map_err(|error| ClientError::Unreadable(chain(&error.without_url())))
@@ -108,13 +126,13 @@ impl Client {
 
     async fn persist(
         &self,
-        request: impl Fn() -> reqwest::RequestBuilder,
+        request: impl Fn(&Url) -> reqwest::RequestBuilder,
         patience: Duration,
         also_retried: impl Fn(StatusCode) -> bool,
     ) -> Result<Response, ClientError> {
         let mut failing_since: Option<Instant> = None;
         for attempt in 1.. {
-            let (last, wait) = match request().send().await {
+            let (last, wait) = match request(self.next_node()).send().await {
                 Ok(response) if response.status().is_success() => return Ok(response),
                 Ok(response) => {
                     let status = response.status();
@@ -142,9 +160,18 @@ impl Client {
         unreachable!("the loop has no end of its own")
     }
 
-    fn at(&self, path: &str) -> String {
-        format!("{}/{path}", self.url.as_str().trim_end_matches('/'))
+    /// The nodes in turn: who was refused by one asks the next.
+    fn next_node(&self) -> &Url {
+        &self.nodes[self.turn.fetch_add(1, Ordering::Relaxed) % self.nodes.len()]
     }
+}
+
+fn at(node: &Url, path: &str) -> String {
+    format!("{}/{path}", node.as_str().trim_end_matches('/'))
+}
+
+fn shown(nodes: &[Url]) -> String {
+    nodes.iter().map(Url::as_str).collect::<Vec<_>>().join(", ")
 }
 
 fn retry_after(response: &Response) -> Duration {
