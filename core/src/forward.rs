@@ -40,7 +40,7 @@ pub struct ForwardedCommand {
 /// What a forwarded command came to at the owner, for the caller to answer as its own handler would
 /// have.
 #[derive(Debug, Clone, Serialize, Deserialize)]
-#[serde(tag = "outcome", rename_all = "snake_case")]
+#[serde(rename_all = "snake_case")]
 pub enum Reply {
     /// It was handled.
     Handled(Handled),
@@ -124,9 +124,9 @@ pub trait CommandBus: Send + Sync + 'static {
     /// deadline; nobody is told what it came to. Errors as those of [`CommandBus::call`].
     fn send(&self, command: ForwardedCommand) -> BoxFuture<'static, Result<(), AppendError>>;
 
-    /// Commands of this category that arrive for this node go to the executor from now on. A second
-    /// one for a category replaces the first.
-    fn serve(&self, category: &'static str, executor: Arc<dyn CommandExecutor>);
+    /// Commands of this category that arrive for this node go to the executor from now on, as long as
+    /// somebody else holds it. A second one for a category replaces the first.
+    fn serve(&self, category: &'static str, executor: &Arc<dyn CommandExecutor>);
 }
 
 /// Handles forwarded commands of one category on the node that owns their streams.
@@ -177,4 +177,36 @@ pub struct OwnedPartition {
     pub since: DateTime<Utc>,
     /// How long the take-over took, in milliseconds: from the group's word to the accepted claim.
     pub take_over_ms: u64,
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn every_reply_reads_back_as_it_was_written() {
+        let error = serde_json::value::to_raw_value(&json!({"WrongAmount": {"due": 1}}));
+        let replies = [
+            Reply::Handled(Handled {
+                version: Version(2),
+                position: None,
+                duplicate: true,
+                events: 0,
+            }),
+            Reply::Rejected { error: error.expect("JSON") },
+            Reply::Conflict { expected: Some(Version(1)), actual: Version(2) },
+            Reply::TooLarge { size: 3, limit: 2 },
+            Reply::NotAppended { reason: "lost".into() },
+            Reply::unavailable(Duration::from_millis(1_500), "full"),
+            Reply::Failed { what: "stream a-1".into(), reason: "unreadable".into() },
+        ];
+        for reply in replies {
+            let json = serde_json::to_string(&reply).expect("JSON");
+            let read: Reply = serde_json::from_str(&json).expect("a reply");
+            assert_eq!(serde_json::to_string(&read).expect("JSON"), json);
+            assert_eq!(format!("{read:?}"), format!("{reply:?}"));
+        }
+    }
 }

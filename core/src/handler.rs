@@ -52,7 +52,7 @@ use crate::aggregate::Aggregate;
 use crate::clock::{Clock, IdGenerator, backoff, within};
 use crate::codec;
 use crate::event::{Commit, Metadata, NewEvent};
-use crate::forward::CommandBus;
+use crate::forward::{CommandBus, CommandExecutor};
 use crate::ids::{CommandId, ExpectedVersion, InvalidStreamId, Position, StreamId, Version};
 use crate::snapshot::SnapshotStore;
 use crate::store::{Append, AppendError, Appended, EventStore, Outcome, Ticket, View};
@@ -203,11 +203,11 @@ impl<A: Aggregate> CommandHandler<A> {
         A::Error: Serialize + DeserializeOwned,
     {
         let Some(bus) = bus else { return self };
-        // Without the bus: a command that was sent here goes no further, and the bus, which keeps
-        // the executor, is not kept by it.
+        // Without the bus: a command that was sent here goes no further.
         let here = Self { forwarding: None, ..self.clone() };
-        bus.serve(A::CATEGORY, Arc::new(Executor::new(here)));
-        Self { forwarding: Some(Forwarding::new(bus)), ..self }
+        let executor: Arc<dyn CommandExecutor> = Arc::new(Executor::new(here));
+        bus.serve(A::CATEGORY, &executor);
+        Self { forwarding: Some(Forwarding::new(bus, executor)), ..self }
     }
 
     /// Handles a command on the aggregate `id`, whatever its version.

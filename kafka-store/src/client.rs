@@ -120,6 +120,13 @@ impl Inquirer {
         Ok((Some(shape), brokers))
     }
 
+    /// The id of one of the brokers.
+    pub(crate) fn any_broker(&self) -> KafkaResult<Option<i32>> {
+        let metadata = self.client.fetch_metadata(None, self.timeout);
+        self.serve();
+        Ok(metadata?.brokers().first().map(|broker| broker.id()))
+    }
+
     /// The first and the next offset of a partition, asked of its leader.
     pub(crate) fn ends(&self, topic: &str, partition: Partition) -> KafkaResult<(Offset, Offset)> {
         self.ends_within(topic, partition, self.timeout)

@@ -18,6 +18,8 @@ pub const NAME_BYTES_MAX: usize = 101;
 /// broker would cost a new claim.
 pub const MESSAGE_TIMEOUT_MIN: Duration = Duration::from_secs(5);
 
+/// Signs of life of a node in the time in which one must come.
+const HEARTBEATS: u32 = 6;
 /// How long a forwarded command or a reply may take into its topic.
 const OUTBOX_TIMEOUT_MS: &str = "15000";
 
@@ -94,6 +96,10 @@ pub struct Limits {
     pub watch_interval: Duration,
     /// How long a graceful stop may take. Default 10 s.
     pub shutdown_timeout: Duration,
+    /// How long a node may give no sign of life before its partitions go to others, which never
+    /// happens sooner than the brokers' `group.min.session.timeout.ms`. Default 2 s; the option
+    /// `librdkafka.session.timeout.ms` of the URL wins.
+    pub session_timeout: Duration,
     /// How long a partition that goes to another node may take to settle what is pending; what is then
     /// left is answered `OutcomeUnknown`, and the next owner finds it in the log. Default 5 s.
     pub hand_over_timeout: Duration,
@@ -132,6 +138,7 @@ impl Default for Limits {
             message_timeout: Duration::from_secs(300),
             watch_interval: Duration::from_secs(2),
             shutdown_timeout: Duration::from_secs(10),
+            session_timeout: Duration::from_secs(2),
             hand_over_timeout: Duration::from_secs(5),
             yield_backoff: Duration::from_secs(3),
             yield_backoff_max: Duration::from_secs(30),
@@ -212,9 +219,12 @@ impl KafkaConfig {
         let mut config = self.inquirer();
         // Failing over is as fast as the session ends: by the oldest protocol that moves partitions
         // one by one, since the newer one does not allow less than 45 s.
-        for (key, value) in [("session.timeout.ms", "6000"), ("heartbeat.interval.ms", "500")] {
+        let session = self.limits.session_timeout;
+        for (key, value) in
+            [("session.timeout.ms", session), ("heartbeat.interval.ms", session / HEARTBEATS)]
+        {
             if config.get(key).is_none() {
-                config.set(key, value);
+                config.set(key, value.as_millis().to_string());
             }
         }
         config

@@ -41,8 +41,8 @@ pub struct KafkaSource {
 impl KafkaSource {
     /// The source of a log that this process does not write: topics are made and checked as
     /// [`KafkaStore::open`](crate::KafkaStore::open) does it.
-    pub async fn open(config: KafkaConfig, clock: Arc<dyn Clock>) -> Result<Self, OpenError> {
-        let (topic, inquirer) = connect(&config, &clock).await?;
+    pub async fn open(mut config: KafkaConfig, clock: Arc<dyn Clock>) -> Result<Self, OpenError> {
+        let (topic, inquirer) = connect(&mut config, &clock).await?;
         Ok(Self::new(config, topic.partitions, inquirer, clock))
     }
 

@@ -87,13 +87,13 @@ impl KafkaStore {
     /// with a transient error when no broker answers: call again. An index that does not answer is
     /// waited for in the background.
     pub async fn open(
-        config: KafkaConfig,
+        mut config: KafkaConfig,
         index: Arc<dyn StreamIndex>,
         owner: Owner,
         clock: Arc<dyn Clock>,
         ids: Arc<dyn IdGenerator>,
     ) -> Result<Self, OpenError> {
-        let (topic, inquirer) = connect(&config, &clock).await?;
+        let (topic, inquirer) = connect(&mut config, &clock).await?;
         let client_error = |error| open_error(&config, "starting a client", error, None);
         let readers = Readers { config: &config, inquirer: &inquirer, clock: &clock };
         // The inspector looks at any partition at any time: a read of its own must not replace one
@@ -337,9 +337,10 @@ async fn hear_others(
     Ok(begin)
 }
 
-/// Prepares the topics and gives the client that asks about them.
+/// Prepares the topics and gives the client that asks about them. What the brokers allow is put into the
+/// configuration.
 pub(crate) async fn connect(
-    config: &KafkaConfig,
+    config: &mut KafkaConfig,
     clock: &Arc<dyn Clock>,
 ) -> Result<(EventsTopic, Arc<Inquirer>), OpenError> {
     let (asked, clock) = (config.clone(), Arc::clone(clock));
@@ -347,10 +348,13 @@ pub(crate) async fn connect(
         let inquirer = Inquirer::new(&asked)
             .map_err(|error| open_error(&asked, "creating a client", error, None))?;
         let topic = topic::prepare(&asked, &inquirer, &clock)?;
-        Ok((topic, Arc::new(inquirer)))
+        Ok::<_, OpenError>((topic, Arc::new(inquirer)))
     });
     let canceled = |_| open_error(config, "preparing topics", KafkaError::Canceled, None);
-    prepared.await.map_err(canceled)?
+    let prepared = prepared.await.map_err(canceled)??;
+    let session = &mut config.limits.session_timeout;
+    *session = (*session).max(prepared.0.session_timeout_min);
+    Ok(prepared)
 }
 
 /// Checks every partition against its place in the index. What does not answer is checked when the

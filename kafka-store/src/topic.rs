@@ -31,6 +31,8 @@ const COMMANDS_RETENTION_MS: &str = "86400000";
 const REPLIES_RETENTION_MS: &str = "3600000";
 /// Between two looks at a topic that is being created.
 const CREATION_POLL: Duration = Duration::from_millis(50);
+/// Kafka's own `group.min.session.timeout.ms`, should a broker not tell.
+const SESSION_TIMEOUT_MIN_DEFAULT: Duration = Duration::from_secs(6);
 /// Kafka's own `max.message.bytes`, should a broker not tell.
 pub(crate) const RECORD_BYTES_DEFAULT: usize = 1_048_588;
 
@@ -50,6 +52,8 @@ pub(crate) struct EventsTopic {
     pub(crate) partitions: u32,
     /// The topic's `max.message.bytes`: bytes of the largest record, everything included.
     pub(crate) record_bytes_max: usize,
+    /// The shortest session timeout that the brokers allow to a member of a group.
+    pub(crate) session_timeout_min: Duration,
 }
 
 /// Creates the topics that are absent and checks the events topic. Blocks; runs on a thread of the
@@ -75,8 +79,10 @@ pub(crate) fn prepare(
     for (topic, retention) in [(commands, COMMANDS_RETENTION_MS), (replies, REPLIES_RETENTION_MS)] {
         let (found, _) = preparation.look(&topic)?;
         preparation.create(&topic, found, partitions, replicas, retention)?;
+        preparation.check_beside(&topic, events.partitions)?;
     }
-    Ok(events)
+    let session_timeout_min = preparation.session_timeout_min();
+    Ok(EventsTopic { session_timeout_min, ..events })
 }
 
 fn admin(config: &KafkaConfig) -> Result<AdminClient<DefaultClientContext>, OpenError> {
@@ -165,12 +171,49 @@ impl Preparation<'_> {
         Ok(())
     }
 
-    fn check(&self, topic: &str) -> Result<EventsTopic, OpenError> {
+    /// What the brokers say, or Kafka's own default where they do not tell.
+    fn session_timeout_min(&self) -> Duration {
+        let asked = self.inquirer.any_broker().ok().flatten().and_then(|broker| {
+            let wanted = ResourceSpecifier::Broker(broker);
+            let described = self.admin.describe_configs([&wanted], &self.options());
+            let resource = Handle::current().block_on(described).ok()?.into_iter().next()?.ok()?;
+            Settings(&resource).get("group.min.session.timeout.ms")?.parse().ok()
+        });
+        asked.map_or(SESSION_TIMEOUT_MIN_DEFAULT, Duration::from_millis)
+    }
+
+    /// A topic of commands or replies has as many partitions as that of the events: who owns one of
+    /// these handles the commands of the same number.
+    fn check_beside(&self, topic: &str, partitions: u32) -> Result<(), OpenError> {
+        let found = self.shape(topic)?.partitions;
+        if found == partitions {
+            return Ok(());
+        }
+        let events = self.config.events_topic();
+        let finding = Finding {
+            setting: "partitions".into(),
+            value: found.to_string(),
+            why: format!(
+                "{events} has {partitions}, and commands are sent to the partition of their stream"
+            ),
+            remedy: format!(
+                "if no node has ever used it, delete {topic}: it is made anew with {partitions}; \
+                 else copy the log into a new one"
+            ),
+        };
+        Err(OpenError::UnsafeTopic { topic: topic.into(), findings: vec![finding] })
+    }
+
+    fn shape(&self, topic: &str) -> Result<TopicShape, OpenError> {
         let (shape, _) = self.look(topic)?;
-        let shape = shape.ok_or_else(|| {
+        shape.ok_or_else(|| {
             let gone = KafkaError::MetadataFetch(RDKafkaErrorCode::UnknownTopicOrPartition);
             self.error(format!("checking topic {topic}"), gone)
-        })?;
+        })
+    }
+
+    fn check(&self, topic: &str) -> Result<EventsTopic, OpenError> {
+        let shape = self.shape(topic)?;
         let doing = || format!("reading the settings of topic {topic}");
         let wanted = ResourceSpecifier::Topic(topic);
         let description = self.admin.describe_configs([&wanted], &self.options());
@@ -194,6 +237,7 @@ impl Preparation<'_> {
         Ok(EventsTopic {
             partitions: shape.partitions,
             record_bytes_max: record_bytes_max.unwrap_or(RECORD_BYTES_DEFAULT),
+            session_timeout_min: SESSION_TIMEOUT_MIN_DEFAULT,
         })
     }
 

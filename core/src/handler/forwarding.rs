@@ -26,26 +26,28 @@ type Answer<A> = Result<Handled, HandleError<<A as Aggregate>::Error>>;
 /// The way to other nodes, and how a command and a rejection travel there and back.
 pub(super) struct Forwarding<A: Aggregate> {
     bus: Arc<dyn CommandBus>,
+    /// Lives as long as its handler: the bus does not keep it, for it keeps the store.
+    executor: Arc<dyn CommandExecutor>,
     encode: fn(&A::Command) -> serde_json::Result<Vec<u8>>,
     decode_rejection: fn(&RawValue) -> serde_json::Result<A::Error>,
 }
 
 impl<A: Aggregate> Clone for Forwarding<A> {
     fn clone(&self) -> Self {
-        let Self { bus, encode, decode_rejection } = self;
-        Self { bus: Arc::clone(bus), encode: *encode, decode_rejection: *decode_rejection }
+        let (bus, executor) = (Arc::clone(&self.bus), Arc::clone(&self.executor));
+        Self { bus, executor, encode: self.encode, decode_rejection: self.decode_rejection }
     }
 }
 
 impl<A: Aggregate> Forwarding<A> {
-    pub(super) fn new(bus: Arc<dyn CommandBus>) -> Self
+    pub(super) fn new(bus: Arc<dyn CommandBus>, executor: Arc<dyn CommandExecutor>) -> Self
     where
         A::Command: Serialize,
         A::Error: DeserializeOwned,
     {
         let encode = |command: &A::Command| serde_json::to_vec(command);
         let decode_rejection = |json: &RawValue| serde_json::from_str(json.get());
-        Self { bus, encode, decode_rejection }
+        Self { bus, executor, encode, decode_rejection }
     }
 }
 

@@ -232,7 +232,7 @@ impl CommandBus for Bus {
         .boxed()
     }
 
-    fn serve(&self, category: &'static str, executor: Arc<dyn CommandExecutor>) {
+    fn serve(&self, category: &'static str, executor: &Arc<dyn CommandExecutor>) {
         self.inboxes.serve(category, executor);
     }
 }

@@ -7,7 +7,7 @@
 use std::collections::HashMap;
 use std::future::poll_fn;
 use std::panic::AssertUnwindSafe;
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::{Arc, PoisonError, RwLock, Weak};
 use std::task::Poll;
 use std::time::{Duration, Instant};
 
@@ -51,7 +51,8 @@ pub(crate) struct Inboxes {
     clock: Arc<dyn Clock>,
     ids: Arc<dyn IdGenerator>,
     limits: Limits,
-    executors: RwLock<HashMap<&'static str, Arc<dyn CommandExecutor>>>,
+    /// Whoever serves a category keeps its executor, which keeps the store.
+    executors: RwLock<HashMap<&'static str, Weak<dyn CommandExecutor>>>,
     /// How far each partition is with its end.
     stages: Vec<watch::Sender<Stage>>,
 }
@@ -123,14 +124,14 @@ impl Inboxes {
         }
     }
 
-    pub(crate) fn serve(&self, category: &'static str, executor: Arc<dyn CommandExecutor>) {
+    pub(crate) fn serve(&self, category: &'static str, executor: &Arc<dyn CommandExecutor>) {
         let mut executors = self.executors.write().unwrap_or_else(PoisonError::into_inner);
-        executors.insert(category, executor);
+        executors.insert(category, Arc::downgrade(executor));
     }
 
     fn executor(&self, category: &str) -> Option<Arc<dyn CommandExecutor>> {
         let executors = self.executors.read().unwrap_or_else(PoisonError::into_inner);
-        executors.get(category).cloned()
+        executors.get(category).and_then(Weak::upgrade)
     }
 
     fn stage(&self, partition: Partition) -> &watch::Sender<Stage> {
@@ -240,16 +241,21 @@ impl<'a> Inbox<'a> {
         let inboxes = Arc::clone(self.inboxes);
         let mut stages = inboxes.stage(self.shared.partition).subscribe();
         let mut read = Box::pin(self.read(self.commands.next(), Duration::ZERO));
-        let mut reading = true;
+        let (mut reading, mut at_rest) = (true, false);
         loop {
             let draining = *stages.borrow_and_update() != Stage::Open;
+            if draining && self.is_settled() {
+                inboxes.stage(self.shared.partition).send_if_modified(|stage| {
+                    std::mem::replace(stage, Stage::Drained) != Stage::Drained
+                });
+            }
             if !reading && !draining && self.has_room() {
                 read = Box::pin(self.read(self.commands.next(), Duration::ZERO));
                 reading = true;
             }
+            self.tell_mark(draining || std::mem::take(&mut at_rest));
             let mark_is_due = self.time_until_mark();
             let is_ahead = self.commands.mark() > self.hold.settled;
-            let mut at_rest = draining;
             tokio::select! {
                 biased;
                 changed = holds.changed() => {
@@ -281,12 +287,12 @@ impl<'a> Inbox<'a> {
                     at_rest = true;
                 }
             }
-            self.tell_mark(at_rest);
-            let settled = self.commands.is_empty() && self.hold.settled >= self.commands.mark();
-            if draining && settled {
-                inboxes.stage(self.shared.partition).send_replace(Stage::Drained);
-            }
         }
+    }
+
+    /// Whether everything that was begun is settled, answered, and the log says so.
+    fn is_settled(&self) -> bool {
+        self.commands.is_empty() && self.hold.settled >= self.commands.mark()
     }
 
     /// Until the log is told without anybody waiting for it.

@@ -183,13 +183,17 @@ pub(crate) async fn until_refused<F>(
 
 /// Produces one record to partition 0, as somebody else would.
 pub(crate) fn produce(brokers: &str, topic: &str, headers: &[(&str, &[u8])]) {
+    produce_value(brokers, topic, headers, "x");
+}
+
+pub(crate) fn produce_value(brokers: &str, topic: &str, headers: &[(&str, &[u8])], value: &str) {
     let producer: BaseProducer =
         ClientConfig::new().set("bootstrap.servers", brokers).create().expect("a producer");
     let mut owned = OwnedHeaders::new();
     for (key, value) in headers {
         owned = owned.insert(Header { key, value: Some(*value) });
     }
-    let record = BaseRecord::to(topic).partition(0).key("somebody").payload("x").headers(owned);
+    let record = BaseRecord::to(topic).partition(0).key("somebody").payload(value).headers(owned);
     producer.send(record).map_err(|(error, _)| error).expect("queued");
     producer.flush(WAIT_MAX).expect("produced");
 }
