@@ -214,20 +214,19 @@ impl Preparation<'_> {
 
     fn check(&self, topic: &str) -> Result<EventsTopic, OpenError> {
         let shape = self.shape(topic)?;
-        let doing = || format!("reading the settings of topic {topic}");
-        let wanted = ResourceSpecifier::Topic(topic);
-        let description = self.admin.describe_configs([&wanted], &self.options());
-        let results =
-            Handle::current().block_on(description).map_err(|error| self.error(doing(), error))?;
-        let resource = match results.into_iter().next() {
-            Some(Ok(resource)) => resource,
-            Some(Err(code)) => return Err(self.error(doing(), KafkaError::AdminOp(code))),
-            None => return Err(self.unreadable(topic)),
+        let deadline = self.clock.instant() + self.config.limits.request_timeout;
+        let resource = loop {
+            let resource = self.describe(topic)?;
+            if !resource.entries.is_empty() {
+                break resource;
+            }
+            // A refusal for one topic reaches us as a description without entries, and so does that
+            // the broker that was asked has not yet heard of a topic that was just made.
+            if self.clock.instant() >= deadline {
+                return Err(self.unreadable(topic));
+            }
+            Handle::current().block_on(self.clock.sleep(CREATION_POLL));
         };
-        // A refusal for one topic reaches us as a description without entries.
-        if resource.entries.is_empty() {
-            return Err(self.unreadable(topic));
-        }
         let settings = Settings(&resource);
         let findings = findings(self.config, topic, shape, &settings);
         if !findings.is_empty() {
@@ -239,6 +238,19 @@ impl Preparation<'_> {
             record_bytes_max: record_bytes_max.unwrap_or(RECORD_BYTES_DEFAULT),
             session_timeout_min: SESSION_TIMEOUT_MIN_DEFAULT,
         })
+    }
+
+    fn describe(&self, topic: &str) -> Result<ConfigResource, OpenError> {
+        let doing = || format!("reading the settings of topic {topic}");
+        let wanted = ResourceSpecifier::Topic(topic);
+        let description = self.admin.describe_configs([&wanted], &self.options());
+        let results =
+            Handle::current().block_on(description).map_err(|error| self.error(doing(), error))?;
+        match results.into_iter().next() {
+            Some(Ok(resource)) => Ok(resource),
+            Some(Err(code)) => Err(self.error(doing(), KafkaError::AdminOp(code))),
+            None => Err(self.unreadable(topic)),
+        }
     }
 
     fn unreadable(&self, topic: &str) -> OpenError {

@@ -178,39 +178,6 @@ fn started_before_its_broker_and_database_it_waits_and_says_so() {
     assert!(service.ended().success());
 }
 
-/// The newest start wins; what it superseded answers no success and says why, also when it was
-/// stopped in the meantime.
-#[test]
-fn a_superseded_service_acknowledges_nothing() {
-    let Some(stack) = Stack::kafka_and_postgres() else { return };
-    let first = stack.serve();
-    first.place("shared", 700);
-    first.signal("STOP");
-    let second = stack.serve();
-    let paid = second.post("/orders/shared/payment", &json!({"amount_cents": 700}));
-    assert_eq!(paid.status, 200, "{paid:?}");
-    let order_ids: Vec<_> = (0..10).map(|nth| format!("second-{nth}")).collect();
-    order_ids.iter().for_each(|order_id| drop(second.place(order_id, 1)));
-    first.signal("CONT");
-
-    // A stale answer would be a second success, or a conflict on the version before the payment.
-    let stale = first.post("/orders/shared/payment", &json!({"amount_cents": 700}));
-    assert!(stale.status == 503 || stale.json()["type"] == "/problems/already-paid", "{stale:?}");
-    wait_for("the first says that it is superseded", || {
-        let reply = first.post("/orders", &order(&unique_name(), 1));
-        assert_ne!(reply.status, 201, "{reply:?}");
-        (reply.json()["type"] == "/problems/not-owner").then_some(())
-    });
-    first.get("/health/ready").is_problem(503, "not-ready");
-    for order_id in &order_ids {
-        let events = second.get(&format!("/orders/{order_id}/events")).json();
-        assert_eq!(events["events"].as_array().map(Vec::len), Some(1), "{order_id}");
-    }
-    let versions = second.get("/orders/shared/events").json();
-    assert_eq!(versions["events"].as_array().map(Vec::len), Some(2));
-    assert_eq!(second.get("/health/ready").status, 200);
-}
-
 #[test]
 fn without_its_database_it_says_so_and_loses_nothing() {
     let Some(stack) = Stack::kafka_and_postgres() else { return };

@@ -1,5 +1,5 @@
 //! The built program as its users meet it: started as a process, spoken to over HTTP.
-#![allow(dead_code, reason = "each test program uses its own part")]
+#![allow(dead_code, unused_macros, unused_imports, reason = "each test program uses its own part")]
 
 use std::fs::{self, File};
 use std::io::{Read, Write};
@@ -302,12 +302,24 @@ impl Service {
 
     /// Sends these bytes to the letter. A connection that breaks answers status 0.
     pub(crate) fn send(&self, bytes: &[u8]) -> Reply {
-        exchange(self.address, bytes).unwrap_or_else(|error| Reply {
-            status: 0,
-            headers: Vec::new(),
-            text: error.to_string(),
-        })
+        Reply::of(exchange(self.address, bytes))
     }
+}
+
+/// Posts to whoever listens there.
+pub(crate) fn post(
+    address: SocketAddr,
+    path: &str,
+    headers: &[(&str, &str)],
+    body: &Value,
+) -> Reply {
+    let body = body.to_string();
+    let mut head = format!("POST {path} HTTP/1.1\r\nhost: {address}\r\n");
+    for (name, value) in headers.iter().chain([&("content-type", "application/json")]) {
+        head += &format!("{name}: {value}\r\n");
+    }
+    head += &format!("content-length: {}\r\nconnection: close\r\n\r\n", body.len());
+    Reply::of(exchange(address, format!("{head}{body}").as_bytes()))
 }
 
 /// An address that is free now, with a port that no outgoing connection is given by chance.
@@ -346,6 +358,15 @@ pub(crate) struct Reply {
 }
 
 impl Reply {
+    /// A connection that breaks answers status 0.
+    fn of(answer: std::io::Result<Self>) -> Self {
+        answer.unwrap_or_else(|error| Self {
+            status: 0,
+            headers: Vec::new(),
+            text: error.to_string(),
+        })
+    }
+
     fn parse(answer: &str) -> Option<Self> {
         let (head, text) = answer.split_once("\r\n\r\n")?;
         let mut lines = head.lines();

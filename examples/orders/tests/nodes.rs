@@ -1,0 +1,227 @@
+//! Replicas of the service: any of them takes any command, and each may die at any moment.
+
+mod support;
+
+use std::collections::BTreeMap;
+use std::process::Stdio;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+
+use kafold::CommandId;
+use serde_json::{Value, json};
+use support::{Reply, Service, Stack, free_address, order, orders, run, unique_name, wait_for};
+use uuid::Uuid;
+
+/// What `awk` adds up of the sample: purchases, cents, CDs, customers.
+const SAMPLE: [i64; 4] = [199, 701_236, 497, 48];
+
+fn sample() -> String {
+    format!("{}/tests/data/cdnow_sample.txt", env!("CARGO_MANIFEST_DIR"))
+}
+
+/// Which node owns each partition, as one node sees it.
+fn owners(node: &Service) -> BTreeMap<u64, String> {
+    let nodes = node.get("/nodes").json();
+    let nodes = nodes["nodes"].as_array().cloned().unwrap_or_default();
+    let owned = nodes.into_iter().flat_map(|node| {
+        let address = node["address"].as_str().unwrap_or_default().to_owned();
+        let partitions = node["partitions"].as_array().cloned().unwrap_or_default();
+        partitions
+            .into_iter()
+            .map(move |owned| (owned["partition"].as_u64().expect("a number"), address.clone()))
+    });
+    owned.collect()
+}
+
+/// Waits until every one of the nodes owns something and together they own everything.
+fn shared(nodes: &[&Service]) {
+    wait_for("the partitions are shared", || {
+        let owners = owners(nodes[0]);
+        let each = nodes.iter().all(|node| owners.values().any(|address| *address == node.url()));
+        (owners.len() == 3 && each).then_some(())
+    });
+    nodes.iter().for_each(|node| node.wait_ready());
+}
+
+fn start_import(stack: &Stack, nodes: &[&Service]) -> std::process::Child {
+    let sample = sample();
+    let urls: Vec<_> = nodes.iter().map(|node| node.url()).collect();
+    let urls = urls.join(",");
+    // A few at a time, so that there is time to disturb.
+    orders(stack.folder.path(), &["import", &sample, "--in-flight", "4", "--url", &urls])
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .expect("the program starts")
+}
+
+fn placed(node: &Service) -> i64 {
+    node.get("/reports/sales?by=day").json()["total"]["orders"].as_i64().unwrap_or(0)
+}
+
+/// After whatever happened: imported once more, everything is there, once, in gapless streams.
+fn is_whole(stack: &Stack, node: &Service) {
+    let output = run(stack.folder.path(), &["import", &sample(), "--url", &node.url()]);
+    let text = String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success() && text.contains("reports what the file has"), "{output:?}");
+    let total = node.get("/reports/sales?by=customer").json();
+    let count = |name: &str| total["total"][name].as_i64().expect("a number");
+    let customers = total["rows"].as_array().expect("rows").len() as i64;
+    let found = [count("orders"), count("amount_cents"), count("quantity"), customers];
+    assert_eq!(found, SAMPLE);
+    for line in 2..=200 {
+        let events = node.get(&format!("/orders/cdnow-{line}/events")).json();
+        let versions: Vec<_> = events["events"]
+            .as_array()
+            .expect("events")
+            .iter()
+            .map(|event| event["version"].as_u64().expect("a version"))
+            .collect();
+        assert_eq!(versions, [1, 2], "cdnow-{line}");
+    }
+}
+
+#[test]
+fn an_import_to_three_replicas_survives_kills() {
+    let Some(stack) = Stack::kafka_and_postgres() else { return };
+    let addresses = [free_address(), free_address(), free_address()];
+    let start = |address: &str| stack.start(&["--listen", address]);
+    let mut nodes: Vec<_> = addresses.iter().map(|address| start(address)).collect();
+    shared(&nodes.iter().collect::<Vec<_>>());
+    let mut importing = start_import(&stack, &nodes.iter().collect::<Vec<_>>());
+    for round in 0..3 {
+        let (victim, watcher) = (round % 3, &nodes[(round + 1) % 3]);
+        wait_for("some orders are in", || (placed(watcher) >= 20 * round as i64).then_some(()));
+        let killed = std::mem::replace(&mut nodes[victim], start(&free_address()));
+        killed.kill();
+        nodes[victim] = start(&addresses[victim]);
+        nodes[victim].wait_ready();
+    }
+    let status = wait_for("the import ends", || importing.try_wait().expect("a child"));
+    assert!(status.success(), "{}", nodes[0].log());
+    is_whole(&stack, &nodes[1]);
+}
+
+#[test]
+fn in_a_rolling_restart_a_single_retry_cures_every_error() {
+    let Some(stack) = Stack::kafka_and_postgres() else { return };
+    let addresses = [free_address(), free_address(), free_address()];
+    let start = |address: &str| stack.start(&["--listen", address]);
+    let mut nodes: Vec<_> = addresses.iter().map(|address| start(address)).collect();
+    shared(&nodes.iter().collect::<Vec<_>>());
+    let enough = AtomicBool::new(false);
+    let outcomes = thread::scope(|scope| {
+        let clients: Vec<_> = (0..3)
+            .map(|client| {
+                let (enough, addresses) = (&enough, &addresses);
+                scope.spawn(move || {
+                    let mut outcomes = Vec::new();
+                    for nth in 0.. {
+                        if enough.load(Ordering::Relaxed) {
+                            return outcomes;
+                        }
+                        let order_id = format!("roll-{client}-{nth}");
+                        outcomes.push(place_retrying_once(addresses, client + nth, &order_id));
+                    }
+                    outcomes
+                })
+            })
+            .collect();
+        for (nth, address) in addresses.iter().enumerate() {
+            nodes[nth].signal("TERM");
+            assert!(nodes[nth].ended().success(), "{}", nodes[nth].log());
+            nodes[nth] = start(address);
+            shared(&nodes.iter().collect::<Vec<_>>());
+        }
+        enough.store(true, Ordering::Relaxed);
+        clients.into_iter().flat_map(|client| client.join().expect("no panic")).collect::<Vec<_>>()
+    });
+    assert!(outcomes.len() > 30, "{}", outcomes.len());
+    for (order_id, reply) in &outcomes {
+        assert_eq!(reply.status, 201, "{order_id}: {reply:?}");
+        let events = nodes[0].get(&format!("/orders/{order_id}/events")).json();
+        assert_eq!(events["events"].as_array().map(Vec::len), Some(1), "{order_id}");
+    }
+}
+
+/// Places an order at the node whose turn it is; if that fails, once more with the same key at the
+/// next.
+fn place_retrying_once(addresses: &[String; 3], turn: usize, order_id: &str) -> (String, Reply) {
+    let key = CommandId::derived(Uuid::NAMESPACE_OID, order_id.as_bytes()).to_string();
+    let post = |turn: usize| {
+        let address = addresses[turn % 3].parse().expect("an address");
+        support::post(address, "/orders", &[("idempotency-key", &key)], &order(order_id, 5))
+    };
+    let first = post(turn);
+    let reply = if first.status == 201 { first } else { post(turn + 1) };
+    (order_id.to_owned(), reply)
+}
+
+#[test]
+fn a_replica_that_was_frozen_answers_nothing_that_another_has_changed() {
+    let Some(stack) = Stack::kafka_and_postgres() else { return };
+    let first = stack.serve();
+    first.place("shared", 700);
+    first.signal("STOP");
+    // Whoever comes owns everything as soon as the group has given up the first.
+    let second = stack.serve();
+    let paid = second.post("/orders/shared/payment", &json!({"amount_cents": 700}));
+    assert_eq!(paid.status, 200, "{paid:?}");
+    let order_ids: Vec<_> = (0..10).map(|nth| format!("second-{nth}")).collect();
+    order_ids.iter().for_each(|order_id| drop(second.place(order_id, 1)));
+    first.signal("CONT");
+
+    // It had loaded the order before it was paid: a rejection of its own would be a stale one.
+    let shipped =
+        first.post("/orders/shared/shipment", &json!({"carrier": "post", "tracking": "t1"}));
+    assert_eq!(shipped.status, 200, "it was paid: {shipped:?}");
+    let again = first.post("/orders/shared/payment", &json!({"amount_cents": 700}));
+    again.is_problem(422, "already-paid");
+    let other = first.place(&unique_name(), 1);
+    let path = format!("/orders/{}?after={}", id(&other), other.position());
+    assert_eq!(second.get(&path).status, 200, "what it answered is in the log");
+    for order_id in &order_ids {
+        let events = second.get(&format!("/orders/{order_id}/events")).json();
+        assert_eq!(events["events"].as_array().map(Vec::len), Some(1), "{order_id}");
+    }
+    let log = first.log();
+    assert!(log.contains("superseded by") || log.contains("revoked by the group"), "{log}");
+    shared(&[&first, &second]);
+}
+
+fn id(placed: &Reply) -> String {
+    placed.json()["order_id"].as_str().expect("an id").to_owned()
+}
+
+#[test]
+fn every_replica_answers_as_the_owner_would() {
+    let Some(stack) = Stack::kafka_and_postgres() else { return };
+    let nodes = [stack.serve(), stack.serve(), stack.serve()];
+    shared(&nodes.iter().collect::<Vec<_>>());
+    for nth in 0..9 {
+        let (order_id, turn) = (format!("any-{nth}"), |n: usize| &nodes[(nth + n) % 3]);
+        let key = CommandId::derived(Uuid::NAMESPACE_OID, order_id.as_bytes()).to_string();
+        let place = |node: &Service| {
+            node.post_with("/orders", &[("idempotency-key", &key)], &order(&order_id, 700))
+        };
+        let placed = place(turn(0));
+        assert_eq!(placed.status, 201, "{placed:?}");
+        assert_eq!(place(turn(1)).json(), placed.json(), "the same key elsewhere");
+        turn(2).post("/orders", &order(&order_id, 700)).is_problem(409, "order-exists");
+        let pay = |node: &Service, headers: &[(&str, &str)], amount: i64| -> Reply {
+            let path = format!("/orders/{order_id}/payment");
+            node.post_with(&path, headers, &json!({"amount_cents": amount}))
+        };
+        pay(turn(0), &[], 1).is_problem(422, "wrong-amount");
+        pay(turn(1), &[], 1).is_problem(422, "wrong-amount");
+        pay(turn(2), &[("if-match", "\"7\"")], 700).is_problem(412, "precondition-failed");
+        let paid = pay(turn(1), &[("if-match", "\"1\"")], 700);
+        assert_eq!((paid.status, &paid.json()["version"]), (200, &Value::from(2)), "{paid:?}");
+        let path = format!("/orders/{order_id}?after={}", paid.position());
+        for node in &nodes {
+            let shown = node.get(&path);
+            assert_eq!(shown.json()["status"], "paid", "{shown:?}");
+            assert_eq!(shown.header("kafold-applied").map(|list| list.split(',').count()), Some(3));
+        }
+    }
+}
