@@ -4,17 +4,29 @@
 //!   has submitted on top of it;
 //! - `states`: the bounded cache of slots;
 //! - `load`: a stream's events and snapshot become a state;
+//! - `forwarding`: commands of streams that another node owns, and commands that others send here;
 //! - `config`, `error`: limits, and answers to the caller.
 //!
 //! The cache is safe because every append demands the version that the decision saw, and every
 //! rejection is confirmed by the store before it is answered.
 //!
-//! Metrics, each with a label `category`: counters `kafold_commands_total` by `outcome`,
-//! `kafold_command_retries_total` by `reason`, `kafold_hot_states_total` by `result` (`hit`,
-//! `miss`), and the histogram `kafold_command_seconds`. Every command is a span `command`.
+//! Metrics, each with a label `category`:
+//!
+//! - `kafold_commands_total` by `outcome`: what the callers of this handler got, wherever the
+//!   command was decided; `sent` for one that was written down for its owner;
+//! - `kafold_forwarded_commands_total` by `outcome`: those of them that were given to the bus, once
+//!   for every time;
+//! - `kafold_executed_commands_total` by `outcome`: commands that the bus brought here, once for
+//!   every time, and none of them above;
+//! - `kafold_command_retries_total` by `reason`, `kafold_hot_states_total` by `result` (`hit`,
+//!   `miss`), and the histogram `kafold_command_seconds` of commands whose answer a caller waited
+//!   for.
+//!
+//! Every command is a span `command`, on each node that it comes to.
 
 mod config;
 mod error;
+mod forwarding;
 mod load;
 mod slot;
 mod states;
@@ -26,12 +38,15 @@ use std::time::{Duration, Instant};
 
 use chrono::SubsecRound;
 use futures_util::future::{Either, select};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
 use tracing::Instrument;
 
 pub use self::config::{HandlerConfig, Request};
 pub use self::error::HandleError;
 pub use self::load::SnapshotState;
 
+use self::forwarding::{Executor, Forwarding};
 use self::load::Snapshots;
 use self::slot::{Pending, SharedOutcome, Slot};
 use self::states::HotStates;
@@ -39,7 +54,8 @@ use crate::aggregate::Aggregate;
 use crate::clock::{Clock, IdGenerator, backoff};
 use crate::codec;
 use crate::event::{Commit, Metadata, NewEvent};
-use crate::ids::{CommandId, ExpectedVersion, Position, StreamId, Version};
+use crate::forward::CommandBus;
+use crate::ids::{CommandId, ExpectedVersion, InvalidStreamId, Position, StreamId, Version};
 use crate::snapshot::SnapshotStore;
 use crate::store::{Append, AppendError, Appended, EventStore, Outcome, Ticket, View};
 
@@ -60,6 +76,7 @@ pub struct CommandHandler<A: Aggregate> {
     ids: Arc<dyn IdGenerator>,
     config: HandlerConfig,
     snapshots: Option<Snapshots<A>>,
+    forwarding: Option<Forwarding<A>>,
     states: Arc<HotStates<A>>,
 }
 
@@ -84,6 +101,17 @@ struct Job<'a, A: Aggregate> {
     command_id: CommandId,
     request: Request,
     deadline: Instant,
+}
+
+impl<A: Aggregate> Job<'_, A> {
+    fn span(&self) -> tracing::Span {
+        let Self { stream, command_id, .. } = self;
+        tracing::info_span!("command", category = A::CATEGORY, %stream, %command_id)
+    }
+
+    fn named(&self) -> String {
+        format!("command {} of stream {}", self.command_id, self.stream)
+    }
 }
 
 /// Where a decision left a command; what is in here is waited for without the stream's lock.
@@ -120,6 +148,7 @@ impl<A: Aggregate> Clone for CommandHandler<A> {
             ids: Arc::clone(&self.ids),
             config: self.config.clone(),
             snapshots: self.snapshots.clone(),
+            forwarding: self.forwarding.clone(),
             states: Arc::clone(&self.states),
         }
     }
@@ -141,7 +170,7 @@ impl<A: Aggregate> CommandHandler<A> {
     ) -> Self {
         let config = HandlerConfig::default();
         let states = Arc::new(HotStates::new(config.hot_states_max));
-        Self { store, clock, ids, config, snapshots: None, states }
+        Self { store, clock, ids, config, snapshots: None, forwarding: None, states }
     }
 
     /// The same handler with other limits and an empty cache.
@@ -161,6 +190,26 @@ impl<A: Aggregate> CommandHandler<A> {
     {
         let states = Arc::new(HotStates::new(self.config.hot_states_max));
         Self { snapshots: Some(Snapshots::new(store)), states, ..self }
+    }
+
+    /// The same handler as one of several nodes: commands of streams that another node owns go
+    /// there, and this node handles those that others send it. `None`, as of an embedded log,
+    /// changes nothing.
+    ///
+    /// Call it last: what the bus is given to handle commands of others with is this handler as it
+    /// is now, with its limits, snapshots and cache.
+    #[must_use]
+    pub fn forwarding(self, bus: Option<Arc<dyn CommandBus>>) -> Self
+    where
+        A::Command: Serialize + DeserializeOwned,
+        A::Error: Serialize + DeserializeOwned,
+    {
+        let Some(bus) = bus else { return self };
+        // Without the bus: a command that was sent here goes no further, and the bus, which keeps
+        // the executor, is not kept by it.
+        let here = Self { forwarding: None, ..self.clone() };
+        bus.serve(A::CATEGORY, Arc::new(Executor::new(here)));
+        Self { forwarding: Some(Forwarding::new(bus)), ..self }
     }
 
     /// Handles a command on the aggregate `id`, whatever its version.
@@ -186,11 +235,8 @@ impl<A: Aggregate> CommandHandler<A> {
         request: Request,
     ) -> Result<Handled, HandleError<A::Error>> {
         let began = self.clock.instant();
-        let stream = StreamId::new(A::CATEGORY, id)?;
-        let deadline = request.deadline.unwrap_or(began + self.config.deadline);
-        let span = tracing::info_span!("command", category = A::CATEGORY, %stream, %command_id);
-        let job = Job { stream, command, command_id, request, deadline };
-        let result = self.run(&job).instrument(span).await;
+        let job = self.job(id, command, command_id, request, self.config.deadline)?;
+        let result = self.run(&job).instrument(job.span()).await;
         let outcome = error::outcome_name(&result);
         metrics::counter!("kafold_commands_total", "category" => A::CATEGORY, "outcome" => outcome)
             .increment(1);
@@ -199,12 +245,71 @@ impl<A: Aggregate> CommandHandler<A> {
         result
     }
 
+    /// The asynchronous command: it will be handled, and nobody waits for what it comes to.
+    ///
+    /// With a bus it is written down for the owner of its stream, which may be this node, and
+    /// handled in the order in which it was written down, at the latest
+    /// [`HandlerConfig::send_deadline`] from now; this call returns when it is written down, within
+    /// [`HandlerConfig::deadline`]. Without a bus it is handled before this call returns; a rejection
+    /// is logged then, and no error, for nobody waits for it. After any error the command may be
+    /// sent again with the same id.
+    pub async fn send(
+        &self,
+        id: &str,
+        command: &A::Command,
+        command_id: CommandId,
+    ) -> Result<(), HandleError<A::Error>> {
+        self.send_with(id, command, command_id, Request::default()).await
+    }
+
+    /// As [`CommandHandler::send`], with a demand on the version, metadata for the events, or a
+    /// deadline of its own, after which the command is not handled any more.
+    pub async fn send_with(
+        &self,
+        id: &str,
+        command: &A::Command,
+        command_id: CommandId,
+        request: Request,
+    ) -> Result<(), HandleError<A::Error>> {
+        let Some(forwarding) = &self.forwarding else {
+            let answer = self.handle_with(id, command, command_id, request).await;
+            return forwarding::sent_answer::<A>(id, command_id, answer);
+        };
+        let job = self.job(id, command, command_id, request, self.config.send_deadline)?;
+        let result = self.send_to_owner(forwarding, &job).instrument(job.span()).await;
+        let outcome = error::sent_name(&result);
+        metrics::counter!("kafold_commands_total", "category" => A::CATEGORY, "outcome" => outcome)
+            .increment(1);
+        result
+    }
+
     /// How many streams have a place in the cache, at most [`HandlerConfig::hot_states_max`].
     pub fn hot_states(&self) -> usize {
         self.states.len()
     }
 
+    fn job<'a>(
+        &self,
+        id: &str,
+        command: &'a A::Command,
+        command_id: CommandId,
+        request: Request,
+        limit: Duration,
+    ) -> Result<Job<'a, A>, InvalidStreamId> {
+        let stream = StreamId::new(A::CATEGORY, id)?;
+        let deadline = request.deadline.unwrap_or_else(|| self.clock.instant() + limit);
+        Ok(Job { stream, command, command_id, request, deadline })
+    }
+
     async fn run(&self, job: &Job<'_, A>) -> Result<Handled, HandleError<A::Error>> {
+        match &self.forwarding {
+            Some(forwarding) => self.run_anywhere(forwarding, job).await,
+            None => self.run_here(job).await,
+        }
+    }
+
+    /// Decides the command on this node until it is settled.
+    async fn run_here(&self, job: &Job<'_, A>) -> Result<Handled, HandleError<A::Error>> {
         let mut attempt = 1;
         loop {
             let failure = match self.attempt(job).await {
@@ -220,8 +325,7 @@ impl<A: Aggregate> CommandHandler<A> {
             if !waited {
                 return Err(HandleError::exhausted(failure));
             }
-            metrics::counter!("kafold_command_retries_total", "category" => A::CATEGORY, "reason" => again)
-                .increment(1);
+            count_retry::<A>(again);
             tracing::debug!(attempt, %failure, "deciding again");
             attempt += 1;
         }
@@ -423,8 +527,8 @@ impl<A: Aggregate> CommandHandler<A> {
         job: &Job<'_, A>,
         outcome: SharedOutcome,
     ) -> Result<Handled, HandleError<A::Error>> {
-        let unknown = AppendError::OutcomeUnknown { command_id: job.command_id };
-        let appended = self.within(job.deadline, outcome).await.ok_or(unknown)??;
+        let known = self.within(job.deadline, outcome).await;
+        let appended = known.ok_or_else(|| unknown(job.command_id))??;
         Ok(handled(Appended { duplicate: true, ..appended }, 0))
     }
 
@@ -447,6 +551,15 @@ fn handled(appended: Appended, events: u64) -> Handled {
 fn conflict<A: Aggregate>(job: &Job<'_, A>, actual: Version) -> HandleError<A::Error> {
     let (stream, expected) = (job.stream.clone(), job.request.expected);
     HandleError::Conflict { stream, expected, actual }
+}
+
+fn unknown(command_id: CommandId) -> AppendError {
+    AppendError::OutcomeUnknown { command_id }
+}
+
+fn count_retry<A: Aggregate>(reason: &'static str) {
+    metrics::counter!("kafold_command_retries_total", "category" => A::CATEGORY, "reason" => reason)
+        .increment(1);
 }
 
 fn too_late() -> AppendError {

@@ -7,7 +7,8 @@ use crate::ids::ExpectedVersion;
 /// The limits of a [`CommandHandler`](super::CommandHandler).
 #[derive(Debug, Clone)]
 pub struct HandlerConfig {
-    /// How often a command is decided before its last conflict is answered. Default 16.
+    /// How often a command is decided before its last conflict is answered, and, where there are
+    /// other nodes, how often in all it is sent while its outcome is unknown. Default 16.
     pub attempts_max: u32,
     /// The pause before the second retry, doubled for each one after; the first comes at once.
     /// Default 5 ms.
@@ -16,6 +17,10 @@ pub struct HandlerConfig {
     pub backoff_max: Duration,
     /// How long a command may take, unless it brings a deadline. Default 10 s.
     pub deadline: Duration,
+    /// How long a command that is only sent may wait for the owner of its stream, unless it brings a
+    /// deadline; after it the owner drops the command and logs that. It must be below the time for
+    /// which the log keeps commands. Default 1 hour.
+    pub send_deadline: Duration,
     /// Streams kept in the cache; beyond it the one not used for longest is loaded again when it
     /// is needed. Default 10 000.
     pub hot_states_max: usize,
@@ -36,6 +41,7 @@ impl Default for HandlerConfig {
             backoff_base: Duration::from_millis(5),
             backoff_max: Duration::from_millis(500),
             deadline: Duration::from_secs(10),
+            send_deadline: Duration::from_secs(60 * 60),
             hot_states_max: 10_000,
             recent_commands_max: 128,
             pending_max: 256,
@@ -55,7 +61,9 @@ pub struct Request {
     pub causation_id: Option<String>,
     /// Recorded with every event: W3C trace context, as in the header `traceparent`.
     pub trace_parent: Option<String>,
-    /// When the caller stops waiting; by default after [`HandlerConfig::deadline`].
+    /// When the caller stops waiting; by default after [`HandlerConfig::deadline`]. Of a command
+    /// that is only sent: when it is not to be handled any more; by default after
+    /// [`HandlerConfig::send_deadline`].
     pub deadline: Option<Instant>,
 }
 

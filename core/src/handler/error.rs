@@ -67,23 +67,30 @@ pub(super) fn outcome_name<E: std::error::Error>(
         Ok(handled) if handled.duplicate => "duplicate",
         Ok(handled) if handled.events == 0 => "unchanged",
         Ok(_) => "appended",
-        Err(HandleError::Rejected(_)) => "rejected",
-        Err(HandleError::Conflict { .. } | HandleError::Append(AppendError::Conflict { .. })) => {
+        Err(failure) => failure_name(failure),
+    }
+}
+
+/// The same of a command that is written down for its owner.
+pub(super) fn sent_name<E: std::error::Error>(result: &Result<(), HandleError<E>>) -> &'static str {
+    result.as_ref().map_or_else(failure_name, |()| "sent")
+}
+
+fn failure_name<E: std::error::Error>(failure: &HandleError<E>) -> &'static str {
+    match failure {
+        HandleError::Rejected(_) => "rejected",
+        HandleError::Conflict { .. } | HandleError::Append(AppendError::Conflict { .. }) => {
             "conflict"
         }
-        Err(HandleError::Append(AppendError::NotOwner { .. })) => "not_owner",
-        Err(HandleError::Append(AppendError::NotAppended { .. })) => "not_appended",
-        Err(HandleError::Append(AppendError::OutcomeUnknown { .. })) => "unknown",
-        Err(
-            HandleError::Append(AppendError::Unavailable { .. })
-            | HandleError::Read(ReadError::Unavailable { .. }),
-        ) => "unavailable",
-        Err(HandleError::Append(AppendError::TooLarge { .. }) | HandleError::InvalidCommit(_)) => {
+        HandleError::Append(AppendError::NotOwner { .. }) => "not_owner",
+        HandleError::Append(AppendError::NotAppended { .. }) => "not_appended",
+        HandleError::Append(AppendError::OutcomeUnknown { .. }) => "unknown",
+        HandleError::Append(AppendError::Unavailable { .. })
+        | HandleError::Read(ReadError::Unavailable { .. }) => "unavailable",
+        HandleError::Append(AppendError::TooLarge { .. }) | HandleError::InvalidCommit(_) => {
             "too_large"
         }
-        Err(HandleError::InvalidId(_)) => "invalid_id",
-        Err(HandleError::Read(ReadError::Diverged { .. }) | HandleError::Codec { .. }) => {
-            "unreadable"
-        }
+        HandleError::InvalidId(_) => "invalid_id",
+        HandleError::Read(ReadError::Diverged { .. }) | HandleError::Codec { .. } => "unreadable",
     }
 }
