@@ -39,6 +39,9 @@ pub struct ForwardedCommand {
 
 /// What a forwarded command came to at the owner, for the caller to answer as its own handler would
 /// have.
+///
+/// As JSON an object whose only key is the name of the variant. The name may not become a field
+/// beside the others: then serde reads the whole object first, and no raw JSON can be read of that.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Reply {
@@ -76,6 +79,9 @@ pub enum Reply {
         /// What the owner waits for.
         reason: String,
     },
+    /// An owner before this one may have applied it, and this one cannot look: the same command sent
+    /// again finds out.
+    OutcomeUnknown,
     /// The owner's program or its log has to be corrected; nothing more comes of it.
     Failed {
         /// What is affected.
@@ -135,7 +141,11 @@ pub trait CommandExecutor: Send + Sync + 'static {
     /// Handles the command here and nowhere else, with an answer by `deadline`.
     ///
     /// An error means that the command is not settled: [`AppendError::NotOwner`], this node does not
-    /// own the stream any more; [`AppendError::OutcomeUnknown`], what it came to is not known yet.
+    /// own the stream any more; [`AppendError::OutcomeUnknown`], what it came to is not known yet:
+    /// then it is executed again, and [`Reply::Unavailable`], [`Reply::NotAppended`],
+    /// [`Reply::TooLarge`] and [`Reply::Failed`] of a later execution say nothing of this one.
+    ///
+    /// Panics where the domain's own code does.
     async fn execute(
         &self,
         command: &ForwardedCommand,
@@ -181,32 +191,58 @@ pub struct OwnedPartition {
 
 #[cfg(test)]
 mod tests {
-    use serde_json::json;
-
     use super::*;
 
+    /// Nodes of another release read and write this: what stands here stays for ever.
+    fn check(json: &str, is_expected: impl FnOnce(&Reply) -> bool) {
+        let reply: Reply = serde_json::from_str(json).expect(json);
+        assert!(is_expected(&reply), "{reply:?}");
+        assert_eq!(serde_json::to_string(&reply).expect("is JSON"), json);
+    }
+
     #[test]
-    fn every_reply_reads_back_as_it_was_written() {
-        let error = serde_json::value::to_raw_value(&json!({"WrongAmount": {"due": 1}}));
-        let replies = [
-            Reply::Handled(Handled {
-                version: Version(2),
-                position: None,
-                duplicate: true,
-                events: 0,
-            }),
-            Reply::Rejected { error: error.expect("JSON") },
-            Reply::Conflict { expected: Some(Version(1)), actual: Version(2) },
-            Reply::TooLarge { size: 3, limit: 2 },
-            Reply::NotAppended { reason: "lost".into() },
-            Reply::unavailable(Duration::from_millis(1_500), "full"),
-            Reply::Failed { what: "stream a-1".into(), reason: "unreadable".into() },
-        ];
-        for reply in replies {
-            let json = serde_json::to_string(&reply).expect("JSON");
-            let read: Reply = serde_json::from_str(&json).expect("a reply");
-            assert_eq!(serde_json::to_string(&read).expect("JSON"), json);
-            assert_eq!(format!("{read:?}"), format!("{reply:?}"));
-        }
+    fn a_reply_is_read_as_it_was_written() {
+        check(
+            r#"{"handled":{"version":3,"position":"1:42","duplicate":false,"events":2}}"#,
+            |reply| matches!(reply, Reply::Handled(handled) if handled.version == Version(3)),
+        );
+        check(
+            r#"{"rejected":{"error":{"Insufficient": 1.50}}}"#,
+            |reply| matches!(reply, Reply::Rejected { error } if error.get() == r#"{"Insufficient": 1.50}"#),
+        );
+        check(
+            r#"{"conflict":{"expected":2,"actual":3}}"#,
+            |reply| matches!(reply, Reply::Conflict { expected, .. } if *expected == Some(Version(2))),
+        );
+        check(
+            r#"{"conflict":{"expected":null,"actual":3}}"#,
+            |reply| matches!(reply, Reply::Conflict { expected: None, actual } if *actual == Version(3)),
+        );
+        check(r#"{"too_large":{"size":9,"limit":8}}"#, |reply| {
+            matches!(reply, Reply::TooLarge { size: 9, limit: 8 })
+        });
+        check(
+            r#"{"not_appended":{"reason":"r"}}"#,
+            |reply| matches!(reply, Reply::NotAppended { reason } if reason == "r"),
+        );
+        check(r#"{"unavailable":{"retry_after_ms":7,"reason":"r"}}"#, |reply| {
+            matches!(reply, Reply::Unavailable { retry_after_ms: 7, .. })
+        });
+        check(r#""outcome_unknown""#, |reply| matches!(reply, Reply::OutcomeUnknown));
+        check(
+            r#"{"failed":{"what":"w","reason":"r"}}"#,
+            |reply| matches!(reply, Reply::Failed { what, .. } if what == "w"),
+        );
+    }
+
+    #[test]
+    fn only_a_commit_is_an_answer_that_the_log_holds() {
+        let handled = |events, duplicate| {
+            let (version, position) = (Version(1), None);
+            Reply::Handled(Handled { version, position, duplicate, events }).is_in_log()
+        };
+        assert!(handled(1, false) && handled(0, true));
+        assert!(!handled(0, false), "the next owner may decide otherwise");
+        assert!(!Reply::unavailable(Duration::ZERO, "r").is_in_log());
     }
 }

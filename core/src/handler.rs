@@ -14,10 +14,10 @@
 //!
 //! - `kafold_commands_total` by `outcome`: what the callers of this handler got, wherever the
 //!   command was decided; `sent` for one that was written down for its owner;
-//! - `kafold_forwarded_commands_total` by `outcome`: those of them that left this node, once for
-//!   every time;
-//! - `kafold_executed_commands_total` by `outcome`: commands of other nodes' callers that this node
-//!   handled, in none of the two above;
+//! - `kafold_forwarded_commands_total` by `outcome`: those of them that were given to the bus, once
+//!   for every time;
+//! - `kafold_executed_commands_total` by `outcome`: commands that the bus brought here, once for
+//!   every time, and none of them above;
 //! - `kafold_command_retries_total` by `reason`, `kafold_hot_states_total` by `result` (`hit`,
 //!   `miss`), and the histogram `kafold_command_seconds` of commands whose answer a caller waited
 //!   for.
@@ -107,7 +107,7 @@ impl<A: Aggregate> Job<'_, A> {
         tracing::info_span!("command", category = A::CATEGORY, %stream, %command_id)
     }
 
-    fn shown(&self) -> String {
+    fn named(&self) -> String {
         format!("command {} of stream {}", self.command_id, self.stream)
     }
 }
@@ -248,9 +248,9 @@ impl<A: Aggregate> CommandHandler<A> {
     /// With a bus it is written down for the owner of its stream, which may be this node, and
     /// handled in the order in which it was written down, at the latest
     /// [`HandlerConfig::send_deadline`] from now; this call returns when it is written down, within
-    /// [`HandlerConfig::deadline`]. Without a bus it is handled before this call returns. Either
-    /// way a rejection is logged and no error; an error says that the command must be sent again,
-    /// with the same id, or corrected.
+    /// [`HandlerConfig::deadline`]. Without a bus it is handled before this call returns; a rejection
+    /// is logged then, and no error, for nobody waits for it. After any error the command may be
+    /// sent again with the same id.
     pub async fn send(
         &self,
         id: &str,

@@ -448,8 +448,11 @@ async fn a_command_is_answered_in_time_whoever_is_slow_before_it() {
     let index = Arc::new(MemoryIndex::new());
     let node = TestNode::start(&config, &index, "one").await;
     support::ready(&node.store).await;
-    // Nobody knows the category: it is tried until the bound, then settled.
+    // Nobody knows the category: it is tried until the bound, then settled. An owner before this one
+    // might have known it, but only of what was there before this one came.
     let reply = node.store.commands().call(forwarded("1", Duration::from_secs(20))).await;
+    assert!(matches!(reply, Ok(Reply::OutcomeUnknown)), "{reply:?}");
+    let reply = node.store.commands().call(forwarded("2", Duration::from_secs(20))).await;
     assert!(matches!(reply, Ok(Reply::Unavailable { .. })), "{reply:?}");
     // What comes behind it is not held up for ever.
     assert_eq!(node.add("a", 1, new_command()).await.expect("handled"), 1);

@@ -7,7 +7,8 @@ use crate::ids::ExpectedVersion;
 /// The limits of a [`CommandHandler`](super::CommandHandler).
 #[derive(Debug, Clone)]
 pub struct HandlerConfig {
-    /// How often a command is decided before its last conflict is answered. Default 16.
+    /// How often a command is decided before its last conflict is answered, and, where there are
+    /// other nodes, how often in all it is sent while its outcome is unknown. Default 16.
     pub attempts_max: u32,
     /// The pause before the second retry, doubled for each one after; the first comes at once.
     /// Default 5 ms.

@@ -84,30 +84,24 @@ impl<A: Aggregate> CommandHandler<A> {
                 answer => return answer,
             }
         }
-        let answer = self.ask_owner(forwarding, job).await;
-        count_forwarded::<A>(error::outcome_name(&answer));
-        answer
+        self.ask_owner(forwarding, job).await
     }
 
     async fn ask_owner(&self, forwarding: &Forwarding<A>, job: &Job<'_, A>) -> Answer<A> {
         let command = self.forwarded(forwarding, job)?;
         // The bus goes by the wall clock, which may be set back; the caller's patience is not.
         let reply = self.within(job.deadline, forwarding.bus.call(command)).await;
-        forwarding.answer(job, reply.ok_or_else(|| unknown(job.command_id))??)
+        let answer = match reply.unwrap_or_else(|| Err(unknown(job.command_id))) {
+            Ok(reply) => forwarding.answer(job, reply),
+            Err(failure) => Err(failure.into()),
+        };
+        count_forwarded::<A>(error::outcome_name(&answer));
+        answer
     }
 
-    /// Has the command written down for the owner of its stream.
+    /// Has the command written down for the owner of its stream, and waits no longer for that than
+    /// a caller waits for an answer.
     pub(super) async fn send_to_owner(
-        &self,
-        forwarding: &Forwarding<A>,
-        job: &Job<'_, A>,
-    ) -> Result<(), HandleError<A::Error>> {
-        let result = self.write_down(forwarding, job).await;
-        count_forwarded::<A>(error::sent_name(&result));
-        result
-    }
-
-    async fn write_down(
         &self,
         forwarding: &Forwarding<A>,
         job: &Job<'_, A>,
@@ -115,7 +109,9 @@ impl<A: Aggregate> CommandHandler<A> {
         let command = self.forwarded(forwarding, job)?;
         let patience = job.deadline.min(self.clock.instant() + self.config.deadline);
         let written = self.within(patience, forwarding.bus.send(command)).await;
-        Ok(written.ok_or_else(|| unknown(job.command_id))??)
+        let result = written.unwrap_or_else(|| Err(unknown(job.command_id))).map_err(Into::into);
+        count_forwarded::<A>(error::sent_name(&result));
+        result
     }
 
     /// The command as it travels, if there is time left for it.
@@ -129,7 +125,7 @@ impl<A: Aggregate> CommandHandler<A> {
             return Err(too_late().into());
         }
         let payload = (forwarding.encode)(job.command).map_err(|error| {
-            ReadError::diverged(format!("writing {} as JSON", job.shown()), error)
+            ReadError::diverged(format!("writing {} as JSON", job.named()), error)
         })?;
         Ok(ForwardedCommand {
             stream: job.stream.clone(),
@@ -152,7 +148,7 @@ impl<A: Aggregate> Forwarding<A> {
             Reply::Rejected { error } => match (self.decode_rejection)(&error) {
                 Ok(rule) => HandleError::Rejected(rule),
                 Err(error) => {
-                    let what = format!("reading the rejection of {}", job.shown());
+                    let what = format!("reading the rejection of {}", job.named());
                     ReadError::diverged(what, error).into()
                 }
             },
@@ -167,6 +163,7 @@ impl<A: Aggregate> Forwarding<A> {
             Reply::Unavailable { retry_after_ms, reason } => {
                 AppendError::unavailable(Duration::from_millis(retry_after_ms), reason).into()
             }
+            Reply::OutcomeUnknown => unknown(job.command_id).into(),
             Reply::Failed { what, reason } => ReadError::diverged(what, reason).into(),
         })
     }
@@ -193,10 +190,11 @@ where
         deadline: Instant,
     ) -> Result<Reply, AppendError> {
         let ForwardedCommand { stream, command_id, .. } = command;
-        let span = tracing::info_span!("command", category = A::CATEGORY, %stream, %command_id, forwarded = true);
+        let category = A::CATEGORY;
+        let span = tracing::info_span!("command", category, %stream, %command_id, forwarded = true);
         let answer = self.handle(command, deadline).instrument(span).await;
         let outcome = error::outcome_name(&answer);
-        metrics::counter!("kafold_executed_commands_total", "category" => A::CATEGORY, "outcome" => outcome)
+        metrics::counter!("kafold_executed_commands_total", "category" => category, "outcome" => outcome)
             .increment(1);
         reply::<A>(command, answer)
     }
@@ -269,12 +267,12 @@ where
 }
 
 fn rejected<E: Serialize>(command: &ForwardedCommand, rule: &E) -> Reply {
+    let ForwardedCommand { stream, command_id, .. } = command;
     match to_raw_value(rule) {
         Ok(error) => Reply::Rejected { error },
         Err(error) => Reply::Failed {
             what: format!(
-                "writing the rejection of command {} of stream {} as JSON",
-                command.command_id, command.stream
+                "writing the rejection of command {command_id} of stream {stream} as JSON"
             ),
             reason: error.to_string(),
         },
@@ -314,8 +312,8 @@ fn of_all_copies<A: Aggregate>(job: &Job<'_, A>, answer: Answer<A>) -> Answer<A>
     }
 }
 
-/// What the caller of an asynchronous command is told when it was handled at once: as with an owner
-/// that handles it later, nobody but the log hears of a rejection.
+/// What the caller of an asynchronous command is told when it was handled at once. An owner that
+/// handles it later could not tell of a rejection, so nobody does.
 pub(super) fn sent_answer<A: Aggregate>(
     id: &str,
     command_id: CommandId,

@@ -19,7 +19,7 @@ pub(crate) enum AccountEvent {
     Trapped,
 }
 
-#[derive(Debug)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub(crate) enum AccountCommand {
     Deposit(u64),
     /// As many deposits of a cent.
@@ -33,14 +33,22 @@ pub(crate) enum AccountCommand {
     PanicDeciding,
     /// Decides an event whose `evolve` panics while [`EVOLVE_PANICS`] is set.
     Trap,
+    /// Is rejected with what cannot be written.
+    Mumble,
+    /// Cannot be written itself.
+    #[serde(skip)]
+    Mute,
 }
 
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
 pub(crate) enum AccountError {
     #[error("the account has {0} cents")]
     Insufficient(u64),
     #[error("the account is closed")]
     Closed,
+    #[error("mumbled")]
+    #[serde(skip)]
+    Mumbled,
 }
 
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -71,7 +79,8 @@ impl Aggregate for Account {
             }
             AccountCommand::Withdraw(cents) => Ok(vec![AccountEvent::Withdrawn { cents }]),
             AccountCommand::Close => Ok(vec![AccountEvent::Closed]),
-            AccountCommand::Look => Ok(vec![]),
+            AccountCommand::Look | AccountCommand::Mute => Ok(vec![]),
+            AccountCommand::Mumble => Err(AccountError::Mumbled),
             AccountCommand::PanicDeciding => panic!("as told"),
             AccountCommand::Trap => Ok(vec![AccountEvent::Trapped]),
         }

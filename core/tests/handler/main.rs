@@ -4,6 +4,8 @@ mod answers;
 mod cache;
 mod domain;
 mod duplicates;
+mod forwarding;
 mod pipelining;
 mod scripted;
 mod snapshots;
+mod wire;

@@ -50,6 +50,11 @@ pub(crate) struct ScriptedStore {
 }
 
 impl ScriptedStore {
+    /// The same log as another node sees it, with a script of its own.
+    pub(crate) fn beside(&self) -> Self {
+        Self { log: self.log.clone(), seen: Arc::default() }
+    }
+
     pub(crate) fn accounts(&self) -> Accounts {
         self.accounts_with(HandlerConfig::default())
     }
@@ -119,9 +124,14 @@ impl ScriptedStore {
 
     /// Somebody else deposits a cent in account `a`.
     pub(crate) fn deposit_a_cent(&self) -> CommandId {
+        self.add_to_a("account.deposited.v1")
+    }
+
+    /// An event of this type in account `a`, with the payload of a deposit of a cent.
+    pub(crate) fn add_to_a(&self, event_type: &str) -> CommandId {
         let stream: StreamId = "account-a".parse().expect("valid");
         let mut event = testing::event(0);
-        event.event_type = "account.deposited.v1".into();
+        event.event_type = event_type.into();
         event.payload = br#"{"cents":1}"#.as_slice().into();
         let command_id = testing::new_command();
         let commit = Commit::new(command_id, vec![event]).expect("one event");
@@ -142,6 +152,10 @@ pub(crate) fn not_appended() -> Act {
 
 pub(crate) fn unavailable() -> Act {
     Act::Fail(AppendError::unavailable(std::time::Duration::from_secs(7), "as told"))
+}
+
+pub(crate) fn not_owner() -> Act {
+    Act::Fail(AppendError::NotOwner { partition: kafold_core::Partition(0), owner: None })
 }
 
 pub(crate) fn conflict(actual: u64) -> Act {

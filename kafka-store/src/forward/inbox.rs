@@ -99,6 +99,9 @@ struct Inbox<'a> {
     told_at: Instant,
     /// Since when the topic ends below where the log says that it was read to.
     low_since: Option<Instant>,
+    /// Where the topic ended when it was first read under this claim: an owner before this one may
+    /// have applied what lies below.
+    inherited: Option<Offset>,
 }
 
 impl Inboxes {
@@ -173,8 +176,12 @@ impl Inboxes {
         partition: Partition,
         command: &ForwardedCommand,
         has_caller: bool,
+        is_inherited: bool,
     ) -> Outcome {
         let bound = self.clock.instant() + self.left(command).min(self.limits.forwarded_bound);
+        // That it cannot be handled now says nothing of what an owner before has done with it, or an
+        // attempt before whose outcome was not known.
+        let mut may_have_happened = is_inherited;
         let mut attempt = 0;
         loop {
             attempt += 1;
@@ -186,6 +193,9 @@ impl Inboxes {
             match answer {
                 Ok(reply) if !reply.is_transient() => return Outcome::Settled(reply),
                 Ok(_) if self.clock.instant() + pause < bound => {}
+                Ok(_) if has_caller && may_have_happened => {
+                    return Outcome::Settled(Reply::OutcomeUnknown);
+                }
                 Ok(reply) if has_caller || self.left(command).is_zero() => {
                     return Outcome::Settled(reply);
                 }
@@ -195,7 +205,7 @@ impl Inboxes {
                     }
                 }
                 // A record of it is on its way: its fate is known when that of the record is.
-                Err(AppendError::OutcomeUnknown { .. }) => {}
+                Err(AppendError::OutcomeUnknown { .. }) => may_have_happened = true,
                 Err(_) => return Outcome::Open,
             }
             self.clock.sleep(pause).await;
@@ -233,6 +243,7 @@ impl<'a> Inbox<'a> {
             told: (hold.resume, false),
             told_at: inboxes.clock.instant(),
             low_since: None,
+            inherited: None,
         }
     }
 
@@ -324,6 +335,7 @@ impl<'a> Inbox<'a> {
         match read {
             Ok(chunk) => {
                 self.low_since = None;
+                self.inherited.get_or_insert(chunk.end);
                 self.shared.standing().commands = None;
                 chunk.records.into_iter().for_each(|record| self.take(record));
                 None
@@ -375,13 +387,14 @@ impl<'a> Inbox<'a> {
         let (begun, next) = oneshot::channel();
         let before = self.turns.insert(command.stream.clone(), (offset, next));
         let (inboxes, partition) = (Arc::clone(self.inboxes), self.shared.partition);
+        let is_inherited = self.inherited.is_none_or(|end| offset < end);
         self.handling.spawn(async move {
             if let Some((_, before)) = before {
                 // Dropped is as good as used: the one before has begun.
                 let _ = before.await;
             }
             let outcome = {
-                let handled = inboxes.handle(partition, &command, reply_to.is_some());
+                let handled = inboxes.handle(partition, &command, reply_to.is_some(), is_inherited);
                 let mut handled = Box::pin(AssertUnwindSafe(handled).catch_unwind());
                 // Once it was polled it has its place in the stream's queue.
                 let first = poll_fn(|context| Poll::Ready(handled.as_mut().poll(context))).await;
