@@ -89,6 +89,7 @@ async fn main() -> Result<(), Failure> {
     Ok(())
 }
 
+#[expect(clippy::print_stdout, reason = "what it measures is its output")]
 fn show(what: &str, millis: &mut [u64]) {
     millis.sort_unstable();
     let at = |percent: usize| millis[(millis.len() - 1) * percent / 100];
