@@ -35,15 +35,28 @@ const STEADY: &str = "steady";
 pub(crate) enum Rebalance {
     /// These partitions are ours from now on.
     Assigned(Vec<Partition>),
-    /// These partitions are to be another's. Unless they are lost already, the group waits until
-    /// `settled` is used or dropped.
+    /// These partitions are to be another's: the group waits until `settled` is used or dropped.
     Revoked { partitions: Vec<Partition>, settled: oneshot::Sender<()> },
+    /// The group was not heard for a session, or gave this member up: these partitions may be another's
+    /// by now, or still be ours. What is assigned next says which.
+    Lost(Vec<Partition>),
 }
 
 /// A member of a group; dropping it leaves the group.
 pub(crate) struct Membership {
     leave: Sender<oneshot::Sender<()>>,
-    settled: Arc<AtomicBool>,
+    state: Arc<MemberState>,
+}
+
+/// What others want to know of a member.
+#[derive(Default)]
+struct MemberState {
+    /// The group has ever told this member what is its own, be it nothing.
+    settled: AtomicBool,
+    /// And nothing is about to change.
+    steady: AtomicBool,
+    /// What the client last complained about.
+    complaint: Mutex<Option<KafkaError>>,
 }
 
 impl Membership {
@@ -54,8 +67,8 @@ impl Membership {
         group: &str,
         topic: String,
     ) -> KafkaResult<(Self, mpsc::UnboundedReceiver<Rebalance>)> {
-        let settled = Arc::new(AtomicBool::new(false));
-        let context = MemberContext { events: Mutex::default(), settled: Arc::clone(&settled) };
+        let state = Arc::new(MemberState::default());
+        let context = MemberContext { events: Mutex::default(), state: Arc::clone(&state) };
         let consumer = BaseConsumer::from_config_and_context(&config.member(group), context)?;
         consumer.subscribe(&[&topic])?;
         let (leave, asked) = channel();
@@ -65,12 +78,17 @@ impl Membership {
             .name("kafold-member".into())
             .spawn(move || member.run(&asked))
             .map_err(|error| KafkaError::ClientCreation(error.to_string()))?;
-        Ok((Self { leave, settled }, rebalances))
+        Ok((Self { leave, state }, rebalances))
     }
 
-    /// Whether the group has told this member what is its own, be it nothing.
-    pub(crate) fn is_settled(&self) -> bool {
-        self.settled.load(Ordering::Acquire)
+    /// Why it is not known yet what is this member's own, while the group has not told.
+    pub(crate) fn unsettled(&self) -> Option<String> {
+        if self.state.settled.load(Ordering::Acquire) {
+            return None;
+        }
+        let complaint = self.state.complaint.lock().unwrap_or_else(PoisonError::into_inner);
+        let complaint = complaint.as_ref().map_or(String::new(), |error| format!(": {error}"));
+        Some(format!("the group of the nodes has not told what is to be owned{complaint}"))
     }
 
     /// Gives up everything and leaves the group; returns when it has left.
@@ -100,7 +118,7 @@ impl Member {
             // An error says that no broker answers; the client goes on by itself.
             let wait = if self.settling.is_empty() { POLL } else { POLL_WHILE_SETTLING };
             if let Some(Err(error)) = self.consumer.poll(wait) {
-                tracing::debug!(topic = self.topic, %error, "group member");
+                self.consumer.context().complain(error);
             }
             for event in self.consumer.context().take() {
                 self.follow(event);
@@ -128,7 +146,7 @@ impl Member {
 
     /// A group with more members than partitions gives some of them nothing, and says nothing.
     fn tell_of_nothing(&mut self) {
-        if !self.heard && self.consumer.context().settled.load(Ordering::Acquire) {
+        if !self.heard && self.consumer.context().state.steady.load(Ordering::Acquire) {
             self.heard = true;
             let _ = self.told.send(Rebalance::Assigned(Vec::new()));
         }
@@ -144,15 +162,19 @@ impl Member {
                 }
                 let _ = self.told.send(Rebalance::Assigned(partitions));
             }
-            Event::Revoked { partitions, lost } => {
+            Event::Lost(partitions) => {
+                self.give_up(&partitions);
+                // Until the group tells once more, be it nothing.
+                self.heard = false;
+                self.consumer.context().state.steady.store(false, Ordering::Release);
+                let _ = self.told.send(Rebalance::Lost(partitions));
+            }
+            Event::Revoked(partitions) => {
                 let (settled, settling) = oneshot::channel();
                 let revoked = Rebalance::Revoked { partitions: partitions.clone(), settled };
-                let heard = self.told.send(revoked).is_ok();
-                // What is lost is another's already: nobody waits for us.
-                if lost || !heard {
-                    self.give_up(&partitions);
-                } else {
-                    self.settling.push((partitions, settling));
+                match self.told.send(revoked) {
+                    Ok(()) => self.settling.push((partitions, settling)),
+                    Err(_) => self.give_up(&partitions),
                 }
             }
         }
@@ -195,19 +217,25 @@ impl Member {
 
 enum Event {
     Assigned(Vec<Partition>),
-    Revoked { partitions: Vec<Partition>, lost: bool },
+    Revoked(Vec<Partition>),
+    Lost(Vec<Partition>),
 }
 
 /// Keeps what the group decides until the thread has left the client's callback: only then may it
 /// wait for others.
 struct MemberContext {
     events: Mutex<Vec<Event>>,
-    settled: Arc<AtomicBool>,
+    state: Arc<MemberState>,
 }
 
 impl MemberContext {
     fn take(&self) -> Vec<Event> {
         std::mem::take(&mut *self.events.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    fn complain(&self, error: KafkaError) {
+        tracing::debug!(%error, "group member");
+        *self.state.complaint.lock().unwrap_or_else(PoisonError::into_inner) = Some(error);
     }
 }
 
@@ -217,13 +245,13 @@ impl ClientContext for MemberContext {
     }
 
     fn stats(&self, statistics: Statistics) {
-        if statistics.cgrp.is_some_and(|group| group.join_state == STEADY) {
-            self.settled.store(true, Ordering::Release);
-        }
+        let steady = statistics.cgrp.is_some_and(|group| group.join_state == STEADY);
+        self.state.steady.store(steady, Ordering::Release);
+        self.state.settled.fetch_or(steady, Ordering::AcqRel);
     }
 
-    fn error(&self, error: KafkaError, reason: &str) {
-        tracing::debug!(%error, reason, "group member");
+    fn error(&self, error: KafkaError, _: &str) {
+        self.complain(error);
     }
 }
 
@@ -238,7 +266,8 @@ impl ConsumerContext for MemberContext {
         let partitions = list.elements().iter().map(|element| of(element.partition())).collect();
         let event = match what {
             RDKafkaRespErr::RD_KAFKA_RESP_ERR__ASSIGN_PARTITIONS => Event::Assigned(partitions),
-            _ => Event::Revoked { partitions, lost: consumer.assignment_lost() },
+            _ if consumer.assignment_lost() => Event::Lost(partitions),
+            _ => Event::Revoked(partitions),
         };
         self.events.lock().unwrap_or_else(PoisonError::into_inner).push(event);
     }

@@ -16,7 +16,10 @@ use crate::forward::Inboxes;
 use crate::indexer::Indexer;
 use crate::membership::Rebalance;
 use crate::partition::Shared;
+use crate::writer::Status;
 
+/// How often it is looked whether somebody has claimed what is held without the group's word.
+const HELD_POLL: Duration = Duration::from_millis(100);
 /// How often a hand-over looks whether the index has everything.
 const DRAIN_POLL: Duration = Duration::from_millis(2);
 
@@ -53,10 +56,29 @@ impl Ownership {
         self: Arc<Self>,
         mut rebalances: mpsc::UnboundedReceiver<Rebalance>,
     ) {
-        while let Some(rebalance) = rebalances.recv().await {
+        // Held without the group's word: as long as it cannot be heard and nobody else claims them, they
+        // are best served here.
+        let mut held: Vec<Partition> = Vec::new();
+        loop {
+            let rebalance = tokio::select! {
+                rebalance = rebalances.recv() => rebalance,
+                () = self.clock.sleep(HELD_POLL), if !held.is_empty() => {
+                    let claimed = held.extract_if(.., |partition| self.is_superseded(*partition));
+                    let claimed: Vec<_> = claimed.collect();
+                    self.hand_over(&claimed).await;
+                    continue;
+                }
+            };
+            let Some(rebalance) = rebalance else { return };
             match rebalance {
+                Rebalance::Lost(partitions) => {
+                    tracing::warn!(?partitions, "the group cannot be heard");
+                    held.extend(partitions);
+                }
                 Rebalance::Assigned(partitions) => {
                     tracing::info!(?partitions, "assigned by the group");
+                    held.retain(|partition| !partitions.contains(partition));
+                    self.hand_over(&std::mem::take(&mut held)).await;
                     partitions.into_iter().for_each(|partition| self.take(partition));
                 }
                 Rebalance::Revoked { partitions, settled } => {
@@ -67,6 +89,11 @@ impl Ownership {
                 }
             }
         }
+    }
+
+    fn is_superseded(&self, partition: Partition) -> bool {
+        let shared = self.partitions.get(partition.0 as usize);
+        shared.is_some_and(|shared| matches!(shared.standing().status, Status::Superseded(_)))
     }
 
     /// Every partition, whatever the group says.

@@ -214,15 +214,20 @@ impl KafkaSubscription {
                 self.ready.push_back(SourceMessage::Assigned(partitions));
             }
             Rebalance::Revoked { partitions, settled } => {
-                for partition in &partitions {
-                    self.started.remove(partition);
-                    self.reader.forget(*partition);
-                }
-                self.ready.retain(|message| !partitions.iter().any(|p| is_of(message, *p)));
                 self.revoking.push(settled);
-                self.ready.push_back(SourceMessage::Revoked(partitions));
+                self.revoke(partitions);
             }
+            Rebalance::Lost(partitions) => self.revoke(partitions),
         }
+    }
+
+    fn revoke(&mut self, partitions: Vec<Partition>) {
+        for partition in &partitions {
+            self.started.remove(partition);
+            self.reader.forget(*partition);
+        }
+        self.ready.retain(|message| !partitions.iter().any(|p| is_of(message, *p)));
+        self.ready.push_back(SourceMessage::Revoked(partitions));
     }
 
     fn what(&self, partition: Partition) -> String {

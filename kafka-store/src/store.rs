@@ -484,9 +484,7 @@ impl EventStore for KafkaStore {
     }
 
     fn health(&self) -> Health {
-        let joining = self.membership.as_ref().is_some_and(|membership| !membership.is_settled());
-        let joining =
-            joining.then(|| "the group of the nodes has not told what is to be owned".into());
+        let joining = self.membership.as_ref().and_then(Membership::unsettled);
         let reasons: Vec<_> = (self.reach.down().into_iter())
             .chain(joining)
             .chain(self.partitions.iter().filter_map(|shared| shared.reason()))

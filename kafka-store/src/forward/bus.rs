@@ -9,7 +9,8 @@ use futures_util::FutureExt;
 use futures_util::future::{BoxFuture, Either, ready, select};
 use kafold_core::clock::within;
 use kafold_core::{
-    AppendError, Clock, CommandBus, CommandExecutor, ForwardedCommand, Partition, Reply, StreamId,
+    AppendError, Clock, CommandBus, CommandExecutor, ForwardedCommand, Offset, Partition, Reply,
+    StreamId,
 };
 use rdkafka::error::{KafkaError, RDKafkaErrorCode};
 use tokio::sync::oneshot;
@@ -23,7 +24,6 @@ use crate::partition::{Reach, Shared};
 use crate::partitioner::partition_of;
 use crate::reader::{ReadFailure, Reader};
 use crate::topic::RECORD_BYTES_DEFAULT;
-use kafold_core::Offset;
 
 /// When a caller may try again who found too many calls waiting, or no broker.
 const RETRY_AFTER: Duration = Duration::from_secs(1);
