@@ -107,6 +107,7 @@ impl KafkaStore {
             Arc::clone(&clock),
         );
         check_log(&config, topic, &*index, &inspector, &*clock).await?;
+        check_beside(&config, topic, &inquirer).await?;
 
         let shared: Vec<_> =
             (0..topic.partitions).map(|p| Arc::new(Shared::new(Partition(p)))).collect();
@@ -355,6 +356,19 @@ pub(crate) async fn connect(
     let session = &mut config.limits.session_timeout;
     *session = (*session).max(prepared.0.session_timeout_min);
     Ok(prepared)
+}
+
+async fn check_beside(
+    config: &KafkaConfig,
+    topic: EventsTopic,
+    inquirer: &Arc<Inquirer>,
+) -> Result<(), OpenError> {
+    let (asking, inquirer) = (config.clone(), Arc::clone(inquirer));
+    let checked = tokio::task::spawn_blocking(move || {
+        topic::check_beside(&asking, &inquirer, topic.partitions)
+    });
+    let canceled = |_| open_error(config, "checking topics", KafkaError::Canceled, None);
+    checked.await.map_err(canceled)?
 }
 
 /// Checks every partition against its place in the index. What does not answer is checked when the

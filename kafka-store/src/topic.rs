@@ -79,10 +79,57 @@ pub(crate) fn prepare(
     for (topic, retention) in [(commands, COMMANDS_RETENTION_MS), (replies, REPLIES_RETENTION_MS)] {
         let (found, _) = preparation.look(&topic)?;
         preparation.create(&topic, found, partitions, replicas, retention)?;
-        preparation.check_beside(&topic, events.partitions)?;
     }
     let session_timeout_min = preparation.session_timeout_min();
     Ok(EventsTopic { session_timeout_min, ..events })
+}
+
+/// The topics of commands and replies have as many partitions as that of the events: who owns one of
+/// these handles the commands of the same number. Blocks like [`prepare`], and comes after the log
+/// itself was checked: where somebody added partitions to the events topic, that is what is wrong.
+pub(crate) fn check_beside(
+    config: &KafkaConfig,
+    inquirer: &Inquirer,
+    partitions: u32,
+) -> Result<(), OpenError> {
+    for topic in [config.commands_topic(), config.replies_topic()] {
+        let found = shape(config, inquirer, &topic)?.partitions;
+        if found == partitions {
+            continue;
+        }
+        let events = config.events_topic();
+        let finding = Finding {
+            setting: "partitions".into(),
+            value: found.to_string(),
+            why: format!(
+                "{events} has {partitions}, and commands are sent to the partition of their stream"
+            ),
+            remedy: format!(
+                "if no node has ever used it, delete {topic}: it is made anew with {partitions}; \
+                 else copy the log into a new one"
+            ),
+        };
+        return Err(OpenError::UnsafeTopic { topic, findings: vec![finding] });
+    }
+    Ok(())
+}
+
+fn look(
+    config: &KafkaConfig,
+    inquirer: &Inquirer,
+    topic: &str,
+) -> Result<(Option<TopicShape>, usize), OpenError> {
+    let doing = || format!("looking for topic {topic}");
+    let found = inquirer.topic(topic);
+    found.map_err(|error| open_error(config, doing(), error, inquirer.last_error()))
+}
+
+fn shape(config: &KafkaConfig, inquirer: &Inquirer, topic: &str) -> Result<TopicShape, OpenError> {
+    let (shape, _) = look(config, inquirer, topic)?;
+    shape.ok_or_else(|| {
+        let gone = KafkaError::MetadataFetch(RDKafkaErrorCode::UnknownTopicOrPartition);
+        open_error(config, format!("checking topic {topic}"), gone, inquirer.last_error())
+    })
 }
 
 fn admin(config: &KafkaConfig) -> Result<AdminClient<DefaultClientContext>, OpenError> {
@@ -103,9 +150,7 @@ impl Preparation<'_> {
     }
 
     fn look(&self, topic: &str) -> Result<(Option<TopicShape>, usize), OpenError> {
-        self.inquirer
-            .topic(topic)
-            .map_err(|error| self.error(format!("looking for topic {topic}"), error))
+        look(self.config, self.inquirer, topic)
     }
 
     fn options(&self) -> AdminOptions {
@@ -182,38 +227,8 @@ impl Preparation<'_> {
         asked.map_or(SESSION_TIMEOUT_MIN_DEFAULT, Duration::from_millis)
     }
 
-    /// A topic of commands or replies has as many partitions as that of the events: who owns one of
-    /// these handles the commands of the same number.
-    fn check_beside(&self, topic: &str, partitions: u32) -> Result<(), OpenError> {
-        let found = self.shape(topic)?.partitions;
-        if found == partitions {
-            return Ok(());
-        }
-        let events = self.config.events_topic();
-        let finding = Finding {
-            setting: "partitions".into(),
-            value: found.to_string(),
-            why: format!(
-                "{events} has {partitions}, and commands are sent to the partition of their stream"
-            ),
-            remedy: format!(
-                "if no node has ever used it, delete {topic}: it is made anew with {partitions}; \
-                 else copy the log into a new one"
-            ),
-        };
-        Err(OpenError::UnsafeTopic { topic: topic.into(), findings: vec![finding] })
-    }
-
-    fn shape(&self, topic: &str) -> Result<TopicShape, OpenError> {
-        let (shape, _) = self.look(topic)?;
-        shape.ok_or_else(|| {
-            let gone = KafkaError::MetadataFetch(RDKafkaErrorCode::UnknownTopicOrPartition);
-            self.error(format!("checking topic {topic}"), gone)
-        })
-    }
-
     fn check(&self, topic: &str) -> Result<EventsTopic, OpenError> {
-        let shape = self.shape(topic)?;
+        let shape = shape(self.config, self.inquirer, topic)?;
         let deadline = self.clock.instant() + self.config.limits.request_timeout;
         let resource = loop {
             let resource = self.describe(topic)?;
