@@ -32,9 +32,6 @@ use crate::worker::Context;
 /// round can be kept within its time.
 const SOURCE_BATCH_EVENTS: usize = 500;
 const SOURCE_BATCH_EVENTS_SQLITE: usize = 100;
-/// A partition that another worker took, though the group gives it to this one, was taken by one that
-/// did not know better. It is taken back when the group has had the time to tell him.
-const RETAKE_AFTER: Duration = Duration::from_secs(10);
 /// How long a source that could not be read must not complain before it counts as back.
 const SOURCE_CALM: Duration = Duration::from_secs(3);
 

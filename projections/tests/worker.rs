@@ -26,6 +26,8 @@ on_both!(
     rows_shared_by_many_partitions_are_exact,
     the_older_of_two_workers_is_fenced_and_totals_are_exact,
     a_lost_fence_rolls_the_rows_back,
+    workers_of_one_projection_share_its_partitions_and_take_over,
+    a_partition_that_the_group_still_gives_is_taken_back,
     a_fold_that_panics_stops_only_its_projection,
     everything_before_the_event_at_fault_is_applied,
     a_handler_that_fails_for_a_while_is_tried_again,
@@ -56,7 +58,9 @@ fn worker(orders: &Orders, database: &TestDatabase) -> ProjectionWorker {
 
 fn worker_alone(orders: &Orders, database: &TestDatabase, name: &'static str) -> ProjectionWorker {
     let source = Arc::new(Alone { store: orders.store.clone(), name });
-    ProjectionWorker::new(source, database.database.clone()).config(quick())
+    // One that lost a partition hears of it only by its fence, and leaves it at that.
+    let config = ProjectionConfig { retake_delay: 10 * WAIT, ..quick() };
+    ProjectionWorker::new(source, database.database.clone()).config(config)
 }
 
 async fn applied(projections: &Projections, orders: &Orders, name: &str) {
@@ -205,6 +209,59 @@ async fn a_lost_fence_rolls_the_rows_back(database: &TestDatabase) {
     .await;
     assert_eq!(database.number("SELECT cents FROM customer_totals").await, 10);
     assert_eq!(database.number("SELECT next_offset FROM kafold_checkpoint").await, 1);
+}
+
+async fn workers_of_one_projection_share_its_partitions_and_take_over(database: &TestDatabase) {
+    let (orders, mut dice) = (Orders::new(4), Dice::new(7));
+    let spawn = || worker(&orders, database).with(CustomerTotals).spawn();
+    let held = |projections: &Projections| {
+        status(projections, CustomerTotals::NAME).partitions.keys().copied().collect::<Vec<_>>()
+    };
+    let first = spawn();
+    eventually("one alone has all", async || held(&first).len() == 4).await;
+    let mut others = vec![spawn(), spawn()];
+    for _ in 0..3 {
+        eventually("each partition has one worker, each worker its share", async || {
+            let held: Vec<_> = others.iter().chain([&first]).map(held).collect();
+            let mut all = held.concat();
+            all.sort_unstable();
+            all == (0..4).map(Partition).collect::<Vec<_>>() && !held.contains(&Vec::new())
+        })
+        .await;
+        for _ in 0..100 {
+            orders.append_random(&mut dice).await;
+        }
+        // In the middle of the work: one leaves and another joins.
+        others.remove(0).shutdown().await;
+        for _ in 0..100 {
+            orders.append_random(&mut dice).await;
+        }
+        others.push(spawn());
+    }
+    let position = orders.place("last", "c1", 1).await;
+    first.wait_for(CustomerTotals::NAME, position, WAIT).await.expect("by whoever has it");
+    eventually("all is applied", async || {
+        let sql = "SELECT CAST(SUM(next_offset) AS BIGINT) FROM kafold_checkpoint";
+        database.number(sql).await as usize == orders.count()
+    })
+    .await;
+    orders.assert_equals_fold::<CustomerTotals>(&database.database).await;
+}
+
+async fn a_partition_that_the_group_still_gives_is_taken_back(database: &TestDatabase) {
+    let orders = Orders::new(2);
+    let config = ProjectionConfig { retake_delay: Duration::from_millis(100), ..quick() };
+    let projections = worker(&orders, database).config(config).with(CustomerTotals).spawn();
+    orders.place("1", "c1", 10).await;
+    applied(&projections, &orders, CustomerTotals::NAME).await;
+    // A worker that the group had given up took them, and is gone.
+    database.run("UPDATE kafold_checkpoint SET fence = fence + 1").await;
+    for (id, customer) in [("2", "c1"), ("3", "c2"), ("4", "c1")] {
+        orders.place(id, customer, 10).await;
+    }
+    applied(&projections, &orders, CustomerTotals::NAME).await;
+    assert!(status(&projections, CustomerTotals::NAME).superseded.is_empty());
+    orders.assert_equals_fold::<CustomerTotals>(&database.database).await;
 }
 
 async fn a_fold_that_panics_stops_only_its_projection(database: &TestDatabase) {

@@ -114,6 +114,10 @@ impl Subscription for MemorySubscription {
         self.started.insert(partition, next);
         Ok(())
     }
+
+    fn is_shared(&self) -> bool {
+        true
+    }
 }
 
 impl MemorySubscription {

@@ -7,7 +7,7 @@ use kafold_core::store::Batch;
 use kafold_core::{Offset, Partition};
 use kafold_migrations::Database;
 
-use super::{Ended, Failed, RETAKE_AFTER, Runner, sorted, unavailable, until_asked};
+use super::{Ended, Failed, Runner, sorted, unavailable, until_asked};
 use crate::checkpoint::{self, Step};
 use crate::handler::{Fault, Target};
 use crate::projection::ProjectionBatch;
@@ -240,7 +240,8 @@ impl Runner {
         tracing::warn!(projection = self.status.name(), ?lost, "another worker took partitions");
         self.places.retain(|partition, _| !lost.contains(partition));
         if self.is_shared {
-            self.retake_at = Some(self.context.clock.instant() + RETAKE_AFTER);
+            let delay = self.context.config.retake_delay;
+            self.retake_at = Some(self.context.clock.instant() + delay);
         }
         self.status.change(|status| {
             status.state = ProjectionState::Running;
