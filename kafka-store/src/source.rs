@@ -25,7 +25,7 @@ use crate::store::connect;
 /// end of the log.
 const WAIT: Duration = Duration::from_secs(60);
 /// How long a fetch waits for new records: a restarted partition waits with it.
-const FETCH_WAIT: Duration = Duration::from_millis(20);
+const FETCH_WAIT: Duration = Duration::from_millis(100);
 /// Between two attempts while no broker answers.
 const RETRY_AFTER: Duration = Duration::from_millis(500);
 
