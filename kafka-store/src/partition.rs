@@ -195,7 +195,7 @@ impl Reach {
         }
     }
 
-    /// A graceful stop has begun: nothing new is taken.
+    /// A graceful stop has handed everything over: nothing is taken any more.
     pub(crate) fn stop(&self) {
         self.stopping.store(true, Ordering::Release);
     }

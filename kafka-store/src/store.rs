@@ -249,15 +249,18 @@ impl KafkaStore {
     /// not got yet, leaves the group. Takes at most the limit `shutdown_timeout`; what is then left is
     /// settled by the next owner, from the log. Afterwards everything is answered `Unavailable`.
     pub async fn shutdown(&self) {
-        self.reach.stop();
         let timeout = self.config.limits.shutdown_timeout;
         let leaving = async {
+            // First, so that commands of other nodes that were begun are settled as in any hand-over.
             self.ownership.hand_over_all().await;
+            self.reach.stop();
             if let Some(membership) = &self.membership {
                 membership.leave().await;
             }
         };
         let in_time = within(&*self.clock, timeout, leaving).await.is_some();
+        // Also when there was no time for it.
+        self.reach.stop();
         self.bus.nodes.leave(&self.bus.outbox);
         self.bus.outbox.flush(&*self.clock).await;
         self.driver.tell(Message::Quit);

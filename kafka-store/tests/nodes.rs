@@ -48,6 +48,10 @@ struct OverLimit {
 
 const LIMIT: u64 = 1_000;
 
+/// The slow decision of one test, which is counted.
+const COUNTED_MILLIS: u64 = 1_000;
+static COUNTED: AtomicUsize = AtomicUsize::new(0);
+
 #[derive(Debug, Clone, Default)]
 struct Tally {
     sum: u64,
@@ -64,6 +68,9 @@ impl Aggregate for Tally {
         let amount = match *command {
             TallyCommand::Add { amount } => amount,
             TallyCommand::AddSlowly { millis } => {
+                if millis == COUNTED_MILLIS {
+                    COUNTED.fetch_add(1, Ordering::SeqCst);
+                }
                 std::thread::sleep(Duration::from_millis(millis));
                 1
             }
@@ -289,6 +296,34 @@ async fn a_slow_command_does_not_hold_up_other_streams() {
     }
     assert_eq!(finished.load(Ordering::SeqCst), 0, "the others were faster");
     assert_eq!(slowly.await.expect("no panic").expect("handled").version, Version(1));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn what_was_begun_before_a_graceful_stop_is_answered_by_it() {
+    let Some(brokers) = support::brokers("what_was_begun") else { return };
+    let (config, index) = (config(&brokers, "begun", 2), Arc::new(MemoryIndex::new()));
+    let one = TestNode::start(&config, &index, "one").await;
+    let two = Arc::new(TestNode::start(&config, &index, "two").await);
+    shared(&[&one, &two], 2).await;
+    let id = id_of(&one, &two);
+    let slowly = {
+        let (two, id) = (Arc::clone(&two), id.clone());
+        tokio::spawn(async move {
+            let command = TallyCommand::AddSlowly { millis: COUNTED_MILLIS };
+            two.tallies.handle(&id, &command, new_command()).await
+        })
+    };
+    support::until("it is begun", || match COUNTED.load(Ordering::SeqCst) {
+        0 => Err("not yet".into()),
+        _ => Ok(()),
+    })
+    .await;
+    one.store.shutdown().await;
+    let handled = slowly.await.expect("no panic").expect("answered");
+    assert_eq!(handled.version, Version(1));
+    assert_eq!(COUNTED.load(Ordering::SeqCst), 1, "decided once, by the node that had begun it");
+    shared(&[&two], 2).await;
+    read_gapless(&*two.store, &stream(&id), 1).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
