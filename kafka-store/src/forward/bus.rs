@@ -61,7 +61,9 @@ struct Call {
 
 impl Drop for Call {
     fn drop(&mut self) {
-        self.calls.waiting().remove(&self.number);
+        let mut waiting = self.calls.waiting();
+        waiting.remove(&self.number);
+        metrics::gauge!("kafold_calls").set(waiting.len() as f64);
     }
 }
 
@@ -97,15 +99,11 @@ impl Bus {
         partition_of(stream, u32::try_from(self.partitions.len()).unwrap_or(u32::MAX))
     }
 
-    fn check(&self, command: &ForwardedCommand) -> Result<(), AppendError> {
-        if let Some(why) = self.reach.down() {
-            return Err(AppendError::unavailable(RETRY_AFTER, why));
+    fn check(&self) -> Result<(), AppendError> {
+        match self.reach.down() {
+            Some(why) => Err(AppendError::unavailable(RETRY_AFTER, why)),
+            None => Ok(()),
         }
-        let size = wire::command(command, None).size();
-        if size > RECORD_BYTES_DEFAULT {
-            return Err(AppendError::TooLarge { size, limit: RECORD_BYTES_DEFAULT });
-        }
-        Ok(())
     }
 
     /// Sends it; an error says that it was not.
@@ -114,8 +112,13 @@ impl Bus {
         command: &ForwardedCommand,
         reply_to: Option<ReplyTo>,
     ) -> Result<oneshot::Receiver<Result<(), KafkaError>>, AppendError> {
+        let letter = wire::command(command, reply_to);
+        let size = letter.size();
+        if size > RECORD_BYTES_DEFAULT {
+            return Err(AppendError::TooLarge { size, limit: RECORD_BYTES_DEFAULT });
+        }
         let partition = self.partition(&command.stream);
-        self.outbox.command(partition, command, reply_to).map_err(|error| match error {
+        self.outbox.command(partition, &letter).map_err(|error| match error {
             KafkaError::MessageProduction(RDKafkaErrorCode::QueueFull) => {
                 AppendError::unavailable(RETRY_AFTER, "too many commands wait to be sent")
             }
@@ -176,7 +179,7 @@ impl CommandBus for Bus {
     }
 
     fn call(&self, command: ForwardedCommand) -> BoxFuture<'static, Result<Reply, AppendError>> {
-        let begun = self.check(&command).and_then(|()| {
+        let begun = self.check().and_then(|()| {
             let full = || {
                 let why = format!("{} commands wait for other nodes", self.calls_max);
                 AppendError::unavailable(RETRY_AFTER, why)
@@ -217,7 +220,7 @@ impl CommandBus for Bus {
     }
 
     fn send(&self, command: ForwardedCommand) -> BoxFuture<'static, Result<(), AppendError>> {
-        let posted = self.check(&command).and_then(|()| self.post(&command, None));
+        let posted = self.check().and_then(|()| self.post(&command, None));
         let delivery = match posted {
             Ok(delivery) => delivery,
             Err(error) => return ready(Err(error)).boxed(),

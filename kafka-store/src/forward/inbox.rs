@@ -22,7 +22,7 @@ use tokio::task::JoinSet;
 
 use super::outbox::Outbox;
 use super::settlement::Settlement;
-use super::wire::{CommandRecord, ReplyTo};
+use super::wire::{self, CommandRecord, ReplyTo};
 use crate::config::{KafkaConfig, Limits};
 use crate::driver::{Driver, Message, Tenure};
 use crate::partition::{Hold, Shared};
@@ -220,7 +220,8 @@ impl Inboxes {
     /// A command that nobody waits for is not lost because it cannot be handled now: a copy goes to
     /// the end of the queue, and what comes behind it is not held up. Whether the copy is there.
     async fn postpone(&self, partition: Partition, command: &ForwardedCommand) -> bool {
-        let Ok(delivery) = self.outbox.command(partition, command, None) else { return false };
+        let copy = wire::command(command, None);
+        let Ok(delivery) = self.outbox.command(partition, &copy) else { return false };
         // Where an undelivered copy went nobody knows; several do no harm.
         let there = matches!(delivery.await, Ok(Ok(())));
         if there {

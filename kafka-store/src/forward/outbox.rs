@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use kafold_core::{Clock, ForwardedCommand, Partition};
+use kafold_core::{Clock, Partition};
 use rdkafka::client::ClientContext;
 use rdkafka::config::RDKafkaLogLevel;
 use rdkafka::error::{KafkaError, KafkaResult};
@@ -39,12 +39,10 @@ impl Outbox {
     pub(crate) fn command(
         &self,
         partition: Partition,
-        command: &ForwardedCommand,
-        reply_to: Option<ReplyTo>,
+        command: &Letter,
     ) -> KafkaResult<oneshot::Receiver<KafkaResult<()>>> {
         let (delivered, delivery) = oneshot::channel();
-        let letter = wire::command(command, reply_to);
-        self.post(&self.commands, partition, &letter, Some(delivered))?;
+        self.post(&self.commands, partition, command, Some(delivered))?;
         Ok(delivery)
     }
 
