@@ -4,7 +4,6 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use async_trait::async_trait;
-use chrono::{DateTime, Utc};
 use futures_util::future::join_all;
 use futures_util::stream::BoxStream;
 use kafold_core::clock::within;
@@ -14,7 +13,7 @@ use kafold_core::{
     Clock, CommandBus, CommandId, EventStore, IdGenerator, Offset, Partition, ReadError,
     RecordedEvent, StreamId, StreamIndex, Version,
 };
-use rdkafka::error::KafkaError;
+use rdkafka::error::{KafkaError, RDKafkaErrorCode};
 use tokio::task::JoinSet;
 
 use crate::client::{Inquirer, open_error};
@@ -41,6 +40,9 @@ use crate::writer::{Entropy, PartitionWriter, WriterConfig, WriterLimits};
 const FETCH_WAIT: Duration = Duration::from_millis(5);
 /// How long a fetch behind an idle owner waits, and one for commands or replies, which begin seldom.
 const IDLE_FETCH_WAIT: Duration = Duration::from_millis(100);
+/// Between two questions to the leader of a topic that was just made.
+const LEADER_POLL: Duration = Duration::from_millis(50);
+const NO_LEADER: Option<RDKafkaErrorCode> = Some(RDKafkaErrorCode::NotLeaderForPartition);
 /// Records without a report for so much longer than the producer tries are in doubt.
 const REPORT_GRACE: Duration = Duration::from_secs(30);
 /// Stands for a producer that tries for ever.
@@ -168,8 +170,7 @@ impl KafkaStore {
         let mut tasks = JoinSet::new();
         let listening = readers.start(config.replies_topic(), IDLE_FETCH_WAIT)?;
         let begin =
-            hear_others(&config, &inquirer, &listening, &nodes, clock.now(), topic, replies)
-                .await?;
+            hear_others(&config, &inquirer, &listening, &nodes, &*clock, topic, replies).await?;
         for (partition, from) in begin {
             tasks.spawn(Arc::clone(&bus).listen(listening.clone(), partition, from));
         }
@@ -301,23 +302,32 @@ async fn hear_others(
     inquirer: &Arc<Inquirer>,
     reader: &Reader<ReplyRecord>,
     nodes: &Nodes,
-    now: DateTime<Utc>,
+    clock: &dyn Clock,
     topic: EventsTopic,
     replies: Partition,
 ) -> Result<Vec<(Partition, Offset)>, OpenError> {
     let name = config.replies_topic();
-    let (asked, spoken) = (name.clone(), nodes::PARTITION);
-    let since = now - nodes::SILENCE_MAX;
-    let inquirer = Arc::clone(inquirer);
-    let ends = tokio::task::spawn_blocking(move || {
-        let lately = inquirer.since(&asked, spoken, since)?;
-        let (_, end) = inquirer.ends(&asked, spoken)?;
-        Ok((lately, end, inquirer.ends(&asked, replies)?.1))
-    });
+    let spoken = nodes::PARTITION;
+    let since = clock.now() - nodes::SILENCE_MAX;
     let doing = || format!("reading topic {name}");
     let failed = |error| open_error(config, doing(), error, None);
-    let (mut next, end, replies_end) =
-        ends.await.unwrap_or(Err(KafkaError::Canceled)).map_err(failed)?;
+    let deadline = clock.instant() + config.limits.request_timeout;
+    let (mut next, end, replies_end) = loop {
+        let (asked, inquirer) = (name.clone(), Arc::clone(inquirer));
+        let ends = tokio::task::spawn_blocking(move || {
+            let lately = inquirer.since(&asked, spoken, since)?;
+            let (_, end) = inquirer.ends(&asked, spoken)?;
+            Ok((lately, end, inquirer.ends(&asked, replies)?.1))
+        });
+        match ends.await.unwrap_or(Err(KafkaError::Canceled)) {
+            Ok(found) => break found,
+            // Who leads a topic that was just made may not know it yet.
+            Err(error) if error.rdkafka_error_code() == NO_LEADER && clock.instant() < deadline => {
+                clock.sleep(LEADER_POLL).await;
+            }
+            Err(error) => return Err(failed(error)),
+        }
+    };
     let mut announcements = Vec::new();
     while next < end {
         let read = reader.read_async(spoken, next, config.limits.request_timeout).await;
