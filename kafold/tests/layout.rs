@@ -22,12 +22,14 @@ const ARROWS: &[(&str, &[&str])] = &[
             "kafold-projections",
         ],
     ),
+    ("kafold-chaos", &["kafold"]),
     ("orders", &["kafold"]),
 ];
 
 /// Foreign crates that only these crates of ours may name.
 const NAMED_ONLY_BY: &[(&str, &[&str])] = &[
-    ("rdkafka", &["kafold-kafka-store"]),
+    // The campaign reads the log as a foreign consumer does.
+    ("rdkafka", &["kafold-kafka-store", "kafold-chaos"]),
     ("sqlx", &["kafold-migrations", "kafold-embedded-store", "kafold-projections"]),
 ];
 

@@ -1,0 +1,233 @@
+//! A whole campaign: servers, nodes and clients up, faults in rounds, healing and a check after each.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use kafold::Clock;
+use kafold::clock::SystemClock;
+use kafold::projections::ReadModel;
+use tokio::sync::watch;
+
+use crate::checker::{self, Anomaly, Verdict};
+use crate::cluster::NodePlace;
+use crate::disk::SmallDisk;
+use crate::domain::{Groups, Tallies};
+use crate::faults::Faults;
+use crate::history::{Line, RecordLine};
+use crate::random::Random;
+use crate::recorder::Recorder;
+use crate::servers::{LOG, PARTITIONS, Servers};
+use crate::workload::Workload;
+use crate::{Failure, raw, report, shown};
+
+const NODES: usize = 3;
+/// Faults between two healings.
+const ROUND: Duration = Duration::from_secs(150);
+/// How long projections may take to reach the end of the log when all is mended.
+const CATCH_UP_TIMEOUT: Duration = Duration::from_secs(90);
+const POLL: Duration = Duration::from_millis(200);
+/// Between two looks at the shared read model while things are broken.
+const ROWS_INTERVAL: Duration = Duration::from_secs(3);
+
+/// A campaign.
+#[derive(Debug, clap::Args)]
+pub struct RunArgs {
+    /// How long things are broken.
+    #[arg(long, default_value_t = 2.0)]
+    minutes: f64,
+    /// What is broken, when and for how long, follows from it; default: drawn anew.
+    #[arg(long)]
+    seed: Option<u64>,
+    /// Names of servers and of the folder in target/dev begin so.
+    #[arg(long, default_value = "chaos")]
+    name: String,
+    /// Only these kinds of faults, such as `disk-full`; as often as wanted.
+    #[arg(long)]
+    only: Vec<String>,
+}
+
+impl RunArgs {
+    fn time(&self) -> Result<Duration, Failure> {
+        let time = Duration::try_from_secs_f64(self.minutes * 60.0);
+        time.map_err(|error| format!("--minutes {}: {error}", self.minutes).into())
+    }
+}
+
+/// Runs it; whether every promise was kept.
+#[expect(clippy::print_stdout, reason = "the campaign's own output")]
+pub async fn run(args: RunArgs) -> Result<bool, Failure> {
+    args.time()?;
+    let seed =
+        args.seed.unwrap_or_else(|| kafold::IdGenerator::random(&kafold::clock::RandomIds) >> 32);
+    let mut again = format!("dev/chaos --minutes {} --seed {seed}", args.minutes);
+    again.extend(args.only.iter().map(|kind| format!(" --only {kind}")));
+    println!("{again}");
+    let root = PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/../target/dev"));
+    let folder = root.join(format!("{}-history", args.name));
+    std::fs::create_dir_all(&folder)?;
+    let folder = folder.canonicalize()?;
+    let disk = SmallDisk::mount(&folder);
+    if let Err(reason) = &disk {
+        println!("no disk will be full: {reason}");
+    }
+    let disk = disk.ok();
+    let servers =
+        Servers::start(&args.name, disk.as_ref().map(|disk| disk.folder.as_path())).await?;
+    let servers = Arc::new(servers);
+    let stop = interrupted();
+    let ended = tokio::select! {
+        biased;
+        ended = campaign(&servers, &folder, disk.as_ref(), &args, seed) => ended,
+        () = stop => Err("interrupted".into()),
+    };
+    servers.down().await?;
+    drop(disk);
+    let (verdict, lines) = ended?;
+    report::print(&verdict, &lines);
+    println!("again: {again}\nhistory: {}", folder.join("history.jsonl").display());
+    Ok(verdict.anomalies.is_empty())
+}
+
+async fn interrupted() {
+    use tokio::signal::unix::{SignalKind, signal};
+    let Ok(mut terminate) = signal(SignalKind::terminate()) else {
+        return std::future::pending().await;
+    };
+    tokio::select! {
+        _ = terminate.recv() => {}
+        _ = tokio::signal::ctrl_c() => {}
+    }
+}
+
+async fn campaign(
+    servers: &Arc<Servers>,
+    folder: &Path,
+    disk: Option<&SmallDisk>,
+    args: &RunArgs,
+    seed: u64,
+) -> Result<(Verdict, Vec<Line>), Failure> {
+    let mut random = Random(seed);
+    let recorder = Arc::new(Recorder::create(&folder.join("history.jsonl"))?);
+    let places =
+        (0..NODES).map(|number| NodePlace::new(number, &servers.log(), &servers.database, folder));
+    let nodes: Arc<Vec<NodePlace>> = Arc::new(places.collect());
+    for node in nodes.iter() {
+        node.start()?;
+    }
+    for node in nodes.iter() {
+        node.ready().await?;
+    }
+    let workload = Workload::new(Arc::clone(&nodes), Arc::clone(&recorder));
+    workload.spawn(&mut random);
+    let small_disk = disk.map(|disk| disk.folder.clone());
+    let only = args.only.clone();
+    let (all, book) = (Arc::clone(&nodes), Arc::clone(&recorder));
+    let faults = Faults::new(Arc::clone(servers), all, book, small_disk, only);
+    let until = SystemClock.instant() + args.time()?;
+    loop {
+        let left = until.saturating_duration_since(SystemClock.instant());
+        let (looking, looked) = watch::channel(());
+        let watcher = tokio::spawn(watch_rows(Arc::clone(servers), Arc::clone(&recorder), looked));
+        faults.run(ROUND.min(left), &mut random).await?;
+        drop(looking);
+        watcher.await?;
+        let is_last = until <= SystemClock.instant();
+        let (verdict, records) = heal(servers, &nodes, &workload, &recorder).await?;
+        if is_last || !verdict.anomalies.is_empty() {
+            workload.end();
+            for node in nodes.iter() {
+                node.stop().await?;
+            }
+            for record in records {
+                recorder.add(record);
+            }
+            recorder.flush()?;
+            return Ok((verdict, recorder.lines()));
+        }
+    }
+}
+
+/// Looks at the shared read model now and then, until the sender is gone.
+async fn watch_rows(
+    servers: Arc<Servers>,
+    recorder: Arc<Recorder>,
+    mut looked: watch::Receiver<()>,
+) {
+    loop {
+        tokio::select! {
+            biased;
+            ended = looked.changed() => if ended.is_err() { return },
+            () = SystemClock.sleep(ROWS_INTERVAL) => {}
+        }
+        // The database may be what is broken.
+        if let Ok(rows) = shown::rows(&servers.pool, Groups::NAME, recorder.now()).await {
+            recorder.add(Line::Rows(rows));
+        }
+    }
+}
+
+/// Nothing is broken any more: nodes get ready, read models reach the end of the log, and all of it is
+/// checked. Also answers the log's records.
+async fn heal(
+    servers: &Servers,
+    nodes: &[NodePlace],
+    workload: &Workload,
+    recorder: &Recorder,
+) -> Result<(Verdict, Vec<Line>), Failure> {
+    recorder.fault("healing", "nothing is broken");
+    let begun = SystemClock.instant();
+    for node in nodes {
+        node.ready().await?;
+    }
+    let _nobody_asks = workload.pause().await;
+    let brokers = servers.brokers.clone();
+    let topic = format!("{LOG}.events");
+    let records =
+        tokio::task::spawn_blocking(move || raw::read(&brokers, &topic, PARTITIONS)).await??;
+    let mut stuck = Vec::new();
+    for model in [Tallies::NAME, Groups::NAME] {
+        stuck.extend(catch_up(servers, recorder, model, &records).await?);
+    }
+    let records: Vec<_> = records.into_iter().map(Line::Record).collect();
+    let mut lines = recorder.lines();
+    lines.extend_from_slice(&records);
+    let mut verdict = checker::check(&lines);
+    verdict.anomalies.extend(stuck);
+    let ended = nodes.iter().flat_map(NodePlace::ended);
+    verdict.anomalies.extend(ended.map(|detail| Anomaly { name: "node-ended", detail }));
+    let (took, found) = (SystemClock.instant() - begun, verdict.anomalies.len());
+    recorder
+        .fault("healed", format!("in {took:.1?}, {} events, anomalies: {found}", verdict.events));
+    Ok((verdict, records))
+}
+
+/// Waits until the read model has everything that is in the log; an anomaly if it does not get there.
+async fn catch_up(
+    servers: &Servers,
+    recorder: &Recorder,
+    model: &str,
+    records: &[RecordLine],
+) -> Result<Option<Anomaly>, Failure> {
+    let events = records.iter().filter(|record| record.kf.is_some_and(|kf| kf.kind == 2));
+    let last: BTreeMap<u32, u64> =
+        events.map(|record| (record.at.partition, record.at.offset)).collect();
+    let begun = SystemClock.instant();
+    loop {
+        let rows = shown::rows(&servers.pool, model, recorder.now()).await?;
+        let next = |partition| rows.checkpoint.get(partition).copied().unwrap_or_default();
+        let behind: Vec<_> =
+            last.iter().filter(|(partition, last)| next(partition) <= **last).collect();
+        let is_late = SystemClock.instant() - begun > CATCH_UP_TIMEOUT;
+        if behind.is_empty() || is_late {
+            let detail =
+                format!("{model} is at {:?}, the last events at {behind:?}", rows.checkpoint);
+            let stuck =
+                (!behind.is_empty()).then_some(Anomaly { name: "projection-stuck", detail });
+            recorder.add(Line::Rows(rows));
+            return Ok(stuck);
+        }
+        SystemClock.sleep(POLL).await;
+    }
+}
