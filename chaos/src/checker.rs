@@ -14,6 +14,35 @@ use crate::history::Line;
 use log::Log;
 pub use log::Voids;
 
+/// Every kind of anomaly that a history alone can show. For each there is a history made by hand in
+/// `histories/`, which the checker must flag.
+pub const ANOMALIES: [&str; 24] = [
+    "acknowledged-lost",
+    "checkpoint-ahead",
+    "checkpoint-backward",
+    "checkpoint-torn",
+    "command-twice",
+    "commit-mixed",
+    "commit-torn",
+    "expectation-broken",
+    "failed-but-present",
+    "false-conflict",
+    "false-rejection",
+    "log-broken",
+    "offset-hole",
+    "order-reversed",
+    "read-ahead",
+    "read-not-prefix",
+    "read-stale",
+    "read-torn",
+    "refused-though-applied",
+    "rows-differ",
+    "told-otherwise",
+    "unasked",
+    "version-gap",
+    "wrong-stream",
+];
+
 /// A broken promise.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Anomaly {
@@ -56,6 +85,7 @@ pub struct Verdict {
 
 impl Verdict {
     fn found(&mut self, name: &'static str, detail: impl Into<String>) {
+        debug_assert!(ANOMALIES.contains(&name), "{name} has no history");
         self.anomalies.push(Anomaly { name, detail: detail.into() });
     }
 }
@@ -73,3 +103,6 @@ pub fn check(lines: &[Line]) -> Verdict {
     }
     verdict
 }
+
+#[cfg(test)]
+mod tests;

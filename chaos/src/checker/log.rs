@@ -1,5 +1,6 @@
 //! The final log, folded by the rule for foreign consumers.
 
+use std::collections::hash_map::Entry;
 use std::collections::{BTreeMap, HashMap};
 
 use uuid::Uuid;
@@ -133,9 +134,14 @@ impl Log {
             last: before + events.len() as u64,
             at: last_record.at,
         };
-        if let Some(first) = self.commits.insert(last.command, commit) {
-            let detail = format!("{} at {} and {}", last.command, first.at, last_record.at);
-            verdict.found("command-twice", detail);
+        match self.commits.entry(last.command) {
+            Entry::Occupied(first) => {
+                let (command, first, at) = (last.command, first.get().at, commit.at);
+                verdict.found("command-twice", format!("{command} at {first} and {at}"));
+            }
+            Entry::Vacant(place) => {
+                place.insert(commit);
+            }
         }
     }
 }
