@@ -7,8 +7,10 @@ use std::time::{Duration, Instant};
 use chrono::DateTime;
 use kafold_core::store::{Append, Appended, Ticket, View};
 use kafold_core::{
-    AppendError, CommandId, Commit, ExpectedVersion, Metadata, NewEvent, StreamId, Version,
+    AppendError, CommandId, Commit, ExpectedVersion, Metadata, NewEvent, RecordedEvent, StreamId,
+    Version,
 };
+use tokio::sync::oneshot;
 use uuid::Uuid;
 
 use super::coverage::State;
@@ -19,7 +21,7 @@ use crate::writer::{Input, RequestId};
 
 /// Calls in flight at most.
 const CALLS_MAX: usize = 12;
-const STREAMS: u64 = 3;
+pub(super) const STREAMS: u64 = 3;
 
 #[derive(Default)]
 pub(super) struct Calls {
@@ -40,6 +42,13 @@ struct Call {
     /// The stream's version when the call began.
     version_before: Version,
     ask: Ask,
+    /// The handler that waits for the answer, if one does.
+    tell: Option<Tell>,
+}
+
+enum Tell {
+    Appended(oneshot::Sender<Result<Appended, AppendError>>),
+    Confirmed(oneshot::Sender<Result<(), AppendError>>),
 }
 
 enum Ask {
@@ -58,6 +67,10 @@ enum Ask {
 impl Calls {
     pub(super) fn open(&self) -> usize {
         self.open.len()
+    }
+
+    pub(super) fn know(&mut self, command_id: CommandId, stream: &StreamId) {
+        self.commands.push((command_id, stream.clone()));
     }
 
     pub(super) fn open_of(&self, incarnation: usize) -> usize {
@@ -99,7 +112,11 @@ impl World {
             return Ok(());
         }
         let Some(at) = self.pick(|_| true) else { return Ok(()) };
-        match self.random.below(10) {
+        match self.random.below(14) {
+            10.. => {
+                self.call_handler(at);
+                Ok(())
+            }
             0..=2 => self.call_confirm(at),
             3 => self.call_chain(at),
             4 => self.call_again(at),
@@ -156,6 +173,13 @@ impl World {
         self.submit(at, stream, expected, command_id, count, (ticket, Some(after)))
     }
 
+    /// One of the last commands of the stream.
+    pub(super) fn any_command_of(&mut self, stream: &StreamId) -> Option<CommandId> {
+        let of = self.calls.commands.iter().rev().filter(|(_, known)| known == stream).take(6);
+        let recent: Vec<_> = of.map(|(command_id, _)| *command_id).collect();
+        (!recent.is_empty()).then(|| recent[self.random.index(recent.len())])
+    }
+
     /// A command is sent again, whatever became of it.
     fn call_again(&mut self, at: usize) -> Result<(), Violation> {
         if self.calls.commands.is_empty() {
@@ -173,8 +197,18 @@ impl World {
         self.confirm(at, stream, version, None)
     }
 
-    /// A stream's version as a caller of the node sees it, which must be true of the log.
+    /// A stream's version as a caller of the node sees it.
     fn read(&mut self, at: usize, stream: &StreamId) -> Result<Option<Version>, Violation> {
+        let events = self.read_events(at, stream)?;
+        Ok(events.map(|events| Version(events.len() as u64)))
+    }
+
+    /// A stream as a caller of the node sees it, which must be true of the log.
+    pub(super) fn read_events(
+        &mut self,
+        at: usize,
+        stream: &StreamId,
+    ) -> Result<Option<Vec<RecordedEvent>>, Violation> {
         let Ok(events) = self.nodes[at].read_stream(&self.index, stream) else { return Ok(None) };
         let truth = self.truth.streams.get(stream).map_or(&[][..], Vec::as_slice);
         let is_prefix = events.len() <= truth.len()
@@ -182,7 +216,7 @@ impl World {
         if !is_prefix {
             return Err(format!("{stream} reads as {events:?}, the log has {truth:?}"));
         }
-        Ok(Some(Version(events.len() as u64)))
+        Ok(Some(events))
     }
 
     fn submit(
@@ -203,8 +237,39 @@ impl World {
             at,
             stream,
             Ask::Append { command_id, first_event, built_on: after, expected, deadline },
+            None,
         );
         self.give(at, Input::Submit { request, append })
+    }
+
+    /// What a handler has decided.
+    pub(super) fn submit_of_handler(
+        &mut self,
+        at: usize,
+        append: Append,
+        tell: oneshot::Sender<Result<Appended, AppendError>>,
+    ) -> Result<(), Violation> {
+        let ask = Ask::Append {
+            command_id: append.commit.command_id(),
+            first_event: append.commit.events()[0].metadata.event_id,
+            built_on: append.after,
+            expected: append.expected,
+            deadline: append.deadline,
+        };
+        let request = self.open(at, append.stream.clone(), ask, Some(Tell::Appended(tell)));
+        self.give(at, Input::Submit { request, append })
+    }
+
+    /// What a handler wants to know before it refuses.
+    pub(super) fn confirm_of_handler(
+        &mut self,
+        at: usize,
+        view: View,
+        tell: oneshot::Sender<Result<(), AppendError>>,
+    ) -> Result<(), Violation> {
+        let ask = Ask::Confirm { version: view.version };
+        let request = self.open(at, view.stream.clone(), ask, Some(Tell::Confirmed(tell)));
+        self.give(at, Input::Confirm { request, view })
     }
 
     fn confirm(
@@ -216,22 +281,22 @@ impl World {
     ) -> Result<(), Violation> {
         let deadline = self.any_deadline();
         let view = View { stream: stream.clone(), version, after, deadline };
-        let request = self.open(at, stream, Ask::Confirm { version });
+        let request = self.open(at, stream, Ask::Confirm { version }, None);
         self.give(at, Input::Confirm { request, view })
     }
 
-    fn any_deadline(&mut self) -> Option<Instant> {
+    pub(super) fn any_deadline(&mut self) -> Option<Instant> {
         let soon = self.random.chance(30);
         let wait = Duration::from_micros(self.random.below(60_000));
         soon.then(|| self.now + wait)
     }
 
-    fn open(&mut self, at: usize, stream: StreamId, ask: Ask) -> RequestId {
+    fn open(&mut self, at: usize, stream: StreamId, ask: Ask, tell: Option<Tell>) -> RequestId {
         let request = RequestId(self.calls.requests);
         self.calls.requests += 1;
         let version_before = self.truth.version(&stream);
         let incarnation = self.nodes[at].incarnation;
-        let call = Call { incarnation, stream, version_before, ask };
+        let call = Call { incarnation, stream, version_before, ask, tell };
         self.calls.open.insert(request, call);
         request
     }
@@ -248,6 +313,10 @@ impl World {
         let Some(call) = self.calls.open.remove(&request) else {
             return Err(format!("{request:?} was answered twice"));
         };
+        if let Some(Tell::Appended(tell)) = call.tell {
+            // Its caller may be gone.
+            drop(tell.send(result.clone()));
+        }
         let Ask::Append { command_id, first_event, built_on, expected, deadline } = call.ask else {
             return Err(format!("{request:?} was a confirm"));
         };
@@ -345,6 +414,9 @@ impl World {
         let Some(call) = self.calls.open.remove(&request) else {
             return Err(format!("{request:?} was answered twice"));
         };
+        if let Some(Tell::Confirmed(tell)) = call.tell {
+            drop(tell.send(result.clone()));
+        }
         let Ask::Confirm { version: seen } = call.ask else {
             return Err(format!("{request:?} was an append"));
         };

@@ -37,10 +37,18 @@ pub(super) enum State {
     AssignedAgain,
     CommandsSettledByBarrier,
     CommandsSettledByCommit,
+    Handled,
+    HandledDuplicate,
+    HandledUnknown,
+    Rejected,
+    HandlerConflict,
+    LeaderMoved,
+    Truncated,
+    TruncatedSentAgain,
 }
 
 impl State {
-    pub(super) const ALL: [Self; 32] = [
+    pub(super) const ALL: [Self; 40] = [
         Self::Gap,
         Self::DuplicateCopy,
         Self::ReClaim,
@@ -73,6 +81,14 @@ impl State {
         Self::AssignedAgain,
         Self::CommandsSettledByBarrier,
         Self::CommandsSettledByCommit,
+        Self::Handled,
+        Self::HandledDuplicate,
+        Self::HandledUnknown,
+        Self::Rejected,
+        Self::HandlerConflict,
+        Self::LeaderMoved,
+        Self::Truncated,
+        Self::TruncatedSentAgain,
     ];
 }
 

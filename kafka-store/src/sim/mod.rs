@@ -1,10 +1,12 @@
-//! The seeded simulation: the real fold, tail and writers on a simulated partition, with faults.
+//! The seeded simulation: the real fold, tail, writers and command handlers on a simulated partition,
+//! with faults.
 //!
 //! A failing seed is printed; `KAFOLD_SIM_SEED=n cargo test -p kafold-kafka-store one_seed` plays it
 //! again to the letter and shows its steps.
 
 mod calls;
 mod coverage;
+mod handlers;
 mod index;
 mod mutants;
 mod node;
@@ -17,7 +19,7 @@ use reference::Violation;
 use world::World;
 
 /// Histories of a normal test run; `KAFOLD_SIM_SEEDS=FROM..TO` plays others.
-const SEEDS: std::ops::Range<u64> = 0..2_000;
+const SEEDS: std::ops::Range<u64> = 0..10_000;
 
 fn seeds() -> std::ops::Range<u64> {
     let named = std::env::var("KAFOLD_SIM_SEEDS").ok();

@@ -9,7 +9,7 @@ use crate::mutant::{self, Mutant};
 use crate::wire::{Content, LogRecord, Malformed};
 
 /// Histories that are tried before a mutant counts as not found.
-const SEEDS_MAX: u64 = 1_500;
+const SEEDS_MAX: u64 = 10_000;
 
 /// Those that random histories find.
 const FOUND_BY_CHANCE: [Mutant; 21] = [

@@ -6,8 +6,9 @@ use std::time::{Duration, Instant};
 use chrono::{DateTime, Utc};
 use kafold_core::index::IndexBatch;
 use kafold_core::store::{Appended, Owner};
-use kafold_core::{CommandId, Offset, ReadError, RecordedEvent, StreamId, Version};
+use kafold_core::{CommandHandler, CommandId, Offset, ReadError, RecordedEvent, StreamId, Version};
 
+use super::handlers::{self, Count, SharedInbox, SimClock};
 use super::index::Index;
 use super::random::Random;
 use super::reference::{PARTITION, Violation};
@@ -42,6 +43,9 @@ pub(super) struct Node {
     pub(super) mark_settled: Offset,
     /// Seqs of barriers, to tell what proved a confirm.
     pub(super) barriers: BTreeSet<(u32, u64)>,
+    /// Its command handler, and what that wishes for.
+    pub(super) handler: CommandHandler<Count>,
+    pub(super) inbox: SharedInbox,
 }
 
 /// A load or look-up: the tail is copied first, the index is asked later.
@@ -88,8 +92,11 @@ impl Node {
         started_at: DateTime<Utc>,
         from: Checkpoint,
         seed: u64,
+        clock: &SimClock,
     ) -> Self {
         let mut random = Random(seed);
+        let inbox = SharedInbox::default();
+        let handler = handlers::handler(&inbox, clock, random.next());
         let config = WriterConfig {
             partition: PARTITION,
             partitions: 1,
@@ -121,6 +128,8 @@ impl Node {
             mark_wanted: Offset(0),
             mark_settled: Offset(0),
             barriers: BTreeSet::new(),
+            handler,
+            inbox,
         }
     }
 

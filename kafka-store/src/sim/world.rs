@@ -10,6 +10,7 @@ use kafold_core::{Clock, Offset};
 
 use super::calls::Calls;
 use super::coverage::{Coverage, State};
+use super::handlers::{SimClock, Task};
 use super::index::{Index, Reader};
 use super::node::{Looked, Lookup, Node};
 use super::random::Random;
@@ -39,13 +40,19 @@ pub(super) struct World {
     incarnations: usize,
     queues: BTreeMap<ProducerId, VecDeque<Produced>>,
     reports: BTreeMap<ProducerId, VecDeque<Report>>,
+    /// What the leader has and its followers do not: not visible to anybody, and lost with the leader.
+    unreplicated: VecDeque<(ProducerId, Produced)>,
+    /// Whether followers lag in this history.
+    lagging: bool,
     /// Records that may still arrive though nobody counts on them.
     late: Vec<Produced>,
     reader: Reader,
     pub(super) calls: Calls,
+    pub(super) tasks: Vec<Task>,
+    pub(super) clock: SimClock,
     pub(super) coverage: Coverage,
     /// How many of 100 deliveries go wrong.
-    fault_percent: u64,
+    pub(super) fault_percent: u64,
     pub(super) healing: bool,
     pub(super) trace: Option<Vec<String>>,
 }
@@ -62,6 +69,7 @@ impl World {
         let begin = SystemClock.instant();
         // A third of the histories has a calm network: what goes wrong is crashes and races.
         let fault_percent = [0, 4, 12][random.index(3)];
+        let lagging = random.chance(40);
         Self {
             random,
             step: 0,
@@ -75,9 +83,13 @@ impl World {
             incarnations: 0,
             queues: BTreeMap::new(),
             reports: BTreeMap::new(),
+            unreplicated: VecDeque::new(),
+            lagging,
             late: Vec::new(),
             reader: Reader::new(),
             calls: Calls::default(),
+            tasks: Vec::new(),
+            clock: SimClock::new(begin),
             coverage: Coverage::default(),
             fault_percent,
             healing: false,
@@ -98,14 +110,20 @@ impl World {
         self.step += 1;
         self.now += Duration::from_micros(self.random.below(900));
         match self.random.below(100) {
-            0..=22 => self.call(),
-            23..=44 => self.deliver(),
-            45..=62 => self.deliver_report(),
+            0..=13 => self.call(),
+            14..=19 => self.poll_task(),
+            20..=25 => self.take_wish(),
+            26..=45 => self.deliver(),
+            46..=62 => self.deliver_report(),
             63..=72 => self.answer_read(),
             73..=80 => self.look_up(),
             81..=86 => self.feed_index(),
             87..=91 => self.tick(),
-            92..=94 => self.read_log(),
+            92..=93 => self.read_log(),
+            94 => {
+                let records = 1 + self.random.index(6);
+                self.replicate(records)
+            }
             95..=96 => self.deliver_late(),
             97 => match self.random.below(4) {
                 0 => self.rebalance(),
@@ -131,7 +149,8 @@ impl World {
         let from = self.index.checkpoint()?;
         let seed = self.random.next();
         self.note(|| format!("start node {incarnation} from {}", from.next));
-        let node = Node::new(incarnation, self.time_of_day(), from.clone(), seed);
+        let (now, clock) = (self.time_of_day(), self.clock.clone());
+        let node = Node::new(incarnation, now, from.clone(), seed, &clock);
         self.nodes.push(node);
         self.give(self.nodes.len() - 1, Input::Start(from))
     }
@@ -147,6 +166,7 @@ impl World {
         let node = self.nodes.remove(at);
         self.note(|| format!("crash node {}", node.incarnation));
         self.calls.abandon(node.incarnation);
+        self.tasks.retain(|task| task.incarnation != node.incarnation);
         for generation in 0..=node.producer {
             self.drop_producer((node.incarnation, generation), false);
         }
@@ -173,7 +193,8 @@ impl World {
     }
 
     fn disturb(&mut self) -> Result<(), Violation> {
-        match self.random.below(8) {
+        match self.random.below(9) {
+            8 => self.move_leader(),
             0 | 1 if !self.nodes.is_empty() => {
                 let at = self.random.index(self.nodes.len());
                 self.crash(at);
@@ -427,14 +448,63 @@ impl World {
         let stamp = produced.record.stamp;
         let faulty = !self.healing && self.random.chance(self.fault_percent);
         let result = if faulty {
+            self.replicate(usize::MAX)?;
             self.deliver_badly(id, produced)?
         } else {
-            let offset = self.append(produced)?;
-            Some(Ok(Some(offset)))
+            self.unreplicated.push_back((id, produced));
+            return if self.lagging { Ok(()) } else { self.replicate(usize::MAX) };
         };
         if let Some(result) = result {
             let report = Report { claim: stamp.claim, seq: stamp.seq, result };
             self.reports.entry(id).or_default().push_back(report);
+        }
+        Ok(())
+    }
+
+    /// Followers have caught up with so many records: they are in the log, and reported.
+    fn replicate(&mut self, records_max: usize) -> Result<(), Violation> {
+        for _ in 0..records_max.min(self.unreplicated.len()) {
+            let Some((id, produced)) = self.unreplicated.pop_front() else { break };
+            let stamp = produced.record.stamp;
+            let offset = self.append(produced)?;
+            // Nobody is there to hear it when the node has crashed.
+            if self.nodes.iter().any(|node| node.incarnation == id.0 && node.producer == id.1) {
+                let report =
+                    Report { claim: stamp.claim, seq: stamp.seq, result: Ok(Some(offset)) };
+                self.reports.entry(id).or_default().push_back(report);
+            }
+        }
+        Ok(())
+    }
+
+    /// A follower becomes the leader: of what it does not have, nothing was acknowledged.
+    fn move_leader(&mut self) -> Result<(), Violation> {
+        if self.unreplicated.is_empty() {
+            return Ok(());
+        }
+        self.coverage.saw(State::LeaderMoved);
+        let kept = self.random.index(self.unreplicated.len() + 1);
+        self.replicate(kept)?;
+        self.note(|| "the leader is gone, with what it alone had".into());
+        while let Some((id, produced)) = self.unreplicated.pop_back() {
+            let alive =
+                self.nodes.iter().any(|node| node.incarnation == id.0 && node.producer == id.1);
+            if alive && self.random.chance(70) {
+                // The producer has no answer, and sends it again to the new leader.
+                self.coverage.saw(State::TruncatedSentAgain);
+                self.queues.entry(id).or_default().push_front(produced);
+                continue;
+            }
+            self.coverage.saw(State::Truncated);
+            let stamp = produced.record.stamp;
+            if alive {
+                let result = Err(failure("timed out"));
+                let report = Report { claim: stamp.claim, seq: stamp.seq, result };
+                self.reports.entry(id).or_default().push_back(report);
+            }
+            if self.random.chance(30) {
+                self.late.push(produced);
+            }
         }
         Ok(())
     }
@@ -506,6 +576,7 @@ impl World {
         }
         let at = self.random.index(self.late.len());
         let produced = self.late.swap_remove(at);
+        self.replicate(usize::MAX)?;
         self.append(produced).map(|_| ())
     }
 
@@ -638,6 +709,8 @@ impl World {
     /// owns. The others crash or are told to give up.
     fn heal(&mut self) -> Result<(), Violation> {
         self.healing = true;
+        self.lagging = false;
+        self.replicate(usize::MAX)?;
         self.note(|| "healing".into());
         if self.random.chance(50) {
             self.late.clear();
@@ -670,7 +743,8 @@ impl World {
         }
         let states: Vec<_> =
             self.nodes.iter().map(|node| (node.incarnation, node.writer.status())).collect();
-        Err(format!("no rest: {} calls open, {states:?}", self.calls.open()))
+        let (open, handled) = (self.calls.open(), self.tasks.len());
+        Err(format!("no rest: {open} calls open, {handled} in handlers, {states:?}"))
     }
 
     /// Whoever has given up is gone, and somebody is there.
@@ -684,7 +758,7 @@ impl World {
     fn next_step_of_healing(&mut self) -> Result<(), Violation> {
         self.step += 1;
         self.now += Duration::from_micros(300);
-        match self.random.below(8) {
+        match self.random.below(10) {
             0 => self.deliver(),
             1 => self.deliver_report(),
             2 => self.answer_read(),
@@ -692,6 +766,8 @@ impl World {
             4 => self.feed_index(),
             5 => self.tick(),
             6 => self.deliver_late(),
+            7 => self.poll_task(),
+            8 => self.take_wish(),
             _ => self.make_producers(),
         }
     }
@@ -700,6 +776,7 @@ impl World {
         let owners =
             self.nodes.iter().filter(|node| matches!(node.writer.status(), Status::Owning));
         self.calls.open() == 0
+            && self.tasks.is_empty()
             && owners.count() == 1
             && self.nodes.len() == 1
             && self.nodes.iter().all(|node| node.mark_settled >= node.mark_wanted)
