@@ -321,7 +321,7 @@ impl<A: Aggregate> CommandHandler<A> {
             };
             let waited = attempt < self.config.attempts_max && self.wait(attempt, job).await;
             if !waited {
-                return Err(HandleError::exhausted(failure));
+                return Err(HandleError::exhausted(job.request.expected, failure));
             }
             count_retry::<A>(again);
             tracing::debug!(attempt, %failure, "deciding again");

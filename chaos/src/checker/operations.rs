@@ -271,8 +271,10 @@ impl Stream<'_> {
             }
             Answer::Conflict { actual } => {
                 let mut seen = seen;
-                let holds =
-                    *expected != Some(*actual) && seen.any(|(version, _)| version == *actual);
+                // Behind the demand it is a conflict for ever, however old the version that it tells.
+                let for_ever = expected.is_some_and(|expected| expected < *actual);
+                let holds = for_ever && actual <= window.end()
+                    || *expected != Some(*actual) && seen.any(|(version, _)| version == *actual);
                 if !holds {
                     let detail = format!(
                         "{command} of {stream}: told {actual}, expected {expected:?}, was {window:?}"

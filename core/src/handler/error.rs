@@ -12,15 +12,16 @@ pub enum HandleError<E: std::error::Error + 'static> {
     /// The aggregate refuses, on a state that was the newest when it was answered: tell the user.
     #[error(transparent)]
     Rejected(E),
-    /// The stream is not at the version that the caller demanded: look at it again. Without a
-    /// demand, others were faster in every attempt: send the command again.
+    /// The stream is not at the version that the caller demanded, and never will be again if that is
+    /// below: look at it again. Without a demand, others were faster in every attempt: send the command
+    /// again.
     #[error("stream {stream} is at version {actual}, expected {expected}")]
     Conflict {
         /// The stream.
         stream: StreamId,
         /// What was demanded, by the caller or by the last attempt.
         expected: ExpectedVersion,
-        /// What the stream has.
+        /// What the stream has; where that is above the demand, maybe more by now.
         actual: Version,
     },
     /// There can be no such aggregate: correct the id.
@@ -48,12 +49,20 @@ pub enum HandleError<E: std::error::Error + 'static> {
 }
 
 impl<E: std::error::Error + 'static> HandleError<E> {
-    /// The answer after the last attempt failed so.
-    pub(super) fn exhausted(failure: AppendError) -> Self {
+    /// The answer after the last attempt failed so. What the attempt demanded of the stream is not what
+    /// the caller did: only a stream that has moved past his demand contradicts it for certain.
+    pub(super) fn exhausted(demanded: ExpectedVersion, failure: AppendError) -> Self {
         match failure {
-            AppendError::Conflict { stream, expected, actual } => {
-                Self::Conflict { stream, expected, actual }
-            }
+            AppendError::Conflict { stream, expected, actual } => match demanded.version() {
+                None => Self::Conflict { stream, expected, actual },
+                Some(demand) if demand < actual => {
+                    Self::Conflict { stream, expected: demanded, actual }
+                }
+                Some(_) => {
+                    let reason = format!("others changed stream {stream} in every attempt");
+                    Self::Append(AppendError::NotAppended { reason })
+                }
+            },
             other => Self::Append(other),
         }
     }

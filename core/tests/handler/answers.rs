@@ -65,6 +65,29 @@ async fn the_last_conflict_is_answered_with_both_versions() {
     assert_eq!(store.submitted().len(), 3);
 }
 
+/// The store says that the view of the last attempt is old; what was demanded may be what is there now.
+#[tokio::test]
+async fn a_demand_that_the_last_conflict_does_not_contradict_is_no_conflict() {
+    let store = ScriptedStore::default();
+    let accounts =
+        store.accounts_with(HandlerConfig { attempts_max: 1, ..HandlerConfig::default() });
+    store.on_confirm([conflict(1)]);
+    match handle_at(&accounts, 1, 10).await {
+        Err(HandleError::Append(AppendError::NotAppended { reason })) => {
+            assert!(reason.contains("account-a"), "{reason}");
+        }
+        other => panic!("the demand may be met, found {other:?}"),
+    }
+    handle(&accounts, Deposit(1)).await.expect("no rule is broken");
+    store.on_submit([conflict(3)]);
+    match handle_at(&accounts, 1, 10).await {
+        Err(HandleError::Conflict { expected, actual, .. }) => {
+            assert_eq!((expected, actual), (ExpectedVersion::Exact(Version(1)), Version(3)));
+        }
+        other => panic!("the stream has moved on, found {other:?}"),
+    }
+}
+
 #[tokio::test]
 async fn what_was_not_appended_is_decided_again() {
     let store = ScriptedStore::default();

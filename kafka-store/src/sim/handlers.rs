@@ -384,8 +384,13 @@ impl World {
             }
             Err(HandleError::Conflict { actual, .. }) => {
                 self.coverage.saw(State::HandlerConflict);
-                let demanded = task.expected.version().is_some();
-                if !demanded || seen(actual.0) && !task.expected.admits(actual) {
+                let holds = match task.expected.version() {
+                    None => true,
+                    // A conflict for ever, however old the version that it tells.
+                    Some(demand) if demand < actual => actual <= version,
+                    Some(demand) => demand != actual && seen(actual.0),
+                };
+                if holds {
                     return Ok(());
                 }
                 Err(format!(
