@@ -8,6 +8,7 @@ use std::time::Duration;
 use kafold::Clock;
 use kafold::clock::SystemClock;
 use kafold::projections::ReadModel;
+use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 
 use crate::checker::{self, Anomaly, Verdict};
@@ -59,6 +60,9 @@ impl RunArgs {
 #[expect(clippy::print_stdout, reason = "the campaign's own output")]
 pub async fn run(args: RunArgs) -> Result<bool, Failure> {
     args.time()?;
+    // Asked to stop, it takes down what it has started.
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
     let seed =
         args.seed.unwrap_or_else(|| kafold::IdGenerator::random(&kafold::clock::RandomIds) >> 32);
     let mut again = format!("dev/chaos --minutes {} --seed {seed}", args.minutes);
@@ -76,11 +80,11 @@ pub async fn run(args: RunArgs) -> Result<bool, Failure> {
     let servers =
         Servers::start(&args.name, disk.as_ref().map(|disk| disk.folder.as_path())).await?;
     let servers = Arc::new(servers);
-    let stop = interrupted();
     let ended = tokio::select! {
         biased;
         ended = campaign(&servers, &folder, disk.as_ref(), &args, seed) => ended,
-        () = stop => Err("interrupted".into()),
+        _ = terminate.recv() => Err("told to stop".into()),
+        _ = interrupt.recv() => Err("interrupted".into()),
     };
     servers.down().await?;
     drop(disk);
@@ -88,17 +92,6 @@ pub async fn run(args: RunArgs) -> Result<bool, Failure> {
     report::print(&verdict, &lines);
     println!("again: {again}\nhistory: {}", folder.join("history.jsonl").display());
     Ok(verdict.anomalies.is_empty())
-}
-
-async fn interrupted() {
-    use tokio::signal::unix::{SignalKind, signal};
-    let Ok(mut terminate) = signal(SignalKind::terminate()) else {
-        return std::future::pending().await;
-    };
-    tokio::select! {
-        _ = terminate.recv() => {}
-        _ = tokio::signal::ctrl_c() => {}
-    }
 }
 
 async fn campaign(
@@ -134,12 +127,22 @@ async fn campaign(
         drop(looking);
         watcher.await?;
         let is_last = until <= SystemClock.instant();
-        let (verdict, records) = heal(servers, &nodes, &workload, &recorder).await?;
+        recorder.fault("healing", "nothing is broken");
+        let begun = SystemClock.instant();
+        for node in nodes.iter() {
+            node.ready().await?;
+        }
+        let nobody_asks = workload.pause().await;
+        let (verdict, records) = check(servers, &nodes, &recorder).await?;
+        let (took, found) = (SystemClock.instant() - begun, verdict.anomalies.len());
+        let events = verdict.events;
+        recorder.fault("healed", format!("in {took:.1?}, {events} events, anomalies: {found}"));
         if is_last || !verdict.anomalies.is_empty() {
             workload.end();
             for node in nodes.iter() {
                 node.stop().await?;
             }
+            drop(nobody_asks);
             for record in records {
                 recorder.add(record);
             }
@@ -168,20 +171,13 @@ async fn watch_rows(
     }
 }
 
-/// Nothing is broken any more: nodes get ready, read models reach the end of the log, and all of it is
-/// checked. Also answers the log's records.
-async fn heal(
+/// Nothing is broken and nobody asks: read models reach the end of the log, and all of it is checked.
+/// Also answers the log's records.
+async fn check(
     servers: &Servers,
     nodes: &[NodePlace],
-    workload: &Workload,
     recorder: &Recorder,
 ) -> Result<(Verdict, Vec<Line>), Failure> {
-    recorder.fault("healing", "nothing is broken");
-    let begun = SystemClock.instant();
-    for node in nodes {
-        node.ready().await?;
-    }
-    let _nobody_asks = workload.pause().await;
     let brokers = servers.brokers.clone();
     let topic = format!("{LOG}.events");
     let records =
@@ -197,9 +193,6 @@ async fn heal(
     verdict.anomalies.extend(stuck);
     let ended = nodes.iter().flat_map(NodePlace::ended);
     verdict.anomalies.extend(ended.map(|detail| Anomaly { name: "node-ended", detail }));
-    let (took, found) = (SystemClock.instant() - begun, verdict.anomalies.len());
-    recorder
-        .fault("healed", format!("in {took:.1?}, {} events, anomalies: {found}", verdict.events));
     Ok((verdict, records))
 }
 

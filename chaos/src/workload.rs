@@ -69,7 +69,9 @@ impl Workload {
                     let wait = Duration::from_millis(random.of(20..200));
                     SystemClock.sleep(wait).await;
                     let _at_work = workload.turn.read().await;
-                    workload.step(&mut random).await;
+                    if !*workload.done.borrow() {
+                        workload.step(&mut random).await;
+                    }
                 }
             });
         }
