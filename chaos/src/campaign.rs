@@ -19,7 +19,7 @@ use crate::faults::Faults;
 use crate::history::{Line, RecordLine};
 use crate::random::Random;
 use crate::recorder::Recorder;
-use crate::servers::{LOG, PARTITIONS, Servers};
+use crate::servers::{self, LOG, PARTITIONS, Servers};
 use crate::workload::Workload;
 use crate::{Failure, raw, report, shown};
 
@@ -72,6 +72,7 @@ pub async fn run(args: RunArgs) -> Result<bool, Failure> {
     let folder = root.join(format!("{}-history", args.name));
     std::fs::create_dir_all(&folder)?;
     let folder = folder.canonicalize()?;
+    servers::take_down(&args.name).await?;
     let disk = SmallDisk::mount(&folder);
     if let Err(reason) = &disk {
         println!("no disk will be full: {reason}");

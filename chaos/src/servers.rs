@@ -43,8 +43,6 @@ impl Servers {
         }
         let ports: Vec<_> = proxies.iter().map(|proxy| proxy.address.port().to_string()).collect();
         let (kafka, postgres) = (format!("{name}-kafka"), format!("{name}-postgres"));
-        run("kafka", &["down", "--name", &kafka]).await?;
-        run("postgres", &["down", "--name", &postgres]).await?;
         let nodes = BROKERS.to_string();
         let advertise = ports.join(",");
         let mut up = vec!["up", "--name", &kafka, "--nodes", &nodes, "--advertise", &advertise];
@@ -110,10 +108,16 @@ impl Servers {
     /// Stops everything and removes its data.
     pub async fn down(&self) -> Result<(), Failure> {
         self.pool.close().await;
-        run("kafka", &["down", "--name", &format!("{}-kafka", self.name)]).await?;
-        run("postgres", &["down", "--name", &format!("{}-postgres", self.name)]).await?;
-        Ok(())
+        take_down(&self.name).await
     }
+}
+
+/// Stops servers of these names, also those that an earlier campaign left behind, and removes their
+/// data.
+pub async fn take_down(name: &str) -> Result<(), Failure> {
+    run("kafka", &["down", "--name", &format!("{name}-kafka")]).await?;
+    run("postgres", &["down", "--name", &format!("{name}-postgres")]).await?;
+    Ok(())
 }
 
 /// Runs one of the scripts in `dev/` and answers what it printed.
