@@ -15,7 +15,7 @@ use crate::checker::{self, Anomaly, Verdict};
 use crate::cluster::NodePlace;
 use crate::disk::SmallDisk;
 use crate::domain::{Groups, Tallies};
-use crate::faults::Faults;
+use crate::faults::{Faults, KINDS};
 use crate::history::{Line, RecordLine};
 use crate::random::Random;
 use crate::recorder::Recorder;
@@ -60,9 +60,12 @@ impl RunArgs {
 #[expect(clippy::print_stdout, reason = "the campaign's own output")]
 pub async fn run(args: RunArgs) -> Result<bool, Failure> {
     args.time()?;
-    // Asked to stop, it takes down what it has started.
-    let mut terminate = signal(SignalKind::terminate())?;
-    let mut interrupt = signal(SignalKind::interrupt())?;
+    if let Some(unknown) = args.only.iter().find(|kind| !KINDS.contains(&kind.as_str())) {
+        return Err(
+            format!("--only {unknown}: there is no such fault, but {}", KINDS.join(", ")).into()
+        );
+    }
+    let stop = Stop::new()?;
     let seed =
         args.seed.unwrap_or_else(|| kafold::IdGenerator::random(&kafold::clock::RandomIds) >> 32);
     let mut again = format!("dev/chaos --minutes {} --seed {seed}", args.minutes);
@@ -78,16 +81,12 @@ pub async fn run(args: RunArgs) -> Result<bool, Failure> {
         println!("no disk will be full: {reason}");
     }
     let disk = disk.ok();
-    let servers =
-        Servers::start(&args.name, disk.as_ref().map(|disk| disk.folder.as_path())).await?;
-    let servers = Arc::new(servers);
     let ended = tokio::select! {
         biased;
-        ended = campaign(&servers, &folder, disk.as_ref(), &args, seed) => ended,
-        _ = terminate.recv() => Err("told to stop".into()),
-        _ = interrupt.recv() => Err("interrupted".into()),
+        ended = campaign(&args, &folder, disk.as_ref(), seed, &stop) => ended,
+        () = stop.asked(2) => Err("ended at once: nothing was checked".into()),
     };
-    servers.down().await?;
+    servers::take_down(&args.name).await?;
     drop(disk);
     let (verdict, lines) = ended?;
     report::print(&verdict, &lines);
@@ -95,13 +94,42 @@ pub async fn run(args: RunArgs) -> Result<bool, Failure> {
     Ok(verdict.anomalies.is_empty())
 }
 
+/// Counts the signals that ask it to stop: the first ends the faults, the second everything.
+struct Stop(watch::Receiver<u32>);
+
+impl Stop {
+    fn new() -> std::io::Result<Self> {
+        let mut terminate = signal(SignalKind::terminate())?;
+        let mut interrupt = signal(SignalKind::interrupt())?;
+        let (count, counted) = watch::channel(0);
+        tokio::spawn(async move {
+            loop {
+                tokio::select! {
+                    _ = terminate.recv() => {}
+                    _ = interrupt.recv() => {}
+                }
+                tracing::info!("no more faults: checking; a second signal ends at once");
+                count.send_modify(|count| *count += 1);
+            }
+        });
+        Ok(Self(counted))
+    }
+
+    async fn asked(&self, times: u32) {
+        // The sender lives as long as the process.
+        drop(self.0.clone().wait_for(|count| *count >= times).await);
+    }
+}
+
 async fn campaign(
-    servers: &Arc<Servers>,
+    args: &RunArgs,
     folder: &Path,
     disk: Option<&SmallDisk>,
-    args: &RunArgs,
     seed: u64,
+    stop: &Stop,
 ) -> Result<(Verdict, Vec<Line>), Failure> {
+    let servers =
+        Arc::new(Servers::start(&args.name, disk.map(|disk| disk.folder.as_path())).await?);
     let mut random = Random(seed);
     let recorder = Arc::new(Recorder::create(&folder.join("history.jsonl"))?);
     let places =
@@ -118,23 +146,23 @@ async fn campaign(
     let small_disk = disk.map(|disk| disk.folder.clone());
     let only = args.only.clone();
     let (all, book) = (Arc::clone(&nodes), Arc::clone(&recorder));
-    let faults = Faults::new(Arc::clone(servers), all, book, small_disk, only);
+    let faults = Faults::new(Arc::clone(&servers), all, book, small_disk, only);
     let until = SystemClock.instant() + args.time()?;
     loop {
         let left = until.saturating_duration_since(SystemClock.instant());
         let (looking, looked) = watch::channel(());
-        let watcher = tokio::spawn(watch_rows(Arc::clone(servers), Arc::clone(&recorder), looked));
-        faults.run(ROUND.min(left), &mut random).await?;
+        let watcher = tokio::spawn(watch_rows(Arc::clone(&servers), Arc::clone(&recorder), looked));
+        faults.run(ROUND.min(left), &mut random, stop.asked(1)).await?;
         drop(looking);
         watcher.await?;
-        let is_last = until <= SystemClock.instant();
+        let is_last = until <= SystemClock.instant() || *stop.0.borrow() > 0;
         recorder.fault("healing", "nothing is broken");
         let begun = SystemClock.instant();
         for node in nodes.iter() {
             node.ready().await?;
         }
         let nobody_asks = workload.pause().await;
-        let (verdict, records) = check(servers, &nodes, &recorder).await?;
+        let (verdict, records) = check(&servers, &nodes, &recorder).await?;
         let (took, found) = (SystemClock.instant() - begun, verdict.anomalies.len());
         let events = verdict.events;
         recorder.fault("healed", format!("in {took:.1?}, {events} events, anomalies: {found}"));

@@ -2,11 +2,12 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
 use kafold::Clock;
-use kafold::clock::SystemClock;
+use kafold::clock::{SystemClock, within};
 use kafold::projections::sqlx;
 use tokio::sync::Mutex;
 use tokio::task::JoinSet;
@@ -51,6 +52,27 @@ enum Fault {
     DatabaseLock(Duration),
     DiskFull(Duration),
 }
+
+/// The kinds of faults, as histories and reports name them.
+pub const KINDS: [&str; 17] = [
+    "broker-killed",
+    "broker-paused",
+    "broker-restarted",
+    "database-killed",
+    "database-locked",
+    "database-terminated",
+    "disk-full",
+    "leader-moved",
+    "line-cut",
+    "line-delayed",
+    "line-dripping",
+    "line-half-open",
+    "node-killed",
+    "node-paused",
+    "node-stopped",
+    "request-held",
+    "rolling-restart",
+];
 
 #[derive(Debug, Clone, Copy)]
 enum LineFault {
@@ -119,11 +141,21 @@ impl Faults {
     }
 
     /// Breaks things for so long; when it returns, everything is mended.
-    pub async fn run(self: &Arc<Self>, time: Duration, random: &mut Random) -> Result<(), Failure> {
+    /// Ends early when it is asked to stop.
+    pub async fn run(
+        self: &Arc<Self>,
+        time: Duration,
+        random: &mut Random,
+        stop: impl Future<Output = ()>,
+    ) -> Result<(), Failure> {
+        let mut stop = pin!(stop);
         let until = SystemClock.instant() + time;
         let mut under_way = JoinSet::new();
         while SystemClock.instant() < until {
-            SystemClock.sleep(Duration::from_millis(random.of(PAUSE_MS))).await;
+            let pause = Duration::from_millis(random.of(PAUSE_MS));
+            if within(&SystemClock, pause, stop.as_mut()).await.is_some() {
+                break;
+            }
             let fault = self.draw(random);
             let faults = Arc::clone(self);
             under_way.spawn(async move {

@@ -104,12 +104,6 @@ impl Servers {
         elect.args(["--partition", &partition.to_string()]);
         output(elect, b"").await.map(drop)
     }
-
-    /// Stops everything and removes its data.
-    pub async fn down(&self) -> Result<(), Failure> {
-        self.pool.close().await;
-        take_down(&self.name).await
-    }
 }
 
 /// Stops servers of these names, also those that an earlier campaign left behind, and removes their

@@ -32,6 +32,8 @@ pub mod handler;
 pub mod ids;
 pub mod index;
 pub mod memory;
+#[doc(hidden)]
+pub mod mutant;
 pub mod row;
 pub mod scenario;
 pub mod snapshot;

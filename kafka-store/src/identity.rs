@@ -3,6 +3,7 @@
 //! Pure checks on facts that the driver gathers at start. A log end that looks too low is believed
 //! only after metadata was refreshed for a while: a stale leader looks the same.
 
+use kafold_core::mutant::{self, Mutant};
 use kafold_core::{Offset, Partition};
 
 use crate::fold::{Anchor, Checkpoint, LogIdentity};
@@ -151,6 +152,7 @@ pub fn check(stored: Option<&Checkpoint>, log: &LogFacts) -> Result<(), Identity
         return Err(IdentityError::Repartitioned { topic, partition, expected, found });
     }
     match stored {
+        Some(_) if mutant::active(Mutant::AutoReset) => Ok(()),
         Some(stored) => check_stored(stored, log),
         None => Ok(()),
     }
@@ -274,6 +276,14 @@ mod tests {
         refused(|log| log.anchor = AnchorFound::Ours(found), &words);
         refused(|log| log.anchor = AnchorFound::Other, &["older copy", "not ours"]);
         refused(|log| log.anchor = AnchorFound::NotRead, &["older copy"]);
+    }
+
+    #[test]
+    fn a_position_that_is_believed_whatever_the_log_is_shows() {
+        let believed = std::panic::catch_unwind(|| {
+            mutant::with(Some(Mutant::AutoReset), an_older_copy_that_went_on_is_refused);
+        });
+        assert!(believed.is_err(), "AutoReset is not found");
     }
 
     #[test]

@@ -36,7 +36,6 @@ mod indexer;
 mod inspect;
 mod loader;
 mod membership;
-mod mutant;
 mod ownership;
 mod partition;
 pub mod partitioner;

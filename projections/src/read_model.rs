@@ -5,6 +5,7 @@ use std::marker::PhantomData;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use async_trait::async_trait;
+use kafold_core::mutant::{self, Mutant};
 use kafold_core::row::{ColumnValue, Row, Value};
 use kafold_core::{DomainEvent, Position, Recorded};
 
@@ -107,6 +108,9 @@ impl<'w, M: ReadModel> ModelWork<'w, M> {
         let mut events = Vec::new();
         for recorded in batch.events() {
             let decoded = decode::<M::Event>(recorded);
+            if decoded.is_err() && mutant::active(Mutant::SkipUnreadable) {
+                continue;
+            }
             let decoded = decoded.map_err(|unreadable| Fault::at(recorded, unreadable.error))?;
             let Some(event) = decoded else { continue };
             // A panic leaves nothing behind: `keys` has only a shared borrow.
@@ -133,7 +137,7 @@ impl<M: ReadModel> Work for ModelWork<'_, M> {
         }
         let table = Table::new(self.definition, target.generation);
         let table = table.expect("a read model has columns");
-        if M::SHARED {
+        if M::SHARED && !mutant::active(Mutant::SharedRowsUnlocked) {
             lock(target, tx).await?;
         }
         let mut loaded = BTreeMap::new();

@@ -32,6 +32,10 @@ on_both!(
 
 const PARTITION: Partition = Partition(3);
 
+killed_by!(
+    IndexPlainMaximum: a_batch_beyond_the_position_is_behind_and_writes_nothing on sqlite,
+);
+
 fn stream(id: &str) -> StreamId {
     StreamId::new("order", id).expect("valid")
 }

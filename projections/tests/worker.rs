@@ -41,6 +41,13 @@ on_both!(
     a_graceful_end_leaves_everything_committed,
 );
 
+killed_by!(
+    CheckpointOutsideTransaction: killed_at_any_moment_it_counts_every_event_once on sqlite,
+    NoFence: a_lost_fence_rolls_the_rows_back on sqlite,
+    SharedRowsUnlocked: rows_shared_by_many_partitions_are_exact on postgres,
+    SkipUnreadable: an_event_of_a_newer_program_stops_the_model_by_name on sqlite,
+);
+
 const WAIT: Duration = Duration::from_secs(20);
 
 fn quick() -> ProjectionConfig {

@@ -12,6 +12,7 @@ use super::{Last, Step};
 use crate::aggregate::Aggregate;
 use crate::event::RecordedEvent;
 use crate::ids::{CommandId, Position, Version};
+use crate::mutant::{self, Mutant};
 use crate::store::{AppendError, Appended, Outcome, Ticket};
 
 /// The outcome of a submission, for everyone who asked for the same command. Whoever waits drives
@@ -212,6 +213,11 @@ impl<A: Aggregate> Slot<A> {
     /// the head any more. A no-op if that was found already, by one that it was behind.
     pub(super) fn failed(&mut self, ticket: Ticket, failure: &AppendError) {
         if let Some(index) = self.pending.iter().position(|pending| pending.ticket == ticket) {
+            if mutant::active(Mutant::PendingStateInCache)
+                && let (Some(proven), Some(pending)) = (&mut self.proven, self.pending.get(index))
+            {
+                pending.events.iter().for_each(|event| proven.state.evolve(event));
+            }
             self.pending.truncate(index);
             self.head = None;
             self.unconfirmed(failure);

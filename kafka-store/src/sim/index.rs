@@ -10,7 +10,7 @@ use kafold_core::{Offset, RecordedEvent, StreamId};
 use super::coverage::{Coverage, State};
 use super::reference::{PARTITION, Reference, Violation};
 use crate::fold::{Checkpoint, CommitReader, Read};
-use crate::mutant::{self, Mutant};
+use kafold_core::mutant::{self, Mutant};
 
 #[derive(Debug, Clone, Default)]
 pub(super) struct Index {

@@ -9,8 +9,8 @@ use super::flight::Flight;
 use super::messages::Output;
 use super::{IntoCause, PartitionWriter, Phase, Turn};
 use crate::identity::IdentityError;
-use crate::mutant::{self, Mutant};
 use crate::wire::{Body, Claim, ClaimId, Epoch, Nonce, Record, Stamp, stored_time};
+use kafold_core::mutant::{self, Mutant};
 
 impl PartitionWriter {
     pub(super) fn claim_if_due(&mut self, turn: &mut Turn<'_>) {

@@ -9,8 +9,8 @@ use super::messages::{Output, RequestId};
 use super::settle::{PendingCommit, PendingConfirm, Question, Waiter};
 use super::streams::{Ask, Knowledge, Stream, Waiting};
 use super::{PartitionWriter, Phase, Turn};
-use crate::mutant::{self, Mutant};
 use crate::wire::{Body, EventBody, stored_time};
+use kafold_core::mutant::{self, Mutant};
 
 impl PartitionWriter {
     /// Decides what can be decided, stream by stream, in the order of the calls within each.

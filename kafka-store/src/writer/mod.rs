@@ -35,8 +35,8 @@ use kafold_core::{CommandId, Offset, StreamId};
 use lru::LruCache;
 
 use crate::fold::{Checkpoint, CommitReader, Read};
-use crate::mutant::{self, Mutant};
 use crate::wire::{ClaimId, LogRecord, Stamp};
+use kafold_core::mutant::{self, Mutant};
 
 use flight::{Flight, Judgement};
 use settle::{PendingCommit, PendingConfirm};

@@ -9,8 +9,8 @@ use super::messages::{Output, Proven, ReportFailure, RequestId};
 use super::streams::{Ask, Waiting};
 use super::{Flight, PartitionWriter, Phase, Turn};
 use crate::fold::ReadCommit;
-use crate::mutant::{self, Mutant};
 use crate::wire::{Body, ClaimId, Content, LogRecord, Record};
+use kafold_core::mutant::{self, Mutant};
 
 /// Deadlines that pass within this time are answered together: looking for them costs a walk over
 /// all who wait.

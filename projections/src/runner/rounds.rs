@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, HashMap};
 use std::time::Duration;
 
+use kafold_core::mutant::{self, Mutant};
 use kafold_core::store::Batch;
 use kafold_core::{Offset, Partition};
 use kafold_migrations::Database;
@@ -144,12 +145,17 @@ impl Runner {
         let steps = self.steps(round);
         let mut open = OpenTransaction::begin(database).await?;
         let begun = clock.instant();
-        let tx = &mut open.lend();
         // First, so that a worker that takes the partition now waits for this transaction.
-        if !checkpoint::advance(tx, target, &steps, clock.now()).await? {
+        let moved = checkpoint::advance(&mut open.lend(), target, &steps, clock.now()).await?;
+        if !moved && !mutant::active(Mutant::NoFence) {
             open.rollback().await?;
             return Err(Failed::Superseded);
         }
+        if mutant::active(Mutant::CheckpointOutsideTransaction) {
+            open.commit().await?;
+            open = OpenTransaction::begin(database).await?;
+        }
+        let tx = &mut open.lend();
         if let Some(work) = work {
             work.apply(target, tx).await.map_err(sorted)?;
             checkpoint::announce(tx, target, &steps).await?;

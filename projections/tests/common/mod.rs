@@ -8,6 +8,7 @@ pub(crate) mod source;
 use std::time::Duration;
 
 use kafold_core::clock::RandomIds;
+use kafold_core::mutant::{self, Mutant};
 use kafold_core::testing::eventually;
 use kafold_core::{Clock, IdGenerator};
 use kafold_migrations::{Database, Mode};
@@ -132,6 +133,49 @@ macro_rules! on_both {
             })*
         }
     };
+}
+
+/// One test a deliberate bug: the claim must not hold while it is switched on.
+#[macro_export]
+macro_rules! killed_by {
+    ($($mutant:ident: $claim:ident on $database:ident),* $(,)?) => {
+        mod mutants {
+            $(#[test]
+            #[allow(non_snake_case, reason = "named after the bug")]
+            fn $mutant() {
+                let test = async || {
+                    let database = super::common::TestDatabase::$database().await;
+                    let Some(database) = Option::from(database) else { return false };
+                    super::$claim(&database).await;
+                    true
+                };
+                let mutant = kafold_core::mutant::Mutant::$mutant;
+                super::common::assert_killed(mutant, stringify!($claim), test);
+            })*
+        }
+    };
+}
+
+/// In a thread of its own, in which the bug is switched on.
+pub(crate) fn assert_killed<T>(
+    mutant: Mutant,
+    claim: &str,
+    test: impl FnOnce() -> T + Send + 'static,
+) where
+    T: Future<Output = bool>,
+{
+    use std::io::Write;
+    let thread = std::thread::spawn(move || {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+        mutant::with(Some(mutant), || runtime.expect("a runtime").block_on(test()))
+    });
+    match thread.join() {
+        // Nothing to test on.
+        Ok(false) => {}
+        Ok(true) => panic!("{mutant:?} is not found by {claim}"),
+        // To the stream itself: what a passing test prints is not shown.
+        Err(_) => writeln!(std::io::stderr(), "{mutant:?} killed by {claim}").expect("it is open"),
+    }
 }
 
 /// Lets other tasks run for so long: for tests that interrupt at a random moment.

@@ -1,10 +1,10 @@
-//! Deliberate bugs that the simulation must find: each switch breaks one rule of the protocol.
+//! Deliberate bugs that a named test must find: each switch breaks one rule that a promise rests on.
 //!
-//! Outside tests [`active`] is constant false and costs nothing.
+//! Without the feature `testing` [`active`] is constant false and costs nothing.
 
 /// One broken rule.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Mutant {
+pub enum Mutant {
     /// An append is acknowledged as soon as it is handed to the producer.
     AckOnEnqueue,
     /// Any successful report proves its record.
@@ -40,29 +40,40 @@ pub(crate) enum Mutant {
     /// A confirm outlives its claim.
     ConfirmAcrossClaim,
     /// The index takes any batch and its position is the maximum seen.
-    #[cfg(test)]
     IndexPlainMaximum,
     /// A checkpoint may lie inside a commit.
     CheckpointInsideCommit,
     /// A checkpoint is an offset without the fold's state.
-    #[cfg(test)]
     CheckpointWithoutState,
     /// A command is never looked for.
     DedupeOff,
     /// A malformed record is skipped.
     SkipMalformed,
+    /// A command handler's state keeps the events of a commit that was not appended.
+    PendingStateInCache,
+    /// A stored position is taken for true whatever the log is now.
+    AutoReset,
+    /// A projection's checkpoint is committed before its rows.
+    CheckpointOutsideTransaction,
+    /// A projection goes on though another worker has taken its partition.
+    NoFence,
+    /// Rows that partitions share are folded without a lock.
+    SharedRowsUnlocked,
+    /// A projection leaves out an event that it cannot read.
+    SkipUnreadable,
 }
 
 /// Whether the bug is switched on in this thread.
-#[cfg(not(test))]
-pub(crate) const fn active(_: Mutant) -> bool {
+#[cfg(not(feature = "testing"))]
+#[inline]
+pub const fn active(_: Mutant) -> bool {
     false
 }
 
-#[cfg(test)]
-pub(crate) use switch::{active, with};
+#[cfg(feature = "testing")]
+pub use switch::{active, with};
 
-#[cfg(test)]
+#[cfg(feature = "testing")]
 mod switch {
     use std::cell::Cell;
 
@@ -72,12 +83,13 @@ mod switch {
         static ACTIVE: Cell<Option<Mutant>> = const { Cell::new(None) };
     }
 
-    pub(crate) fn active(mutant: Mutant) -> bool {
+    /// Whether the bug is switched on in this thread.
+    pub fn active(mutant: Mutant) -> bool {
         ACTIVE.get() == Some(mutant)
     }
 
-    /// Runs `test` with the bug switched on.
-    pub(crate) fn with<T>(mutant: Option<Mutant>, test: impl FnOnce() -> T) -> T {
+    /// Runs `test` in this thread with the bug switched on.
+    pub fn with<T>(mutant: Option<Mutant>, test: impl FnOnce() -> T) -> T {
         struct Restore(Option<Mutant>);
         impl Drop for Restore {
             fn drop(&mut self) {
