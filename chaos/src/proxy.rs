@@ -268,3 +268,6 @@ async fn drip(
     }
     to.write_all(rest).await
 }
+
+#[cfg(test)]
+mod tests;
