@@ -36,6 +36,8 @@ mod indexer;
 mod inspect;
 mod loader;
 mod membership;
+#[cfg(test)]
+mod model;
 mod mutant;
 mod ownership;
 mod partition;

@@ -4,12 +4,12 @@
 //! again to the letter and shows its steps.
 
 mod calls;
-mod coverage;
+pub(crate) mod coverage;
 mod index;
 mod mutants;
 mod node;
 mod random;
-mod reference;
+pub(crate) mod reference;
 mod world;
 
 use coverage::{Coverage, State};

@@ -20,6 +20,8 @@ mod admit;
 mod claim;
 mod decide;
 mod flight;
+#[cfg(test)]
+mod fork;
 mod lookup;
 mod messages;
 mod settle;
@@ -94,6 +96,7 @@ pub struct PartitionWriter {
     reported_base: Option<Offset>,
 }
 
+#[derive(Clone)]
 enum Phase {
     New,
     CatchingUp {
