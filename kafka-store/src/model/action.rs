@@ -1,7 +1,5 @@
 //! What can happen next.
 
-use std::fmt;
-
 use kafold_core::Offset;
 
 use super::bounds::{Delivery, Demand};
@@ -40,6 +38,10 @@ pub(super) enum Action {
     Read {
         at: usize,
         all: bool,
+    },
+    /// The writer gives up waiting for a report that will not come.
+    Wait {
+        at: usize,
     },
     /// What was on its way may still arrive.
     Crash {
@@ -84,6 +86,11 @@ impl World {
         }
         if let Some(from) = node.read {
             self.reads_at(at, node, from, actions);
+        }
+        let has_read = node.read.is_none_or(|from| from >= self.truth.end());
+        let is_idle = seat.queue.is_empty() && seat.reports.is_empty() && has_read;
+        if is_idle && node.waits_until().is_some() {
+            actions.push(Action::Wait { at });
         }
         if self.left.crashes > 0 && seat.touched {
             actions.push(Action::Crash { at });
@@ -139,22 +146,16 @@ impl World {
     }
 }
 
-impl fmt::Display for Action {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+impl Action {
+    /// Whether nothing brings it about by itself.
+    pub(super) fn is_from_outside(self) -> bool {
         match self {
-            Self::Submit { at, demand, events, command: None } => {
-                write!(f, "writer {at} is given a commit of {events}, expecting {demand:?}")
-            }
-            Self::Submit { at, demand, events, command: Some(command) } => {
-                write!(f, "writer {at} is given command {command} again: {events}, {demand:?}")
-            }
-            Self::Confirm { at, demand } => write!(f, "writer {at} is to confirm {demand:?}"),
-            Self::Deliver { at, how } => write!(f, "writer {at}'s next record goes: {how:?}"),
-            Self::Arrive { .. } => f.write_str("a late record arrives"),
-            Self::Report { at } => write!(f, "writer {at} is told a report"),
-            Self::Read { at, all: true } => write!(f, "writer {at} reads to the end"),
-            Self::Read { at, all: false } => write!(f, "writer {at} reads one record"),
-            Self::Crash { at } => write!(f, "writer {at} crashes"),
+            Self::Submit { .. }
+            | Self::Confirm { .. }
+            | Self::Crash { .. }
+            | Self::Arrive { .. } => true,
+            Self::Deliver { how, .. } => how != Delivery::Fine,
+            Self::Report { .. } | Self::Read { .. } | Self::Wait { .. } => false,
         }
     }
 }

@@ -89,6 +89,10 @@ impl Calls {
         self.open.retain(|call| call.by != by);
     }
 
+    pub(super) fn are_open(&self) -> bool {
+        !self.open.is_empty()
+    }
+
     pub(super) fn is_waiting(&self, by: usize) -> bool {
         self.open.iter().any(|call| call.by == by)
     }
@@ -128,7 +132,7 @@ impl Calls {
     pub(super) fn appended(
         &mut self,
         request: RequestId,
-        result: Result<Appended, AppendError>,
+        result: &Result<Appended, AppendError>,
         known: Version,
         truth: &Reference,
     ) -> Result<(), Violation> {
@@ -137,12 +141,12 @@ impl Calls {
         let attempt = &self.attempts[place];
         let (before, now) = (call.before, version(truth));
         match result {
-            Ok(appended) => check_appended(place, attempt, appended, known, truth),
+            Ok(appended) => check_appended(place, attempt, *appended, known, truth),
             Err(AppendError::Conflict { actual, .. }) => {
                 let expected = attempt.expected;
                 let holds = match expected.version() {
-                    Some(wanted) if wanted < actual => actual <= now,
-                    Some(wanted) => wanted != actual && before <= actual && actual <= now,
+                    Some(wanted) if wanted < *actual => *actual <= now,
+                    Some(wanted) => wanted != *actual && before <= *actual && *actual <= now,
                     None => false,
                 };
                 if !holds {
@@ -184,7 +188,7 @@ impl Calls {
     pub(super) fn confirmed(
         &mut self,
         request: RequestId,
-        result: Result<(), AppendError>,
+        result: &Result<(), AppendError>,
         truth: &Reference,
     ) -> Result<(), Violation> {
         let call = self.close(request)?;
@@ -193,7 +197,7 @@ impl Calls {
         let holds = match result {
             Ok(()) => before <= seen && seen <= now,
             Err(AppendError::Conflict { actual, .. }) => {
-                actual != seen && actual <= now && (actual > seen || actual >= before)
+                *actual != seen && *actual <= now && (*actual > seen || *actual >= before)
             }
             Err(
                 AppendError::NotAppended { .. }

@@ -5,6 +5,7 @@
 //! neighbour's by a step or two.
 
 use std::collections::HashSet;
+use std::hash::BuildHasherDefault;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Instant;
@@ -13,6 +14,7 @@ use kafold_core::Clock;
 use kafold_core::clock::SystemClock;
 
 use super::bounds::Bounds;
+use super::mixer::Mixer;
 use super::world::World;
 use crate::mutant::{self, Mutant};
 use crate::sim::reference::Violation;
@@ -88,6 +90,7 @@ impl Explorer {
                         return Err(broken);
                     }
                 }
+                next.chunks.retain(|chunk| chunk.paths > 0);
                 Ok(next.chunks)
             })
         };
@@ -116,7 +119,7 @@ impl Explorer {
             })
         });
         Found {
-            violation: violation.expect("the same choices break the same promise"),
+            violation: violation.unwrap_or_else(|| "nobody will ever answer".into()),
             history: world.notes.unwrap_or_default(),
         }
     }
@@ -149,7 +152,11 @@ fn expand(
             choices.push(choice);
         }
         let world = &worlds[worlds.len() - 1];
-        for (choice, action) in (0..).zip(world.actions()) {
+        let actions = world.actions();
+        if world.is_stuck(&actions) {
+            return Err(Broken { choices });
+        }
+        for (choice, action) in (0..).zip(actions) {
             choices.push(choice);
             match world.after(action) {
                 Err(_) => return Err(Broken { choices }),
@@ -205,7 +212,7 @@ impl Frontier {
 }
 
 /// The fingerprints of all states so far, in parts, so that threads seldom wait for each other.
-struct Visited([Mutex<HashSet<u64>>; 256]);
+struct Visited([Mutex<HashSet<u64, BuildHasherDefault<Mixer>>>; 256]);
 
 impl Default for Visited {
     fn default() -> Self {

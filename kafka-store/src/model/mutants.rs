@@ -1,5 +1,11 @@
 //! Every rule of the protocol that can be removed, and the shortest history that then breaks a
 //! promise.
+//!
+//! Some are shorter than those of the protocol's own explorer, because more is looked at here: a
+//! writer that halts, an event that is told as proven or is written under no accepted claim, and a
+//! reader that cannot go on count as broken promises before any caller is told anything wrong.
+//!
+//! `KAFOLD_MODEL_TELL=AckOnAnyReport` tells that mutant's history.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -12,14 +18,14 @@ use crate::mutant::Mutant;
 /// A rule's removal and the smallest bounds that show it.
 struct Case {
     mutant: Mutant,
-    /// The steps of the shortest history, and what the protocol's own explorer counted, if it did.
+    /// Steps of the shortest history.
     steps: usize,
+    /// What the protocol's own explorer counted, if it did.
     specified: Option<usize>,
     bounds: Bounds,
 }
 
-const fn case(mutant: Mutant, steps: usize, specified: usize, bounds: Bounds) -> Case {
-    let specified = if specified == 0 { None } else { Some(specified) };
+const fn case(mutant: Mutant, steps: usize, specified: Option<usize>, bounds: Bounds) -> Case {
     Case { mutant, steps, specified, bounds }
 }
 
@@ -39,55 +45,65 @@ const TWO_FAULTS: Left = Left { faults: 2, ..CALM.left };
 
 /// Not here: what concerns the index and malformed records, of which the model has none.
 const CASES: [Case; 24] = [
-    case(Mutant::AckOnEnqueue, 4, 0, CALM),
+    case(Mutant::AckOnEnqueue, 4, None, CALM),
     case(
         Mutant::AckWithoutPredecessor,
         9,
-        0,
+        None,
         Bounds { left: ONE_FAULT, events: &[2], faults: &[LateUnreported], ..CALM },
     ),
-    case(Mutant::AckOnAnyReport, 8, 8, CALM),
-    case(Mutant::AckOnConsecutiveOffsets, 8, 10, CALM),
-    case(Mutant::AckOnUnknownOffset, 8, 8, Bounds { left: ONE_FAULT, faults: &[NoOffset], ..CALM }),
-    case(Mutant::BaseFromReport, 10, 9, Bounds { left: ONE_FAULT, faults: &[SentTwice], ..CALM }),
-    case(Mutant::OwnedByEpoch, 8, 8, CALM),
-    case(Mutant::NoReadBeforeProducing, 6, 8, CALM),
+    case(Mutant::AckOnAnyReport, 8, Some(8), CALM),
+    case(Mutant::AckOnConsecutiveOffsets, 8, Some(10), CALM),
+    case(
+        Mutant::AckOnUnknownOffset,
+        8,
+        Some(8),
+        Bounds { left: ONE_FAULT, faults: &[NoOffset], ..CALM },
+    ),
+    case(
+        Mutant::BaseFromReport,
+        8,
+        Some(9),
+        Bounds { left: ONE_FAULT, faults: &[SentTwice], ..CALM },
+    ),
+    case(Mutant::OwnedByEpoch, 7, Some(8), CALM),
+    case(Mutant::NoReadBeforeProducing, 5, Some(8), CALM),
     case(
         Mutant::FoldAcceptsHole,
         6,
-        6,
+        Some(6),
         Bounds { left: ONE_FAULT, events: &[2], faults: &[Late], ..CALM },
     ),
     case(
         Mutant::FoldAcceptsDuplicate,
         6,
-        6,
+        Some(6),
         Bounds { left: ONE_FAULT, faults: &[SentTwice], ..CALM },
     ),
-    case(Mutant::FoldAcceptsEqualEpoch, 7, 11, CALM),
-    case(Mutant::FoldKeepsCommitOpen, 10, 11, Bounds { events: &[1, 2], ..TWO_COMMITS }),
+    case(Mutant::FoldAcceptsEqualEpoch, 7, Some(11), CALM),
+    case(Mutant::FoldKeepsCommitOpen, 10, Some(11), Bounds { events: &[1, 2], ..TWO_COMMITS }),
     case(
         Mutant::NotAppendedOnFailure,
         6,
-        7,
+        Some(7),
         Bounds { left: ONE_FAULT, faults: &[SaidToFail], ..CALM },
     ),
     case(
         Mutant::NotAppendedOnVoid,
-        10,
-        10,
+        8,
+        Some(10),
         Bounds { left: TWO_FAULTS, events: &[2], faults: &[Late, CopiedLate], ..CALM },
     ),
     case(
         Mutant::NotAppendedWithoutClaim,
         8,
-        0,
+        None,
         Bounds { left: ONE_FAULT, faults: &[Late], ..CALM },
     ),
     case(
         Mutant::PendingOutlivesClaim,
-        12,
-        14,
+        11,
+        Some(14),
         Bounds {
             left: Left { commits: 2, ..ONE_FAULT },
             demands: &[Seen, Behind],
@@ -95,18 +111,23 @@ const CASES: [Case; 24] = [
             ..CALM
         },
     ),
-    case(Mutant::ConflictFromPending, 5, 5, TWO_COMMITS),
-    case(Mutant::ConflictUnconfirmed, 9, 9, Bounds { demands: &[Seen, Newest], ..TWO_COMMITS }),
+    case(Mutant::ConflictFromPending, 5, Some(5), TWO_COMMITS),
+    case(
+        Mutant::ConflictUnconfirmed,
+        9,
+        Some(9),
+        Bounds { demands: &[Seen, Newest], ..TWO_COMMITS },
+    ),
     case(
         Mutant::ConfirmWithoutBarrier,
-        9,
         6,
+        Some(6),
         Bounds { left: Left { confirms: 1, ..CALM.left }, ..CALM },
     ),
     case(
         Mutant::ConfirmByEarlierRecord,
         12,
-        14,
+        Some(14),
         Bounds {
             left: Left { commits: 2, confirms: 1, ..CALM.left },
             demands: &[Seen, Behind],
@@ -115,8 +136,8 @@ const CASES: [Case; 24] = [
     ),
     case(
         Mutant::ConfirmAcrossClaim,
-        13,
-        14,
+        12,
+        Some(14),
         Bounds {
             left: Left { confirms: 1, ..ONE_FAULT },
             demands: &[Seen, Behind],
@@ -124,9 +145,9 @@ const CASES: [Case; 24] = [
             ..CALM
         },
     ),
-    case(Mutant::CheckpointInsideCommit, 6, 7, Bounds { events: &[2], ..CALM }),
-    case(Mutant::CheckpointWithoutState, 5, 5, CALM),
-    case(Mutant::DedupeOff, 7, 9, Bounds { demands: &[Any], retries: true, ..TWO_COMMITS }),
+    case(Mutant::CheckpointInsideCommit, 6, Some(7), Bounds { events: &[2], ..CALM }),
+    case(Mutant::CheckpointWithoutState, 5, Some(5), CALM),
+    case(Mutant::DedupeOff, 7, Some(9), Bounds { demands: &[Any], retries: true, ..TWO_COMMITS }),
 ];
 
 #[test]

@@ -1,6 +1,6 @@
 //! A writer that runs, and the little of the driver around it that the model needs.
 
-use std::hash::{DefaultHasher, Hash, Hasher};
+use std::hash::{Hash, Hasher};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -8,6 +8,7 @@ use chrono::DateTime;
 use kafold_core::store::Owner;
 use kafold_core::{Offset, RecordedEvent, Version};
 
+use super::mixer::Mixer;
 use crate::fold::Checkpoint;
 use crate::sim::reference::PARTITION;
 use crate::wire::ClaimId;
@@ -18,6 +19,8 @@ use crate::writer::{
 
 pub(super) struct Node {
     place: usize,
+    /// Its time, which only stands still: see [`Node::wait`].
+    now: Instant,
     pub(super) writer: PartitionWriter,
     /// The events that the writer told as proven: its tail, while the index is empty.
     pub(super) proven: Vec<Arc<RecordedEvent>>,
@@ -69,6 +72,7 @@ impl Node {
         });
         let mut node = Self {
             place,
+            now,
             writer,
             proven: Vec::new(),
             read,
@@ -85,6 +89,7 @@ impl Node {
     pub(super) fn fork(&self) -> Self {
         Self {
             place: self.place,
+            now: self.now,
             writer: self.writer.fork(entropy(self.place, self.claims)),
             proven: self.proven.clone(),
             read: self.read,
@@ -95,9 +100,24 @@ impl Node {
         }
     }
 
+    pub(super) fn handle(&mut self, input: Input, out: &mut Vec<Output>) {
+        self.writer.handle(self.now, input, out);
+    }
+
+    /// When the writer gives up waiting for a report.
+    pub(super) fn waits_until(&self) -> Option<Instant> {
+        self.writer.next_wake().filter(|wake| *wake > self.now)
+    }
+
+    /// Lets its time pass until then. All that the writer remembers of time is either over then or
+    /// begins anew, so that fingerprints need not know the time.
+    pub(super) fn wait(&mut self) {
+        self.now = self.waits_until().unwrap_or(self.now);
+    }
+
     /// Works out its fingerprint, after which nothing may change any more.
     pub(super) fn settle(&mut self) {
-        let mut hasher = DefaultHasher::new();
+        let mut hasher = Mixer::default();
         self.writer.fingerprint(&mut hasher);
         (self.proven.len(), self.read, self.last, self.claims).hash(&mut hasher);
         self.fingerprint = hasher.finish();
