@@ -109,13 +109,7 @@ impl Explorer {
         let violation = mutant::with(self.mutant, || {
             broken.choices.iter().find_map(|choice| {
                 let action = world.actions()[usize::from(*choice)];
-                match world.after(action) {
-                    Ok(after) => {
-                        world = after;
-                        None
-                    }
-                    Err(violation) => Some(violation),
-                }
+                world.step(action).err()
             })
         });
         Found {

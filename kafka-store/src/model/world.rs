@@ -71,9 +71,14 @@ impl World {
     /// The state behind one more step, or the promise that the step breaks.
     pub(super) fn after(&self, action: Action) -> Result<Self, Violation> {
         let mut next = self.clone();
-        next.act(action)?;
-        next.retire();
+        next.step(action)?;
         Ok(next)
+    }
+
+    pub(super) fn step(&mut self, action: Action) -> Result<(), Violation> {
+        self.act(action)?;
+        self.retire();
+        Ok(())
     }
 
     /// Whether somebody waits for an answer that nothing will bring, though a writer may still claim.
@@ -102,7 +107,7 @@ impl World {
         calls::version(&self.truth)
     }
 
-    pub(super) fn act(&mut self, action: Action) -> Result<(), Violation> {
+    fn act(&mut self, action: Action) -> Result<(), Violation> {
         self.note(|| action.to_string());
         match action {
             Action::Submit { at, demand, events, command } => {
