@@ -29,6 +29,8 @@ pub(crate) enum Mutant {
     FoldAcceptsEqualEpoch,
     /// A claim leaves an open commit open.
     FoldKeepsCommitOpen,
+    /// A report that never comes is waited for without an end.
+    ReportAwaitedForEver,
     /// A failed report is answered `NotAppended`.
     NotAppendedOnFailure,
     /// A void copy is answered `NotAppended`.

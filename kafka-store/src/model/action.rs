@@ -69,6 +69,17 @@ impl World {
         actions
     }
 
+    /// Whether somebody waits for an answer and nothing comes of itself that brings it nearer, though
+    /// the writer may still claim.
+    pub(super) fn is_stuck(&self) -> bool {
+        self.left.claims > 0
+            && (0..self.seats.len()).filter(|at| self.calls.is_waiting(*at)).any(|at| {
+                let mut actions = Vec::new();
+                self.actions_at(at, &mut actions);
+                actions.iter().all(|action| action.is_from_outside())
+            })
+    }
+
     fn actions_at(&self, at: usize, actions: &mut Vec<Action>) {
         let seat = &self.seats[at];
         if let Some(first) = seat.queue.front() {

@@ -89,10 +89,6 @@ impl Calls {
         self.open.retain(|call| call.by != by);
     }
 
-    pub(super) fn are_open(&self) -> bool {
-        !self.open.is_empty()
-    }
-
     pub(super) fn is_waiting(&self, by: usize) -> bool {
         self.open.iter().any(|call| call.by == by)
     }

@@ -53,8 +53,8 @@ impl Explorer {
             let next = match self.next_level(now, &visited, &level, depth) {
                 Ok(next) => next,
                 Err(broken) => {
-                    let found = Some(self.retell(root, &broken));
-                    return Explored { states: visited.len(), depth: depth + 1, found };
+                    let (states, depth) = (visited.len(), broken.choices.len());
+                    return Explored { states, depth, found: Some(self.retell(root, &broken)) };
                 }
             };
             if next.is_empty() {
@@ -146,11 +146,10 @@ fn expand(
             choices.push(choice);
         }
         let world = &worlds[worlds.len() - 1];
-        let actions = world.actions();
-        if world.is_stuck(&actions) {
+        if world.is_stuck() {
             return Err(Broken { choices });
         }
-        for (choice, action) in (0..).zip(actions) {
+        for (choice, action) in (0..).zip(world.actions()) {
             choices.push(choice);
             match world.after(action) {
                 Err(_) => return Err(Broken { choices }),

@@ -44,7 +44,7 @@ const ONE_FAULT: Left = Left { faults: 1, ..CALM.left };
 const TWO_FAULTS: Left = Left { faults: 2, ..CALM.left };
 
 /// Not here: what concerns the index and malformed records, of which the model has none.
-const CASES: [Case; 24] = [
+const CASES: [Case; 25] = [
     case(Mutant::AckOnEnqueue, 4, None, CALM),
     case(
         Mutant::AckWithoutPredecessor,
@@ -82,6 +82,12 @@ const CASES: [Case; 24] = [
     ),
     case(Mutant::FoldAcceptsEqualEpoch, 7, Some(11), CALM),
     case(Mutant::FoldKeepsCommitOpen, 10, Some(11), Bounds { events: &[1, 2], ..TWO_COMMITS }),
+    case(
+        Mutant::ReportAwaitedForEver,
+        6,
+        None,
+        Bounds { left: ONE_FAULT, faults: &[LateUnreported], ..CALM },
+    ),
     case(
         Mutant::NotAppendedOnFailure,
         6,

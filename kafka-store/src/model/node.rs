@@ -120,6 +120,7 @@ impl Node {
         let mut hasher = Mixer::default();
         self.writer.fingerprint(&mut hasher);
         (self.proven.len(), self.read, self.last, self.claims).hash(&mut hasher);
+        self.waits_until().is_some().hash(&mut hasher);
         self.fingerprint = hasher.finish();
     }
 

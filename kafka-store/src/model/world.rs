@@ -81,13 +81,6 @@ impl World {
         Ok(())
     }
 
-    /// Whether somebody waits for an answer that nothing will bring, though a writer may still claim.
-    pub(super) fn is_stuck(&self, actions: &[Action]) -> bool {
-        self.left.claims > 0
-            && self.calls.are_open()
-            && actions.iter().all(|action| action.is_from_outside())
-    }
-
     /// Two states with one fingerprint go on alike.
     pub(super) fn fingerprint(&self) -> u64 {
         let mut hasher = Mixer::default();

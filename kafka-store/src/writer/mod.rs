@@ -447,6 +447,9 @@ impl PartitionWriter {
     }
 
     fn notice_missing_report(&mut self, turn: &mut Turn<'_>) {
+        if mutant::active(Mutant::ReportAwaitedForEver) {
+            return;
+        }
         let timeout = self.config.limits.report_timeout;
         match &self.phase {
             Phase::Claiming { since, .. } if *since + timeout <= turn.now => self.retreat(turn),
