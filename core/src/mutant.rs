@@ -7,6 +7,8 @@
 pub enum Mutant {
     /// An append is acknowledged as soon as it is handed to the producer.
     AckOnEnqueue,
+    /// A report proves the records before its own as well.
+    AckWithoutPredecessor,
     /// Any successful report proves its record.
     AckOnAnyReport,
     /// A record is proven when its offset follows the one before.
@@ -21,14 +23,22 @@ pub enum Mutant {
     NoReadBeforeProducing,
     /// The fold accepts a record whose predecessor is missing.
     FoldAcceptsHole,
+    /// The fold accepts a second copy of a record.
+    FoldAcceptsDuplicate,
     /// The fold accepts a second claim of the current epoch.
     FoldAcceptsEqualEpoch,
     /// A claim leaves an open commit open.
     FoldKeepsCommitOpen,
+    /// A report that never comes is waited for without an end.
+    ReportAwaitedForEver,
     /// A failed report is answered `NotAppended`.
     NotAppendedOnFailure,
     /// A void copy is answered `NotAppended`.
     NotAppendedOnVoid,
+    /// What was read to the end and not found is answered `NotAppended`, before any new claim.
+    NotAppendedWithoutClaim,
+    /// What builds on a pending commit is taken though that commit has failed.
+    PendingOutlivesClaim,
     /// A pending commit conflicts.
     ConflictFromPending,
     /// A stale view conflicts without confirm.

@@ -334,6 +334,7 @@ impl Fold {
             return Err(LogDiverged::UnknownClaim { position, found: stamp.claim, current });
         }
         Ok(match stamp.seq.cmp(&self.state.next_seq) {
+            std::cmp::Ordering::Less if mutant::active(Mutant::FoldAcceptsDuplicate) => None,
             std::cmp::Ordering::Less => Some(VoidReason::Duplicate),
             std::cmp::Ordering::Equal => None,
             std::cmp::Ordering::Greater if mutant::active(Mutant::FoldAcceptsHole) => None,

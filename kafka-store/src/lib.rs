@@ -36,6 +36,8 @@ mod indexer;
 mod inspect;
 mod loader;
 mod membership;
+#[cfg(test)]
+mod model;
 mod ownership;
 mod partition;
 pub mod partitioner;

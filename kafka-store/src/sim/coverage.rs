@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 /// A state worth meeting.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub(super) enum State {
+pub(crate) enum State {
     Gap,
     DuplicateCopy,
     ReClaim,
@@ -48,7 +48,7 @@ pub(super) enum State {
 }
 
 impl State {
-    pub(super) const ALL: [Self; 40] = [
+    pub(crate) const ALL: [Self; 40] = [
         Self::Gap,
         Self::DuplicateCopy,
         Self::ReClaim,
@@ -94,14 +94,14 @@ impl State {
 
 /// How often each state was met.
 #[derive(Debug, Default)]
-pub(super) struct Coverage(pub(super) BTreeMap<State, u64>);
+pub(crate) struct Coverage(pub(crate) BTreeMap<State, u64>);
 
 impl Coverage {
-    pub(super) fn saw(&mut self, state: State) {
+    pub(crate) fn saw(&mut self, state: State) {
         *self.0.entry(state).or_default() += 1;
     }
 
-    pub(super) fn add(&mut self, other: Self) {
+    pub(crate) fn add(&mut self, other: Self) {
         for (state, times) in other.0 {
             *self.0.entry(state).or_default() += times;
         }

@@ -5,13 +5,13 @@
 //! again to the letter and shows its steps.
 
 mod calls;
-mod coverage;
+pub(crate) mod coverage;
 mod handlers;
 mod index;
 mod mutants;
 mod node;
 mod random;
-mod reference;
+pub(crate) mod reference;
 mod world;
 
 use coverage::{Coverage, State};

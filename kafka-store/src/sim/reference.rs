@@ -11,56 +11,61 @@ use super::coverage::{Coverage, State};
 use crate::wire::{Body, ClaimId, Content, EventBody, LogRecord, Record};
 
 /// A broken promise, in words.
-pub(super) type Violation = String;
+pub(crate) type Violation = String;
 
 /// A record on its way to the log, or in it.
 #[derive(Debug, Clone)]
-pub(super) struct Produced {
-    pub(super) record: Record,
+pub(crate) struct Produced {
+    pub(crate) record: Record,
     /// The incarnation of the node that produced it, and when.
-    pub(super) by: usize,
-    pub(super) order: u64,
+    pub(crate) by: usize,
+    pub(crate) order: u64,
 }
 
 /// An accepted commit.
 #[derive(Debug, Clone)]
-pub(super) struct Accepted {
-    pub(super) stream: StreamId,
-    pub(super) version: Version,
-    pub(super) offset: Offset,
-    pub(super) by: usize,
-    pub(super) produced_at: u64,
+pub(crate) struct Accepted {
+    pub(crate) stream: StreamId,
+    pub(crate) version: Version,
+    pub(crate) offset: Offset,
+    pub(crate) by: usize,
+    pub(crate) produced_at: u64,
 }
 
-#[derive(Default)]
-pub(super) struct Reference {
-    pub(super) log: Vec<LogRecord>,
+#[derive(Clone, Default)]
+pub(crate) struct Reference {
+    pub(crate) log: Vec<LogRecord>,
     claim: Option<ClaimId>,
     last_seq: u64,
     open: Vec<Arc<RecordedEvent>>,
     /// All accepted events, in the order of the log.
-    pub(super) events: Vec<Arc<RecordedEvent>>,
-    pub(super) streams: BTreeMap<StreamId, Vec<Arc<RecordedEvent>>>,
-    pub(super) commits: BTreeMap<CommandId, Accepted>,
+    pub(crate) events: Vec<Arc<RecordedEvent>>,
+    pub(crate) streams: BTreeMap<StreamId, Vec<Arc<RecordedEvent>>>,
+    pub(crate) commits: BTreeMap<CommandId, Accepted>,
     /// The highest commands mark of an accepted record.
-    pub(super) mark: Offset,
+    pub(crate) mark: Offset,
     /// Where each claim is.
-    pub(super) claims: BTreeMap<(u32, u64), Offset>,
+    pub(crate) claims: BTreeMap<(u32, u64), Offset>,
 }
 
-pub(super) const PARTITION: Partition = Partition(0);
+pub(crate) const PARTITION: Partition = Partition(0);
 
 impl Reference {
-    pub(super) fn version(&self, stream: &StreamId) -> Version {
+    pub(crate) fn version(&self, stream: &StreamId) -> Version {
         Version(self.streams.get(stream).map_or(0, |events| events.len() as u64))
     }
 
-    pub(super) fn end(&self) -> Offset {
+    pub(crate) fn end(&self) -> Offset {
         Offset(self.log.len() as u64)
     }
 
+    /// What the last accepted record was: the current claim and the seq under it.
+    pub(crate) fn head(&self) -> (Option<ClaimId>, u64) {
+        (self.claim, self.last_seq)
+    }
+
     /// Appends a record, as the broker does, and folds it.
-    pub(super) fn append(
+    pub(crate) fn append(
         &mut self,
         produced: Produced,
         coverage: &mut Coverage,

@@ -23,6 +23,9 @@ impl PartitionWriter {
         {
             return;
         }
+        if mutant::active(Mutant::NotAppendedWithoutClaim) {
+            self.fail_pending(turn);
+        }
         let state = self.reader.fold().state();
         let Some(epoch) = state.claim.epoch.0.checked_add(1).map(Epoch) else {
             return self

@@ -9,7 +9,7 @@ use crate::wire::{Body, ClaimId, Content, LogRecord, Record, Stamp};
 use kafold_core::mutant::{self, Mutant};
 
 /// The records of one claim, from the first unproven one on.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(super) struct Flight {
     pub(super) claim: ClaimId,
     /// Where our own reading accepted the claim: record s must be at `base + s`.
@@ -29,7 +29,7 @@ pub(super) struct Flight {
     mark_wanted: Offset,
 }
 
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 struct InFlight {
     record: Record,
     /// Its own report is a success with exactly the offset it must have.
@@ -147,6 +147,9 @@ impl Flight {
                 "record {seq} was reported with {told} instead of {expected}"
             ));
         }
+        if mutant::active(Mutant::AckWithoutPredecessor) {
+            self.unproven.iter_mut().take(place).for_each(|before| before.reported = true);
+        }
         match self.unproven.get_mut(place) {
             Some(found) => {
                 found.reported = true;
@@ -183,5 +186,21 @@ impl Flight {
     /// Since when what is in flight waits for a report.
     pub(super) fn waiting_since(&self) -> Option<Instant> {
         (!self.unproven.is_empty()).then_some(self.active_at)
+    }
+
+    /// For the model check: feeds all that decides what will be proven.
+    #[cfg(test)]
+    pub(super) fn fingerprint(&self, into: &mut impl std::hash::Hasher) {
+        use std::hash::Hash;
+
+        let barrier_in_flight = self.barrier_seq.max(self.proven);
+        (self.claim, self.base, self.next_seq, self.proven, barrier_in_flight).hash(into);
+        for InFlight { record, reported } in &self.unproven {
+            let event = match &record.body {
+                Body::Event(body) => Some(body.event.metadata.event_id),
+                Body::Claim(_) | Body::Barrier => None,
+            };
+            (event, reported).hash(into);
+        }
     }
 }

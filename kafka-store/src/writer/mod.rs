@@ -20,6 +20,8 @@ mod admit;
 mod claim;
 mod decide;
 mod flight;
+#[cfg(test)]
+mod fork;
 mod lookup;
 mod messages;
 mod settle;
@@ -94,6 +96,7 @@ pub struct PartitionWriter {
     reported_base: Option<Offset>,
 }
 
+#[derive(Clone)]
 enum Phase {
     New,
     CatchingUp {
@@ -444,6 +447,9 @@ impl PartitionWriter {
     }
 
     fn notice_missing_report(&mut self, turn: &mut Turn<'_>) {
+        if mutant::active(Mutant::ReportAwaitedForEver) {
+            return;
+        }
         let timeout = self.config.limits.report_timeout;
         match &self.phase {
             Phase::Claiming { since, .. } if *since + timeout <= turn.now => self.retreat(turn),

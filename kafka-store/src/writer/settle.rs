@@ -17,7 +17,7 @@ use kafold_core::mutant::{self, Mutant};
 const DEADLINE_GRAIN: Duration = Duration::from_millis(10);
 
 /// A commit that was produced and has no definite outcome. It outlives its callers' deadlines.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(super) struct PendingCommit {
     pub(super) claim: ClaimId,
     pub(super) last_seq: u64,
@@ -39,7 +39,7 @@ pub(super) struct Waiter {
 }
 
 /// A decision that holds if a record behind it is proven under the same claim.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(super) struct PendingConfirm {
     pub(super) waiter: Waiter,
     pub(super) question: Question,
@@ -101,7 +101,9 @@ impl PartitionWriter {
         for pending in std::mem::take(&mut self.pending) {
             if let Some(stream) = self.streams.get_mut(&pending.stream) {
                 stream.pending.pop_front();
-                stream.last = None;
+                if !mutant::active(Mutant::PendingOutlivesClaim) {
+                    stream.last = None;
+                }
             }
             self.ready.push(pending.stream.clone());
             self.request_bytes -= pending.bytes;

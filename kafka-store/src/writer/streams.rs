@@ -11,7 +11,7 @@ use lru::LruCache;
 use super::messages::{CommandOutcome, RequestId, StreamHead};
 
 /// A submission or confirm that cannot be decided yet.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(super) struct Waiting {
     pub(super) request: RequestId,
     pub(super) ask: Ask,
@@ -20,14 +20,14 @@ pub(super) struct Waiting {
     pub(super) bytes: usize,
 }
 
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(super) enum Ask {
     Append(Append),
     Confirm(View),
 }
 
 /// One stream. It is forgotten only while nobody waits and nothing is pending or looked up.
-#[derive(Debug, Default)]
+#[derive(Debug, Clone, Default)]
 pub(super) struct Stream {
     pub(super) knowledge: Knowledge,
     /// In the order of the calls; only the first is ever decided.
@@ -49,7 +49,7 @@ pub(super) struct Stream {
 }
 
 /// What is known of a stream's proven events.
-#[derive(Debug, Default)]
+#[derive(Debug, Clone, Default)]
 pub(super) enum Knowledge {
     /// Nothing: it must be loaded.
     #[default]
@@ -61,7 +61,7 @@ pub(super) enum Knowledge {
 }
 
 /// The proven version of a stream and its recent commands.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(super) struct Known {
     pub(super) version: Version,
     recent: VecDeque<CommandOutcome>,
@@ -166,7 +166,7 @@ impl Stream {
 }
 
 /// The streams that were used last.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(super) struct Streams {
     entries: LruCache<StreamId, Stream>,
     entries_max: usize,
@@ -195,6 +195,12 @@ impl Streams {
 
     pub(super) fn get_mut(&mut self, id: &StreamId) -> Option<&mut Stream> {
         self.entries.peek_mut(id)
+    }
+
+    /// For the model check.
+    #[cfg(test)]
+    pub(super) fn all(&self) -> impl Iterator<Item = (&StreamId, &Stream)> {
+        self.entries.iter()
     }
 
     /// The stream's entry, as the most recently used; others make room.
