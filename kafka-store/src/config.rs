@@ -344,12 +344,14 @@ impl KafkaConfig {
         }
         if matches!(key, "message.timeout.ms" | "delivery.timeout.ms") {
             let least = MESSAGE_TIMEOUT_MIN.as_millis() as u64;
-            let milliseconds = value.parse::<u64>().ok().filter(|ms| (*ms == 0) || *ms >= least);
+            // librdkafka takes no more than fits its own number.
+            let possible = least..=i32::MAX as u64;
+            let milliseconds = value.parse().ok().filter(|ms| *ms == 0 || possible.contains(ms));
             self.limits.message_timeout =
                 milliseconds.map(Duration::from_millis).ok_or_else(|| ConfigError::Value {
                     option: format!("librdkafka.{key}"),
                     value: value.into(),
-                    expected: format!("0 (never) or at least {least} milliseconds"),
+                    expected: format!("0 (never) or {least} to {} milliseconds", i32::MAX),
                 })?;
             return Ok(());
         }
@@ -455,7 +457,10 @@ fn why_forbidden(key: &str) -> Option<&'static str> {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
+    use crate::corpus;
 
     fn parse(url: &str) -> Result<KafkaConfig, ConfigError> {
         url.parse()
@@ -482,6 +487,36 @@ mod tests {
         assert_eq!(config.limits.message_timeout, Duration::from_secs(9));
         assert_eq!(config.producer(1_000).get("client.id"), Some("x&y"));
         assert_eq!(config.producer(1_000).get("message.timeout.ms"), Some("9000"));
+    }
+
+    #[test]
+    fn every_url_of_the_corpus_gets_its_verdict() {
+        corpus::check(corpus::URLS, |url, verdict| {
+            let read = parse(&String::from_utf8(corpus::unescape(url)?).ok()?);
+            let said = match &read {
+                Ok(_) => "accepted".to_owned(),
+                // Whatever was given, the message can be read.
+                Err(refused) => refused.to_string().chars().take(1_000).collect(),
+            };
+            corpus::demand(said.contains(verdict), read)
+        });
+    }
+
+    proptest! {
+        #[test]
+        fn no_url_makes_reading_panic(
+            at in 0..70_usize,
+            text in "\\PC{0,8}|[0-9%&=?/:,.]{0,8}",
+            cut in 0..9_usize,
+        ) {
+            let mut url = "kafka://a:1,b:2/orders?partitions=3&librdkafka.client.id=x%26y".to_owned();
+            let at = at.min(url.len());
+            url.replace_range(at..(at + cut).min(url.len()), &text);
+            if let Ok(config) = parse(&url) {
+                prop_assert!(config.partitions.is_none_or(|count| (1..=1_000).contains(&count)));
+                prop_assert!(config.events_topic().len() <= 249, "Kafka takes no longer name");
+            }
+        }
     }
 
     #[test]

@@ -80,14 +80,38 @@ impl Checkpoint {
 
     /// From what was stored.
     pub fn from_cursor(cursor: &Cursor) -> Result<Self, InvalidCursor> {
-        match serde_json::from_str(&cursor.state) {
+        let read = serde_json::from_str::<FoldState>(&cursor.state);
+        let state = read.map_err(|error| error.to_string()).and_then(|state| {
+            let contradicts = || "its numbers contradict each other".to_owned();
+            state.is_behind(cursor.next).then_some(state).ok_or_else(contradicts)
+        });
+        match state {
             Ok(state) => Ok(Self { next: cursor.next, state }),
-            Err(error) => Err(InvalidCursor {
+            Err(reason) => Err(InvalidCursor {
                 next: cursor.next,
                 state: cursor.state.chars().take(200).collect(),
-                reason: error.to_string(),
+                reason,
             }),
         }
+    }
+}
+
+impl FoldState {
+    /// Whether a fold can have been in this state with `next` to come: whoever goes on from a state
+    /// that never was accepts records that nobody else does.
+    fn is_behind(&self, next: Offset) -> bool {
+        if next.0 > i64::MAX as u64 {
+            return false;
+        }
+        let Some(anchor) = self.anchor else {
+            // Nothing was accepted yet.
+            return *self == Self::default();
+        };
+        self.log.is_some_and(|log| log.partitions > 0)
+            && self.claim.epoch > Epoch(0)
+            && anchor.claim == self.claim
+            && anchor.seq.checked_add(1) == Some(self.next_seq)
+            && anchor.offset < next
     }
 }
 
