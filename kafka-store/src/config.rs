@@ -26,8 +26,8 @@ const OUTBOX_TIMEOUT_MS: &str = "15000";
 /// A log on Kafka: `kafka://HOST:PORT[,HOST:PORT]/NAME?partitions=N&replication=R`.
 ///
 /// Also `librdkafka.KEY=VALUE` for any setting of the client that the protocol does not rely on, and
-/// `allow_unsafe=SETTING` to accept one unsafe setting of an existing topic. Values are
-/// percent-decoded.
+/// `allow_unsafe=SETTING` to accept one unsafe setting of an existing topic, and `commands=begin_anew`
+/// for a commands topic that was deleted and made anew. Values are percent-decoded.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct KafkaConfig {
     /// `HOST:PORT[,HOST:PORT]`: where to find the cluster.
@@ -40,6 +40,9 @@ pub struct KafkaConfig {
     pub replication: Option<u16>,
     /// Unsafe settings of an existing topic that are accepted by name.
     pub allow_unsafe: BTreeSet<String>,
+    /// Whether a commands topic that ends below where the log says that it was read to, because it was
+    /// deleted and made anew, is handled from its beginning. A topic that is as it was is not touched.
+    pub begin_commands_anew: bool,
     /// Settings of librdkafka, none of which the protocol relies on.
     pub librdkafka: Vec<(String, String)>,
     /// Who says which partitions a process is to own. Not part of a URL.
@@ -289,6 +292,7 @@ impl FromStr for KafkaConfig {
             partitions: None,
             replication: None,
             allow_unsafe: BTreeSet::new(),
+            begin_commands_anew: false,
             librdkafka: Vec::new(),
             assignment: Assignment::default(),
             limits: Limits::default(),
@@ -330,6 +334,8 @@ impl KafkaConfig {
                 }
                 self.allow_unsafe.insert(value.into_owned());
             }
+            "commands" if value == "begin_anew" => self.begin_commands_anew = true,
+            "commands" => return Err(invalid("begin_anew".into())),
             _ => match key.strip_prefix("librdkafka.") {
                 Some(setting) => self.set_librdkafka(setting, &value)?,
                 None => return Err(ConfigError::UnknownOption(key.chars().take(60).collect())),

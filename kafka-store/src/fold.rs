@@ -130,6 +130,11 @@ pub enum LogDiverged {
         /// What is wrong with it.
         reason: Malformed,
     },
+    /// The broker gives records that are not the ones that were written.
+    #[error(
+        "the record at {0} failed its checksum: the disk of the broker that leads the partition has other bytes than were written. Nothing behind it can be read: let another replica lead and this broker copy the partition anew, or restore the topic from a copy"
+    )]
+    Corrupt(Position),
     /// An event or barrier where nobody has claimed yet.
     #[error(
         "the record at {0} comes before the partition's first claim: the log has lost its beginning"
