@@ -71,7 +71,7 @@ impl Log {
         let mut subscription = source.subscribe("reads", 10).await?;
         subscription.start(Partition(0), None).await?;
         loop {
-            match subscription.next().await? {
+            match in_time(subscription.next()).await? {
                 SourceMessage::Batch(batch) if batch.next.next == batch.end => {
                     return Ok(batch.next);
                 }
@@ -122,7 +122,7 @@ impl Log {
         let source = source.unwrap_or_else(|error| panic!("{error}"));
         let mut subscription = source.subscribe("reads", 10).await?;
         subscription.start(Partition(0), Some(self.cursor.clone())).await?;
-        subscription.next().await
+        in_time(subscription.next()).await
     }
 
     /// Index and reader, both with their position of before, are told so by name; neither they nor the log
@@ -144,6 +144,12 @@ async fn append(store: &KafkaStore, from: u64, events: u64) {
     for version in from..from + events {
         store.append(&stream(), exact(version), commit(1)).await.expect("is next");
     }
+}
+
+/// The next message of a log in which something is to happen.
+async fn in_time<T>(message: impl Future<Output = T>) -> T {
+    let waited = tokio::time::timeout(support::WAIT_MAX, message).await;
+    waited.expect("neither a message nor an error in time")
 }
 
 #[track_caller]
@@ -328,7 +334,7 @@ async fn a_running_store_and_reader_halt_at_what_others_write_malformed() {
     let reason = halted(&store, &["halted", "is malformed", "restore the topic"]).await;
     let mut delivered = 0;
     let error = loop {
-        match subscription.next().await {
+        match in_time(subscription.next()).await {
             Ok(SourceMessage::Batch(batch)) => delivered += batch.events.len(),
             Ok(_) => {}
             Err(error) => break error,
