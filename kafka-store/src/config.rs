@@ -26,8 +26,8 @@ const OUTBOX_TIMEOUT_MS: &str = "15000";
 /// A log on Kafka: `kafka://HOST:PORT[,HOST:PORT]/NAME?partitions=N&replication=R`.
 ///
 /// Also `librdkafka.KEY=VALUE` for any setting of the client that the protocol does not rely on, and
-/// `allow_unsafe=SETTING` to accept one unsafe setting of an existing topic. Values are
-/// percent-decoded.
+/// `allow_unsafe=SETTING` to accept one unsafe setting of an existing topic, and `commands=begin_anew`
+/// for a commands topic that was deleted and made anew. Values are percent-decoded.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct KafkaConfig {
     /// `HOST:PORT[,HOST:PORT]`: where to find the cluster.
@@ -40,6 +40,9 @@ pub struct KafkaConfig {
     pub replication: Option<u16>,
     /// Unsafe settings of an existing topic that are accepted by name.
     pub allow_unsafe: BTreeSet<String>,
+    /// Whether a commands topic that ends below where the log says that it was read to, because it was
+    /// deleted and made anew, is handled from its beginning. A topic that is as it was is not touched.
+    pub begin_commands_anew: bool,
     /// Settings of librdkafka, none of which the protocol relies on.
     pub librdkafka: Vec<(String, String)>,
     /// Who says which partitions a process is to own. Not part of a URL.
@@ -289,6 +292,7 @@ impl FromStr for KafkaConfig {
             partitions: None,
             replication: None,
             allow_unsafe: BTreeSet::new(),
+            begin_commands_anew: false,
             librdkafka: Vec::new(),
             assignment: Assignment::default(),
             limits: Limits::default(),
@@ -330,6 +334,8 @@ impl KafkaConfig {
                 }
                 self.allow_unsafe.insert(value.into_owned());
             }
+            "commands" if value == "begin_anew" => self.begin_commands_anew = true,
+            "commands" => return Err(invalid("begin_anew".into())),
             _ => match key.strip_prefix("librdkafka.") {
                 Some(setting) => self.set_librdkafka(setting, &value)?,
                 None => return Err(ConfigError::UnknownOption(key.chars().take(60).collect())),
@@ -344,12 +350,14 @@ impl KafkaConfig {
         }
         if matches!(key, "message.timeout.ms" | "delivery.timeout.ms") {
             let least = MESSAGE_TIMEOUT_MIN.as_millis() as u64;
-            let milliseconds = value.parse::<u64>().ok().filter(|ms| (*ms == 0) || *ms >= least);
+            // librdkafka takes no more than fits its own number.
+            let possible = least..=i32::MAX as u64;
+            let milliseconds = value.parse().ok().filter(|ms| *ms == 0 || possible.contains(ms));
             self.limits.message_timeout =
                 milliseconds.map(Duration::from_millis).ok_or_else(|| ConfigError::Value {
                     option: format!("librdkafka.{key}"),
                     value: value.into(),
-                    expected: format!("0 (never) or at least {least} milliseconds"),
+                    expected: format!("0 (never) or {least} to {} milliseconds", i32::MAX),
                 })?;
             return Ok(());
         }
@@ -455,7 +463,10 @@ fn why_forbidden(key: &str) -> Option<&'static str> {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
+    use crate::corpus;
 
     fn parse(url: &str) -> Result<KafkaConfig, ConfigError> {
         url.parse()
@@ -482,6 +493,36 @@ mod tests {
         assert_eq!(config.limits.message_timeout, Duration::from_secs(9));
         assert_eq!(config.producer(1_000).get("client.id"), Some("x&y"));
         assert_eq!(config.producer(1_000).get("message.timeout.ms"), Some("9000"));
+    }
+
+    #[test]
+    fn every_url_of_the_corpus_gets_its_verdict() {
+        corpus::check(corpus::URLS, |url, verdict| {
+            let read = parse(&String::from_utf8(corpus::unescape(url)?).ok()?);
+            let said = match &read {
+                Ok(_) => "accepted".to_owned(),
+                // Whatever was given, the message can be read.
+                Err(refused) => refused.to_string().chars().take(1_000).collect(),
+            };
+            corpus::demand(said.contains(verdict), read)
+        });
+    }
+
+    proptest! {
+        #[test]
+        fn no_url_makes_reading_panic(
+            at in 0..70_usize,
+            text in "\\PC{0,8}|[0-9%&=?/:,.]{0,8}",
+            cut in 0..9_usize,
+        ) {
+            let mut url = "kafka://a:1,b:2/orders?partitions=3&librdkafka.client.id=x%26y".to_owned();
+            let at = at.min(url.len());
+            url.replace_range(at..(at + cut).min(url.len()), &text);
+            if let Ok(config) = parse(&url) {
+                prop_assert!(config.partitions.is_none_or(|count| (1..=1_000).contains(&count)));
+                prop_assert!(config.events_topic().len() <= 249, "Kafka takes no longer name");
+            }
+        }
     }
 
     #[test]

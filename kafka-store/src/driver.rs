@@ -12,11 +12,12 @@ use std::time::{Duration, Instant};
 
 use futures_util::FutureExt;
 use kafold_core::store::{Append, Appended, Outcome, View};
-use kafold_core::{AppendError, Clock, CommandId, Offset, Partition, StreamId};
+use kafold_core::{AppendError, Clock, CommandId, Offset, Partition, Position, StreamId};
 use rdkafka::error::{KafkaError, KafkaResult};
 use tokio::sync::oneshot;
 
 use crate::config::KafkaConfig;
+use crate::fold::LogDiverged;
 use crate::identity::IdentityError;
 use crate::loader::Loader;
 use crate::partition::{Hold, Reach, Shared, TakeOver};
@@ -377,8 +378,15 @@ impl Thread {
         let patience = self.parts.config.limits.low_end_patience;
         let topic = self.parts.config.events_topic();
         let Some(slot) = self.slot(partition) else { return };
-        let ReadFailure::OutOfRange { start, end } = *failure else {
-            return self.input(partition, Input::ReadFailed);
+        let (start, end) = match *failure {
+            ReadFailure::OutOfRange { start, end } => (start, end),
+            ReadFailure::Corrupt(offset) => {
+                let corrupt = LogDiverged::Corrupt(Position { partition, offset });
+                return self.input(partition, Input::Halt(Arc::new(corrupt)));
+            }
+            ReadFailure::Unavailable(_) | ReadFailure::Replaced => {
+                return self.input(partition, Input::ReadFailed);
+            }
         };
         let since = *slot.low_since.get_or_insert(now);
         if now.saturating_duration_since(since) < patience {

@@ -33,7 +33,7 @@ pub enum ConfigError {
     Name(String),
     /// An option that is not known.
     #[error(
-        "unknown option {0:?}; known are partitions, replication, librdkafka.KEY, allow_unsafe"
+        "unknown option {0:?}; known are partitions, replication, librdkafka.KEY, allow_unsafe, commands"
     )]
     UnknownOption(String),
     /// An option that has no usable value.

@@ -80,14 +80,38 @@ impl Checkpoint {
 
     /// From what was stored.
     pub fn from_cursor(cursor: &Cursor) -> Result<Self, InvalidCursor> {
-        match serde_json::from_str(&cursor.state) {
+        let read = serde_json::from_str::<FoldState>(&cursor.state);
+        let state = read.map_err(|error| error.to_string()).and_then(|state| {
+            let contradicts = || "its numbers contradict each other".to_owned();
+            state.is_behind(cursor.next).then_some(state).ok_or_else(contradicts)
+        });
+        match state {
             Ok(state) => Ok(Self { next: cursor.next, state }),
-            Err(error) => Err(InvalidCursor {
+            Err(reason) => Err(InvalidCursor {
                 next: cursor.next,
                 state: cursor.state.chars().take(200).collect(),
-                reason: error.to_string(),
+                reason,
             }),
         }
+    }
+}
+
+impl FoldState {
+    /// Whether a fold can have been in this state with `next` to come: whoever goes on from a state
+    /// that never was accepts records that nobody else does.
+    fn is_behind(&self, next: Offset) -> bool {
+        if next.0 > i64::MAX as u64 {
+            return false;
+        }
+        let Some(anchor) = self.anchor else {
+            // Nothing was accepted yet.
+            return *self == Self::default();
+        };
+        self.log.is_some_and(|log| log.partitions > 0)
+            && self.claim.epoch > Epoch(0)
+            && anchor.claim == self.claim
+            && anchor.seq.checked_add(1) == Some(self.next_seq)
+            && anchor.offset < next
     }
 }
 
@@ -106,6 +130,11 @@ pub enum LogDiverged {
         /// What is wrong with it.
         reason: Malformed,
     },
+    /// The broker gives records that are not the ones that were written.
+    #[error(
+        "the record at {0} failed its checksum: the disk of the broker that leads the partition has other bytes than were written. Nothing behind it can be read: let another replica lead and this broker copy the partition anew, or restore the topic from a copy"
+    )]
+    Corrupt(Position),
     /// An event or barrier where nobody has claimed yet.
     #[error(
         "the record at {0} comes before the partition's first claim: the log has lost its beginning"

@@ -68,6 +68,7 @@ impl FeedError {
         match self {
             Self::Index(error) => matches!(error, ReadError::Unavailable { .. }),
             Self::Inspect(error) => matches!(error, InspectError::Unavailable(_)),
+            Self::Read(ReadFailure::Corrupt(_)) => false,
             Self::Read(_) | Self::Reader(_) => true,
             Self::Cursor(_) | Self::Log(_) => false,
         }

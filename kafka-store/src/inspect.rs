@@ -198,6 +198,9 @@ impl Inspector {
         match answer {
             Ok(chunk) if !chunk.records.is_empty() => Ok(chunk),
             Err(ReadFailure::Unavailable(error)) => Err(InspectError::Unavailable(error)),
+            Err(ReadFailure::Corrupt(offset)) => {
+                Err(LogDiverged::Corrupt(Position { partition, offset }).into())
+            }
             // It was there a moment ago: the leader has changed, or does not answer.
             Ok(_) | Err(ReadFailure::OutOfRange { .. } | ReadFailure::Replaced) => {
                 let code = RDKafkaErrorCode::RequestTimedOut;

@@ -27,6 +27,8 @@
 
 mod client;
 pub mod config;
+#[cfg(test)]
+mod corpus;
 mod driver;
 pub mod error;
 pub mod fold;

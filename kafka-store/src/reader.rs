@@ -11,6 +11,7 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, TryRecvError, channel}
 use std::time::{Duration, Instant};
 
 use kafold_core::{Clock, Offset, Partition};
+use rdkafka::ClientConfig;
 use rdkafka::config::FromClientConfigAndContext;
 use rdkafka::consumer::{BaseConsumer, Consumer};
 use rdkafka::error::{KafkaError, KafkaResult, RDKafkaErrorCode};
@@ -63,6 +64,9 @@ pub(crate) enum ReadFailure {
         /// The offset of the next record.
         end: Offset,
     },
+    /// The broker gives records from this offset on that fail their checksum.
+    #[error("the records from offset {0} on failed their checksum")]
+    Corrupt(Offset),
     /// Another request for the same partition came.
     #[error("another read of the partition was asked for")]
     Replaced,
@@ -73,6 +77,7 @@ impl ReadFailure {
     pub(crate) fn into_error(self) -> KafkaError {
         match self {
             Self::Unavailable(error) => error,
+            Self::Corrupt(_) => KafkaError::MessageConsumption(RDKafkaErrorCode::BadMessage),
             Self::OutOfRange { .. } | Self::Replaced => {
                 KafkaError::MessageConsumption(RDKafkaErrorCode::OffsetOutOfRange)
             }
@@ -146,6 +151,7 @@ impl<T: Decode> Reader<T> {
         });
         let reading = Reading {
             consumer,
+            settings,
             inquirer,
             topic,
             limits: config.limits.clone(),
@@ -191,6 +197,7 @@ impl<T: Decode> Reader<T> {
 
 struct Reading<T> {
     consumer: BaseConsumer<Context>,
+    settings: ClientConfig,
     /// A question on the reader's own connection would wait behind a fetch that waits for records.
     inquirer: Arc<Inquirer>,
     topic: String,
@@ -223,6 +230,8 @@ struct Fetching<T> {
     end: Offset,
     /// Whether the client fetches it: it stops when the stash is full.
     assigned: bool,
+    /// The record to be fetched next fails its checksum.
+    corrupt: bool,
     request: Option<Waiting<T>>,
     used: Instant,
 }
@@ -291,7 +300,7 @@ impl<T: Decode> Reading<T> {
         let Some(fetching) = self.partitions.get_mut(&partition) else { return };
         fetching.used = asked;
         fetching.request = Some(Waiting { asked, wait, reply });
-        if !fetching.assigned && fetching.stash.is_empty() {
+        if !fetching.assigned && fetching.stash.is_empty() && !fetching.corrupt {
             let from = fetching.fetched;
             match assign(&self.consumer, &self.topic, partition, from) {
                 Ok(()) => fetching.assigned = true,
@@ -319,6 +328,7 @@ impl<T: Decode> Reading<T> {
             fetched: from,
             end,
             assigned: false,
+            corrupt: false,
             request: None,
             used,
         })
@@ -363,6 +373,9 @@ impl<T: Decode> Reading<T> {
             Err(KafkaError::MessageConsumption(RDKafkaErrorCode::AutoOffsetReset)) => {
                 self.begin_again();
             }
+            Err(KafkaError::MessageConsumption(RDKafkaErrorCode::BadMessage)) => {
+                self.find_corrupt();
+            }
             // The client goes on by itself; who waits is told when his time is over.
             Err(error) => tracing::debug!(topic = self.topic, %error, "read"),
         }
@@ -386,9 +399,9 @@ impl<T: Decode> Reading<T> {
 
     fn stash(&mut self, partition: Partition, fetched: Fetched<T>) {
         let Some(fetching) = self.partitions.get_mut(&partition) else { return };
-        // A record from before the last assignment.
+        // A record from before the last assignment, or behind corrupt ones.
         let offset = fetched.record.offset();
-        if offset < fetching.fetched {
+        if offset < fetching.fetched || fetching.corrupt {
             return;
         }
         fetching.fetched = offset.plus(1);
@@ -424,6 +437,10 @@ impl<T: Decode> Reading<T> {
         if fetching.stash.is_empty() {
             let at_end = fetching.next >= fetching.end;
             let waited = now.saturating_duration_since(*asked);
+            if fetching.corrupt {
+                let from = fetching.next;
+                return self.fail(partition, &ReadFailure::Corrupt(from));
+            }
             if waited < if at_end { *wait } else { patience.max(*wait) } {
                 return;
             }
@@ -439,6 +456,43 @@ impl<T: Decode> Reading<T> {
         if let Some(Waiting { reply, .. }) = fetching.request.take() {
             reply(Ok(chunk));
         }
+    }
+
+    /// Records of some partition failed their checksum, and the client goes on behind them, wherever it
+    /// takes that to be. It does not say of which partition: every one is looked at.
+    fn find_corrupt(&mut self) {
+        let fetched = self.partitions.iter().filter(|(_, fetching)| fetching.assigned);
+        let fetched: Vec<_> = fetched.map(|(p, fetching)| (*p, fetching.fetched)).collect();
+        for (partition, from) in fetched {
+            if !self.is_corrupt(partition, from) {
+                continue;
+            }
+            tracing::error!(topic = self.topic, %partition, %from, "records failed their checksum");
+            self.unassign(partition);
+            if let Some(fetching) = self.partitions.get_mut(&partition) {
+                (fetching.assigned, fetching.corrupt) = (false, true);
+            }
+        }
+    }
+
+    /// Whether the record there fails its checksum: a client that reads nothing else knows.
+    fn is_corrupt(&self, partition: Partition, from: Offset) -> bool {
+        let probe = BaseConsumer::from_config_and_context(&self.settings, Context::default());
+        let Ok(probe) = probe else { return false };
+        if assign(&probe, &self.topic, partition, from).is_err() {
+            return false;
+        }
+        let deadline = self.clock.instant() + ENDS_TIMEOUT;
+        while self.clock.instant() < deadline {
+            match probe.poll(POLL) {
+                Some(Err(KafkaError::MessageConsumption(RDKafkaErrorCode::BadMessage))) => {
+                    return true;
+                }
+                Some(Ok(_) | Err(KafkaError::PartitionEOF(_))) => return false,
+                Some(Err(_)) | None => {}
+            }
+        }
+        false
     }
 
     fn fail(&mut self, partition: Partition, failure: &ReadFailure) {

@@ -9,13 +9,13 @@ use futures_util::StreamExt;
 use futures_util::future::BoxFuture;
 use futures_util::stream::FuturesUnordered;
 use kafold_core::store::{Batch, Cursor, SourceMessage, Subscription};
-use kafold_core::{Clock, EventSource, Offset, Partition, ReadError, RecordedEvent};
+use kafold_core::{Clock, EventSource, Offset, Partition, Position, ReadError, RecordedEvent};
 use tokio::sync::{mpsc, oneshot};
 
 use crate::client::Inquirer;
 use crate::config::{Assignment, KafkaConfig};
 use crate::error::OpenError;
-use crate::fold::{Checkpoint, CommitReader, Read};
+use crate::fold::{Checkpoint, CommitReader, LogDiverged, Read};
 use crate::inspect::{InspectError, Inspector};
 use crate::membership::{Membership, Rebalance};
 use crate::reader::{Chunk, LogReader, ReadFailure};
@@ -290,6 +290,11 @@ impl KafkaSubscription {
                 self.ask(partition, RETRY_AFTER);
                 Err(ReadError::unavailable(RETRY_AFTER, error))
             }
+            Err(ReadFailure::Corrupt(offset)) => {
+                self.started.remove(&partition);
+                let corrupt = LogDiverged::Corrupt(Position { partition, offset });
+                Err(ReadError::diverged(what, corrupt))
+            }
             Err(failure @ ReadFailure::OutOfRange { .. }) => {
                 // A stale leader looks the same for a while as a log that was cut off.
                 let since = *started.low_since.get_or_insert(now);
@@ -320,26 +325,32 @@ struct OutOfRange {
 }
 
 impl Started {
-    /// Batches of whole commits, each within the limit unless one commit alone exceeds it.
+    /// Batches of whole commits, each within the limit unless one commit alone exceeds it. What comes
+    /// before a contradiction is delivered: the next read begins at the contradiction itself.
     fn fold_chunk(
         &mut self,
         partition: Partition,
         chunk: Chunk,
         batch_events_max: usize,
-    ) -> Result<Vec<Batch>, crate::fold::LogDiverged> {
+    ) -> Result<Vec<Batch>, LogDiverged> {
         let end = chunk.end;
         let mut batches = Vec::new();
         let mut events: Vec<RecordedEvent> = Vec::new();
+        let mut diverged = None;
         for record in chunk.records {
             let before = self.fold.fold().checkpoint();
-            let commit = match self.fold.read(record)? {
-                Read::Commit(commit) => commit,
-                Read::Void(reason) => {
+            let commit = match self.fold.read(record) {
+                Ok(Read::Commit(commit)) => commit,
+                Ok(Read::Void(reason)) => {
                     metrics::counter!("kafold_void_records_total", "reason" => reason.name())
                         .increment(1);
                     continue;
                 }
-                Read::Claim(..) | Read::Open(_) | Read::Barrier(_) => continue,
+                Ok(Read::Claim(..) | Read::Open(_) | Read::Barrier(_)) => continue,
+                Err(contradiction) => {
+                    diverged = Some(contradiction);
+                    break;
+                }
             };
             if !events.is_empty() && events.len() + commit.events.len() > batch_events_max {
                 batches.push(self.batch(partition, std::mem::take(&mut events), &before, end));
@@ -350,7 +361,10 @@ impl Started {
         if next.next > self.from {
             batches.push(self.batch(partition, events, &next, end));
         }
-        Ok(batches)
+        match diverged {
+            Some(diverged) if batches.is_empty() => Err(diverged),
+            _ => Ok(batches),
+        }
     }
 
     fn batch(

@@ -2,8 +2,6 @@
 
 mod support;
 
-use std::path::PathBuf;
-use std::process::Command;
 use std::time::Duration;
 
 use kafold_core::clock::SystemClock;
@@ -11,44 +9,12 @@ use kafold_core::store::{Append, Appended, Health, Ticket};
 use kafold_core::testing::{commit, exact, read_gapless};
 use kafold_core::{AppendError, Clock, Commit, EventStore, ExpectedVersion, StreamId};
 use kafold_kafka_store::KafkaStore;
+use support::Cluster;
 
 /// A caller's patience.
 const DEADLINE: Duration = Duration::from_millis(1_500);
 /// What an answer may take beyond the deadline on a loaded machine.
 const GRACE: Duration = Duration::from_secs(2);
-
-/// A cluster that is taken down in the end, also when the test fails.
-struct Cluster {
-    name: &'static str,
-}
-
-impl Cluster {
-    /// Only where the other real tests run too.
-    fn up(name: &'static str, nodes: &str) -> Option<(Self, String)> {
-        support::brokers(name)?;
-        let cluster = Self { name };
-        let out = cluster.run(&["up", "--nodes", nodes]);
-        let brokers = out.lines().last().expect("an address").to_owned();
-        Some((cluster, brokers))
-    }
-
-    fn run(&self, arguments: &[&str]) -> String {
-        let script = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../dev/kafka");
-        let out = Command::new(script)
-            .args(arguments)
-            .args(["--name", self.name])
-            .output()
-            .expect("dev/kafka can be run");
-        assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
-        String::from_utf8(out.stdout).expect("text")
-    }
-}
-
-impl Drop for Cluster {
-    fn drop(&mut self) {
-        self.run(&["down"]);
-    }
-}
 
 fn stream() -> StreamId {
     StreamId::new("order", "1").expect("valid")

@@ -628,3 +628,62 @@ async fn a_node_of_another_format_or_partition_count_is_refused_by_name() {
     announce("[1,1]", 5);
     support::until_refused(config.clone(), open, &["stranger", "5 partitions"]).await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_commands_topic_made_anew_is_refused_by_name_and_begun_anew_on_demand() {
+    let Some(brokers) = support::brokers("a_commands_topic_made_anew") else { return };
+    let (mut config, index) = (config(&brokers, "anew", 2), Arc::new(MemoryIndex::new()));
+    config.limits.low_end_patience = Duration::from_millis(100);
+    let one = TestNode::start(&config, &index, "one").await;
+    let two = TestNode::start(&config, &index, "two").await;
+    shared(&[&one, &two], 2).await;
+    let (of_one, of_two) = (id_of(&one, &two), id_of(&two, &one));
+    let applied = new_command();
+    for _ in 0..5 {
+        two.add(&of_one, 1, new_command()).await.expect("forwarded");
+        one.add(&of_two, 1, new_command()).await.expect("forwarded");
+    }
+    assert_eq!(two.add(&of_one, 1, applied).await.expect("forwarded"), 6);
+    one.store.shutdown().await;
+    two.store.shutdown().await;
+    drop((one, two));
+
+    let topic = config.commands_topic();
+    support::delete_topic(&brokers, &topic).await;
+    let refusing = TestNode::start(&config, &index, "refusing").await;
+    let words = ["are not handled", &topic, "ends at 0", "read up to", "?commands=begin_anew"];
+    support::until("the lost commands are told by name", || match refusing.store.health() {
+        Health::NotReady(why) if words.iter().all(|word| why.iter().all(|w| w.contains(word))) => {
+            Ok(())
+        }
+        other => Err(format!("{other:?}")),
+    })
+    .await;
+    refusing.store.shutdown().await;
+    drop(refusing);
+
+    config.begin_commands_anew = true;
+    let one = TestNode::start(&config, &index, "one").await;
+    let two = TestNode::start(&config, &index, "two").await;
+    shared(&[&one, &two], 2).await;
+    let (of_first, owner, other) = match one.store.commands().is_local(&stream(&of_one)) {
+        true => (&of_one, &one, &two),
+        false => (&of_one, &two, &one),
+    };
+    other.add_persistently(of_first, new_command()).await;
+    assert_eq!(other.add(of_first, 1, applied).await.expect("known"), 6, "applied once");
+    let refused = other.add(of_first, 2_000, new_command()).await;
+    assert!(matches!(refused, Err(HandleError::Rejected(_))), "{refused:?}");
+    read_gapless(&*owner.store, &stream(of_first), 7).await;
+    one.store.shutdown().await;
+    two.store.shutdown().await;
+    drop((one, two));
+
+    // The log knows from now on: no demand is needed any more, and nothing is handled twice.
+    config.begin_commands_anew = false;
+    let one = TestNode::start(&config, &index, "one").await;
+    let two = TestNode::start(&config, &index, "two").await;
+    shared(&[&one, &two], 2).await;
+    let other = if one.store.commands().is_local(&stream(&of_one)) { &two } else { &one };
+    assert_eq!(other.add(&of_one, 1, new_command()).await.expect("forwarded"), 8);
+}

@@ -14,7 +14,6 @@ use rdkafka::ClientConfig;
 use rdkafka::admin::{AdminOptions, AlterConfig, ResourceSpecifier};
 use rdkafka::consumer::{BaseConsumer, Consumer};
 use rdkafka::message::{Headers, Message};
-use rdkafka::topic_partition_list::{Offset, TopicPartitionList};
 
 async fn try_open(config: KafkaConfig) -> Result<KafkaStore, OpenError> {
     let index = Arc::new(MemoryIndex::new());
@@ -161,27 +160,6 @@ async fn a_recreated_topic_is_noticed_by_name() {
     assert!(text.contains("recreated") && text.contains(&name), "{text}");
 }
 
-/// Reads a partition as any consumer does.
-fn raw_records(brokers: &str, topic: &str) -> Vec<rdkafka::message::OwnedMessage> {
-    let consumer: BaseConsumer = ClientConfig::new()
-        .set("bootstrap.servers", brokers)
-        .set("group.id", "raw")
-        .set("enable.partition.eof", "true")
-        .create()
-        .expect("a consumer");
-    let mut list = TopicPartitionList::new();
-    list.add_partition_offset(topic, 0, Offset::Beginning).expect("valid");
-    consumer.assign(&list).expect("assigned");
-    let mut records = Vec::new();
-    loop {
-        match consumer.poll(Duration::from_secs(20)).expect("an answer in time") {
-            Ok(record) => records.push(record.detach()),
-            Err(rdkafka::error::KafkaError::PartitionEOF(_)) => return records,
-            Err(error) => panic!("{error}"),
-        }
-    }
-}
-
 fn header(record: &rdkafka::message::OwnedMessage, name: &str) -> Option<Vec<u8>> {
     let headers = record.headers()?;
     headers.iter().find(|header| header.key == name)?.value.map(<[u8]>::to_vec)
@@ -207,7 +185,7 @@ async fn one_record_an_event_with_the_headers_of_a_cloud_event() {
     store.append(&stream, exact(0), two).await.expect("is new");
     store.shutdown().await;
 
-    let records = raw_records(&brokers, &format!("{name}.events"));
+    let records = support::raw_records(&brokers, &format!("{name}.events"));
     assert_eq!(records.len(), 3, "a claim and two events");
     let (claim, events_found) = records.split_first().expect("three");
     assert_eq!(claim.key(), Some(&b"kafold"[..]));

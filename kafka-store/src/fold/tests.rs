@@ -4,11 +4,15 @@ use std::sync::Arc;
 
 use chrono::DateTime;
 use kafold_core::{Metadata, RecordedEvent};
+use proptest::prelude::*;
 use uuid::Uuid;
 
 use super::*;
+use crate::corpus;
 
 const PARTITION: Partition = Partition(2);
+/// What is stored behind a claim and a barrier, for ever.
+const STATE: &str = r#"{"log":{"nonce":10,"partitions":12},"claim":{"epoch":1,"nonce":10},"next_seq":2,"anchor":{"offset":1,"claim":{"epoch":1,"nonce":10},"seq":1},"commands_mark":1}"#;
 
 /// A log under construction: records go in at the next offset.
 struct Log {
@@ -219,9 +223,48 @@ fn a_cursor_tells_anchor_and_commands_mark_and_refuses_other_text() {
     let mut log = Log::claimed();
     assert!(matches!(log.barrier(1, 10, 1), Ok(Read::Barrier(_))));
     let cursor = log.reader.fold().checkpoint().to_cursor();
-    let expected = r#"{"log":{"nonce":10,"partitions":12},"claim":{"epoch":1,"nonce":10},"next_seq":2,"anchor":{"offset":1,"claim":{"epoch":1,"nonce":10},"seq":1},"commands_mark":1}"#;
-    assert_eq!(cursor.state, expected);
+    assert_eq!(cursor.state, STATE);
     let bad = Cursor { next: Offset(2), state: "{}".into() };
     let refused = Checkpoint::from_cursor(&bad).expect_err("no state of ours").to_string();
     assert!(refused.contains("offset 2"), "{refused}");
+}
+
+#[test]
+fn every_stored_cursor_of_the_corpus_gets_its_verdict() {
+    corpus::check(corpus::CURSORS, |case, verdict| {
+        let (next, change) = case.split_once(' ')?;
+        let (old, new) = change.split_once(" -> ")?;
+        let state = if old == "*" { new.to_owned() } else { STATE.replace(old, new) };
+        let changes = old == "*" || old == new || state != STATE;
+        let cursor = Cursor { next: Offset(next.parse().ok()?), state };
+        let read = Checkpoint::from_cursor(&cursor);
+        let holds = match &read {
+            Ok(read) => verdict == "accepted" && read.next == cursor.next,
+            Err(refused) => refused.to_string().contains(verdict),
+        };
+        changes.then(|| corpus::demand(holds, read))?
+    });
+}
+
+proptest! {
+    /// Whatever stands in a database: it is refused, or whoever goes on from it reads without panic.
+    #[test]
+    fn no_stored_cursor_makes_a_reader_panic(
+        next in prop_oneof![Just(2), Just(u64::MAX), any::<u64>()],
+        edits in proptest::collection::vec((0..STATE.len(), "[0-9]{0,20}|[\"{},:a-z]"), 0..4),
+    ) {
+        let mut state = STATE.to_owned();
+        for (at, text) in edits {
+            let at = at.min(state.len());
+            state.replace_range(at..(at + 1).min(state.len()), &text);
+        }
+        let Ok(place) = Checkpoint::from_cursor(&Cursor { next: Offset(next), state }) else {
+            return Ok(());
+        };
+        prop_assert_eq!(&Checkpoint::from_cursor(&place.to_cursor()).expect("our own"), &place);
+        let (claim, seq) = (place.state.claim, place.state.next_seq);
+        let mut reader = CommitReader::new(PARTITION, place);
+        let record = ours(claim.epoch.0, claim.nonce.0, seq, Body::Barrier);
+        let _ = reader.read(LogRecord { offset: Offset(next), content: record });
+    }
 }

@@ -20,6 +20,7 @@ use kafold_core::{
 use tokio::sync::{oneshot, watch};
 use tokio::task::JoinSet;
 
+use super::mark::Era;
 use super::outbox::Outbox;
 use super::settlement::Settlement;
 use super::wire::{self, CommandRecord, ReplyTo};
@@ -51,6 +52,7 @@ pub(crate) struct Inboxes {
     clock: Arc<dyn Clock>,
     ids: Arc<dyn IdGenerator>,
     limits: Limits,
+    begin_anew: bool,
     /// Whoever serves a category keeps its executor, which keeps the store.
     executors: RwLock<HashMap<&'static str, Weak<dyn CommandExecutor>>>,
     /// How far each partition is with its end.
@@ -90,6 +92,8 @@ struct Inbox<'a> {
     shared: &'a Shared,
     tenure: Tenure,
     hold: Hold,
+    era: Era,
+    /// By their marks.
     commands: Settlement<(ReplyTo, Reply)>,
     handling: JoinSet<(Begun, Outcome)>,
     /// Who is begun last of each stream, so that the next one comes after.
@@ -99,7 +103,7 @@ struct Inbox<'a> {
     told_at: Instant,
     /// Since when the topic ends below where the log says that it was read to.
     low_since: Option<Instant>,
-    /// Where the topic ended when it was first read under this claim: an owner before this one may
+    /// The mark of where the topic ended when it was first read under this claim: an owner before this one may
     /// have applied what lies below.
     inherited: Option<Offset>,
 }
@@ -122,6 +126,7 @@ impl Inboxes {
             clock,
             ids,
             limits: config.limits.clone(),
+            begin_anew: config.begin_commands_anew,
             executors: RwLock::default(),
             stages: (0..partitions).map(|_| watch::Sender::new(Stage::Drained)).collect(),
         }
@@ -238,6 +243,7 @@ impl<'a> Inbox<'a> {
             shared,
             tenure,
             hold,
+            era: Era::of(hold.resume),
             commands: Settlement::new(hold.resume),
             handling: JoinSet::new(),
             turns: HashMap::new(),
@@ -252,7 +258,7 @@ impl<'a> Inbox<'a> {
     async fn serve(&mut self, holds: &mut watch::Receiver<Option<Hold>>) {
         let inboxes = Arc::clone(self.inboxes);
         let mut stages = inboxes.stage(self.shared.partition).subscribe();
-        let mut read = Box::pin(self.read(self.commands.next(), Duration::ZERO));
+        let mut read = Box::pin(self.read(Duration::ZERO));
         let (mut reading, mut at_rest) = (true, false);
         loop {
             let draining = *stages.borrow_and_update() != Stage::Open;
@@ -262,7 +268,7 @@ impl<'a> Inbox<'a> {
                 });
             }
             if !reading && !draining && self.has_room() {
-                read = Box::pin(self.read(self.commands.next(), Duration::ZERO));
+                read = Box::pin(self.read(Duration::ZERO));
                 reading = true;
             }
             self.tell_mark(draining || std::mem::take(&mut at_rest));
@@ -290,7 +296,7 @@ impl<'a> Inbox<'a> {
                 chunk = &mut read, if reading && !draining => {
                     reading = false;
                     if let Some(pause) = self.take_read(chunk) {
-                        read = Box::pin(self.read(self.commands.next(), pause));
+                        read = Box::pin(self.read(pause));
                         reading = true;
                     }
                 }
@@ -318,11 +324,10 @@ impl<'a> Inbox<'a> {
 
     fn read(
         &self,
-        from: Offset,
         pause: Duration,
     ) -> impl Future<Output = Result<Chunk<CommandRecord>, ReadFailure>> + use<> {
         let (reader, clock) = (self.inboxes.reader.clone(), Arc::clone(&self.inboxes.clock));
-        let partition = self.shared.partition;
+        let (partition, from) = (self.shared.partition, self.era.offset(self.commands.next()));
         async move {
             if !pause.is_zero() {
                 clock.sleep(pause).await;
@@ -336,22 +341,31 @@ impl<'a> Inbox<'a> {
         match read {
             Ok(chunk) => {
                 self.low_since = None;
-                self.inherited.get_or_insert(chunk.end);
+                self.inherited.get_or_insert(self.era.mark(chunk.end));
                 self.shared.standing().commands = None;
                 chunk.records.into_iter().for_each(|record| self.take(record));
                 None
             }
-            Err(ReadFailure::OutOfRange { start, .. }) if self.commands.next() < start => {
+            Err(ReadFailure::OutOfRange { start, .. })
+                if self.commands.next() < self.era.mark(start) =>
+            {
                 // What was deleted is older than any deadline.
-                self.commands.pass(Offset(start.0 - 1));
+                self.commands.pass(self.era.mark(Offset(start.0 - 1)));
                 None
             }
             Err(ReadFailure::OutOfRange { end, .. }) => {
-                self.note_low_end(end);
+                self.take_low_end(end);
                 Some(READ_RETRY)
             }
             Err(failure) => {
                 let partition = self.shared.partition;
+                if let ReadFailure::Corrupt(_) = failure {
+                    let topic = &self.inboxes.topic;
+                    self.shared.standing().commands = Some(format!(
+                        "commands of other nodes are not handled: in topic {topic}, {failure}; let \
+                         another replica lead and this broker copy the partition anew"
+                    ));
+                }
                 tracing::debug!(%partition, %failure, "commands cannot be read");
                 Some(READ_RETRY)
             }
@@ -359,27 +373,40 @@ impl<'a> Inbox<'a> {
     }
 
     /// The topic ends below where the log says that it was read to: a stale leader's, for a while.
-    fn note_low_end(&mut self, end: Offset) {
+    fn take_low_end(&mut self, end: Offset) {
         let now = self.inboxes.clock.instant();
         let since = *self.low_since.get_or_insert(now);
         if now.saturating_duration_since(since) < self.inboxes.limits.low_end_patience {
             return;
         }
-        let (topic, next) = (&self.inboxes.topic, self.commands.next());
+        let (topic, next) = (&self.inboxes.topic, self.era.offset(self.commands.next()));
+        if let Some(era) = self.era.next().filter(|_| self.inboxes.begin_anew) {
+            let partition = self.shared.partition;
+            tracing::warn!(%partition, topic, %end, before = %next, "commands are begun anew");
+            self.era = era;
+            // An owner before may have begun it anew, and not come to tell the log.
+            self.inherited = None;
+            self.low_since = None;
+            self.commands.pass(Offset(era.beginning().0 - 1));
+            self.shared.standing().commands = None;
+            return;
+        }
         self.shared.standing().commands = Some(format!(
             "commands of other nodes are not handled: topic {topic} ends at {end}, but the log says \
-             that it was read up to {next}: it was truncated or recreated; restore it, or copy the \
-             log into a new one"
+             that it was read up to {next}: it was truncated or recreated. Restore it; or, when it was \
+             deleted and made anew, restart the nodes with ?commands=begin_anew in the URL of the log: \
+             what stands in it is then handled from its beginning, and what stood in the old one is \
+             left to those who sent it"
         ));
     }
 
     fn take(&mut self, record: CommandRecord) {
-        let offset = record.offset;
+        let offset = self.era.mark(record.offset);
         let (command, reply_to) = match record.content {
             Ok(content) => content,
             Err(reason) => {
                 let partition = self.shared.partition;
-                tracing::warn!(%partition, %offset, reason, "a record of the commands topic is none");
+                tracing::warn!(%partition, offset = %record.offset, reason, "a record of the commands topic is none");
                 metrics::counter!("kafold_foreign_commands_total").increment(1);
                 return self.commands.pass(offset);
             }

@@ -6,11 +6,13 @@
 //! - `wire`: the bytes of commands, replies and announcements;
 //! - `outbox`: sends them; `bus`: the calls of this node that wait for replies;
 //! - `inbox`: handles the commands of the partitions that this node owns;
+//! - `mark`: what the log says of how far they are;
 //! - `settlement`: which commands are settled, and which answers wait for the log to say so;
 //! - `nodes`: which nodes there are.
 
 mod bus;
 mod inbox;
+mod mark;
 pub(crate) mod nodes;
 mod outbox;
 mod settlement;

@@ -25,6 +25,8 @@ pub(crate) const PARTITION: Partition = Partition(0);
 const INTERVAL: Duration = Duration::from_secs(3);
 /// A node that was not heard for so long is gone, or cut off.
 pub(crate) const SILENCE_MAX: Duration = Duration::from_secs(10);
+/// Nodes that are remembered at most: further ones are heard when others have fallen silent.
+const NODES_MAX: usize = 10_000;
 /// Changes that come together are told together.
 const SETTLE: Duration = Duration::from_millis(20);
 
@@ -64,7 +66,7 @@ impl Nodes {
     pub(crate) fn all(&self) -> Vec<Node> {
         let now = self.clock.instant();
         let mut heard = self.heard.lock().unwrap_or_else(PoisonError::into_inner);
-        heard.retain(|_, (at, _)| now.saturating_duration_since(*at) < SILENCE_MAX);
+        forget_silent(&mut heard, now);
         let mut others: Vec<_> = heard.values().map(|(_, node)| node.clone()).collect();
         drop(heard);
         others.sort_by(|a, b| (&a.owner.name, a.id).cmp(&(&b.owner.name, b.id)));
@@ -98,11 +100,15 @@ impl Nodes {
         if node.id == self.id {
             return;
         }
+        let now = self.clock.instant();
         let mut heard = self.heard.lock().unwrap_or_else(PoisonError::into_inner);
+        if heard.len() >= NODES_MAX {
+            forget_silent(&mut heard, now);
+        }
         if leaving {
             heard.remove(&node.id);
-        } else {
-            heard.insert(node.id, (self.clock.instant(), node));
+        } else if heard.len() < NODES_MAX || heard.contains_key(&node.id) {
+            heard.insert(node.id, (now, node));
         }
     }
 
@@ -135,6 +141,10 @@ impl Nodes {
             tracing::debug!(%error, "the other nodes were not told that this one ends");
         }
     }
+}
+
+fn forget_silent(heard: &mut HashMap<Uuid, (Instant, Node)>, now: Instant) {
+    heard.retain(|_, (at, _)| now.saturating_duration_since(*at) < SILENCE_MAX);
 }
 
 /// Of several who believe to own a partition, the one with the highest epoch is right.
@@ -210,6 +220,27 @@ mod tests {
         assert!(text.contains("n3") && text.contains("13 partitions"), "{text}");
         let left = Announcement { leaving: true, ..newer.clone() };
         assert_eq!(refused(&[newer, left]), None, "it is gone");
+    }
+
+    #[test]
+    fn what_is_no_announcement_is_passed_over_and_no_flood_of_them_fills_the_memory() {
+        let clock = Arc::new(kafold_core::clock::SystemClock);
+        let this = announcement(0).node;
+        let nodes = Nodes::new(this.id, this.owner, Vec::new(), clock);
+        let good = serde_json::to_string(&announcement(1)).expect("is JSON");
+        for bad in ["", "null", "{}", "[[[[", &good[1..], &good.replace("12", "-1"), "\u{0}"] {
+            nodes.hear(bad.as_bytes());
+        }
+        nodes.hear(good.replace("\"partitions\":[]", "\"partitions\":[{}]").as_bytes());
+        nodes.hear(&[b'['; 100_000]);
+        assert_eq!(nodes.all().len(), 1, "only itself");
+        for id in 1..NODES_MAX as u128 + 10 {
+            nodes.hear(&serde_json::to_vec(&announcement(id)).expect("is JSON"));
+        }
+        assert_eq!(nodes.all().len(), 1 + NODES_MAX);
+        let left = Announcement { leaving: true, ..announcement(1) };
+        nodes.hear(&serde_json::to_vec(&left).expect("is JSON"));
+        assert_eq!(nodes.all().len(), NODES_MAX, "who leaves makes room");
     }
 
     #[test]

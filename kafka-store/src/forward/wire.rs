@@ -211,7 +211,8 @@ fn parse_command(
         payload: value.unwrap_or_default().into(),
         expected: match header[1] {
             0 => ExpectedVersion::Any,
-            _ => ExpectedVersion::Exact(version),
+            1 => ExpectedVersion::Exact(version),
+            other => return Err(format!("its demand is {other}, which is neither 0 nor 1")),
         },
         correlation_id: headers.correlation_id,
         causation_id: headers.causation_id,
@@ -244,7 +245,10 @@ fn cut<const N: usize, const L: usize>(bytes: &[u8; L], from: usize) -> [u8; N] 
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
+    use crate::corpus;
 
     fn forwarded() -> ForwardedCommand {
         ForwardedCommand {
@@ -291,6 +295,74 @@ mod tests {
                       000000000000112200000005";
         assert_eq!(hex(&letter.headers[2].1), golden);
         assert_eq!(read(&letter), Ok((forwarded(), Some(TO))));
+    }
+
+    /// The letter with edits of the corpus.
+    fn edit(letter: &mut Letter, edit: &str) -> Option<()> {
+        let (name, text) = edit.split_once('=')?;
+        let bytes = corpus::unescape(text)?;
+        let header = &mut letter.headers.last_mut()?.1;
+        match name {
+            "key" => letter.key = bytes,
+            "value" => letter.value = bytes,
+            "header" => *header = corpus::unhex(&bytes)?,
+            _ => {
+                let (at, bytes) = (name.strip_prefix('@')?.parse().ok()?, corpus::unhex(&bytes)?);
+                header.get_mut(at..at + bytes.len())?.copy_from_slice(&bytes);
+            }
+        }
+        Some(())
+    }
+
+    #[test]
+    fn every_letter_of_the_corpus_gets_its_verdict() {
+        corpus::check(corpus::COMMANDS, |edits, verdict| {
+            let mut edits = edits.split(' ');
+            let kind = edits.next()?;
+            let sample = match kind {
+                "command" => command(&forwarded(), Some(TO)),
+                "reply" => reply(TO, b"{}".to_vec()),
+                "announcement" => announcement(TO.node, b"{}".to_vec()),
+                _ => return None,
+            };
+            let mut letter = sample.clone();
+            edits.try_for_each(|one| edit(&mut letter, one))?;
+            let said = |same| if same { "same" } else { "changed" };
+            if kind == "command" {
+                let found = read(&letter);
+                let holds = match &found {
+                    Ok(_) => verdict == said(found == read(&sample)),
+                    Err(why) => why.contains(verdict),
+                };
+                return corpus::demand(holds, found);
+            }
+            let read = |letter: &Letter| parse_reply(&letter.headers[0].1, &letter.value);
+            let found = read(&letter);
+            let holds = verdict == found.as_ref().map_or("other", |_| said(found == read(&sample)));
+            corpus::demand(holds, found)
+        });
+    }
+
+    proptest! {
+        #[test]
+        fn what_is_read_of_any_header_is_written_as_it_was_read(
+            header in proptest::collection::vec(any::<u8>(), COMMAND_HEADER_BYTES),
+            (demand, deadline) in (0..3_u8, 0..4_000_000_000_000_u64),
+            key in proptest::collection::vec(any::<u8>(), 0..20),
+            id in "[a-z]{1,5}",
+            value in proptest::collection::vec(any::<u8>(), 0..40),
+        ) {
+            let mut letter = Letter { key, headers: vec![(COMMAND_HEADER, header)], value };
+            letter.headers[0].1[..2].copy_from_slice(&[FORMAT, demand]);
+            let _ = read(&letter);
+            letter.key = format!("order-{id}").into_bytes();
+            letter.headers[0].1[26..34].copy_from_slice(&deadline.to_be_bytes());
+            if let Ok((found, to)) = read(&letter) {
+                prop_assert_eq!(read(&command(&found, to)), Ok((found, to)));
+            } else {
+                prop_assert_eq!(demand, 2);
+            }
+        }
     }
 
     #[test]

@@ -17,7 +17,7 @@ fn stamp(seq: u64) -> Stamp {
     Stamp { claim, seq, commands_mark: Offset(0x5152) }
 }
 
-fn event() -> RecordedEvent {
+pub(super) fn event() -> RecordedEvent {
     RecordedEvent {
         stream: "order-17".parse().expect("a stream id"),
         version: Version(0x3132),
@@ -35,12 +35,12 @@ fn event() -> RecordedEvent {
     }
 }
 
-fn event_record(event: RecordedEvent) -> Record {
+pub(super) fn event_record(event: RecordedEvent) -> Record {
     let body = EventBody { index: 1, count: 2, event: Arc::new(event) };
     Record { stamp: stamp(0x2122), body: Body::Event(body) }
 }
 
-fn claim_record() -> Record {
+pub(super) fn claim_record() -> Record {
     let claim = Claim {
         owner: "node-1".into(),
         address: "http://10.0.0.1:8080".into(),
@@ -50,11 +50,11 @@ fn claim_record() -> Record {
     Record { stamp: stamp(0), body: Body::Claim(claim) }
 }
 
-fn barrier_record() -> Record {
+pub(super) fn barrier_record() -> Record {
     Record { stamp: stamp(9), body: Body::Barrier }
 }
 
-fn encoded(record: &Record) -> Encoded {
+pub(super) fn encoded(record: &Record) -> Encoded {
     encode(record, "orders", time(1_700_000_000_000_000))
 }
 

@@ -2,6 +2,8 @@
 
 #![allow(dead_code, reason = "every test file uses a part of it")]
 
+use std::path::PathBuf;
+use std::process::Command;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -13,8 +15,11 @@ use kafold_kafka_store::{Assignment, KafkaConfig, KafkaStore, OpenError};
 use rdkafka::ClientConfig;
 use rdkafka::admin::{AdminClient, AdminOptions, NewTopic, TopicReplication};
 use rdkafka::client::DefaultClientContext;
-use rdkafka::message::{Header, OwnedHeaders};
+use rdkafka::consumer::{BaseConsumer, Consumer};
+use rdkafka::error::KafkaError;
+use rdkafka::message::{Header, Message, OwnedHeaders, OwnedMessage};
 use rdkafka::producer::{BaseProducer, BaseRecord, Producer};
+use rdkafka::topic_partition_list::{Offset, TopicPartitionList};
 
 /// How long anything may take that is waited for.
 pub(crate) const WAIT_MAX: Duration = Duration::from_secs(60);
@@ -220,5 +225,79 @@ pub(crate) async fn settle(
             Err(error) => assert!(SystemClock.instant() < deadline, "not settled: {error}"),
         }
         pause().await;
+    }
+}
+
+/// Reads a partition as any consumer does.
+pub(crate) fn raw_records(brokers: &str, topic: &str) -> Vec<OwnedMessage> {
+    let consumer: BaseConsumer = ClientConfig::new()
+        .set("bootstrap.servers", brokers)
+        .set("group.id", "raw")
+        .set("enable.partition.eof", "true")
+        .create()
+        .expect("a consumer");
+    let mut list = TopicPartitionList::new();
+    list.add_partition_offset(topic, 0, Offset::Beginning).expect("valid");
+    consumer.assign(&list).expect("assigned");
+    let mut records = Vec::new();
+    loop {
+        match consumer.poll(Duration::from_secs(20)).expect("an answer in time") {
+            Ok(record) => records.push(record.detach()),
+            Err(KafkaError::PartitionEOF(_)) => return records,
+            Err(error) => panic!("{error}"),
+        }
+    }
+}
+
+/// Makes a topic of these records, as somebody does who restores a copy.
+pub(crate) async fn restore(brokers: &str, topic: &str, records: &[OwnedMessage]) {
+    // The name of a topic that was just deleted is free again only when all brokers have heard of it.
+    let settings = [("retention.ms", "-1"), ("cleanup.policy", "delete")];
+    create_topic(brokers, topic, 1, &settings).await;
+    let producer: BaseProducer = ClientConfig::new()
+        .set("bootstrap.servers", brokers)
+        .set("enable.idempotence", "true")
+        .create()
+        .expect("a producer");
+    for copied in records {
+        let mut record = BaseRecord::to(topic).partition(0);
+        record.key = copied.key();
+        record.payload = copied.payload();
+        record.headers = copied.headers().cloned();
+        producer.send(record).map_err(|(error, _)| error).expect("queued");
+    }
+    producer.flush(WAIT_MAX).expect("produced");
+}
+
+/// A cluster that is taken down in the end, also when the test fails.
+pub(crate) struct Cluster {
+    pub(crate) name: &'static str,
+}
+
+impl Cluster {
+    /// Only where the other real tests run too.
+    pub(crate) fn up(name: &'static str, nodes: &str) -> Option<(Self, String)> {
+        brokers(name)?;
+        let cluster = Self { name };
+        let out = cluster.run(&["up", "--nodes", nodes]);
+        let brokers = out.lines().last().expect("an address").to_owned();
+        Some((cluster, brokers))
+    }
+
+    pub(crate) fn run(&self, arguments: &[&str]) -> String {
+        let script = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../dev/kafka");
+        let out = Command::new(script)
+            .args(arguments)
+            .args(["--name", self.name])
+            .output()
+            .expect("dev/kafka can be run");
+        assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
+        String::from_utf8(out.stdout).expect("text")
+    }
+}
+
+impl Drop for Cluster {
+    fn drop(&mut self) {
+        self.run(&["down"]);
     }
 }

@@ -2,16 +2,19 @@
 
 use std::fmt;
 use std::str::FromStr;
+use std::sync::Arc;
 
 use axum::body::Body;
 use axum::extract::{FromRequest, FromRequestParts, Path, Query, Request};
 use axum::http::request::Parts;
 use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
 use futures_util::StreamExt;
+use kafold::clock::within;
 use kafold::{CommandId, ExpectedVersion, Position, Version};
 use serde::de::DeserializeOwned;
 use uuid::Uuid;
 
+use super::App;
 use super::problem::Problem;
 
 /// Largest body that is read; an order of the most and longest lines has a tenth of it.
@@ -60,13 +63,18 @@ impl<S: Send + Sync, T: DeserializeOwned> FromRequestParts<S> for QueryOf<T> {
 /// A JSON body as `T`.
 pub(crate) struct JsonOf<T>(pub(crate) T);
 
-impl<S: Send + Sync, T: DeserializeOwned> FromRequest<S> for JsonOf<T> {
+impl<T: DeserializeOwned> FromRequest<Arc<App>> for JsonOf<T> {
     type Rejection = Problem;
 
-    async fn from_request(request: Request, _: &S) -> Result<Self, Problem> {
+    async fn from_request(request: Request, app: &Arc<App>) -> Result<Self, Problem> {
         let (parts, body) = request.into_parts();
         let is_json = is_json(&parts.headers);
-        let bytes = read_body(&parts.headers, body).await?;
+        let patience = app.limits.work();
+        let read = within(&*app.clock, patience, read_body(&parts.headers, body)).await;
+        let bytes = read.unwrap_or_else(|| {
+            let detail = format!("the body was not complete within {patience:?}: nothing was done");
+            Err(Problem::new(StatusCode::REQUEST_TIMEOUT, "body-timeout", detail))
+        })?;
         if !is_json {
             return Err(Problem::new(
                 StatusCode::UNSUPPORTED_MEDIA_TYPE,

@@ -79,8 +79,8 @@ async fn within_limits(app: &App, request: Request, next: Next) -> Response {
     tokio::select! {
         biased;
         response = next.run(request) => response,
-        // Commands and waits end by themselves before this; what remains is a body that does not
-        // come, or a database that does not answer.
+        // Commands, waits and bodies end by themselves before this; what remains is a database that
+        // does not answer.
         () = app.clock.sleep(deadline) => if is_read {
             let detail = format!("no answer within {deadline:?}: try again");
             Problem::new(StatusCode::GATEWAY_TIMEOUT, "timeout", detail).into_response()

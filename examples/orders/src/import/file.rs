@@ -248,6 +248,45 @@ mod tests {
     }
 
     #[test]
+    fn every_line_of_the_corpus_gets_its_verdict() {
+        let cases = include_str!("corpus.txt").lines();
+        for case in cases.filter(|line| !line.is_empty() && !line.starts_with('#')) {
+            let (json, verdict) = case.rsplit_once(" => ").expect(case);
+            let text: String = serde_json::from_str(json).expect(case);
+            let found = match parse(text.as_bytes()) {
+                (purchases, mistakes) if purchases.is_empty() && mistakes.is_empty() => {
+                    "nothing".to_owned()
+                }
+                (purchases, mistakes) if mistakes.is_empty() => {
+                    let Purchase { customer, date, quantity, amount_cents, .. } = &purchases[0];
+                    format!("{customer} {date} {quantity} {amount_cents}")
+                }
+                (_, mistakes) => mistakes[0].to_string(),
+            };
+            assert!(found.contains(verdict), "{case}\nis {found}");
+            assert!(found.chars().count() < 300, "{case}\nis told at length: {found}");
+        }
+    }
+
+    #[test]
+    fn no_bytes_of_the_real_file_make_reading_panic_or_pass_a_mistake_over() {
+        let sample = include_bytes!("../../tests/data/cdnow_sample.txt");
+        let whole = parse(sample).0.len();
+        for at in 0..sample.len() {
+            for odd in [0, b' ', b'\n', b'9', b'-', 0xff, sample[at] ^ 0x80] {
+                let mut changed = sample[at / 100 * 100..].to_vec();
+                changed[at % 100] = odd;
+                changed.truncate(200);
+                let (purchases, mistakes) = parse(&changed);
+                let lines = changed.split(|byte| *byte == b'\n').count();
+                assert!(purchases.len() + mistakes.len() <= lines, "{odd} at {at}");
+            }
+            // Cut anywhere, no more purchases are found than there are.
+            assert!(at % 97 != 0 || parse(&sample[..at]).0.len() <= whole);
+        }
+    }
+
+    #[test]
     fn the_sample_of_the_real_file_is_read_whole() {
         let (purchases, mistakes) = parse(include_bytes!("../../tests/data/cdnow_sample.txt"));
         assert_eq!((purchases.len(), mistakes.len()), (199, 0));
