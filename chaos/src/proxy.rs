@@ -243,7 +243,7 @@ async fn forward(
                 to.write_all(&chunk).await?;
             }
             Line::Dripping(bytes_a_second) => {
-                drip(&mut line, bytes_a_second, &chunk, &mut to).await?
+                drip(&mut line, bytes_a_second, &chunk, &mut to).await?;
             }
             Line::Good | Line::Cut | Line::HalfOpen { .. } => to.write_all(&chunk).await?,
         }
