@@ -6,6 +6,7 @@
 
 use std::sync::Arc;
 
+use kafold_core::mutant::{self, Mutant};
 use kafold_core::store::Cursor;
 use kafold_core::{CommandId, Offset, Partition, Position, RecordedEvent, StreamId, Version};
 use serde::{Deserialize, Serialize};
@@ -13,7 +14,6 @@ use serde::{Deserialize, Serialize};
 use crate::wire::{
     Body, Claim, ClaimId, Content, Epoch, EventBody, LogRecord, Malformed, Nonce, Record, Stamp,
 };
-use kafold_core::mutant::{self, Mutant};
 
 /// What the fold knows between two records; no commit is open. Stored beside every position.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]

@@ -12,12 +12,12 @@ use std::time::Instant;
 
 use kafold_core::Clock;
 use kafold_core::clock::SystemClock;
+use kafold_core::mutant::{self, Mutant};
 
 use super::bounds::Bounds;
 use super::mixer::Mixer;
 use super::world::World;
 use crate::sim::reference::Violation;
-use kafold_core::mutant::{self, Mutant};
 
 /// What an exploration came to.
 pub(super) struct Explored {

@@ -145,7 +145,9 @@ fn explore(name: &str, bounds: &Bounds, is_loud: bool) {
     let explored = explorer.explore();
     let took = SystemClock.instant().duration_since(begun);
     let (states, depth) = (explored.states, explored.depth);
-    println!("{name}: {states} states, histories of up to {depth} steps, {took:.1?}");
+    crate::sim::say(&format!(
+        "{name}: {states} states, histories of up to {depth} steps, {took:.1?}"
+    ));
     if let Some(found) = explored.found {
         panic!("{}\n{}", found.violation, found.history.join("\n"));
     }

@@ -9,11 +9,13 @@
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+use kafold_core::mutant::Mutant;
+
 use super::bounds::Delivery::{CopiedLate, Late, LateUnreported, NoOffset, SaidToFail, SentTwice};
 use super::bounds::Demand::{Any, Behind, Newest, Seen};
 use super::bounds::{Bounds, Left};
 use super::explore::{Explored, Explorer};
-use kafold_core::mutant::Mutant;
+use crate::sim::say;
 
 /// A rule's removal and the smallest bounds that show it.
 struct Case {
@@ -176,7 +178,7 @@ fn every_rule_that_is_removed_is_missed() {
         explored
     });
     explored.sort_by_key(|(case, _)| CASES.iter().position(|other| other.mutant == case.mutant));
-    println!("{:<24} steps  specified   states  violation", "mutant");
+    say(&format!("{:<24} steps  specified   states  violation", "mutant"));
     let alive = explored.iter().filter(|(case, explored)| !is_found(case, explored));
     let alive: Vec<_> = alive.map(|(case, _)| case.mutant).collect();
     assert!(alive.is_empty(), "not found, or too late: {alive:?}");
@@ -187,7 +189,8 @@ fn is_found(case: &Case, explored: &Explored) -> bool {
     let specified = case.specified.map_or(String::new(), |steps| format!("[{steps}]"));
     let words = found.as_ref().map_or("none", |found| &found.violation);
     let words: String = words.chars().take(100).collect();
-    println!("{:<24} {depth:5}  {specified:>9} {states:8}  {words}", format!("{:?}", case.mutant));
+    let name = format!("{:?}", case.mutant);
+    say(&format!("{name:<24} {depth:5}  {specified:>9} {states:8}  {words}"));
     let is_asked =
         std::env::var("KAFOLD_MODEL_TELL").is_ok_and(|name| name == format!("{:?}", case.mutant));
     if let Some(found) = found

@@ -1,9 +1,10 @@
 //! Readers of the log: one from its beginning, and one from every checkpoint that it stored.
 
+use kafold_core::mutant::{self, Mutant};
+
 use crate::fold::{Checkpoint, CommitReader, Read};
 use crate::sim::reference::{PARTITION, Reference, Violation};
 use crate::wire::LogRecord;
-use kafold_core::mutant::{self, Mutant};
 
 #[derive(Debug, Clone)]
 pub(super) struct Readers {

@@ -1,31 +1,59 @@
-//! The simulated stream index, by the rules of a real one, and a reader with checkpoints.
+//! The stream index in memory, which can be rolled back, and a reader with checkpoints.
 
-use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use kafold_core::index::{Advanced, IndexBatch};
+use futures_util::FutureExt;
+use kafold_core::index::{Advanced, IndexBatch, IndexLoad};
+use kafold_core::memory::MemoryIndex;
+use kafold_core::mutant::{self, Mutant};
 use kafold_core::store::Cursor;
-use kafold_core::{Offset, RecordedEvent, StreamId};
+use kafold_core::{Offset, RecordedEvent, StreamId, StreamIndex, Version};
 
 use super::coverage::{Coverage, State};
 use super::reference::{PARTITION, Reference, Violation};
 use crate::fold::{Checkpoint, CommitReader, Read};
-use kafold_core::mutant::{self, Mutant};
 
-#[derive(Debug, Clone, Default)]
+/// The real index in memory, and what it was fed: so it can be as it was before.
+#[derive(Default)]
 pub(super) struct Index {
-    pub(super) rows: BTreeMap<StreamId, Vec<RecordedEvent>>,
-    pub(super) cursor: Option<Cursor>,
+    index: MemoryIndex,
+    fed: Vec<IndexBatch>,
+}
+
+impl Clone for Index {
+    fn clone(&self) -> Self {
+        let copy = Self { index: MemoryIndex::new(), fed: self.fed.clone() };
+        for batch in &copy.fed {
+            at_once(copy.index.advance(batch.clone())).expect("it was taken before");
+        }
+        copy
+    }
+}
+
+/// What is in memory never waits.
+fn at_once<T>(future: impl Future<Output = T>) -> T {
+    future.now_or_never().expect("it does not wait")
 }
 
 impl Index {
+    fn cursor(&self) -> Option<Cursor> {
+        let cursors = at_once(self.index.cursors()).expect("it is in memory");
+        cursors.into_iter().map(|(_, cursor)| cursor).next()
+    }
+
     pub(super) fn position(&self) -> Offset {
-        self.cursor.as_ref().map_or(Offset(0), |cursor| cursor.next)
+        self.cursor().map_or(Offset(0), |cursor| cursor.next)
     }
 
     /// Where a node starts.
     pub(super) fn checkpoint(&self) -> Result<Checkpoint, Violation> {
-        restore(self.cursor.as_ref())
+        restore(self.cursor().as_ref())
+    }
+
+    pub(super) fn events(&self, stream: &StreamId) -> Vec<RecordedEvent> {
+        let all = IndexLoad { partition: PARTITION, stream: stream.clone(), after: Version::EMPTY };
+        let loaded = at_once(self.index.load(&[all], usize::MAX)).expect("it is in memory");
+        loaded.into_iter().flat_map(|read| read.events).collect()
     }
 
     pub(super) fn advance(
@@ -33,25 +61,15 @@ impl Index {
         batch: &IndexBatch,
         coverage: &mut Coverage,
     ) -> Result<Advanced, Violation> {
-        let position = self.position();
-        if position < batch.from && !mutant::active(Mutant::IndexPlainMaximum) {
-            return Ok(Advanced::Behind(self.cursor.clone()));
-        }
-        if position > batch.from {
+        if self.position() > batch.from {
             coverage.saw(State::IndexFedTwice);
         }
-        for event in &batch.events {
-            let rows = self.rows.entry(event.stream.clone()).or_default();
-            match rows.binary_search_by_key(&event.version, |row| row.version) {
-                Ok(place) if rows[place] == *event => {}
-                Ok(place) => return Err(format!("index has {:?}, fed {event:?}", rows[place])),
-                Err(place) => rows.insert(place, event.clone()),
-            }
+        let advanced = at_once(self.index.advance(batch.clone()));
+        let advanced = advanced.map_err(|diverged| diverged.to_string())?;
+        if matches!(advanced, Advanced::Moved) {
+            self.fed.push(batch.clone());
         }
-        if batch.to.next > position {
-            self.cursor = Some(batch.to.clone());
-        }
-        Ok(Advanced::Moved)
+        Ok(advanced)
     }
 
     /// The index is exactly the prefix of the log below its position.
@@ -60,16 +78,13 @@ impl Index {
         if position > truth.end() {
             return Err(format!("the index stands at {position}, behind the log's end"));
         }
-        let mut expected: BTreeMap<&StreamId, Vec<&RecordedEvent>> = BTreeMap::new();
-        for event in truth.events.iter().filter(|event| event.position.offset < position) {
-            expected.entry(&event.stream).or_default().push(event);
+        for (stream, events) in &truth.streams {
+            let below = events.iter().filter(|event| event.position.offset < position);
+            if !below.map(|event| &**event).eq(&self.events(stream)) {
+                return Err(format!("the index of {stream} at {position} is not the log's prefix"));
+            }
         }
-        let rows: BTreeMap<&StreamId, Vec<&RecordedEvent>> =
-            self.rows.iter().map(|(id, rows)| (id, rows.iter().collect())).collect();
-        if rows == expected {
-            return Ok(());
-        }
-        Err(format!("the index at {position} is not the log's prefix"))
+        Ok(())
     }
 }
 

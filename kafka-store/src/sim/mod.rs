@@ -1,5 +1,5 @@
-//! The seeded simulation: the real fold, tail, writers and command handlers on a simulated partition,
-//! with faults.
+//! The seeded simulation: the real fold, tail, index, writers and command handlers on a simulated
+//! partition, with faults.
 //!
 //! A failing seed is printed; `KAFOLD_SIM_SEED=n cargo test -p kafold-kafka-store one_seed` plays it
 //! again to the letter and shows its steps.
@@ -13,6 +13,8 @@ mod node;
 mod random;
 pub(crate) mod reference;
 mod world;
+
+use std::io::Write;
 
 use coverage::{Coverage, State};
 use reference::Violation;
@@ -28,6 +30,11 @@ fn seeds() -> std::ops::Range<u64> {
         (Ok(from), Ok(to)) => from..to,
         _ => panic!("KAFOLD_SIM_SEEDS is FROM..TO"),
     })
+}
+
+/// To the stream itself: what a passing test prints is not shown.
+pub(crate) fn say(line: &str) {
+    writeln!(std::io::stderr(), "{line}").expect("it is open");
 }
 
 /// One history, and what it met.
@@ -49,7 +56,7 @@ fn no_history_breaks_a_promise() {
         }
         coverage
     });
-    println!("histories {:?} met {:?}", seeds(), coverage.0);
+    say(&format!("histories {:?} met {:?}", seeds(), coverage.0));
     for state in State::ALL {
         assert!(coverage.0.contains_key(&state), "no history met {state:?}");
     }

@@ -1,14 +1,12 @@
 //! Every deliberate bug must be found: by random histories, or by a named scenario.
 
-use std::io::Write;
-
 use kafold_core::Offset;
+use kafold_core::mutant::{self, Mutant};
 
-use super::play;
 use super::reference::{PARTITION, Violation};
+use super::{play, say};
 use crate::fold::{Checkpoint, Fold};
 use crate::wire::{Content, LogRecord, Malformed};
-use kafold_core::mutant::{self, Mutant};
 
 /// Histories that are tried before a mutant counts as not found.
 const SEEDS_MAX: u64 = 10_000;
@@ -47,11 +45,6 @@ fn a_malformed_record_halts() -> Result<(), Violation> {
         Err(_) => Ok(()),
         Ok(verdict) => Err(format!("a malformed record is {verdict:?}")),
     }
-}
-
-/// To the stream itself: what a passing test prints is not shown.
-fn say(line: &str) {
-    writeln!(std::io::stderr(), "{line}").expect("it is open");
 }
 
 #[test]

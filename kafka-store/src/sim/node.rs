@@ -193,8 +193,7 @@ fn merge(
     index: &Index,
     stream: &StreamId,
 ) -> Result<Vec<RecordedEvent>, MergeError> {
-    let rows = index.rows.get(stream).cloned().unwrap_or_default();
-    let merged = view.merge(PARTITION, Version::EMPTY, index.position(), rows)?;
+    let merged = view.merge(PARTITION, Version::EMPTY, index.position(), index.events(stream))?;
     Ok(merged.iter().map(|event| RecordedEvent::clone(event)).collect())
 }
 

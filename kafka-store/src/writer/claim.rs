@@ -3,6 +3,7 @@
 use std::time::{Duration, Instant};
 
 use kafold_core::Offset;
+use kafold_core::mutant::{self, Mutant};
 use kafold_core::store::Owner;
 
 use super::flight::Flight;
@@ -10,7 +11,6 @@ use super::messages::Output;
 use super::{IntoCause, PartitionWriter, Phase, Turn};
 use crate::identity::IdentityError;
 use crate::wire::{Body, Claim, ClaimId, Epoch, Nonce, Record, Stamp, stored_time};
-use kafold_core::mutant::{self, Mutant};
 
 impl PartitionWriter {
     pub(super) fn claim_if_due(&mut self, turn: &mut Turn<'_>) {

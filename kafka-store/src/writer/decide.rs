@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use kafold_core::mutant::{self, Mutant};
 use kafold_core::store::{Append, Appended, View};
 use kafold_core::{AppendError, CommandId, ExpectedVersion, RecordedEvent, StreamId, Version};
 
@@ -10,7 +11,6 @@ use super::settle::{PendingCommit, PendingConfirm, Question, Waiter};
 use super::streams::{Ask, Knowledge, Stream, Waiting};
 use super::{PartitionWriter, Phase, Turn};
 use crate::wire::{Body, EventBody, stored_time};
-use kafold_core::mutant::{self, Mutant};
 
 impl PartitionWriter {
     /// Decides what can be decided, stream by stream, in the order of the calls within each.

@@ -4,9 +4,9 @@ use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
 use kafold_core::Offset;
+use kafold_core::mutant::{self, Mutant};
 
 use crate::wire::{Body, ClaimId, Content, LogRecord, Record, Stamp};
-use kafold_core::mutant::{self, Mutant};
 
 /// The records of one claim, from the first unproven one on.
 #[derive(Debug, Clone)]

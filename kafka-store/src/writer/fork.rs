@@ -4,10 +4,11 @@
 
 use std::hash::{Hash, Hasher};
 
+use kafold_core::mutant::{self, Mutant};
+
 use super::settle::{PendingCommit, PendingConfirm, Question, Waiter};
 use super::streams::{Ask, Knowledge, Stream, Waiting};
 use super::{CommitReader, Entropy, PartitionWriter, Phase};
-use kafold_core::mutant::{self, Mutant};
 
 impl PartitionWriter {
     /// A copy of it that draws from its own entropy.

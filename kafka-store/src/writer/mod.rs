@@ -32,13 +32,13 @@ use std::num::NonZeroUsize;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use kafold_core::mutant::{self, Mutant};
 use kafold_core::store::{Cause, Owner};
 use kafold_core::{CommandId, Offset, StreamId};
 use lru::LruCache;
 
 use crate::fold::{Checkpoint, CommitReader, Read};
 use crate::wire::{ClaimId, LogRecord, Stamp};
-use kafold_core::mutant::{self, Mutant};
 
 use flight::{Flight, Judgement};
 use settle::{PendingCommit, PendingConfirm};

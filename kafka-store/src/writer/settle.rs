@@ -2,6 +2,7 @@
 
 use std::time::{Duration, Instant};
 
+use kafold_core::mutant::{self, Mutant};
 use kafold_core::store::Appended;
 use kafold_core::{AppendError, CommandId, ExpectedVersion, Offset, StreamId, Version};
 
@@ -10,7 +11,6 @@ use super::streams::{Ask, Waiting};
 use super::{Flight, PartitionWriter, Phase, Turn};
 use crate::fold::ReadCommit;
 use crate::wire::{Body, ClaimId, Content, LogRecord, Record};
-use kafold_core::mutant::{self, Mutant};
 
 /// Deadlines that pass within this time are answered together: looking for them costs a walk over
 /// all who wait.
