@@ -85,7 +85,7 @@ fn a_body_that_does_not_come_is_answered_within_the_deadline() {
     service.wait_ready();
     let head = "POST /orders HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-type: application/json\r\ncontent-length: 100\r\n\r\n{";
     let (reply, took) = timed(|| service.send(head.as_bytes()));
-    reply.is_problem(503, "outcome-unknown");
+    reply.is_problem(408, "body-timeout");
     assert!(took.as_millis() < 2_500, "{took:?}");
 }
 
