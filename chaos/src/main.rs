@@ -45,7 +45,7 @@ async fn main() -> ExitCode {
         Ok(true) => ExitCode::SUCCESS,
         Ok(false) => ExitCode::FAILURE,
         Err(error) => {
-            tracing::error!("{error}");
+            eprintln!("kafold-chaos: {error}");
             ExitCode::FAILURE
         }
     }
