@@ -203,15 +203,13 @@ async fn check(
     nodes: &[NodePlace],
     recorder: &Recorder,
 ) -> Result<(Verdict, Vec<Line>), Failure> {
-    let brokers = servers.brokers.clone();
-    let topic = format!("{LOG}.events");
-    let records =
-        tokio::task::spawn_blocking(move || raw::read(&brokers, &topic, PARTITIONS)).await??;
+    let records = read_log(servers).await?;
     let mut stuck = Vec::new();
     for model in [Tallies::NAME, Groups::NAME] {
         stuck.extend(catch_up(servers, recorder, model, &records).await?);
     }
-    let records: Vec<_> = records.into_iter().map(Line::Record).collect();
+    // Again: barriers may have come meanwhile, which the read models have passed.
+    let records: Vec<_> = read_log(servers).await?.into_iter().map(Line::Record).collect();
     let mut lines = recorder.lines();
     lines.extend_from_slice(&records);
     let mut verdict = checker::check(&lines);
@@ -219,6 +217,11 @@ async fn check(
     let ended = nodes.iter().flat_map(NodePlace::ended);
     verdict.anomalies.extend(ended.map(|detail| Anomaly { name: "node-ended", detail }));
     Ok((verdict, records))
+}
+
+async fn read_log(servers: &Servers) -> Result<Vec<RecordLine>, Failure> {
+    let (brokers, topic) = (servers.brokers.clone(), format!("{LOG}.events"));
+    tokio::task::spawn_blocking(move || raw::read(&brokers, &topic, PARTITIONS)).await?
 }
 
 /// Waits until the read model has everything that is in the log; an anomaly if it does not get there.
