@@ -75,6 +75,12 @@ pub async fn run(args: RunArgs) -> Result<bool, Failure> {
     let disk = SmallDisk::mount(&folder);
     if let Err(reason) = &disk {
         println!("no disk will be full: {reason}");
+        // Else it would be drawn for for ever.
+        if !args.only.is_empty() && args.only.iter().all(|kind| kind == "disk-full") {
+            return Err(
+                "--only disk-full needs what is missing above, or other kinds beside".into()
+            );
+        }
     }
     let disk = disk.ok();
     let ended = tokio::select! {
