@@ -266,10 +266,13 @@ impl Faults {
                 }
                 Ok(())
             }
-            Fault::NodeKill(node, time) => {
+            Fault::NodeKill(node, time) | Fault::NodeStop(node, time) => {
                 let Ok(_mine) = self.node_locks[node].try_lock() else { return Ok(()) };
                 say(format!("node {node} for {time:?}"));
-                self.nodes[node].kill().await?;
+                match fault {
+                    Fault::NodeStop(..) => self.nodes[node].stop().await?,
+                    _ => self.nodes[node].kill().await?,
+                }
                 SystemClock.sleep(time).await;
                 self.nodes[node].start()?;
                 self.recorder.fault("mended", format!("node {node} is started"));
@@ -282,15 +285,6 @@ impl Faults {
                 SystemClock.sleep(time).await;
                 self.nodes[node].signal("CONT").await?;
                 self.recorder.fault("mended", format!("node {node} runs on"));
-                Ok(())
-            }
-            Fault::NodeStop(node, time) => {
-                let Ok(_mine) = self.node_locks[node].try_lock() else { return Ok(()) };
-                say(format!("node {node} for {time:?}"));
-                self.nodes[node].stop().await?;
-                SystemClock.sleep(time).await;
-                self.nodes[node].start()?;
-                self.recorder.fault("mended", format!("node {node} is started"));
                 Ok(())
             }
             Fault::DatabaseKill(time) => {

@@ -284,6 +284,7 @@ mod tests {
             mutant::with(Some(Mutant::AutoReset), an_older_copy_that_went_on_is_refused);
         });
         assert!(believed.is_err(), "AutoReset is not found");
+        crate::sim::say("AutoReset killed by an_older_copy_that_went_on_is_refused");
     }
 
     #[test]

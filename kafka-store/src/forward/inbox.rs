@@ -103,8 +103,8 @@ struct Inbox<'a> {
     told_at: Instant,
     /// Since when the topic ends below where the log says that it was read to.
     low_since: Option<Instant>,
-    /// The mark of where the topic ended when it was first read under this claim: an owner before this one may
-    /// have applied what lies below.
+    /// The mark of where the topic ended when it was first read under this claim: an owner before this
+    /// one may have applied what lies below.
     inherited: Option<Offset>,
 }
 
@@ -406,7 +406,8 @@ impl<'a> Inbox<'a> {
             Ok(content) => content,
             Err(reason) => {
                 let partition = self.shared.partition;
-                tracing::warn!(%partition, offset = %record.offset, reason, "a record of the commands topic is none");
+                let at = record.offset;
+                tracing::warn!(%partition, offset = %at, reason, "a record of the commands topic is none");
                 metrics::counter!("kafold_foreign_commands_total").increment(1);
                 return self.commands.pass(offset);
             }

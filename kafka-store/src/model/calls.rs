@@ -7,7 +7,7 @@ use kafold_core::store::{Appended, Ticket};
 use kafold_core::{AppendError, CommandId, ExpectedVersion, RecordedEvent, Version};
 use uuid::Uuid;
 
-use crate::sim::reference::{Reference, Violation};
+use crate::sim::reference::{Reference, Violation, is_conflict};
 use crate::wire::{Body, Record};
 use crate::writer::RequestId;
 
@@ -140,12 +140,8 @@ impl Calls {
             Ok(appended) => check_appended(place, attempt, *appended, known, truth),
             Err(AppendError::Conflict { actual, .. }) => {
                 let expected = attempt.expected;
-                let holds = match expected.version() {
-                    Some(wanted) if wanted < *actual => *actual <= now,
-                    Some(wanted) => wanted != *actual && before <= *actual && *actual <= now,
-                    None => false,
-                };
-                if !holds {
+                let wanted = expected.version();
+                if !wanted.is_some_and(|wanted| is_conflict(wanted, *actual, before, now)) {
                     return Err(format!(
                         "attempt {place}, expecting {expected}, conflicts with {actual}, was {before} to {now}"
                     ));
@@ -192,9 +188,7 @@ impl Calls {
         let (before, now) = (call.before, version(truth));
         let holds = match result {
             Ok(()) => before <= seen && seen <= now,
-            Err(AppendError::Conflict { actual, .. }) => {
-                *actual != seen && *actual <= now && (*actual > seen || *actual >= before)
-            }
+            Err(AppendError::Conflict { actual, .. }) => is_conflict(seen, *actual, before, now),
             Err(
                 AppendError::NotAppended { .. }
                 | AppendError::Unavailable { .. }

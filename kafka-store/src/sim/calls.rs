@@ -14,7 +14,7 @@ use tokio::sync::oneshot;
 use uuid::Uuid;
 
 use super::coverage::State;
-use super::reference::{Reference, Violation};
+use super::reference::{Reference, Violation, is_conflict};
 use super::world::{Cause, World};
 use crate::wire::{Body, Record};
 use crate::writer::{Input, RequestId};
@@ -344,17 +344,17 @@ impl World {
             }
             Err(AppendError::Conflict { actual, .. }) => {
                 self.calls.denied.push((by, command_id, self.order));
-                let (state, holds) = match expected.version() {
-                    Some(wanted) if wanted < actual => (State::ConflictAtOnce, actual <= version),
-                    Some(_) => (
-                        State::ConflictConfirmed,
-                        call.version_before <= actual && actual <= version,
-                    ),
-                    None => return Err("an append without demand conflicted".into()),
+                let Some(wanted) = expected.version() else {
+                    return Err("an append without demand conflicted".into());
                 };
-                self.coverage.saw(state);
-                if expected.admits(actual) || !holds {
-                    let before = call.version_before;
+                let at_once = wanted < actual;
+                self.coverage.saw(if at_once {
+                    State::ConflictAtOnce
+                } else {
+                    State::ConflictConfirmed
+                });
+                let before = call.version_before;
+                if !is_conflict(wanted, actual, before, version) {
                     return Err(format!(
                         "conflict: expected {expected}, told {actual}, was {before} to {version}"
                     ));
@@ -435,9 +435,7 @@ impl World {
                 Err(format!("view {seen} of {} confirmed, was {before} to {after}", call.stream))
             }
             Err(AppendError::Conflict { actual, .. }) => {
-                let holds =
-                    actual != seen && actual <= after && (actual > seen || actual >= before);
-                if holds {
+                if is_conflict(seen, actual, before, after) {
                     return Ok(());
                 }
                 Err(format!("view {seen} conflicts with {actual}, was {before} to {after}"))

@@ -25,8 +25,9 @@ use uuid::Uuid;
 
 use super::calls::STREAMS;
 use super::coverage::State;
+use super::node::outcome_of;
 use super::random::Random;
-use super::reference::Violation;
+use super::reference::{Violation, is_conflict};
 use super::world::World;
 
 /// Commands on their way through handlers at most.
@@ -324,14 +325,8 @@ impl World {
                 Ok(())
             }
             Wish::Find(stream, command_id, tell) => {
-                let found = self.read_events(at, &stream)?.map(|events| {
-                    let last = events.iter().rev().find(|event| event.command_id == command_id);
-                    last.map(|last| Appended {
-                        version: last.version,
-                        position: last.position,
-                        duplicate: true,
-                    })
-                });
+                let found = self.read_events(at, &stream)?;
+                let found = found.map(|events| outcome_of(&events, command_id));
                 drop(tell.send(found.ok_or_else(crashed)));
                 Ok(())
             }
@@ -386,9 +381,10 @@ impl World {
                 self.coverage.saw(State::HandlerConflict);
                 let holds = match task.expected.version() {
                     None => true,
-                    // A conflict for ever, however old the version that it tells.
-                    Some(demand) if demand < actual => actual <= version,
-                    Some(demand) => demand != actual && seen(actual.0),
+                    Some(demand) => {
+                        is_conflict(demand, actual, *version_before, version)
+                            && (demand < actual || seen(actual.0))
+                    }
                 };
                 if holds {
                     return Ok(());

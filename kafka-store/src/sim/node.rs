@@ -174,18 +174,17 @@ impl Node {
         Ok(match lookup.command_id {
             None => Looked::Head(merged.map(|events| head(&events))),
             Some(command_id) => {
-                let found = merged.map(|events| {
-                    let last = events.iter().rev().find(|event| event.command_id == command_id);
-                    in_tail.or(last.map(|last| Appended {
-                        version: last.version,
-                        position: last.position,
-                        duplicate: true,
-                    }))
-                });
+                let found = merged.map(|events| in_tail.or(outcome_of(&events, command_id)));
                 Looked::Command(command_id, found)
             }
         })
     }
+}
+
+/// What a command of these events came to.
+pub(super) fn outcome_of(events: &[RecordedEvent], command_id: CommandId) -> Option<Appended> {
+    let last = events.iter().rev().find(|event| event.command_id == command_id)?;
+    Some(Appended { version: last.version, position: last.position, duplicate: true })
 }
 
 fn merge(

@@ -50,6 +50,17 @@ pub(crate) struct Reference {
 
 pub(crate) const PARTITION: Partition = Partition(0);
 
+/// Whether it was true to say that a stream is at `actual` and not as demanded: it was at `before` when
+/// the call began and is at `now`. Below `actual` a demand is passed for ever, however old that is.
+pub(crate) fn is_conflict(
+    demanded: Version,
+    actual: Version,
+    before: Version,
+    now: Version,
+) -> bool {
+    demanded != actual && actual <= now && (demanded < actual || before <= actual)
+}
+
 impl Reference {
     pub(crate) fn version(&self, stream: &StreamId) -> Version {
         Version(self.streams.get(stream).map_or(0, |events| events.len() as u64))
