@@ -324,6 +324,9 @@ pub trait Subscription: Send {
     /// [`ReadError::Diverged`].
     async fn start(&mut self, partition: Partition, from: Option<Cursor>) -> Result<(), ReadError>;
 
+    /// Delivers no more of a partition until it is started again; it stays this reader's.
+    fn stop(&mut self, partition: Partition);
+
     /// Whether readers of one name share the partitions, so that each is always some reader's.
     fn is_shared(&self) -> bool {
         false

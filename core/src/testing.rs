@@ -148,6 +148,7 @@ macro_rules! store_contract {
                 reading_resumes_at_every_cursor_without_gap_or_repetition,
                 a_subscription_tails_new_events,
                 a_dropped_call_of_next_loses_nothing,
+                a_stopped_partition_is_silent_until_it_is_started,
                 a_cursor_of_another_log_is_refused,
                 cursors_are_good_after_reopening,
             }

@@ -89,7 +89,7 @@ impl Subscription for EmbeddedSubscription {
             return Ok(SourceMessage::Assigned(vec![PARTITION]));
         }
         let Some(place) = self.place.clone() else {
-            // Not started: there is nothing to tell until it is, and that takes `&mut self` too.
+            // Nothing to tell until it is started, and that takes `&mut self` too.
             return std::future::pending().await;
         };
         loop {
@@ -121,6 +121,10 @@ impl Subscription for EmbeddedSubscription {
         };
         self.place = Some(place);
         Ok(())
+    }
+
+    fn stop(&mut self, _: Partition) {
+        self.place = None;
     }
 }
 

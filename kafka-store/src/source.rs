@@ -180,9 +180,7 @@ impl Subscription for KafkaSubscription {
             Some(cursor) => Checkpoint::from_cursor(cursor)
                 .map_err(|error| ReadError::diverged(self.what(partition), error))?,
         };
-        // The reads of an earlier start answer to nobody.
-        self.started.remove(&partition);
-        self.ready.retain(|message| !is_of(message, partition));
+        self.stop(partition);
         match self.inspector.check(partition, &checkpoint).await {
             Ok(()) => {}
             Err(InspectError::Unavailable(error)) => {
@@ -200,6 +198,12 @@ impl Subscription for KafkaSubscription {
         self.started.insert(partition, started);
         self.ask(partition, Duration::ZERO);
         Ok(())
+    }
+
+    fn stop(&mut self, partition: Partition) {
+        // The reads of an earlier start answer to nobody.
+        self.started.remove(&partition);
+        self.ready.retain(|message| !is_of(message, partition));
     }
 
     fn is_shared(&self) -> bool {

@@ -11,6 +11,8 @@ use kafold_migrations::{Database, micros};
 use sqlx::{PgConnection, SqliteConnection};
 
 use crate::handler::Target;
+use crate::registry;
+use crate::sql::either;
 use crate::transaction::{OpenTransaction, Transaction};
 
 /// Where PostgreSQL tells other processes of progress, as `NAME/PARTITION/NEXT`.
@@ -47,17 +49,22 @@ pub(crate) struct Step {
 
 type PlaceRow = (i32, i64, String, i64);
 
-/// Raises the fences of the partitions and tells where they stand, all in one statement.
+/// Raises the fences of the partitions and tells where they stand. `None`: the generation is neither
+/// live nor being built; a switch or an abort comes before or after this as a whole.
 pub(crate) async fn take(
     database: &Database,
     target: Target<'_>,
     partitions: &[Partition],
     now: DateTime<Utc>,
-) -> Result<Vec<Place>, sqlx::Error> {
+) -> Result<Option<Vec<Place>>, sqlx::Error> {
     let mut sorted: Vec<i32> = partitions.iter().map(|p| int(*p)).collect();
     // In one order everywhere, so that two takers wait for each other instead of for ever.
     sorted.sort_unstable();
     let mut tx = OpenTransaction::begin(database).await?;
+    if !registry::is_wanted(&mut tx.lend(), target).await? {
+        tx.rollback().await?;
+        return Ok(None);
+    }
     let rows = match tx.lend() {
         Transaction::Postgres(connection) => {
             take_postgres(connection, target, &sorted, now).await?
@@ -65,7 +72,7 @@ pub(crate) async fn take(
         Transaction::Sqlite(connection) => take_sqlite(connection, target, &sorted, now).await?,
     };
     tx.commit().await?;
-    Ok(rows.into_iter().map(place).collect())
+    Ok(Some(rows.into_iter().map(place).collect()))
 }
 
 async fn take_postgres(
@@ -80,7 +87,7 @@ async fn take_postgres(
                ON CONFLICT (projection, generation, partition) \
                DO UPDATE SET fence = c.fence + 1, updated_at = $4 \
                RETURNING partition, next_offset, fold_state, fence";
-    let query = sqlx::query_as(sql).bind(target.name).bind(target.generation());
+    let query = sqlx::query_as(sql).bind(target.name).bind(target.generation.int());
     query.bind(partitions).bind(now).fetch_all(connection).await
 }
 
@@ -98,7 +105,7 @@ async fn take_sqlite(
                RETURNING partition, next_offset, fold_state, fence";
     let partitions =
         serde_json::to_string(partitions).map_err(|e| sqlx::Error::Encode(e.into()))?;
-    let query = sqlx::query_as(sql).bind(target.name).bind(target.generation());
+    let query = sqlx::query_as(sql).bind(target.name).bind(target.generation.int());
     query.bind(partitions).bind(micros::to_micros(now)).fetch_all(connection).await
 }
 
@@ -117,6 +124,25 @@ pub(crate) async fn advance(
         Transaction::Sqlite(connection) => advance_sqlite(connection, target, steps, now).await?,
     };
     Ok(moved == steps.len() as u64)
+}
+
+/// Locks a partition's checkpoint until the end of the transaction. `false`: another worker has taken
+/// the partition.
+pub(crate) async fn hold(
+    tx: &mut Transaction<'_>,
+    target: Target<'_>,
+    place: &Place,
+) -> Result<bool, sqlx::Error> {
+    // Nobody else writes while a transaction on SQLite is open; on PostgreSQL an update locks.
+    let sql = "UPDATE kafold_checkpoint SET fence = fence \
+               WHERE projection = $1 AND generation = $2 AND partition = $3 AND fence = $4";
+    let (partition, fence) = (int(place.partition), place.fence);
+    let held = either!(tx, connection => {
+        let query = sqlx::query(sql).bind(target.name).bind(target.generation.int());
+        let query = query.bind(partition).bind(fence).execute(&mut **connection).await?;
+        query.rows_affected()
+    });
+    Ok(held == 1)
 }
 
 /// Tells listeners of [`CHANNEL`] where the projection will stand when the transaction commits.
@@ -151,7 +177,7 @@ async fn advance_postgres(
     let column = |value: fn(&Step) -> i64| steps.iter().map(value).collect::<Vec<i64>>();
     let query = sqlx::query(sql)
         .bind(target.name)
-        .bind(target.generation())
+        .bind(target.generation.int())
         .bind(steps.iter().map(|step| int(step.partition)).collect::<Vec<_>>())
         .bind(column(|step| bigint(step.from)))
         .bind(column(|step| step.fence))
@@ -178,7 +204,7 @@ async fn advance_sqlite(
     for step in steps {
         let query = sqlx::query(sql)
             .bind(target.name)
-            .bind(target.generation())
+            .bind(target.generation.int())
             .bind(int(step.partition))
             .bind(bigint(step.from))
             .bind(step.fence)
@@ -199,7 +225,7 @@ pub(crate) async fn places(
 ) -> Result<Vec<Place>, sqlx::Error> {
     let sql = "SELECT partition, next_offset, fold_state, fence FROM kafold_checkpoint \
                WHERE projection = $1 AND generation = $2 ORDER BY partition";
-    let (name, generation) = (target.name, target.generation());
+    let (name, generation) = (target.name, target.generation.int());
     let rows: Vec<PlaceRow> = match database {
         Database::Postgres(database) => {
             sqlx::query_as(sql).bind(name).bind(generation).fetch_all(database.pool()).await?

@@ -2,6 +2,16 @@
 
 use std::time::Duration;
 
+/// What becomes of an event that fails for good.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum FaultPolicy {
+    /// The event and all later ones of its stream are set aside, until an operator has them retried or
+    /// skipped; other streams go on.
+    Park,
+    /// The projection stops, until it is told to go on or started again.
+    Stop,
+}
+
 /// Limits of a [`ProjectionWorker`](crate::ProjectionWorker).
 #[derive(Debug, Clone)]
 pub struct ProjectionConfig {
@@ -18,8 +28,21 @@ pub struct ProjectionConfig {
     /// How long a transaction may take at most before its connection is given up as dead and the
     /// batch tried again. Default 60 s.
     pub transaction_timeout: Duration,
-    /// How often an event whose handler fails is tried before its projection stops. Default 5.
+    /// How often an event whose handler fails is tried before [`fault_policy`](Self::fault_policy)
+    /// decides. Default 5.
     pub fault_attempts_max: u32,
+    /// What becomes of an event that fails for good. Default: its stream is parked.
+    pub fault_policy: FaultPolicy,
+    /// Most streams of one partition that are parked: a projection that fails everywhere stops, and
+    /// says so, instead of setting the whole log aside. Default 1 000.
+    pub parked_streams_max: usize,
+    /// Most events of one partition that are parked; then the projection stops until some are retried
+    /// or skipped. Default 100 000.
+    pub parked_events_max: u64,
+    /// How often it is looked up what operators ask. Default 300 ms.
+    pub control_poll_interval: Duration,
+    /// Most events in one transaction of a rebuild on PostgreSQL. Default 20 000.
+    pub rebuild_batch_events_max: usize,
     /// The first wait after a failure; it doubles, with jitter. Default 100 ms.
     pub retry_delay: Duration,
     /// The longest wait after a failure. Waits for a database go on for ever. Default 5 s.
@@ -45,6 +68,11 @@ impl Default for ProjectionConfig {
             batch_bytes_max: 16 << 20,
             transaction_timeout: Duration::from_secs(60),
             fault_attempts_max: 5,
+            fault_policy: FaultPolicy::Park,
+            parked_streams_max: 1_000,
+            parked_events_max: 100_000,
+            control_poll_interval: Duration::from_millis(300),
+            rebuild_batch_events_max: 20_000,
             retry_delay: Duration::from_millis(100),
             retry_delay_max: Duration::from_secs(5),
             idle_checkpoint_interval: Duration::from_secs(1),

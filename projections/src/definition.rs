@@ -17,12 +17,15 @@ pub(crate) struct Definition {
     pub(crate) fingerprint: String,
     /// Of a read model; a projection makes its own tables.
     pub(crate) columns: Option<&'static [Column]>,
+    /// What queries read, by the plain names.
+    pub(crate) tables: Vec<String>,
 }
 
 impl Definition {
-    pub(crate) fn of_projection(name: &str, version: u32) -> Self {
-        let fingerprint = format!("projection v{version}");
-        Self { name: name.to_owned(), fingerprint, columns: None }
+    pub(crate) fn of_projection(name: &str, version: u32, tables: &[&str]) -> Self {
+        let fingerprint = format!("projection v{version}: {}", tables.join(", "));
+        let tables = tables.iter().map(|&table| table.to_owned()).collect();
+        Self { name: name.to_owned(), fingerprint, columns: None, tables }
     }
 
     pub(crate) fn of_model<M: ReadModel>() -> Self {
@@ -32,17 +35,22 @@ impl Definition {
             name: M::NAME.to_owned(),
             fingerprint: format!("v{}: {}", M::VERSION, shown.join(", ")),
             columns: Some(columns),
+            tables: vec![M::NAME.to_owned()],
         }
+    }
+
+    /// The names of [`Definition::check`]ed tables.
+    pub(crate) fn tables(&self) -> impl Iterator<Item = Identifier> {
+        self.tables.iter().map(|name| Identifier::new(name).expect("the definition was checked"))
     }
 
     /// The first thing about it that no database would take.
     pub(crate) fn check(&self) -> Result<(), String> {
         let name = &self.name;
-        let is_ours = name.starts_with("kafold_") || name.starts_with('_');
-        if is_ours || name.len() > NAME_CHARS_MAX || Identifier::new(name).is_err() {
+        if let Some(bad) = [name].into_iter().chain(&self.tables).find(|name| !is_name(name)) {
             return Err(format!(
-                "{name:?} cannot be a projection's name: [a-z][a-z0-9_]*, at most {NAME_CHARS_MAX} \
-                 characters, and not beginning with kafold_"
+                "{bad:?} cannot be the name of a projection or its table: [a-z][a-z0-9_]*, at most \
+                 {NAME_CHARS_MAX} characters, and not beginning with kafold_"
             ));
         }
         let columns = self.columns.unwrap_or_default();
@@ -65,6 +73,11 @@ impl Definition {
     }
 }
 
+fn is_name(name: &str) -> bool {
+    let is_ours = name.starts_with("kafold_") || name.starts_with('_');
+    !is_ours && name.len() <= NAME_CHARS_MAX && Identifier::new(name).is_ok()
+}
+
 fn show_column(column: &Column) -> String {
     let kind = format!("{:?}", column.kind).to_lowercase();
     let nullable = if column.nullable { "?" } else { "" };
@@ -85,7 +98,8 @@ mod tests {
 
     fn check(name: &str, columns: Option<&'static [Column]>) -> bool {
         let fingerprint = String::new();
-        Definition { name: name.to_owned(), fingerprint, columns }.check().is_ok()
+        let tables = vec![name.to_owned()];
+        Definition { name: name.to_owned(), fingerprint, columns, tables }.check().is_ok()
     }
 
     #[test]

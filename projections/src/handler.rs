@@ -7,6 +7,7 @@ use async_trait::async_trait;
 use kafold_core::{Position, RecordedEvent};
 
 use crate::definition::Definition;
+use crate::generation::Generation;
 use crate::projection::ProjectionBatch;
 use crate::transaction::Transaction;
 
@@ -15,8 +16,12 @@ use crate::transaction::Transaction;
 pub(crate) trait Handler: Send + Sync + 'static {
     fn definition(&self) -> &Definition;
 
-    /// Its own tables, inside the transaction that registers it. Runs at every start.
-    async fn setup(&self, tx: &mut Transaction<'_>) -> Result<(), ApplyError>;
+    /// Makes the tables of a generation, if they are not there. Runs at every start.
+    async fn setup(
+        &self,
+        generation: Generation,
+        tx: &mut Transaction<'_>,
+    ) -> Result<(), ApplyError>;
 
     /// Whatever can be done before the transaction is open.
     fn prepare<'w>(&'w self, batch: &'w ProjectionBatch) -> Result<Box<dyn Work + 'w>, Fault>;
@@ -32,14 +37,7 @@ pub(crate) trait Work: Send + Sync {
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Target<'t> {
     pub(crate) name: &'t str,
-    pub(crate) generation: u32,
-}
-
-impl Target<'_> {
-    /// As the tables hold it.
-    pub(crate) fn generation(self) -> i32 {
-        i32::try_from(self.generation).unwrap_or(i32::MAX)
-    }
+    pub(crate) generation: Generation,
 }
 
 /// Why a batch was not applied.
@@ -69,6 +67,8 @@ pub(crate) struct Fault {
     /// The event, when the handler is known to have been at it.
     pub(crate) at: Option<Position>,
     pub(crate) reason: String,
+    /// Whether it is of this event, so that setting its stream aside lets the others go on.
+    pub(crate) parks: bool,
 }
 
 impl Fault {
@@ -76,11 +76,16 @@ impl Fault {
         let RecordedEvent { position, event_type, stream, version, .. } = event;
         let reason =
             format!("event {position} ({event_type}, version {version} of {stream}): {reason}");
-        Self { at: Some(*position), reason }
+        Self { at: Some(*position), reason, parks: true }
     }
 
     pub(crate) fn somewhere(reason: impl fmt::Display) -> Self {
-        Self { at: None, reason: reason.to_string() }
+        Self { at: None, reason: reason.to_string(), parks: true }
+    }
+
+    /// One that every event would meet.
+    pub(crate) fn of_all(reason: impl fmt::Display) -> Self {
+        Self { at: None, reason: reason.to_string(), parks: false }
     }
 }
 

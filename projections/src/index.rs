@@ -12,7 +12,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
-use chrono::{DateTime, Utc};
 use kafold_core::clock::SystemClock;
 use kafold_core::index::{Advanced, IndexBatch, IndexLoad, IndexRead};
 use kafold_core::store::{Appended, Cursor, ReadError};
@@ -21,6 +20,7 @@ use kafold_core::{
     Version,
 };
 use kafold_migrations::Database;
+use kafold_migrations::micros::Time;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
@@ -153,8 +153,9 @@ pub(crate) fn read_error(error: sqlx::Error) -> ReadError {
     }
 }
 
-/// An event as a row, before it is bound or after it was read.
-struct EventRow {
+/// An event as a row, as it was read.
+#[derive(sqlx::FromRow)]
+pub(crate) struct EventRow {
     category: String,
     stream_id: String,
     version: i64,
@@ -162,14 +163,14 @@ struct EventRow {
     offset: i64,
     event_id: Uuid,
     event_type: String,
-    recorded_at: DateTime<Utc>,
+    recorded_at: Time,
     command_id: Uuid,
     metadata: Option<String>,
     payload: Vec<u8>,
 }
 
 impl EventRow {
-    fn event(self) -> Result<RecordedEvent, ReadError> {
+    pub(crate) fn event(self) -> Result<RecordedEvent, ReadError> {
         let stream = StreamId::new(&self.category, &self.stream_id);
         let stream = stream.map_err(|error| diverged("kafold_event", error))?;
         let more = More::from_text(self.metadata.as_deref())?;
@@ -185,7 +186,7 @@ impl EventRow {
             payload: self.payload.into(),
             metadata: Metadata {
                 event_id: self.event_id,
-                recorded_at: self.recorded_at,
+                recorded_at: self.recorded_at.0,
                 correlation_id: more.correlation_id,
                 causation_id: more.causation_id,
                 trace_parent: more.trace_parent,
@@ -196,7 +197,7 @@ impl EventRow {
 
 /// The metadata that most events lack, as JSON in one column.
 #[derive(Default, Serialize, Deserialize)]
-struct More {
+pub(crate) struct More {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     correlation_id: Option<String>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -206,7 +207,7 @@ struct More {
 }
 
 impl More {
-    fn text_of(metadata: &Metadata) -> Option<String> {
+    pub(crate) fn text_of(metadata: &Metadata) -> Option<String> {
         let Metadata { correlation_id, causation_id, trace_parent, .. } = metadata.clone();
         let more = Self { correlation_id, causation_id, trace_parent };
         let is_empty = more.correlation_id.is_none()

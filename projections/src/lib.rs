@@ -34,12 +34,17 @@
 //! Inside: `runner` is the loop of one projection, `reader` the pump from the source to it,
 //! `checkpoint`, `registry` and `table` hold the queries of one table each.
 
+mod audit;
 mod checkpoint;
 pub mod config;
+pub mod control;
 mod definition;
+mod desired;
+pub mod generation;
 pub mod handle;
 mod handler;
 pub mod index;
+mod parked;
 pub mod projection;
 pub mod query;
 pub mod read_model;
@@ -47,15 +52,19 @@ mod reader;
 mod registry;
 mod runner;
 pub mod snapshot;
+mod sql;
 pub mod status;
+mod supervisor;
 mod table;
 pub mod transaction;
 mod value;
 pub mod wait;
 pub mod worker;
 
-pub use config::ProjectionConfig;
+pub use config::{FaultPolicy, ProjectionConfig};
+pub use control::{By, Control, ControlError};
 pub use definition::NAME_CHARS_MAX;
+pub use generation::Generation;
 pub use handle::Projections;
 pub use index::SqlIndex;
 pub use projection::{HandlerError, Projection, ProjectionBatch, UnreadableEvent};

@@ -10,8 +10,9 @@ use kafold_core::store::Batch;
 use kafold_core::{DomainEvent, Recorded, RecordedEvent};
 
 use crate::definition::Definition;
+use crate::generation::Generation;
 use crate::handler::{ApplyError, Fault, Handler, Target, Work, panic_text};
-use crate::transaction::Transaction;
+use crate::transaction::{Transaction, WrongDatabase};
 
 /// Whatever went wrong in a handler: any error converts with `?`.
 pub type HandlerError = Box<dyn Error + Send + Sync>;
@@ -21,9 +22,10 @@ pub type HandlerError = Box<dyn Error + Send + Sync>;
 /// What it writes in the transaction commits together with the checkpoint, so every event takes
 /// effect exactly once; what it does outside of the transaction may happen again. A batch that
 /// failed is applied again, whole or in smaller parts. An [`sqlx::Error`] that speaks of the
-/// database (no connection, a deadlock) is retried for ever; any other error, and a panic, is a
-/// failure of the event, tried [`fault_attempts_max`](crate::ProjectionConfig::fault_attempts_max)
-/// times before the projection stops.
+/// database (no connection, a deadlock) is retried for ever, one that speaks of the statement (no such
+/// table) stops the projection; any other error, and a panic, is a failure of the event, tried
+/// [`fault_attempts_max`](crate::ProjectionConfig::fault_attempts_max) times before
+/// [`fault_policy`](crate::ProjectionConfig::fault_policy) decides.
 #[async_trait]
 pub trait Projection: Send + Sync + 'static {
     /// Its name in checkpoints, status and commands: `[a-z][a-z0-9_]*`, at most 50 characters.
@@ -35,17 +37,29 @@ pub trait Projection: Send + Sync + 'static {
         1
     }
 
-    /// Makes the tables it writes, if they are not there. Runs at every start, in a transaction.
-    /// Default: nothing.
-    async fn setup(&self, tx: &mut Transaction<'_>) -> Result<(), HandlerError> {
-        let _ = tx;
+    /// The tables it writes, by the plain names under which queries read them; each is named like a
+    /// projection. Default: none of the worker's concern, and then the projection cannot be rebuilt.
+    fn tables(&self) -> &[&str] {
+        &[]
+    }
+
+    /// Makes its tables in this generation, named [`Generation::table`], if they are not there. Runs
+    /// at every start, in a transaction; the worker makes the views of the plain names. Default:
+    /// nothing.
+    async fn setup(
+        &self,
+        generation: Generation,
+        tx: &mut Transaction<'_>,
+    ) -> Result<(), HandlerError> {
+        let _ = (generation, tx);
         Ok(())
     }
 
-    /// Writes what the events say.
+    /// Writes what the events say, into the tables of this generation.
     async fn apply(
         &self,
         batch: &ProjectionBatch,
+        generation: Generation,
         tx: &mut Transaction<'_>,
     ) -> Result<(), HandlerError>;
 }
@@ -117,7 +131,8 @@ pub(crate) struct ProjectionHandler<P> {
 
 impl<P: Projection> ProjectionHandler<P> {
     pub(crate) fn new(projection: P) -> Self {
-        let definition = Definition::of_projection(projection.name(), projection.version());
+        let (name, version) = (projection.name(), projection.version());
+        let definition = Definition::of_projection(name, version, projection.tables());
         Self { projection, definition }
     }
 }
@@ -128,8 +143,12 @@ impl<P: Projection> Handler for ProjectionHandler<P> {
         &self.definition
     }
 
-    async fn setup(&self, tx: &mut Transaction<'_>) -> Result<(), ApplyError> {
-        caught(self.projection.setup(tx)).await
+    async fn setup(
+        &self,
+        generation: Generation,
+        tx: &mut Transaction<'_>,
+    ) -> Result<(), ApplyError> {
+        caught(self.projection.setup(generation, tx)).await
     }
 
     fn prepare<'w>(&'w self, batch: &'w ProjectionBatch) -> Result<Box<dyn Work + 'w>, Fault> {
@@ -144,8 +163,8 @@ struct ProjectionWork<'w, P> {
 
 #[async_trait]
 impl<P: Projection> Work for ProjectionWork<'_, P> {
-    async fn apply(&self, _: Target<'_>, tx: &mut Transaction<'_>) -> Result<(), ApplyError> {
-        caught(self.projection.apply(self.batch, tx)).await
+    async fn apply(&self, target: Target<'_>, tx: &mut Transaction<'_>) -> Result<(), ApplyError> {
+        caught(self.projection.apply(self.batch, target.generation, tx)).await
     }
 }
 
@@ -163,8 +182,12 @@ fn told(error: HandlerError) -> ApplyError {
         Ok(database) => return ApplyError::Database(*database),
         Err(other) => other,
     };
-    match error.downcast::<UnreadableEvent>() {
-        Ok(unreadable) => Fault::at(&unreadable.event, &unreadable.error).into(),
-        Err(other) => Fault::somewhere(other).into(),
+    let error = match error.downcast::<UnreadableEvent>() {
+        Ok(unreadable) => return Fault::at(&unreadable.event, &unreadable.error).into(),
+        Err(other) => other,
+    };
+    match error.is::<WrongDatabase>() {
+        true => Fault::of_all(error).into(),
+        false => Fault::somewhere(error).into(),
     }
 }

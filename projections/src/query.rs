@@ -13,6 +13,7 @@ use sqlx::postgres::PgArguments;
 use sqlx::sqlite::SqliteArguments;
 
 use crate::definition::Definition;
+use crate::generation::Generation;
 use crate::index::{RETRY_AFTER, read_error};
 use crate::read_model::ReadModel;
 use crate::table::Table;
@@ -181,7 +182,7 @@ fn table<M: ReadModel>() -> Result<Table, ReadError> {
     let definition = Definition::of_model::<M>();
     definition.check().map_err(|mistake| ReadError::diverged(M::NAME, mistake))?;
     // Queries read the view: the generation of the table does not matter.
-    Ok(Table::new(&definition, 1).expect("a read model has columns"))
+    Ok(Table::new(&definition, Generation::FIRST).expect("a read model has columns"))
 }
 
 fn is_stale_plan(error: &sqlx::Error) -> bool {

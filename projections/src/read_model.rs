@@ -10,6 +10,7 @@ use kafold_core::row::{ColumnValue, Row, Value};
 use kafold_core::{DomainEvent, Position, Recorded};
 
 use crate::definition::Definition;
+use crate::generation::Generation;
 use crate::handler::{ApplyError, Fault, Handler, Target, Work, panic_text};
 use crate::projection::{ProjectionBatch, decode};
 use crate::table::Table;
@@ -75,8 +76,12 @@ impl<M: ReadModel> Handler for ModelHandler<M> {
         &self.definition
     }
 
-    async fn setup(&self, _: &mut Transaction<'_>) -> Result<(), ApplyError> {
-        Ok(())
+    async fn setup(
+        &self,
+        generation: Generation,
+        tx: &mut Transaction<'_>,
+    ) -> Result<(), ApplyError> {
+        Ok(table(&self.definition, generation).create(tx).await?)
     }
 
     fn prepare<'w>(&'w self, batch: &'w ProjectionBatch) -> Result<Box<dyn Work + 'w>, Fault> {
@@ -135,8 +140,7 @@ impl<M: ReadModel> Work for ModelWork<'_, M> {
         if self.events.is_empty() {
             return Ok(());
         }
-        let table = Table::new(self.definition, target.generation);
-        let table = table.expect("a read model has columns");
+        let table = table(self.definition, target.generation);
         if M::SHARED && !mutant::active(Mutant::SharedRowsUnlocked) {
             lock(target, tx).await?;
         }
@@ -151,6 +155,10 @@ impl<M: ReadModel> Work for ModelWork<'_, M> {
         let deletes = deletes.into_iter().map(ColumnValue::into_value).collect();
         Ok(table.delete(tx, deletes).await?)
     }
+}
+
+fn table(definition: &Definition, generation: Generation) -> Table {
+    Table::new(definition, generation).expect("a read model has columns")
 }
 
 /// One worker at a time loads and writes the rows of one generation. Must come before the load in a
@@ -198,5 +206,6 @@ fn fault_at<E: DomainEvent>(event: &Recorded<E>, reason: &str) -> Fault {
     Fault {
         at,
         reason: format!("event {position} ({event_type}, version {version} of {stream}): {reason}"),
+        parks: true,
     }
 }

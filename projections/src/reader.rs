@@ -24,6 +24,7 @@ type Received = Result<SourceMessage, ReadError>;
 /// What the worker asks of the pump.
 enum Request {
     Start(Partition, Option<Cursor>, oneshot::Sender<Result<(), ReadError>>),
+    Stop(Vec<Partition>, oneshot::Sender<()>),
     /// The last change of partitions has been dealt with.
     Settled,
 }
@@ -98,6 +99,25 @@ impl Reader {
         let request = Request::Start(partition, from, answer);
         self.requests.send(request).await.map_err(|_| ended())?;
         answered.await.map_err(|_| ended())?
+    }
+
+    /// Delivers nothing more of these partitions until they are started again, not even what was read
+    /// ahead.
+    pub(crate) async fn stop(&mut self, partitions: Vec<Partition>) {
+        let (answer, answered) = oneshot::channel();
+        if self.requests.send(Request::Stop(partitions.clone(), answer)).await.is_ok() {
+            // An ended pump delivers nothing either.
+            drop(answered.await);
+        }
+        while let Ok(message) = self.received.try_recv() {
+            self.waiting.push_back(message);
+        }
+        let is_stopped = |batch: &Batch| partitions.contains(&batch.partition);
+        self.round.batches_mut().retain(|batch| !is_stopped(batch));
+        self.waiting.retain(|message| match message {
+            Ok(SourceMessage::Batch(batch)) => !is_stopped(batch),
+            _ => true,
+        });
     }
 
     /// The next thing to do: one event when there is no more, up to the limit when there is.
@@ -195,9 +215,26 @@ impl Pump {
     /// assignment for the present one's.
     async fn run(mut self, messages: mpsc::Sender<Received>, clock: Arc<dyn Clock>) {
         loop {
-            // The reader is gone.
-            let Ok(permit) = messages.reserve().await else { return };
-            let message = self.subscription.next().await;
+            let read = async {
+                let permit = messages.reserve().await.ok()?;
+                Some((permit, self.subscription.next().await))
+            };
+            let (permit, message) = tokio::select! {
+                biased;
+                request = self.requests.recv() => match request {
+                    Some(request) => {
+                        self.serve(request).await;
+                        continue;
+                    }
+                    None => return,
+                },
+                // Cancel-safe, both parts of it.
+                read = read => match read {
+                    Some(read) => read,
+                    // The reader is gone.
+                    None => return,
+                },
+            };
             let (pause, is_change) = match &message {
                 Ok(message) => (None, !matches!(message, SourceMessage::Batch(_))),
                 Err(ReadError::Unavailable { retry_after, .. }) => (Some(*retry_after), false),
@@ -218,14 +255,24 @@ impl Pump {
     async fn settle(&mut self) -> bool {
         loop {
             match self.requests.recv().await {
-                Some(Request::Start(partition, from, answer)) => {
-                    let started = self.subscription.start(partition, from).await;
-                    // Nobody waits any more: the reader is being dropped.
-                    drop(answer.send(started));
-                }
                 Some(Request::Settled) => return true,
+                Some(request) => self.serve(request).await,
                 None => return false,
             }
+        }
+    }
+
+    async fn serve(&mut self, request: Request) {
+        // Whoever does not wait for its answer any more is being dropped.
+        match request {
+            Request::Start(partition, from, answer) => {
+                drop(answer.send(self.subscription.start(partition, from).await));
+            }
+            Request::Stop(partitions, answer) => {
+                partitions.into_iter().for_each(|partition| self.subscription.stop(partition));
+                answer.send(()).unwrap_or_default();
+            }
+            Request::Settled => {}
         }
     }
 }

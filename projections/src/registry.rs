@@ -1,18 +1,32 @@
 //! The table `kafold_projection`: which projections there are, by which definition their rows were
-//! built, and how they fare.
+//! built, how they fare, and the way of a rebuild from its first table to its switch.
+
+use std::time::Duration;
 
 use chrono::{DateTime, Utc};
-use kafold_core::{Offset, Partition};
-use kafold_migrations::{Database, micros};
+use kafold_core::{Clock, Offset, Partition};
+use kafold_migrations::micros::Time;
+use kafold_migrations::{Database, SqlText};
 
+use crate::audit::{self, Act};
 use crate::checkpoint::int;
 use crate::definition::Definition;
-use crate::handler::{ApplyError, Fault, Handler};
-use crate::table::Table;
+use crate::generation::{self, Generation};
+use crate::handler::{ApplyError, Fault, Handler, Target};
+use crate::parked;
+use crate::sql::{either, reading};
 use crate::transaction::{OpenTransaction, Transaction};
 
-/// The generation a projection begins with.
-const FIRST_GENERATION: u32 = 1;
+/// How long a switch may hold up the live generation on PostgreSQL, until the next one is at least as
+/// far; then it is tried again later.
+const SWITCH_HOLD_MAX: Duration = Duration::from_secs(2);
+/// Between two looks at how far the next generation is.
+const SWITCH_POLL: Duration = Duration::from_millis(10);
+/// How many records of a partition a build may be behind the live generation for it to be held up, or
+/// behind the end of the log to take the place of one that has stopped.
+const SWITCH_LAG_MAX: i64 = 1_000;
+/// How long a change of views or tables waits for queries that are under way; then it is tried again.
+const SWITCH_LOCK_TIMEOUT: &str = "SET LOCAL lock_timeout = '2s'";
 
 /// Enters the projection and makes its tables when it is new; else demands that its definition is
 /// the one its rows were built by. Answers the live generation.
@@ -20,32 +34,46 @@ pub(crate) async fn register(
     database: &Database,
     handler: &dyn Handler,
     now: DateTime<Utc>,
-) -> Result<u32, ApplyError> {
+) -> Result<Generation, ApplyError> {
     let definition = handler.definition();
     let mut open = OpenTransaction::begin(database).await?;
     let tx = &mut open.lend();
     lock(tx).await?;
     let generation = match find(tx, &definition.name).await? {
         None => {
-            create(tx, definition, now).await?;
-            FIRST_GENERATION
+            refuse_foreign(tx, definition).await?;
+            handler.setup(Generation::FIRST, tx).await?;
+            generation::create_views(tx, definition, Generation::FIRST).await?;
+            insert(tx, definition, now).await?;
+            Generation::FIRST
         }
-        Some((generation, fingerprint)) => {
-            check(tx, definition, generation, &fingerprint).await?;
+        Some(found) => {
+            check(tx, definition, &found).await?;
+            handler.setup(found.live(), tx).await?;
             set_state_in(tx, &definition.name, State::Running, None, now).await?;
-            generation
+            found.live()
         }
     };
-    handler.setup(tx).await?;
     open.commit().await?;
     Ok(generation)
 }
 
-/// What `kafold_projection.actual_state` may say of a worker that cannot be paused or rebuilt yet.
+/// What `kafold_projection.actual_state` says.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum State {
     Running,
+    Paused,
     Stopped,
+}
+
+impl State {
+    pub(crate) fn text(self) -> &'static str {
+        match self {
+            Self::Running => "running",
+            Self::Paused => "paused",
+            Self::Stopped => "stopped",
+        }
+    }
 }
 
 /// Writes down how the projection fares.
@@ -58,6 +86,23 @@ pub(crate) async fn set_state(
 ) -> Result<(), sqlx::Error> {
     let mut open = OpenTransaction::begin(database).await?;
     set_state_in(&mut open.lend(), name, state, reason, now).await?;
+    open.commit().await
+}
+
+/// Writes down why a rebuild does not go on.
+pub(crate) async fn set_next_reason(
+    database: &Database,
+    name: &str,
+    next: Generation,
+    reason: &str,
+) -> Result<(), sqlx::Error> {
+    let sql = "UPDATE kafold_projection SET next_reason = $3 \
+               WHERE name = $1 AND next_generation = $2";
+    let mut open = OpenTransaction::begin(database).await?;
+    either!(open.lend(), connection => {
+        let query = sqlx::query(sql).bind(name).bind(next.int()).bind(reason);
+        query.execute(connection).await.map(drop)?;
+    });
     open.commit().await
 }
 
@@ -79,124 +124,341 @@ pub(crate) async fn standing(
                  ON c.projection = p.name AND c.generation = p.live_generation \
                  AND c.partition = $2 \
                WHERE p.name = $1";
-    let row: Option<(String, Option<String>, Option<i64>)> = match database {
-        Database::Postgres(database) => {
-            let query = sqlx::query_as(sql).bind(name).bind(int(partition));
-            query.fetch_optional(database.pool()).await?
-        }
-        Database::Sqlite(database) => {
-            let query = sqlx::query_as(sql).bind(name).bind(int(partition));
-            query.fetch_optional(database.readers()).await?
-        }
-    };
+    let row: Option<(String, Option<String>, Option<i64>)> = reading!(database, pool => {
+        sqlx::query_as(sql).bind(name).bind(int(partition)).fetch_optional(pool).await?
+    });
     Ok(row.map(|(state, reason, next)| Standing {
         stopped: (state == State::Stopped.text()).then(|| reason.unwrap_or_default()),
         next: Offset(next.and_then(|next| u64::try_from(next).ok()).unwrap_or(0)),
     }))
 }
 
-impl State {
-    fn text(self) -> &'static str {
-        match self {
-            Self::Running => "running",
-            Self::Stopped => "stopped",
-        }
+/// Makes the tables of a generation that was asked for, if that has not been done. `false`: it is not
+/// wanted any more, or another definition builds it.
+pub(crate) async fn begin_build(
+    database: &Database,
+    handler: &dyn Handler,
+    next: Generation,
+) -> Result<bool, ApplyError> {
+    let definition = handler.definition();
+    let mut open = OpenTransaction::begin(database).await?;
+    let tx = &mut open.lend();
+    lock(tx).await?;
+    let is_ours = |found: &Found| {
+        let builder = found.next_fingerprint.as_ref();
+        let by_others = builder.is_some_and(|builder| *builder != definition.fingerprint);
+        found.next() == Some(next) && !by_others
+    };
+    if !find(tx, &definition.name).await?.as_ref().is_some_and(is_ours) {
+        open.rollback().await?;
+        return Ok(false);
     }
+    if definition.tables.is_empty() {
+        return Err(refused(format!(
+            "projection {} names no tables, so it cannot be built beside itself: run it under a new \
+             name, and drop what it wrote",
+            definition.name
+        )));
+    }
+    handler.setup(next, tx).await?;
+    let sql = "UPDATE kafold_projection SET next_fingerprint = $2, next_reason = NULL \
+               WHERE name = $1";
+    let (name, fingerprint) = (&definition.name, &definition.fingerprint);
+    either!(tx, connection => {
+        let query = sqlx::query(sql).bind(name).bind(fingerprint);
+        query.execute(&mut **connection).await.map(drop)?;
+    });
+    open.commit().await?;
+    Ok(true)
 }
 
-/// One registration at a time: two processes that start at once make each table once.
+/// Whether a generation is live or being built, which stays so until the end of the transaction.
+pub(crate) async fn is_wanted(
+    tx: &mut Transaction<'_>,
+    target: Target<'_>,
+) -> Result<bool, sqlx::Error> {
+    let locked = matches!(tx, Transaction::Postgres(_));
+    let mut sql = SqlText::new(
+        "SELECT 1 FROM kafold_projection \
+         WHERE name = $1 AND $2 IN (live_generation, next_generation)",
+    );
+    let sql = sql.text(if locked { " FOR SHARE" } else { "" }).finish();
+    let found: Option<i32> = either!(tx, connection => {
+        let query = sqlx::query_scalar(sql).bind(target.name).bind(target.generation.int());
+        query.fetch_optional(&mut **connection).await?
+    });
+    Ok(found.is_some())
+}
+
+/// What an attempt to switch came to.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Switched {
+    Done,
+    /// The next generation is not as far as the live one.
+    Behind,
+    /// So many of its streams are parked, and nobody said that it does not matter.
+    Parked(i64),
+    /// It is not wanted any more.
+    Gone,
+}
+
+/// Makes the next generation the live one, in one transaction, if it is as far as the live one in
+/// every partition: whoever has waited for a position finds it in the rows before and after.
+///
+/// The live generation's checkpoints are locked meanwhile, and gone afterwards: whoever still writes
+/// it fails, before anybody takes its progress for that of the rows that queries see.
+pub(crate) async fn switch(
+    database: &Database,
+    definition: &Definition,
+    next: Generation,
+    clock: &dyn Clock,
+) -> Result<Switched, sqlx::Error> {
+    let mut open = OpenTransaction::begin(database).await?;
+    let switched = switch_in(&mut open.lend(), definition, next, clock).await?;
+    match switched {
+        Switched::Done => open.commit().await?,
+        _ => open.rollback().await?,
+    }
+    Ok(switched)
+}
+
+async fn switch_in(
+    tx: &mut Transaction<'_>,
+    definition: &Definition,
+    next: Generation,
+    clock: &dyn Clock,
+) -> Result<Switched, sqlx::Error> {
+    let name = definition.name.as_str();
+    lock(tx).await?;
+    let found = find(tx, name).await?.filter(|found| found.next() == Some(next));
+    let Some(found) = found else { return Ok(Switched::Gone) };
+    if !is_as_far(tx, &found, next, SWITCH_LAG_MAX).await? {
+        return Ok(Switched::Behind);
+    }
+    let deadline = clock.instant() + SWITCH_HOLD_MAX;
+    hold(tx, name, found.live()).await?;
+    while !is_as_far(tx, &found, next, 0).await? {
+        // On SQLite nobody else can write while this transaction is open.
+        if matches!(tx, Transaction::Sqlite(_)) || clock.instant() >= deadline {
+            return Ok(Switched::Behind);
+        }
+        clock.sleep(SWITCH_POLL).await;
+    }
+    let parked = parked::count_streams(tx, Target { name, generation: next }).await?;
+    if parked > 0 && !found.next_takes_parked {
+        return Ok(Switched::Parked(parked));
+    }
+    if let Transaction::Postgres(connection) = tx {
+        sqlx::query(SWITCH_LOCK_TIMEOUT).execute(&mut **connection).await?;
+    }
+    let same_columns = columns_of(&found.fingerprint) == columns_of(&definition.fingerprint);
+    generation::switch_views(tx, definition, next, same_columns).await?;
+    finish_switch(tx, name, &found, next, clock.now()).await?;
+    Ok(Switched::Done)
+}
+
+async fn finish_switch(
+    tx: &mut Transaction<'_>,
+    name: &str,
+    found: &Found,
+    next: Generation,
+    now: DateTime<Utc>,
+) -> Result<(), sqlx::Error> {
+    let sql = "UPDATE kafold_projection \
+               SET live_generation = next_generation, fingerprint = next_fingerprint, \
+                   next_generation = NULL, next_fingerprint = NULL, next_requested_at = NULL, \
+                   next_takes_parked = $3, next_reason = NULL, actual_state = $4, \
+                   actual_state_reason = NULL, updated_at = $2 \
+               WHERE name = $1";
+    let state = if found.desired_state == "paused" { State::Paused } else { State::Running };
+    either!(tx, connection => {
+        let query = sqlx::query(sql).bind(name).bind(Time(now)).bind(false).bind(state.text());
+        query.execute(&mut **connection).await.map(drop)?;
+    });
+    forget(tx, name, &[next]).await?;
+    let details = serde_json::json!({ "from": found.live().0, "to": next.0 });
+    audit::add(tx, Act::by_worker("switch"), name, details, now).await
+}
+
+/// Removes what the tables of kafold hold of all generations but these.
+pub(crate) async fn forget(
+    tx: &mut Transaction<'_>,
+    name: &str,
+    keep: &[Generation],
+) -> Result<(), sqlx::Error> {
+    let first = keep.first().map_or(0, |generation| generation.int());
+    let second = keep.get(1).map_or(first, |generation| generation.int());
+    for sql in [
+        "DELETE FROM kafold_checkpoint WHERE projection = $1 AND generation NOT IN ($2, $3)",
+        "DELETE FROM kafold_parked_event WHERE projection = $1 AND generation NOT IN ($2, $3)",
+        "DELETE FROM kafold_skipped_event WHERE projection = $1 AND generation NOT IN ($2, $3)",
+    ] {
+        either!(tx, connection => {
+            let query = sqlx::query(sql).bind(name).bind(first).bind(second);
+            query.execute(&mut **connection).await.map(drop)?;
+        });
+    }
+    Ok(())
+}
+
+/// Drops the tables of generations that are neither live nor being built: after a switch or an abort,
+/// and after a crash behind one. A table that a query still reads is left for the next time.
+pub(crate) async fn drop_stale(
+    database: &Database,
+    definition: &Definition,
+) -> Result<(), sqlx::Error> {
+    let mut open = OpenTransaction::begin(database).await?;
+    let tx = &mut open.lend();
+    lock(tx).await?;
+    let Some(found) = find(tx, &definition.name).await? else { return open.rollback().await };
+    if let Transaction::Postgres(connection) = tx {
+        sqlx::query(SWITCH_LOCK_TIMEOUT).execute(&mut **connection).await?;
+    }
+    let keep: Vec<_> = [found.live()].into_iter().chain(found.next()).collect();
+    generation::drop_tables(tx, definition, &keep).await?;
+    forget(tx, &definition.name, &keep).await?;
+    open.commit().await
+}
+
+/// One registration, build or switch at a time: two processes that start at once make each table
+/// once.
 async fn lock(tx: &mut Transaction<'_>) -> Result<(), sqlx::Error> {
     let Transaction::Postgres(connection) = tx else { return Ok(()) };
     let lock = "SELECT pg_advisory_xact_lock(hashtextextended('kafold/projections', 0))";
     sqlx::query(lock).execute(&mut **connection).await.map(drop)
 }
 
-async fn find(tx: &mut Transaction<'_>, name: &str) -> Result<Option<(u32, String)>, sqlx::Error> {
-    let sql = "SELECT live_generation, fingerprint FROM kafold_projection WHERE name = $1";
-    let row: Option<(i32, String)> = match tx {
-        Transaction::Postgres(connection) => {
-            sqlx::query_as(sql).bind(name).fetch_optional(&mut **connection).await?
-        }
-        Transaction::Sqlite(connection) => {
-            sqlx::query_as(sql).bind(name).fetch_optional(&mut **connection).await?
-        }
-    };
-    Ok(row.map(|(generation, text)| (generation.unsigned_abs(), text)))
+/// A row of the table, as far as registering, building and switching need it.
+#[derive(sqlx::FromRow)]
+struct Found {
+    name: String,
+    live_generation: i32,
+    fingerprint: String,
+    next_generation: Option<i32>,
+    next_fingerprint: Option<String>,
+    next_takes_parked: bool,
+    desired_state: String,
+    actual_state: String,
 }
 
-async fn create(
+impl Found {
+    fn live(&self) -> Generation {
+        Generation::of(self.live_generation)
+    }
+
+    fn next(&self) -> Option<Generation> {
+        self.next_generation.map(Generation::of)
+    }
+}
+
+async fn find(tx: &mut Transaction<'_>, name: &str) -> Result<Option<Found>, sqlx::Error> {
+    let locked = matches!(tx, Transaction::Postgres(_));
+    let mut sql = SqlText::new(
+        "SELECT name, live_generation, fingerprint, next_generation, next_fingerprint, \
+           next_takes_parked, desired_state, actual_state \
+         FROM kafold_projection WHERE name = $1",
+    );
+    let sql = sql.text(if locked { " FOR UPDATE" } else { "" }).finish();
+    either!(tx, connection => {
+        sqlx::query_as(sql).bind(name).fetch_optional(&mut **connection).await
+    })
+}
+
+/// Refuses to put a view or table where somebody else's is.
+async fn refuse_foreign(
     tx: &mut Transaction<'_>,
     definition: &Definition,
-    now: DateTime<Utc>,
 ) -> Result<(), ApplyError> {
-    let name = definition.name.as_str();
-    if let Some(table) = Table::new(definition, FIRST_GENERATION) {
-        for foreign in [table.view.as_str(), table.table.as_str()] {
-            if exists(tx, foreign).await? {
+    let name = &definition.name;
+    for table in definition.tables() {
+        let generation = Generation::FIRST.table(table.as_str());
+        for foreign in [table.as_str(), generation.as_str()] {
+            if generation::exists(tx, foreign).await? {
                 return Err(refused(format!(
-                    "read model {name} cannot be made: the database has a table or view {foreign} \
-                     that is not kafold's; rename one of the two"
+                    "projection {name} cannot be made: the database has a table or view {foreign} \
+                     that is not its own; rename one of the two"
                 )));
             }
-        }
-        table.create(tx).await?;
-    }
-    let sql = "INSERT INTO kafold_projection \
-                 (name, live_generation, fingerprint, desired_state, actual_state, updated_at) \
-               VALUES ($1, $2, $3, 'running', 'running', $4)";
-    // FIRST_GENERATION is 1.
-    let generation = FIRST_GENERATION as i32;
-    match tx {
-        Transaction::Postgres(connection) => {
-            let query = sqlx::query(sql).bind(name).bind(generation).bind(&definition.fingerprint);
-            query.bind(now).execute(&mut **connection).await?;
-        }
-        Transaction::Sqlite(connection) => {
-            let query = sqlx::query(sql).bind(name).bind(generation).bind(&definition.fingerprint);
-            query.bind(micros::to_micros(now)).execute(&mut **connection).await?;
         }
     }
     Ok(())
 }
 
+async fn insert(
+    tx: &mut Transaction<'_>,
+    definition: &Definition,
+    now: DateTime<Utc>,
+) -> Result<(), sqlx::Error> {
+    let sql = "INSERT INTO kafold_projection \
+                 (name, live_generation, fingerprint, desired_state, actual_state, updated_at) \
+               VALUES ($1, $2, $3, 'running', 'running', $4)";
+    let Definition { name, fingerprint, .. } = definition;
+    either!(tx, connection => {
+        let query = sqlx::query(sql).bind(name).bind(Generation::FIRST.int()).bind(fingerprint);
+        query.bind(Time(now)).execute(&mut **connection).await.map(drop)
+    })
+}
+
 async fn check(
     tx: &mut Transaction<'_>,
     definition: &Definition,
-    generation: u32,
-    fingerprint: &str,
+    found: &Found,
 ) -> Result<(), ApplyError> {
     let Definition { name, fingerprint: wanted, .. } = definition;
+    let Found { fingerprint, .. } = found;
     if fingerprint != wanted {
         return Err(refused(format!(
             "projection {name} has changed: its rows were built as [{fingerprint}], this program \
              has [{wanted}]; build them anew with `kafold projections rebuild {name}`"
         )));
     }
-    let Some(table) = Table::new(definition, generation) else { return Ok(()) };
-    for missing in [table.view.as_str(), table.table.as_str()] {
-        if !exists(tx, missing).await? {
-            return Err(refused(format!(
-                "read model {name} has lost {missing}; build it anew with \
-                 `kafold projections rebuild {name}`"
-            )));
+    for table in definition.tables() {
+        let generation = found.live().table(table.as_str());
+        for missing in [table.as_str(), generation.as_str()] {
+            if !generation::exists(tx, missing).await? {
+                return Err(refused(format!(
+                    "projection {name} has lost {missing}; build it anew with \
+                     `kafold projections rebuild {name}`"
+                )));
+            }
         }
     }
     Ok(())
 }
 
-/// Whether a table or view of this name is found without naming a schema.
-async fn exists(tx: &mut Transaction<'_>, name: &str) -> Result<bool, sqlx::Error> {
-    match tx {
-        Transaction::Postgres(connection) => {
-            let query = sqlx::query_scalar("SELECT to_regclass(quote_ident($1)) IS NOT NULL");
-            query.bind(name).fetch_one(&mut **connection).await
-        }
-        Transaction::Sqlite(connection) => {
-            // SQLite's names know no case.
-            let sql = "SELECT EXISTS (SELECT 1 FROM sqlite_schema WHERE name = $1 COLLATE NOCASE)";
-            sqlx::query_scalar(sql).bind(name).fetch_one(&mut **connection).await
-        }
-    }
+/// Stops the live generation where it stands, until the end of the transaction.
+async fn hold(tx: &mut Transaction<'_>, name: &str, live: Generation) -> Result<(), sqlx::Error> {
+    let Transaction::Postgres(connection) = tx else { return Ok(()) };
+    let sql = "SELECT 1 FROM kafold_checkpoint WHERE projection = $1 AND generation = $2 \
+               ORDER BY partition FOR UPDATE";
+    let query = sqlx::query(sql).bind(name).bind(live.int());
+    query.execute(&mut **connection).await.map(drop)
+}
+
+/// Whether the next generation is as far as the live one in every partition, but for some records;
+/// beside one that has stopped, whether it is near the end of the log.
+async fn is_as_far(
+    tx: &mut Transaction<'_>,
+    found: &Found,
+    next: Generation,
+    lag_max: i64,
+) -> Result<bool, sqlx::Error> {
+    let sql = "SELECT NOT EXISTS (SELECT 1 FROM kafold_checkpoint l \
+                 LEFT JOIN kafold_checkpoint n ON n.projection = l.projection \
+                   AND n.generation = $3 AND n.partition = l.partition \
+                 WHERE l.projection = $1 AND l.generation = $2 \
+                   AND (n.next_offset IS NULL OR n.next_offset + $4 < l.next_offset)) \
+               AND EXISTS (SELECT 1 FROM kafold_checkpoint \
+                 WHERE projection = $1 AND generation = $3) \
+               AND NOT EXISTS (SELECT 1 FROM kafold_checkpoint \
+                 WHERE projection = $1 AND generation = $3 AND end_offset - next_offset > $5)";
+    let end_lag_max =
+        if found.actual_state == State::Stopped.text() { SWITCH_LAG_MAX } else { i64::MAX };
+    either!(tx, connection => {
+        let query = sqlx::query_scalar(sql).bind(&found.name).bind(found.live_generation);
+        let query = query.bind(next.int()).bind(lag_max).bind(end_lag_max);
+        query.fetch_one(&mut **connection).await
+    })
 }
 
 async fn set_state_in(
@@ -208,16 +470,15 @@ async fn set_state_in(
 ) -> Result<(), sqlx::Error> {
     let sql = "UPDATE kafold_projection \
                SET actual_state = $2, actual_state_reason = $3, updated_at = $4 WHERE name = $1";
-    match tx {
-        Transaction::Postgres(connection) => {
-            let query = sqlx::query(sql).bind(name).bind(state.text()).bind(reason).bind(now);
-            query.execute(&mut **connection).await.map(drop)
-        }
-        Transaction::Sqlite(connection) => {
-            let query = sqlx::query(sql).bind(name).bind(state.text()).bind(reason);
-            query.bind(micros::to_micros(now)).execute(&mut **connection).await.map(drop)
-        }
-    }
+    either!(tx, connection => {
+        let query = sqlx::query(sql).bind(name).bind(state.text()).bind(reason).bind(Time(now));
+        query.execute(&mut **connection).await.map(drop)
+    })
+}
+
+/// The part of a fingerprint that tells of columns.
+fn columns_of(fingerprint: &str) -> &str {
+    fingerprint.split_once(": ").map_or("", |(_, columns)| columns)
 }
 
 fn refused(reason: String) -> ApplyError {

@@ -1,10 +1,12 @@
-//! The loop of one projection.
+//! The loop of one generation of a projection.
 //!
 //! Subscribe, take partitions under a raised fence, apply rounds of batches, each in one transaction
 //! with its checkpoints. What fails is sorted by whose fault it is: the database's and the source's
-//! are waited for, for ever; an event's is narrowed to its commit, tried a few times, and then stops
-//! this projection alone.
+//! are waited for, for ever; an event's is narrowed to its commit, tried a few times, and then its
+//! stream is parked, or this projection alone stops. Between rounds it does what operators ask.
 
+mod control;
+mod parking;
 mod rounds;
 
 use std::collections::HashMap;
@@ -16,16 +18,20 @@ use std::time::{Duration, Instant};
 use futures_util::FutureExt;
 use kafold_core::clock::backoff;
 use kafold_core::store::ReadError;
-use kafold_core::{Offset, Partition};
+use kafold_core::{Offset, Partition, Position};
 use kafold_migrations::Database;
 use tokio::sync::watch;
 
+use self::parking::Parked;
 use crate::checkpoint::{self, Place};
+use crate::desired::{AllDesired, Desired};
+use crate::generation::Generation;
 use crate::handler::{ApplyError, Fault, Handler, Target, panic_text};
+use crate::parked;
 use crate::reader::{Message, Reader, RoundLimit};
-use crate::registry::{self, State};
+use crate::registry;
 use crate::status::{PartitionStatus, ProjectionState, SharedStatus};
-use crate::transaction::is_unavailable;
+use crate::transaction::{is_of_values, is_unavailable};
 use crate::worker::Context;
 
 /// Events in one batch of the source; rounds are made of several. Small enough on SQLite that a
@@ -41,8 +47,30 @@ enum Ended {
     Shutdown,
     /// A new subscription is needed.
     Again,
+    /// Its generation is neither live nor wanted.
+    Retired,
     /// It cannot go on.
     Stopped(String),
+}
+
+/// What a runner ends with.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Outcome {
+    /// It was asked to.
+    Shutdown,
+    /// Its generation is neither live nor wanted.
+    Retired,
+    /// It cannot go on, for the sentence's reason.
+    Stopped(String),
+}
+
+/// What a runner's generation is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Role {
+    /// Queries see its rows.
+    Live,
+    /// It is being built, to become the live one.
+    Next,
 }
 
 /// Why a round is not committed.
@@ -53,14 +81,25 @@ enum Failed {
     Superseded,
 }
 
-/// One projection at work.
+/// One generation of a projection at work.
 pub(crate) struct Runner {
     handler: Arc<dyn Handler>,
     context: Context,
     status: SharedStatus,
     shutdown: watch::Receiver<bool>,
-    generation: u32,
+    all_desired: watch::Receiver<AllDesired>,
+    role: Role,
+    generation: Generation,
     places: HashMap<Partition, Place>,
+    /// What is set aside of each held partition.
+    parked: HashMap<Partition, Parked>,
+    /// The event that is being parked, and why.
+    parking: Option<(Position, String)>,
+    /// What operators ask, as far as it was looked at.
+    desired: Option<Desired>,
+    /// Whether something is asked that was not looked at, or partitions came since.
+    is_asked: bool,
+    is_paused: bool,
     /// Most events in a round, between one batch of the source and the configured limit.
     events_max: usize,
     /// After a failure the source is read a commit at a time up to these offsets, so that everything
@@ -74,20 +113,55 @@ pub(crate) struct Runner {
     retake_at: Option<Instant>,
 }
 
+/// Where a runner hears what is asked of it.
+pub(crate) struct Orders {
+    pub(crate) shutdown: watch::Receiver<bool>,
+    pub(crate) desired: watch::Receiver<AllDesired>,
+}
+
 impl Runner {
-    pub(crate) fn new(
+    /// A runner of the live generation, whichever that is.
+    pub(crate) fn live(
         handler: Arc<dyn Handler>,
         context: Context,
         status: SharedStatus,
-        shutdown: watch::Receiver<bool>,
+        orders: Orders,
+    ) -> Self {
+        Self::new(handler, context, status, orders, (Role::Live, Generation(0)))
+    }
+
+    /// A runner that builds this generation.
+    pub(crate) fn next(
+        handler: Arc<dyn Handler>,
+        context: Context,
+        status: SharedStatus,
+        orders: Orders,
+        generation: Generation,
+    ) -> Self {
+        Self::new(handler, context, status, orders, (Role::Next, generation))
+    }
+
+    fn new(
+        handler: Arc<dyn Handler>,
+        context: Context,
+        status: SharedStatus,
+        orders: Orders,
+        (role, generation): (Role, Generation),
     ) -> Self {
         Self {
             handler,
             context,
             status,
-            shutdown,
-            generation: 0,
+            shutdown: orders.shutdown,
+            all_desired: orders.desired,
+            role,
+            generation,
             places: HashMap::new(),
+            parked: HashMap::new(),
+            parking: None,
+            desired: None,
+            is_asked: true,
+            is_paused: false,
             events_max: 1,
             careful_until: HashMap::new(),
             source_complained: false,
@@ -96,24 +170,40 @@ impl Runner {
         }
     }
 
-    /// Runs until it is shut down or has to stop.
-    pub(crate) async fn run(mut self) {
+    /// Runs until it is shut down, retired or has to stop.
+    pub(crate) async fn run(mut self) -> Outcome {
         let served = AssertUnwindSafe(self.serve()).catch_unwind().await;
         // Whatever a panic left is given up with the runner; the database has whole transactions.
         let ended = served.unwrap_or_else(|panic| Ended::Stopped(panic_text(&*panic)));
-        match ended {
-            Ended::Stopped(reason) => self.stop(reason).await,
-            Ended::Shutdown | Ended::Again => {
-                self.status.change(|status| {
-                    status.state = ProjectionState::Down;
-                    status.partitions.clear();
-                });
+        let (state, outcome) = match ended {
+            Ended::Stopped(reason) => {
+                let generation = self.generation.0;
+                tracing::error!(projection = self.status.name(), generation, reason, "stopped");
+                (ProjectionState::Stopped(reason.clone()), Outcome::Stopped(reason))
             }
-        }
+            Ended::Retired => (ProjectionState::Down, Outcome::Retired),
+            Ended::Shutdown | Ended::Again => (ProjectionState::Down, Outcome::Shutdown),
+        };
+        self.status.change(|status| {
+            if let ProjectionState::Stopped(reason) = &state {
+                status.last_error = Some(reason.clone());
+            }
+            status.state = state;
+            status.partitions.clear();
+        });
+        outcome
     }
 
     async fn serve(&mut self) -> Ended {
-        if let Err(ended) = self.register().await {
+        let begun = match self.role {
+            Role::Live => self.register().await,
+            Role::Next => self.begin_build().await,
+        };
+        let heard = match begun {
+            Ok(()) => self.hear().await,
+            Err(ended) => Err(ended),
+        };
+        if let Err(ended) = heard {
             return ended;
         }
         loop {
@@ -125,45 +215,34 @@ impl Runner {
         }
     }
 
-    async fn stop(mut self, reason: String) {
-        tracing::error!(projection = self.status.name(), reason, "projection has stopped");
-        self.status.change(|status| {
-            status.state = ProjectionState::Stopped(reason.clone());
-            status.last_error = Some(reason.clone());
-            status.partitions.clear();
-        });
-        if self.generation == 0 {
-            // Not registered: what the database says is of another worker.
-            return;
-        }
-        let mut attempt = 0;
-        let name = self.handler.definition().name.clone();
-        loop {
-            let Context { database, clock, .. } = &self.context;
-            let now = clock.now();
-            let written =
-                registry::set_state(database, &name, State::Stopped, Some(&reason), now).await;
-            let Err(error) = written else { return };
-            tracing::warn!(projection = name, %error, "cannot write down that it has stopped");
-            attempt += 1;
-            if self.pause(attempt).await.is_err() {
-                return;
-            }
+    async fn register(&mut self) -> Result<(), Ended> {
+        let Context { database, clock, .. } = self.context.clone();
+        let handler = self.handler.clone();
+        let register = || registry::register(&database, &*handler, clock.now());
+        self.generation = self.until_done(register).await?;
+        self.status.registered(self.generation);
+        Ok(())
+    }
+
+    async fn begin_build(&mut self) -> Result<(), Ended> {
+        let (database, handler) = (self.context.database.clone(), self.handler.clone());
+        let generation = self.generation;
+        let begin = || registry::begin_build(&database, &*handler, generation);
+        match self.until_done(begin).await? {
+            true => Ok(()),
+            false => Err(Ended::Retired),
         }
     }
 
-    async fn register(&mut self) -> Result<(), Ended> {
+    /// Does it, again while the database is away.
+    async fn until_done<T, F>(&mut self, run: impl Fn() -> F) -> Result<T, Ended>
+    where
+        F: Future<Output = Result<T, ApplyError>>,
+    {
         let mut attempt = 0;
         loop {
-            let Context { database, clock, .. } = &self.context;
-            let (handler, now) = (&*self.handler, clock.now());
-            let registered = registry::register(database, handler, now);
-            let error = match until_asked(&mut self.shutdown, registered).await? {
-                Ok(generation) => {
-                    self.generation = generation;
-                    self.status.change(|status| status.generation = generation);
-                    return Ok(());
-                }
+            let error = match until_asked(&mut self.shutdown, run()).await? {
+                Ok(done) => return Ok(done),
                 Err(error) => error,
             };
             match sorted(error) {
@@ -181,11 +260,13 @@ impl Runner {
     async fn session(&mut self) -> Result<Infallible, Ended> {
         let mut reader = self.subscribe().await?;
         loop {
+            self.obey(&mut reader).await?;
             match self.receive(&mut reader).await? {
-                Message::Assigned(partitions) => self.take(&partitions, &reader).await?,
-                Message::Revoked(partitions) => self.release(&partitions),
-                Message::Round(round) => self.work_off(round).await?,
-                Message::Closed => {
+                None => {}
+                Some(Message::Assigned(partitions)) => self.take(&partitions, &reader).await?,
+                Some(Message::Revoked(partitions)) => self.release(&partitions),
+                Some(Message::Round(round)) => self.work_off(round).await?,
+                Some(Message::Closed) => {
                     self.wait_because(1, "the subscription has ended").await?;
                     return Err(Ended::Again);
                 }
@@ -206,7 +287,11 @@ impl Runner {
         };
         let mut attempt = 0;
         loop {
-            let name = self.status.name().to_owned();
+            // A generation has readers of its own: the next one begins where the log begins.
+            let name = match self.generation {
+                Generation::FIRST => self.status.name().to_owned(),
+                generation => generation.table(self.status.name()).as_str().to_owned(),
+            };
             let subscribing = self.context.source.subscribe(&name, batch_events_max);
             match until_asked(&mut self.shutdown, subscribing).await? {
                 Ok(subscription) => {
@@ -222,63 +307,69 @@ impl Runner {
         }
     }
 
-    async fn receive(&mut self, reader: &mut Reader) -> Result<Message, Ended> {
+    /// The next message; nothing when something is asked, or the source has something to say.
+    async fn receive(&mut self, reader: &mut Reader) -> Result<Option<Message>, Ended> {
         let limit = RoundLimit {
             events_max: self.events_max,
             bytes_max: self.context.config.batch_bytes_max,
             idle: self.context.config.idle_checkpoint_interval,
         };
-        loop {
-            let calm = self.context.clock.sleep(SOURCE_CALM);
-            let now = self.context.clock.instant();
-            let retake = self.retake_at.map(|at| at.saturating_duration_since(now));
-            let retake = self.context.clock.sleep(retake.unwrap_or_default());
-            let message = tokio::select! {
-                biased;
-                _ = self.shutdown.wait_for(|asked| *asked) => return Err(Ended::Shutdown),
-                message = reader.next(limit) => message,
-                () = retake, if self.retake_at.is_some() => return Err(Ended::Again),
-                () = calm, if self.source_complained => {
-                    self.source_complained = false;
-                    self.status.running();
-                    continue;
-                }
-            };
-            match message {
-                Ok(message) => {
-                    if std::mem::take(&mut self.source_complained) {
-                        self.status.running();
-                    }
-                    return Ok(message);
-                }
-                Err(ReadError::Unavailable { cause, .. }) => {
-                    self.source_complained = true;
-                    self.status.waiting(&format!("the log is unavailable: {cause}"));
-                }
-                Err(diverged) => return Err(Ended::Stopped(diverged.to_string())),
+        let calm = self.context.clock.sleep(SOURCE_CALM);
+        let now = self.context.clock.instant();
+        let retake = self.retake_at.map(|at| at.saturating_duration_since(now));
+        let retake = self.context.clock.sleep(retake.unwrap_or_default());
+        let message = tokio::select! {
+            biased;
+            _ = self.shutdown.wait_for(|asked| *asked) => return Err(Ended::Shutdown),
+            Ok(()) = self.all_desired.changed() => {
+                self.is_asked = true;
+                return Ok(None);
             }
+            message = reader.next(limit) => message.map(Some),
+            () = retake, if self.retake_at.is_some() => return Err(Ended::Again),
+            () = calm, if self.source_complained => Ok(None),
+        };
+        match message {
+            Ok(message) => {
+                if std::mem::take(&mut self.source_complained) {
+                    self.goes_on();
+                }
+                Ok(message)
+            }
+            Err(ReadError::Unavailable { cause, .. }) => {
+                self.source_complained = true;
+                self.status.waiting(&format!("the log is unavailable: {cause}"));
+                Ok(None)
+            }
+            Err(diverged) => Err(Ended::Stopped(diverged.to_string())),
         }
     }
 
     /// Makes the partitions this worker's own, and lets the source go on where SQL says.
     async fn take(&mut self, partitions: &[Partition], reader: &Reader) -> Result<(), Ended> {
-        let mut attempt = 0;
-        let places = loop {
-            let Context { database, clock, .. } = &self.context;
-            let target = Target { name: self.status.name(), generation: self.generation };
-            let taking = checkpoint::take(database, target, partitions, clock.now());
-            match until_asked(&mut self.shutdown, taking).await? {
-                Ok(places) => break places,
-                Err(error) if is_unavailable(&error) => {
-                    attempt += 1;
-                    self.wait_because(attempt, &unavailable(&error)).await?;
-                }
-                Err(error) => return Err(Ended::Stopped(error.to_string())),
-            }
+        let Context { database, clock, .. } = self.context.clone();
+        let name = self.status.name().to_owned();
+        let target = Target { name: &name, generation: self.generation };
+        let take = async || {
+            let places = checkpoint::take(&database, target, partitions, clock.now()).await?;
+            Ok((places, parked::streams(&database, target).await?))
         };
+        let (Some(places), parked) = self.until_done(take).await? else {
+            return Err(Ended::Retired);
+        };
+        self.parked.extend(partitions.iter().map(|partition| (*partition, Parked::default())));
+        for (partition, stream, events) in parked {
+            if let Some(parked) = self.parked.get_mut(&partition) {
+                parked.add(stream, events);
+            }
+        }
+        self.show_parked();
+        self.is_asked = true;
         for place in places {
             let partition = place.partition;
-            self.start(reader, &place).await?;
+            if !self.is_paused {
+                self.start(reader, &place).await?;
+            }
             self.status.change(|status| {
                 let (next, end) = (place.next, place.next);
                 let taken = PartitionStatus { next, end, last_event_at: None };
@@ -287,8 +378,16 @@ impl Runner {
             });
             self.places.insert(partition, place);
         }
-        self.status.running();
+        self.goes_on();
         Ok(())
+    }
+
+    /// The status of a worker that neither waits nor has stopped.
+    fn goes_on(&self) {
+        match self.is_paused {
+            true => self.status.change(|status| status.state = ProjectionState::Paused),
+            false => self.status.running(),
+        }
     }
 
     async fn start(&mut self, reader: &Reader, place: &Place) -> Result<(), Ended> {
@@ -306,7 +405,7 @@ impl Runner {
     }
 
     fn release(&mut self, partitions: &[Partition]) {
-        self.places.retain(|partition, _| !partitions.contains(partition));
+        self.forget(partitions);
         self.status.change(|status| {
             status.partitions.retain(|partition, _| !partitions.contains(partition));
             status.superseded.retain(|partition| !partitions.contains(partition));
@@ -316,8 +415,16 @@ impl Runner {
         });
     }
 
+    fn forget(&mut self, partitions: &[Partition]) {
+        self.places.retain(|partition, _| !partitions.contains(partition));
+        self.parked.retain(|partition, _| !partitions.contains(partition));
+        self.show_parked();
+    }
+
     fn release_all(&mut self) {
         self.places.clear();
+        // Shown until it is known of the partitions that come next.
+        self.parked.clear();
         self.status.change(|status| {
             status.partitions.clear();
             status.superseded.clear();
@@ -349,6 +456,7 @@ impl Runner {
     fn configured_events_max(&self) -> usize {
         let config = &self.context.config;
         let most = match self.context.database {
+            Database::Postgres(_) if self.role == Role::Next => config.rebuild_batch_events_max,
             Database::Postgres(_) => config.batch_events_max,
             Database::Sqlite(_) => config.sqlite_batch_events_max,
         };
@@ -373,7 +481,8 @@ impl From<sqlx::Error> for Failed {
     fn from(error: sqlx::Error) -> Self {
         match is_unavailable(&error) {
             true => Self::Unavailable(unavailable(&error)),
-            false => Self::Fault(Fault::somewhere(error)),
+            false if is_of_values(&error) => Self::Fault(Fault::somewhere(error)),
+            false => Self::Fault(Fault::of_all(error)),
         }
     }
 }

@@ -1,13 +1,13 @@
-//! The table of a read model: `NAME__g1` for its first generation, and the view `NAME` on the live
-//! one. The statements are made once from the row's columns.
+//! The table of a read model in one generation. The statements are made once from the row's columns.
 
 use kafold_core::row::{Column, ColumnKind, ColumnRole, Value};
 use kafold_migrations::{Identifier, SqlText};
 use sqlx::postgres::{PgArguments, PgRow};
 use sqlx::sqlite::{SqliteArguments, SqliteRow};
-use sqlx::{Executor, PgConnection, SqlStr, SqliteConnection};
+use sqlx::{PgConnection, SqlStr, SqliteConnection};
 
 use crate::definition::Definition;
+use crate::generation::{self, Generation};
 use crate::transaction::Transaction;
 use crate::value::{add_array, add_value, from_postgres, from_sqlite};
 
@@ -36,35 +36,29 @@ struct PostgresStatements {
 
 impl Table {
     /// The table of a definition that has passed its check; `None` for one without columns.
-    pub(crate) fn new(definition: &Definition, generation: u32) -> Option<Self> {
+    pub(crate) fn new(definition: &Definition, generation: Generation) -> Option<Self> {
         let columns = definition.columns?;
         let valid = |text: &str| Identifier::new(text).expect("the definition was checked");
         let names: Vec<_> = columns.iter().map(|column| valid(column.name)).collect();
         let key = columns.iter().position(|column| column.role == ColumnRole::Key);
         let key = key.expect("the definition was checked");
-        let table = valid(&format!("{}__g{generation}", definition.name));
+        let table = generation.table(&definition.name);
         let postgres = PostgresStatements::new(&table, columns, &names, key);
         Some(Self { view: valid(&definition.name), table, columns, names, key, postgres })
     }
 
-    /// Makes table, indexes and view.
+    /// Makes table and indexes, if they are not there.
     pub(crate) async fn create(&self, tx: &mut Transaction<'_>) -> Result<(), sqlx::Error> {
         let on_postgres = matches!(tx, Transaction::Postgres(_));
-        let mut statements = vec![self.create_table(on_postgres)];
-        statements.extend(self.create_indexes());
-        statements.push(self.create_view());
-        for statement in statements {
-            let query = sqlx::raw_sql(statement);
-            match tx {
-                Transaction::Postgres(connection) => connection.execute(query).await.map(drop)?,
-                Transaction::Sqlite(connection) => connection.execute(query).await.map(drop)?,
-            }
+        generation::run(tx, self.create_table(on_postgres)).await?;
+        for statement in self.create_indexes() {
+            generation::run(tx, statement).await?;
         }
         Ok(())
     }
 
     fn create_table(&self, on_postgres: bool) -> SqlStr {
-        let mut sql = SqlText::new("CREATE TABLE ");
+        let mut sql = SqlText::new("CREATE TABLE IF NOT EXISTS ");
         sql.name(&self.table).text(" (");
         sql.list(", ", self.columns.iter().zip(&self.names), |sql, (column, name)| {
             let kind = column.kind;
@@ -83,19 +77,12 @@ impl Table {
         indexed.filter(|(_, (column, _))| column.role == ColumnRole::Index).map(
             |(nth, (_, name))| {
                 let index = Identifier::new(&format!("{}_i{nth}", self.table.as_str()));
-                let mut sql = SqlText::new("CREATE INDEX ");
+                let mut sql = SqlText::new("CREATE INDEX IF NOT EXISTS ");
                 sql.name(&index.expect("a name of at most 50 bytes leaves room")).text(" ON ");
                 sql.name(&self.table).text(" (").name(name).text(", ");
                 sql.name(&self.names[self.key]).text(")").finish()
             },
         )
-    }
-
-    fn create_view(&self) -> SqlStr {
-        let mut sql = SqlText::new("CREATE VIEW ");
-        sql.name(&self.view).text(" AS SELECT ");
-        list_names(&mut sql, &self.names);
-        sql.text(" FROM ").name(&self.table).finish()
     }
 
     /// The rows of these keys that are there, in no order.

@@ -85,3 +85,26 @@ pub(crate) fn is_unavailable(error: &sqlx::Error) -> bool {
     // A server that dies between two messages shows as a breach of the protocol.
     is_transient(error) || matches!(error, sqlx::Error::Protocol(_) | sqlx::Error::Tls(_))
 }
+
+/// Whether the database refuses the values of these events, so that others may go through; else it
+/// is the statement that it refuses, whatever the values are.
+pub(crate) fn is_of_values(error: &sqlx::Error) -> bool {
+    match error {
+        sqlx::Error::Encode(_)
+        | sqlx::Error::Decode(_)
+        | sqlx::Error::ColumnDecode { .. }
+        | sqlx::Error::RowNotFound => true,
+        sqlx::Error::Database(error) => {
+            let code = error.code().unwrap_or_default();
+            match error.try_downcast_ref::<sqlx::sqlite::SqliteError>() {
+                // The low byte is the primary code: TOOBIG, CONSTRAINT, MISMATCH.
+                Some(_) => {
+                    code.parse().is_ok_and(|code: i32| [18, 19, 20].contains(&(code & 0xff)))
+                }
+                // Cardinality, data, constraints, views' checks, limits of a row, what a trigger raises.
+                None => ["21", "22", "23", "44", "54", "P0"].iter().any(|c| code.starts_with(c)),
+            }
+        }
+        _ => false,
+    }
+}

@@ -6,15 +6,17 @@ use std::sync::Arc;
 use kafold_core::clock::{RandomIds, SystemClock};
 use kafold_core::{Clock, EventSource, IdGenerator};
 use kafold_migrations::Database;
-use tokio::sync::watch;
+use tokio::sync::{Notify, watch};
 
 use crate::config::ProjectionConfig;
+use crate::desired::{self, AllDesired};
 use crate::handle::Projections;
 use crate::handler::Handler;
 use crate::projection::{Projection, ProjectionHandler};
 use crate::read_model::{ModelHandler, ReadModel};
-use crate::runner::Runner;
+use crate::runner::Orders;
 use crate::status::{ProjectionState, SharedStatus};
+use crate::supervisor::Supervisor;
 
 /// What every projection of a worker shares.
 #[derive(Clone)]
@@ -24,6 +26,8 @@ pub(crate) struct Context {
     pub(crate) config: ProjectionConfig,
     pub(crate) clock: Arc<dyn Clock>,
     pub(crate) ids: Arc<dyn IdGenerator>,
+    /// Has what operators ask looked up at once.
+    pub(crate) look: Arc<Notify>,
 }
 
 /// Folds the events of a log into read models.
@@ -45,6 +49,7 @@ impl ProjectionWorker {
             config: ProjectionConfig::default(),
             clock: Arc::new(SystemClock),
             ids: Arc::new(RandomIds),
+            look: Arc::new(Notify::new()),
         };
         Self { context, handlers: Vec::new() }
     }
@@ -85,6 +90,7 @@ impl ProjectionWorker {
     #[must_use = "dropped, it ends the projections"]
     pub fn spawn(self) -> Projections {
         let (shutdown, asked) = watch::channel(false);
+        let (told, desired) = watch::channel(AllDesired::default());
         let mut names = HashSet::new();
         let mut started = Vec::with_capacity(self.handlers.len());
         for handler in self.handlers {
@@ -102,13 +108,15 @@ impl ProjectionWorker {
                     None
                 }
                 None => {
-                    let context = self.context.clone();
-                    let runner = Runner::new(handler, context, status.clone(), asked.clone());
-                    Some(tokio::spawn(runner.run()))
+                    let orders = Orders { shutdown: asked.clone(), desired: desired.clone() };
+                    let (context, status) = (self.context.clone(), status.clone());
+                    Some(tokio::spawn(Supervisor::new(handler, context, status, orders).run()))
                 }
             };
             started.push((status, task));
         }
+        drop(desired);
+        tokio::spawn(desired::poll(self.context.clone(), told));
         Projections::new(self.context, started, shutdown)
     }
 }

@@ -13,8 +13,8 @@ use kafold_core::testing::eventually;
 use kafold_core::{Recorded, Row};
 use kafold_migrations::Database;
 use kafold_projections::{
-    HandlerError, Projection, ProjectionBatch, ProjectionState, ProjectionWorker, Projections,
-    Query, ReadModel, Transaction, sqlx,
+    FaultPolicy, Generation, HandlerError, Projection, ProjectionBatch, ProjectionConfig,
+    ProjectionState, ProjectionWorker, Projections, Query, ReadModel, Transaction, sqlx,
 };
 use sqlx::Row as _;
 
@@ -37,7 +37,9 @@ on_both!(
 const WAIT: Duration = Duration::from_secs(20);
 
 fn worker(orders: &Orders, database: &TestDatabase) -> ProjectionWorker {
-    ProjectionWorker::new(Arc::new(orders.store.clone()), database.database.clone())
+    let config =
+        ProjectionConfig { fault_policy: FaultPolicy::Stop, ..ProjectionConfig::default() };
+    ProjectionWorker::new(Arc::new(orders.store.clone()), database.database.clone()).config(config)
 }
 
 async fn stopped(projections: &Projections) -> String {
@@ -207,7 +209,7 @@ async fn a_foreign_table_of_that_name_is_refused_and_left_alone(database: &TestD
     let orders = Orders::new(1);
     let projections = worker(&orders, database).with(CustomerTotals).spawn();
     let reason = stopped(&projections).await;
-    assert!(reason.contains("a table or view customer_totals that is not kafold's"), "{reason}");
+    assert!(reason.contains("a table or view customer_totals that is not its own"), "{reason}");
     assert_eq!(database.number("SELECT COUNT(*) FROM customer_totals WHERE mine = 5").await, 1);
     assert_eq!(database.number("SELECT COUNT(*) FROM kafold_projection").await, 0);
 }
@@ -235,13 +237,14 @@ impl Projection for Named {
         self.name
     }
 
-    async fn setup(&self, tx: &mut Transaction<'_>) -> Result<(), HandlerError> {
+    async fn setup(&self, _: Generation, tx: &mut Transaction<'_>) -> Result<(), HandlerError> {
         (self.runs_on)(tx)
     }
 
     async fn apply(
         &self,
         _: &ProjectionBatch,
+        _: Generation,
         _: &mut Transaction<'_>,
     ) -> Result<(), HandlerError> {
         Ok(())
@@ -254,7 +257,7 @@ async fn names_no_database_takes_stop_the_projection(database: &TestDatabase) {
         let named = Named { name, runs_on: |_| Ok(()) };
         let projections = worker(&orders, database).with_projection(named).spawn();
         let reason = stopped(&projections).await;
-        assert!(reason.contains("cannot be a projection's name"), "{reason}");
+        assert!(reason.contains("cannot be the name of a projection"), "{reason}");
     }
     let twice = worker(&orders, database).with(CustomerTotals).with(CustomerTotals).spawn();
     let ProjectionState::Stopped(reason) = &twice.status()[1].state else { panic!("a duplicate") };

@@ -16,8 +16,8 @@ use kafold_core::store::Health;
 use kafold_core::testing::eventually;
 use kafold_core::{EventSource, Offset, Partition, Position};
 use kafold_projections::{
-    ProjectionConfig, ProjectionState, ProjectionStatus, ProjectionWorker, Projections, Query,
-    ReadModel, WaitError,
+    FaultPolicy, ProjectionConfig, ProjectionState, ProjectionStatus, ProjectionWorker,
+    Projections, Query, ReadModel, WaitError,
 };
 
 on_both!(
@@ -54,6 +54,7 @@ fn quick() -> ProjectionConfig {
     ProjectionConfig {
         retry_delay: Duration::from_millis(2),
         retry_delay_max: Duration::from_millis(20),
+        fault_policy: FaultPolicy::Stop,
         ..ProjectionConfig::default()
     }
 }

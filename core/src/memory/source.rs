@@ -115,6 +115,10 @@ impl Subscription for MemorySubscription {
         Ok(())
     }
 
+    fn stop(&mut self, partition: Partition) {
+        self.started.remove(&partition);
+    }
+
     fn is_shared(&self) -> bool {
         true
     }

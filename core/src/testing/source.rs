@@ -17,6 +17,8 @@ use crate::store::{
 
 /// How long a source may take to deliver what is in the log.
 const DELIVERY_TIMEOUT: Duration = Duration::from_secs(15);
+/// How long nothing may come for it to count as silence.
+const SILENCE: Duration = Duration::from_millis(300);
 /// Resuming is tried at no more cursors than this, so that the claim is quick on a long log.
 const CURSORS_MAX: usize = 8;
 
@@ -164,6 +166,43 @@ pub async fn reading_resumes_at_every_cursor_without_gap_or_repetition(
             assert_eq!(first.from, from);
         }
     }
+}
+
+/// A partition that was stopped delivers nothing until it is started again, and the others go on.
+pub async fn a_stopped_partition_is_silent_until_it_is_started(harness: &mut dyn StoreUnderTest) {
+    let streams = write_streams(&*harness.store()).await;
+    let total = streams.len() * EVENTS_A_STREAM;
+    let mut reader = Reader::new(&*harness.source(), 2).await;
+    while reader.batches.is_empty() {
+        reader.step().await;
+    }
+    let stopped = reader.batches[0].clone();
+    reader.subscription.stop(stopped.partition);
+    let of_it = |reader: &Reader| {
+        reader.batches.iter().filter(|batch| batch.partition == stopped.partition).count()
+    };
+    let others: Vec<_> = {
+        let mut all = Reader::new(&*harness.source(), 100).await;
+        let events = all.read_until(&streams, total).await;
+        events.into_iter().filter(|e| e.position.partition != stopped.partition).collect()
+    };
+    let seen = |reader: &Reader| {
+        let events = reader.events_of(&streams);
+        events.iter().filter(|e| e.position.partition != stopped.partition).count()
+    };
+    while seen(&reader) < others.len() {
+        reader.step().await;
+    }
+    let silent = tokio::time::timeout(SILENCE, reader.subscription.next()).await;
+    if let Ok(message) = silent {
+        reader.take(message.expect("the source can be read")).await;
+    }
+    assert_eq!(of_it(&reader), 1, "nothing more of the stopped partition");
+    let from = Some(stopped.next.clone());
+    reader.subscription.start(stopped.partition, from).await.expect("the cursor is good");
+    let all = reader.read_until(&streams, total).await;
+    let offsets: HashSet<_> = all.iter().map(|event| event.position).collect();
+    assert_eq!((all.len(), offsets.len()), (total, total), "each event once");
 }
 
 /// What is appended while a reader waits comes to it, in order.

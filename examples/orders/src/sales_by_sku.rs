@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use kafold::projections::sqlx::{self, AssertSqlSafe, PgConnection, SqliteConnection};
-use kafold::projections::{HandlerError, Projection, ProjectionBatch, Transaction};
+use kafold::projections::{Generation, HandlerError, Projection, ProjectionBatch, Transaction};
 use kafold::store::ReadError;
 use kafold::{Database, Recorded, is_transient};
 
@@ -19,29 +19,20 @@ use crate::order::OrderEvent;
 use crate::read_models::{Sale, Sums};
 
 /// Written by the projection `sales_by_sku`, read by `GET /reports/sales?by=sku`.
-const TABLE: &str = "CREATE TABLE IF NOT EXISTS sales_by_sku (
+const COLUMNS: &str = "
     sku          TEXT   NOT NULL PRIMARY KEY,
     orders       BIGINT NOT NULL,
     quantity     BIGINT NOT NULL,
-    amount_cents BIGINT NOT NULL
-)";
+    amount_cents BIGINT NOT NULL";
 
 /// Rows come in the order of their sku, so that two transactions lock shared rows in one order.
-const ADD_POSTGRES: &str = "INSERT INTO sales_by_sku (sku, orders, quantity, amount_cents)
-    SELECT * FROM UNNEST($1::text[], $2::bigint[], $3::bigint[], $4::bigint[])
-    ON CONFLICT (sku) DO UPDATE SET
-        orders       = sales_by_sku.orders + excluded.orders,
-        quantity     = sales_by_sku.quantity + excluded.quantity,
-        amount_cents = sales_by_sku.amount_cents + excluded.amount_cents";
+const ROWS_POSTGRES: &str =
+    "SELECT * FROM UNNEST($1::text[], $2::bigint[], $3::bigint[], $4::bigint[])";
 
-const ADD_SQLITE: [&str; 3] = [
-    "INSERT INTO sales_by_sku (sku, orders, quantity, amount_cents) VALUES ",
-    "(?, ?, ?, ?)",
-    " ON CONFLICT (sku) DO UPDATE SET
-        orders       = orders + excluded.orders,
-        quantity     = quantity + excluded.quantity,
-        amount_cents = amount_cents + excluded.amount_cents",
-];
+const ADD: &str = "ON CONFLICT (sku) DO UPDATE SET
+    orders       = t.orders + excluded.orders,
+    quantity     = t.quantity + excluded.quantity,
+    amount_cents = t.amount_cents + excluded.amount_cents";
 /// Rows in one statement on SQLite: far below its limit of 32 766 bound values.
 const ROWS_MAX_SQLITE: usize = 1_000;
 
@@ -103,13 +94,24 @@ impl Projection for SalesBySku {
         Self::NAME
     }
 
-    async fn setup(&self, tx: &mut Transaction<'_>) -> Result<(), HandlerError> {
+    fn tables(&self) -> &[&str] {
+        &[Self::NAME]
+    }
+
+    async fn setup(
+        &self,
+        generation: Generation,
+        tx: &mut Transaction<'_>,
+    ) -> Result<(), HandlerError> {
+        let table = generation.table(Self::NAME);
+        // Made of constants and a checked name, as all statements here.
+        let create = AssertSqlSafe(format!("CREATE TABLE IF NOT EXISTS {table} ({COLUMNS})"));
         match tx {
             Transaction::Postgres(connection) => {
-                sqlx::query(TABLE).execute(&mut **connection).await?;
+                sqlx::query(create).execute(&mut **connection).await?;
             }
             Transaction::Sqlite(connection) => {
-                sqlx::query(TABLE).execute(&mut **connection).await?;
+                sqlx::query(create).execute(&mut **connection).await?;
             }
         }
         Ok(())
@@ -118,6 +120,7 @@ impl Projection for SalesBySku {
     async fn apply(
         &self,
         batch: &ProjectionBatch,
+        generation: Generation,
         tx: &mut Transaction<'_>,
     ) -> Result<(), HandlerError> {
         let events = batch.decode::<OrderEvent>()?;
@@ -125,9 +128,12 @@ impl Projection for SalesBySku {
         if changes.is_empty() {
             return Ok(());
         }
+        let insert = format!("INSERT INTO {} AS t", generation.table(Self::NAME));
         match tx {
-            Transaction::Postgres(connection) => add_postgres(connection, &changes).await?,
-            Transaction::Sqlite(connection) => add_sqlite(connection, &changes).await?,
+            Transaction::Postgres(connection) => {
+                add_postgres(connection, &insert, &changes).await?;
+            }
+            Transaction::Sqlite(connection) => add_sqlite(connection, &insert, &changes).await?,
         }
         Ok(())
     }
@@ -150,12 +156,13 @@ fn changes(events: &[Recorded<OrderEvent>]) -> Vec<(&str, Sums)> {
 
 async fn add_postgres(
     connection: &mut PgConnection,
+    insert: &str,
     changes: &[(&str, Sums)],
 ) -> Result<(), sqlx::Error> {
     let column = |value: fn(&Sums) -> i64| -> Vec<i64> {
         changes.iter().map(|(_, sums)| value(sums)).collect()
     };
-    sqlx::query(ADD_POSTGRES)
+    sqlx::query(AssertSqlSafe(format!("{insert} {ROWS_POSTGRES} {ADD}")))
         .bind(changes.iter().map(|(sku, _)| (*sku).to_owned()).collect::<Vec<_>>())
         .bind(column(|sums| sums.orders))
         .bind(column(|sums| sums.quantity))
@@ -167,12 +174,12 @@ async fn add_postgres(
 
 async fn add_sqlite(
     connection: &mut SqliteConnection,
+    insert: &str,
     changes: &[(&str, Sums)],
 ) -> Result<(), sqlx::Error> {
-    let [insert, row, add] = ADD_SQLITE;
     for part in changes.chunks(ROWS_MAX_SQLITE) {
-        let statement = format!("{insert}{}{add}", vec![row; part.len()].join(", "));
-        // Made of the three constants above.
+        let rows = vec!["(?, ?, ?, ?)"; part.len()].join(", ");
+        let statement = format!("{insert} VALUES {rows} {ADD}");
         let mut query = sqlx::query(AssertSqlSafe(statement));
         for (sku, sums) in part {
             query = query.bind(*sku).bind(sums.orders).bind(sums.quantity).bind(sums.amount_cents);

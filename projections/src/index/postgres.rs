@@ -5,8 +5,7 @@ use kafold_core::index::{Advanced, IndexBatch, IndexLoad, IndexRead};
 use kafold_core::mutant::{self, Mutant};
 use kafold_core::store::Cursor;
 use kafold_core::{Offset, RecordedEvent};
-use sqlx::postgres::PgRow;
-use sqlx::{PgConnection, PgPool, Row};
+use sqlx::{FromRow, PgConnection, PgPool, Row};
 
 use super::{
     EventRow, IndexError, More, Stored, bigint, check_stored, cursor, cut, offset_of, partition_int,
@@ -141,26 +140,10 @@ pub(super) async fn load(
         let (position, events) = found.get_mut(index).expect("rows are numbered by the requests");
         *position = offset_of(row.try_get("next_offset")?)?;
         if row.try_get::<Option<i64>, _>("version")?.is_some() {
-            events.push(event_row(row)?.event()?);
+            events.push(EventRow::from_row(row)?.event()?);
         }
     }
     Ok(found.into_iter().map(|(position, events)| cut(position, events, limit)).collect())
-}
-
-fn event_row(row: &PgRow) -> Result<EventRow, sqlx::Error> {
-    Ok(EventRow {
-        category: row.try_get("category")?,
-        stream_id: row.try_get("stream_id")?,
-        version: row.try_get("version")?,
-        partition: row.try_get("partition")?,
-        offset: row.try_get("offset")?,
-        event_id: row.try_get("event_id")?,
-        event_type: row.try_get("event_type")?,
-        recorded_at: row.try_get("recorded_at")?,
-        command_id: row.try_get("command_id")?,
-        metadata: row.try_get("metadata")?,
-        payload: row.try_get("payload")?,
-    })
 }
 
 fn column<'a, T, U>(items: &'a [T], value: impl Fn(&'a T) -> U) -> Vec<U> {

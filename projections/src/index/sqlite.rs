@@ -6,13 +6,11 @@ use kafold_core::mutant::{self, Mutant};
 use kafold_core::store::Cursor;
 use kafold_core::{Offset, RecordedEvent};
 use kafold_migrations::{SqlText, SqliteDatabase, micros};
-use sqlx::sqlite::SqliteRow;
-use sqlx::{Row, SqliteConnection, SqlitePool};
+use sqlx::{FromRow, SqliteConnection, SqlitePool};
 use uuid::Uuid;
 
 use super::{
-    EventRow, IndexError, More, Stored, bigint, check_stored, cursor, cut, diverged, offset_of,
-    partition_int,
+    EventRow, IndexError, More, Stored, bigint, check_stored, cursor, cut, offset_of, partition_int,
 };
 use crate::table::list_places;
 
@@ -152,29 +150,10 @@ pub(super) async fn load(
             .bind(bigint(limit as u64).saturating_add(1));
         let mut events = Vec::new();
         for row in &query.fetch_all(&mut *tx).await? {
-            events.push(event_row(row)?.event()?);
+            events.push(EventRow::from_row(row)?.event()?);
         }
         answers.push(cut(offset_of(position.unwrap_or(0))?, events, limit));
     }
     tx.commit().await?;
     Ok(answers)
-}
-
-fn event_row(row: &SqliteRow) -> Result<EventRow, IndexError> {
-    let recorded_at = row.try_get("recorded_at")?;
-    let recorded_at = micros::from_micros(recorded_at)
-        .ok_or_else(|| diverged("kafold_event", format!("recorded_at {recorded_at}")))?;
-    Ok(EventRow {
-        category: row.try_get("category")?,
-        stream_id: row.try_get("stream_id")?,
-        version: row.try_get("version")?,
-        partition: row.try_get("partition")?,
-        offset: row.try_get("offset")?,
-        event_id: row.try_get("event_id")?,
-        event_type: row.try_get("event_type")?,
-        recorded_at,
-        command_id: row.try_get("command_id")?,
-        metadata: row.try_get("metadata")?,
-        payload: row.try_get("payload")?,
-    })
 }

@@ -5,11 +5,12 @@ use std::time::Duration;
 
 use kafold_core::mutant::{self, Mutant};
 use kafold_core::store::Batch;
-use kafold_core::{Offset, Partition};
+use kafold_core::{Offset, Partition, RecordedEvent};
 use kafold_migrations::Database;
 
-use super::{Ended, Failed, Runner, sorted, unavailable, until_asked};
+use super::{Ended, Failed, Role, Runner, sorted, unavailable, until_asked};
 use crate::checkpoint::{self, Step};
+use crate::config::FaultPolicy;
 use crate::handler::{Fault, Target};
 use crate::projection::ProjectionBatch;
 use crate::status::ProjectionState;
@@ -42,7 +43,7 @@ impl Runner {
             self.careful_until.insert(batch.partition, batch.next.next);
             return Err(Ended::Again);
         }
-        let mut reason = fault.reason;
+        let mut reason = fault.reason.clone();
         if fault.at.is_none() {
             reason = format!("{}: {reason}", show_commit(batch));
         }
@@ -53,7 +54,10 @@ impl Runner {
                 None => return Ok(()),
             }
         }
-        Err(Ended::Stopped(reason))
+        match self.context.config.fault_policy {
+            FaultPolicy::Park if fault.parks => self.park(round, fault.at, reason).await,
+            _ => Err(Ended::Stopped(reason)),
+        }
     }
 
     /// Back to large batches once what failed is behind.
@@ -69,14 +73,19 @@ impl Runner {
     }
 
     /// Applies the round, waiting out what is the database's fault. Answers the fault if it is not.
-    async fn apply(&mut self, round: &mut ProjectionBatch) -> Result<Option<Fault>, Ended> {
+    pub(super) async fn apply(
+        &mut self,
+        round: &mut ProjectionBatch,
+    ) -> Result<Option<Fault>, Ended> {
         let mut attempt = 0;
+        let mut aside = Vec::new();
         loop {
             self.prune(round)?;
             if round.batches().is_empty() {
                 return Ok(None);
             }
-            match self.transact(round).await {
+            self.set_aside(round, &mut aside)?;
+            match self.transact(round, &aside).await {
                 Ok(()) => return Ok(None),
                 Err(Failed::Fault(fault)) => return Ok(Some(fault)),
                 Err(Failed::Superseded) => self.reconcile(&mut attempt).await?,
@@ -114,19 +123,24 @@ impl Runner {
         )))
     }
 
-    async fn transact(&mut self, round: &ProjectionBatch) -> Result<(), Failed> {
+    async fn transact(
+        &mut self,
+        round: &ProjectionBatch,
+        aside: &[RecordedEvent],
+    ) -> Result<(), Failed> {
         let Context { clock, config, .. } = &self.context;
         let (clock, timeout) = (clock.clone(), config.transaction_timeout);
         let begun = clock.instant();
         let (steps, held) = tokio::select! {
             biased;
-            done = self.commit(round) => done?,
+            done = self.commit(round, aside) => done?,
             () = clock.sleep(timeout) => {
                 let reason = format!("a transaction was not through within {timeout:?}");
                 return Err(Failed::Unavailable(reason));
             }
         };
         let took = clock.instant().saturating_duration_since(begun);
+        self.have_parked(aside);
         self.advanced(steps);
         self.status.measure(round.count(), took, clock.now());
         self.adapt(held);
@@ -134,9 +148,13 @@ impl Runner {
     }
 
     /// The transaction. Answers how long it was open.
-    async fn commit(&self, round: &ProjectionBatch) -> Result<(Vec<Step>, Duration), Failed> {
+    async fn commit(
+        &self,
+        round: &ProjectionBatch,
+        aside: &[RecordedEvent],
+    ) -> Result<(Vec<Step>, Duration), Failed> {
         let Context { database, clock, .. } = &self.context;
-        let target = Target { name: self.status.name(), generation: self.generation };
+        let target = self.target();
         let has_events = round.count() > 0;
         let work = match has_events {
             true => Some(self.handler.prepare(round).map_err(Failed::Fault)?),
@@ -158,6 +176,10 @@ impl Runner {
         let tx = &mut open.lend();
         if let Some(work) = work {
             work.apply(target, tx).await.map_err(sorted)?;
+        }
+        self.insert_parked(tx, aside).await?;
+        // What the next generation has applied, queries do not see.
+        if self.role == Role::Live && (has_events || !aside.is_empty()) {
             checkpoint::announce(tx, target, &steps).await?;
         }
         open.commit().await?;
@@ -218,7 +240,7 @@ impl Runner {
 
     /// Learns from the database what became of the partitions: one under another fence is lost, one
     /// that moved has moved.
-    async fn reconcile(&mut self, attempt: &mut u32) -> Result<(), Ended> {
+    pub(super) async fn reconcile(&mut self, attempt: &mut u32) -> Result<(), Ended> {
         let found = loop {
             let target = Target { name: self.status.name(), generation: self.generation };
             let looking = checkpoint::places(&self.context.database, target);
@@ -244,7 +266,7 @@ impl Runner {
             return Ok(());
         }
         tracing::warn!(projection = self.status.name(), ?lost, "another worker took partitions");
-        self.places.retain(|partition, _| !lost.contains(partition));
+        self.forget(&lost);
         if self.is_shared {
             let delay = self.context.config.retake_delay;
             self.retake_at = Some(self.context.clock.instant() + delay);
@@ -259,7 +281,7 @@ impl Runner {
 }
 
 fn is_one_commit(batch: &Batch) -> bool {
-    let commit = |event: &kafold_core::RecordedEvent| (event.stream.clone(), event.command_id);
+    let commit = |event: &RecordedEvent| (event.stream.clone(), event.command_id);
     let mut commits = batch.events.iter().map(commit);
     let Some(first) = commits.next() else { return true };
     commits.all(|commit| commit == first)

@@ -15,8 +15,9 @@ use kafold_core::{
     Recorded, RecordedEvent, Row, StreamId, Version, codec,
 };
 use kafold_migrations::Database;
+use kafold_projections::sqlx::AssertSqlSafe;
 use kafold_projections::{
-    HandlerError, Projection, ProjectionBatch, Query, ReadModel, Transaction, sqlx,
+    Generation, HandlerError, Projection, ProjectionBatch, Query, ReadModel, Transaction, sqlx,
 };
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
@@ -188,8 +189,19 @@ impl Projection for Ledger {
         "ledger"
     }
 
-    async fn setup(&self, tx: &mut Transaction<'_>) -> Result<(), HandlerError> {
-        let sql = "CREATE TABLE IF NOT EXISTS ledger (position TEXT PRIMARY KEY, type TEXT)";
+    fn tables(&self) -> &[&str] {
+        &["ledger"]
+    }
+
+    async fn setup(
+        &self,
+        generation: Generation,
+        tx: &mut Transaction<'_>,
+    ) -> Result<(), HandlerError> {
+        let table = generation.table("ledger");
+        let sql =
+            format!("CREATE TABLE IF NOT EXISTS {table} (position TEXT PRIMARY KEY, type TEXT)");
+        let sql = AssertSqlSafe(sql);
         match tx {
             Transaction::Postgres(connection) => {
                 sqlx::query(sql).execute(&mut **connection).await?;
@@ -204,11 +216,14 @@ impl Projection for Ledger {
     async fn apply(
         &self,
         batch: &ProjectionBatch,
+        generation: Generation,
         tx: &mut Transaction<'_>,
     ) -> Result<(), HandlerError> {
         self.batches().push(batch.count());
-        let sql = "INSERT INTO ledger (position, type) VALUES ($1, $2)";
+        let table = generation.table("ledger");
+        let sql = format!("INSERT INTO {table} (position, type) VALUES ($1, $2)");
         for event in batch.events() {
+            let sql = AssertSqlSafe(sql.clone());
             let (position, event_type) = (event.position.to_string(), &*event.event_type);
             match tx {
                 Transaction::Postgres(connection) => {

@@ -63,4 +63,8 @@ impl Subscription for SwitchedSubscription {
     async fn start(&mut self, partition: Partition, from: Option<Cursor>) -> Result<(), ReadError> {
         self.inner.start(partition, from).await
     }
+
+    fn stop(&mut self, partition: Partition) {
+        self.inner.stop(partition);
+    }
 }

@@ -1,0 +1,143 @@
+//! [`Generation`]: the builds of a projection's tables, and the views that queries see.
+//!
+//! A table `NAME` is a view of that name on the table of the live generation, `NAME__g3`. A rebuild
+//! fills the tables of the next generation; the switch points the views at them.
+
+use std::fmt;
+
+use kafold_migrations::{Identifier, SqlText};
+use sqlx::{Executor, SqlStr};
+
+use crate::definition::Definition;
+use crate::sql::either;
+use crate::transaction::Transaction;
+
+/// One build of a projection's tables, counted from 1. No number is used twice.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Generation(pub u32);
+
+impl Generation {
+    /// The one a projection begins with.
+    pub const FIRST: Self = Self(1);
+
+    /// What a table is called in this generation: `sales_by_sku` is `sales_by_sku__g1`.
+    ///
+    /// # Panics
+    ///
+    /// If `table` is not a name that [`Projection::tables`](crate::Projection::tables) may give.
+    pub fn table(self, table: &str) -> Identifier {
+        Identifier::new(&format!("{table}__g{self}")).expect("a table's name: [a-z][a-z0-9_]*")
+    }
+
+    /// As the tables hold it.
+    pub(crate) fn int(self) -> i32 {
+        i32::try_from(self.0).unwrap_or(i32::MAX)
+    }
+
+    pub(crate) fn of(int: i32) -> Self {
+        Self(int.unsigned_abs())
+    }
+}
+
+impl fmt::Display for Generation {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+/// Makes the views of a new projection.
+pub(crate) async fn create_views(
+    tx: &mut Transaction<'_>,
+    definition: &Definition,
+    generation: Generation,
+) -> Result<(), sqlx::Error> {
+    for table in definition.tables() {
+        run(tx, create_view("CREATE VIEW ", &table, generation)).await?;
+    }
+    Ok(())
+}
+
+/// Points the views at another generation. On PostgreSQL a view whose columns stay is replaced, which
+/// keeps the rights on it; other views on it must be made anew by whoever made them.
+pub(crate) async fn switch_views(
+    tx: &mut Transaction<'_>,
+    definition: &Definition,
+    generation: Generation,
+    same_columns: bool,
+) -> Result<(), sqlx::Error> {
+    let replaces = same_columns && matches!(tx, Transaction::Postgres(_));
+    for table in definition.tables() {
+        if replaces {
+            run(tx, create_view("CREATE OR REPLACE VIEW ", &table, generation)).await?;
+        } else {
+            run(tx, SqlText::new("DROP VIEW IF EXISTS ").name(&table).finish()).await?;
+            run(tx, create_view("CREATE VIEW ", &table, generation)).await?;
+        }
+    }
+    Ok(())
+}
+
+/// Drops the tables of all generations but these.
+pub(crate) async fn drop_tables(
+    tx: &mut Transaction<'_>,
+    definition: &Definition,
+    keep: &[Generation],
+) -> Result<(), sqlx::Error> {
+    for table in definition.tables() {
+        for generation in generations(tx, &table).await? {
+            if !keep.contains(&generation) {
+                let stale = generation.table(table.as_str());
+                run(tx, SqlText::new("DROP TABLE IF EXISTS ").name(&stale).finish()).await?;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Whether a table or view of this name is found without naming a schema.
+pub(crate) async fn exists(tx: &mut Transaction<'_>, name: &str) -> Result<bool, sqlx::Error> {
+    match tx {
+        Transaction::Postgres(connection) => {
+            let query = sqlx::query_scalar("SELECT to_regclass(quote_ident($1)) IS NOT NULL");
+            query.bind(name).fetch_one(&mut **connection).await
+        }
+        Transaction::Sqlite(connection) => {
+            // SQLite's names know no case.
+            let sql = "SELECT EXISTS (SELECT 1 FROM sqlite_schema WHERE name = $1 COLLATE NOCASE)";
+            sqlx::query_scalar(sql).bind(name).fetch_one(&mut **connection).await
+        }
+    }
+}
+
+pub(crate) async fn run(tx: &mut Transaction<'_>, statement: SqlStr) -> Result<(), sqlx::Error> {
+    let query = sqlx::raw_sql(statement);
+    either!(tx, connection => connection.execute(query).await.map(drop))
+}
+
+fn create_view(how: &'static str, table: &Identifier, generation: Generation) -> SqlStr {
+    let mut sql = SqlText::new(how);
+    sql.name(table).text(" AS SELECT * FROM ").name(&generation.table(table.as_str())).finish()
+}
+
+/// The generations of which there is a table.
+async fn generations(
+    tx: &mut Transaction<'_>,
+    table: &Identifier,
+) -> Result<Vec<Generation>, sqlx::Error> {
+    let prefix = format!("{}__g", table.as_str());
+    let names: Vec<String> = match tx {
+        Transaction::Postgres(connection) => {
+            let sql = "SELECT c.relname::text FROM pg_class c \
+                       WHERE c.relkind = 'r' AND starts_with(c.relname, $1) \
+                         AND pg_table_is_visible(c.oid)";
+            sqlx::query_scalar(sql).bind(&prefix).fetch_all(&mut **connection).await?
+        }
+        Transaction::Sqlite(connection) => {
+            let sql = "SELECT name FROM sqlite_schema \
+                       WHERE type = 'table' AND substr(name, 1, length($1)) = $1";
+            sqlx::query_scalar(sql).bind(&prefix).fetch_all(&mut **connection).await?
+        }
+    };
+    let number = |name: &String| name.strip_prefix(&prefix)?.parse().ok().map(Generation);
+    Ok(names.iter().filter_map(number).collect())
+}

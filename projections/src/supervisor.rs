@@ -1,0 +1,276 @@
+//! One projection of a worker: the runner of its live generation, the runner of the next one while it
+//! is rebuilt, and the switch from one to the other.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::watch;
+use tokio::task::JoinSet;
+
+use crate::desired::{AllDesired, Desired};
+use crate::generation::Generation;
+use crate::handler::Handler;
+use crate::registry::{self, State, Switched};
+use crate::runner::{Orders, Outcome, Runner};
+use crate::status::{ProjectionState, ProjectionStatus, SharedStatus};
+use crate::worker::Context;
+
+/// Between two attempts to write down a state, to switch or to drop old tables.
+const TICK: Duration = Duration::from_millis(500);
+
+/// How far behind the end of the log a generation is that can catch up while the live one waits.
+const SWITCH_LAG_MAX: u64 = 10_000;
+
+/// A runner under way.
+struct Running {
+    shutdown: watch::Sender<bool>,
+    /// `None` is whatever generation is live.
+    generation: Option<Generation>,
+}
+
+/// A runner that has stopped by itself, and what it takes to start another.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Stopped {
+    generation: Option<Generation>,
+    resumptions: i64,
+}
+
+/// Starts and ends the runners of one projection as operators ask.
+pub(crate) struct Supervisor {
+    handler: Arc<dyn Handler>,
+    context: Context,
+    status: SharedStatus,
+    shutdown: watch::Receiver<bool>,
+    all_desired: watch::Receiver<AllDesired>,
+    runners: JoinSet<(Option<Generation>, Outcome)>,
+    live: Option<Running>,
+    live_stopped: Option<Stopped>,
+    next: Option<Running>,
+    next_stopped: Option<Stopped>,
+    /// Why the live generation stopped, while that is not written down.
+    untold_stop: Option<String>,
+    /// Why the rebuild does not go on, while that is not written down.
+    untold_reason: Option<(Generation, String)>,
+    /// Whether there may be tables of generations that are gone.
+    has_stale_tables: bool,
+}
+
+impl Supervisor {
+    pub(crate) fn new(
+        handler: Arc<dyn Handler>,
+        context: Context,
+        status: SharedStatus,
+        orders: Orders,
+    ) -> Self {
+        Self {
+            handler,
+            context,
+            status,
+            shutdown: orders.shutdown,
+            all_desired: orders.desired,
+            runners: JoinSet::new(),
+            live: None,
+            live_stopped: None,
+            next: None,
+            next_stopped: None,
+            untold_stop: None,
+            untold_reason: None,
+            has_stale_tables: true,
+        }
+    }
+
+    /// Runs until it is shut down.
+    pub(crate) async fn run(mut self) {
+        let mut shutdown = self.shutdown.clone();
+        tokio::select! {
+            biased;
+            _ = shutdown.wait_for(|asked| *asked) => {}
+            () = self.supervise() => {}
+        }
+        for running in self.live.iter().chain(&self.next) {
+            running.shutdown.send_replace(true);
+        }
+        while self.runners.join_next().await.is_some() {}
+    }
+
+    async fn supervise(&mut self) {
+        let clock = self.context.clock.clone();
+        loop {
+            let desired = self.all_desired.borrow_and_update().get(self.status.name()).cloned();
+            self.follow(desired.as_ref());
+            if let Some(desired) = &desired {
+                self.switch(desired).await;
+                self.tell().await;
+                self.tidy().await;
+            }
+            tokio::select! {
+                biased;
+                Some(ended) = self.runners.join_next() => {
+                    // A runner catches its own panics.
+                    if let Ok((generation, outcome)) = ended {
+                        self.ended(generation, outcome, desired.as_ref());
+                    }
+                }
+                Ok(()) = self.all_desired.changed() => {}
+                () = clock.sleep(TICK) => {}
+            }
+        }
+    }
+
+    /// Starts and ends runners.
+    fn follow(&mut self, desired: Option<&Desired>) {
+        let resumptions = desired.map_or(0, |desired| desired.resumptions);
+        if let (Some(next), Some(desired)) = (&self.next, desired) {
+            if next.generation == Some(desired.live) {
+                // It knows by itself, and so does the former one, if that is still there.
+                self.live = self.next.take();
+                self.live_stopped = None;
+                self.has_stale_tables = true;
+            } else if next.generation != desired.next {
+                self.end_next();
+            }
+        }
+        let is_resumed = |stopped: &Stopped| stopped.resumptions < resumptions;
+        if self.live.is_none() && self.live_stopped.as_ref().is_none_or(is_resumed) {
+            self.live_stopped = None;
+            self.start_live();
+        }
+        let Some(desired) = desired else { return };
+        let is_mine = |fingerprint: &String| *fingerprint == self.handler.definition().fingerprint;
+        let Some(wanted) = desired.next else { return };
+        if self.next.is_some() || !desired.next_fingerprint.as_ref().is_none_or(is_mine) {
+            return;
+        }
+        let is_other =
+            |stopped: &Stopped| stopped.generation != Some(wanted) || is_resumed(stopped);
+        if self.next_stopped.as_ref().is_none_or(is_other) {
+            self.next_stopped = None;
+            self.start_next(wanted);
+        }
+    }
+
+    fn start_live(&mut self) {
+        let (shutdown, orders) = self.orders();
+        let status = self.status.starting();
+        let runner = Runner::live(self.handler.clone(), self.context.clone(), status, orders);
+        self.live = Some(Running { shutdown, generation: None });
+        self.runners.spawn(async { (None, runner.run().await) });
+    }
+
+    fn start_next(&mut self, generation: Generation) {
+        let (shutdown, orders) = self.orders();
+        let status = self.status.building(generation);
+        let (handler, context) = (self.handler.clone(), self.context.clone());
+        let runner = Runner::next(handler, context, status, orders, generation);
+        tracing::info!(projection = self.status.name(), generation = generation.0, "rebuilding");
+        self.next = Some(Running { shutdown, generation: Some(generation) });
+        self.runners.spawn(async move { (Some(generation), runner.run().await) });
+    }
+
+    fn orders(&self) -> (watch::Sender<bool>, Orders) {
+        let (sender, shutdown) = watch::channel(false);
+        (sender, Orders { shutdown, desired: self.all_desired.clone() })
+    }
+
+    fn end_next(&mut self) {
+        let Some(next) = self.next.take() else { return };
+        next.shutdown.send_replace(true);
+        if let Some(generation) = next.generation {
+            self.status.abandoned(generation);
+        }
+        self.has_stale_tables = true;
+    }
+
+    fn ended(
+        &mut self,
+        generation: Option<Generation>,
+        outcome: Outcome,
+        desired: Option<&Desired>,
+    ) {
+        let resumptions = desired.map_or(0, |desired| desired.resumptions);
+        let reason = match outcome {
+            Outcome::Stopped(reason) => Some(reason),
+            Outcome::Retired | Outcome::Shutdown => None,
+        };
+        let stopped = reason.as_ref().map(|_| Stopped { generation, resumptions });
+        // Neither: one that another has taken the place of.
+        if self.live.as_ref().is_some_and(|live| live.generation == generation) {
+            self.live = None;
+            self.live_stopped = stopped;
+            self.untold_stop = reason;
+        } else if self.next.as_ref().is_some_and(|next| next.generation == generation) {
+            if stopped.is_none() {
+                self.end_next();
+            }
+            self.next = None;
+            self.next_stopped = stopped;
+            self.untold_reason = generation.zip(reason);
+        }
+    }
+
+    /// Makes the next generation the live one as soon as it has caught up.
+    async fn switch(&mut self, desired: &Desired) {
+        let Some(next) = self.next.as_ref().and_then(|next| next.generation) else { return };
+        let status = self.status.now().next.filter(|status| status.generation == next);
+        if desired.is_paused || !status.is_some_and(|status| is_caught_up(&status)) {
+            return;
+        }
+        let Context { database, clock, .. } = &self.context;
+        let definition = self.handler.definition();
+        let name = &definition.name;
+        match registry::switch(database, definition, next, &**clock).await {
+            Ok(Switched::Done) => {
+                tracing::info!(projection = name, generation = next.0, "switched");
+                self.context.look.notify_one();
+            }
+            Ok(Switched::Parked(streams)) => {
+                let reason = format!(
+                    "it is complete, but {streams} of its streams are parked: have them retried or \
+                     skipped with `kafold parked`, or switch all the same with `kafold projections \
+                     rebuild {name} --with-parked`"
+                );
+                tracing::warn!(projection = name, reason, "no switch");
+                self.untold_reason = Some((next, reason));
+            }
+            Ok(Switched::Behind | Switched::Gone) => {}
+            Err(error) => tracing::warn!(projection = name, %error, "cannot switch now"),
+        }
+    }
+
+    /// Writes down why something has stopped; again later when the database is away.
+    async fn tell(&mut self) {
+        let Context { database, clock, .. } = &self.context;
+        let name = self.status.name();
+        if let Some(reason) = &self.untold_stop {
+            let now = clock.now();
+            match registry::set_state(database, name, State::Stopped, Some(reason), now).await {
+                Ok(()) => self.untold_stop = None,
+                Err(error) => tracing::debug!(name, %error, "cannot write down that it stopped"),
+            }
+        }
+        if let Some((next, reason)) = &self.untold_reason {
+            match registry::set_next_reason(database, name, *next, reason).await {
+                Ok(()) => self.untold_reason = None,
+                Err(error) => tracing::debug!(name, %error, "cannot write down why it waits"),
+            }
+        }
+    }
+
+    /// Drops what generations have left that are neither live nor wanted.
+    async fn tidy(&mut self) {
+        if !self.has_stale_tables {
+            return;
+        }
+        match registry::drop_stale(&self.context.database, self.handler.definition()).await {
+            Ok(()) => self.has_stale_tables = false,
+            Err(error) => {
+                tracing::debug!(projection = self.status.name(), %error, "old tables are left");
+            }
+        }
+    }
+}
+
+/// Whether it is worth a look at the tables.
+fn is_caught_up(status: &ProjectionStatus) -> bool {
+    status.state == ProjectionState::Running && status.lag_records() <= SWITCH_LAG_MAX
+}
