@@ -82,6 +82,11 @@ impl SqlText {
         self.push(format_args!("{name}"))
     }
 
+    /// Adds a name as a text, in single quotes.
+    pub fn quoted(&mut self, name: &Identifier) -> &mut Self {
+        self.push(format_args!("'{}'", name.as_str()))
+    }
+
     /// Adds a whole number.
     pub fn number(&mut self, number: u64) -> &mut Self {
         self.push(format_args!("{number}"))

@@ -139,5 +139,6 @@ async fn generations(
         }
     };
     let number = |name: &String| name.strip_prefix(&prefix)?.parse().ok().map(Generation);
-    Ok(names.iter().filter_map(number).collect())
+    // Generation 0 is a verification's.
+    Ok(names.iter().filter_map(number).filter(|generation| generation.0 > 0).collect())
 }

@@ -36,8 +36,8 @@ pub(crate) struct Context {
 /// slow leaves the others alone. Rows and checkpoint commit in one transaction: after any crash a
 /// read model equals the fold of the log up to its checkpoint.
 pub struct ProjectionWorker {
-    context: Context,
-    handlers: Vec<Arc<dyn Handler>>,
+    pub(crate) context: Context,
+    pub(crate) handlers: Vec<Arc<dyn Handler>>,
 }
 
 impl ProjectionWorker {

@@ -11,8 +11,8 @@ use common::{Dice, TestDatabase};
 use kafold_core::testing::eventually;
 use kafold_core::{Position, StreamId};
 use kafold_projections::{
-    By, Control, ControlError, FaultPolicy, Generation, ProjectionConfig, ProjectionState,
-    ProjectionStatus, ProjectionWorker, Projections, Query, ReadModel,
+    By, Control, ControlError, FaultPolicy, Generation, OverviewState, ProjectionConfig,
+    ProjectionState, ProjectionStatus, ProjectionWorker, Projections, Query, ReadModel,
 };
 
 on_both!(
@@ -33,6 +33,9 @@ on_both!(
     a_rebuild_with_parked_streams_waits_for_the_operator,
     what_was_waited_for_is_in_the_rows_before_and_after_a_switch,
     operators_at_odds_leave_every_projection_usable,
+    a_verification_finds_what_is_not_the_fold_of_the_log,
+    what_is_parked_or_skipped_is_no_difference,
+    an_overview_tells_what_operators_have_to_know,
 );
 
 const WAIT: Duration = Duration::from_secs(20);
@@ -369,10 +372,7 @@ async fn a_rebuild_takes_the_place_of_the_live_rows_while_writes_go_on(database:
 
 /// How many tables have names that end so.
 async fn tables(database: &TestDatabase, suffix: &'static str) -> i64 {
-    let of = |all: &'static str| match suffix {
-        "__g1" => format!("{all} LIKE '%\\_\\_g1' ESCAPE '\\'"),
-        _ => format!("{all} LIKE '%\\_\\_g2' ESCAPE '\\'"),
-    };
+    let of = |all: &'static str| format!("{all} LIKE '%{suffix}'");
     let sql = match database.database {
         kafold_migrations::Database::Postgres(_) => {
             of("SELECT COUNT(*) FROM pg_class WHERE relkind = 'r' AND relname")
@@ -561,4 +561,86 @@ async fn operators_at_odds_leave_every_projection_usable(database: &TestDatabase
     applied(&workers[0], &orders, CustomerTotals::NAME).await;
     applied(&workers[1], &orders, Poisoned::NAME).await;
     orders.assert_equals_fold::<CustomerTotals>(&database.database).await;
+}
+
+async fn a_verification_finds_what_is_not_the_fold_of_the_log(database: &TestDatabase) {
+    let (orders, mut dice) = (Orders::new(3), Dice::new(21));
+    for _ in 0..300 {
+        orders.append_random(&mut dice).await;
+    }
+    let all = || {
+        let worker = worker(&orders, database).with(CustomerTotals).with(OrderDetails);
+        worker.with_projection(Ledger::default())
+    };
+    let projections = all().spawn();
+    for name in all().names() {
+        applied(&projections, &orders, &name).await;
+        let steps = std::sync::Mutex::new(Vec::new());
+        let tell = |progress| steps.lock().expect("no panic").push(progress);
+        let found = all().verify(&name, &tell).await.expect("verified");
+        assert!(found.differences.is_empty() && found.rows > 0, "{found:?}");
+        let last = *steps.lock().expect("no panic").last().expect("it tells");
+        assert_eq!((last.done, last.total), (orders.count() as u64, orders.count() as u64));
+    }
+    projections.shutdown().await;
+    database.run("UPDATE customer_totals__g1 SET cents = cents + 1 WHERE customer = 'c1'").await;
+    database.run("DELETE FROM customer_totals__g1 WHERE customer = 'c2'").await;
+    let found = all().verify(CustomerTotals::NAME, &|_| {}).await.expect("verified");
+    let [table] = found.differences.as_slice() else { panic!("{found:?}") };
+    assert_eq!((table.unexpected, table.missing), (1, 2));
+    assert!(table.first_unexpected[0].contains("\"c1\""), "{table:?}");
+    assert!(table.first_missing.iter().any(|row| row.contains("\"c2\"")), "{table:?}");
+    assert_eq!(tables(database, "__verify").await, 0, "nothing is left behind");
+}
+
+async fn what_is_parked_or_skipped_is_no_difference(database: &TestDatabase) {
+    let orders = Orders::new(2);
+    let projections = poisoned(&orders, database).await;
+    let verify = async || {
+        let worker = worker(&orders, database).with(Poisoned);
+        worker.verify(Poisoned::NAME, &|_| {}).await.expect("verified")
+    };
+    let found = verify().await;
+    assert!(found.differences.is_empty(), "{found:?}");
+    assert_eq!((found.events, found.left_out), (3, 2));
+    control(database).skip_parked(None, &stream("order-bad"), ME).await.expect("it is parked");
+    eventually("it is parked no more", async || {
+        status(&projections, Poisoned::NAME).parked_streams == 0
+    })
+    .await;
+    let found = verify().await;
+    assert!(found.differences.is_empty(), "{found:?}");
+    assert_eq!((found.events, found.left_out), (4, 1));
+}
+
+async fn an_overview_tells_what_operators_have_to_know(database: &TestDatabase) {
+    let orders = Orders::new(2);
+    let projections = poisoned(&orders, database).await;
+    let control = control(database);
+    let overview = async || {
+        let mut all = control.list(&[]).await.expect("readable");
+        all.pop().expect("one projection")
+    };
+    let seen = overview().await;
+    assert_eq!((seen.name.as_str(), seen.generation), (Poisoned::NAME, 1));
+    assert_eq!((seen.parked_streams, seen.parked_events, seen.lag_records), (1, 2, 0));
+    assert_eq!(seen.state, OverviewState::Running);
+    let parked = control.parked(None, 10).await.expect("readable");
+    let [stream_parked] = parked.as_slice() else { panic!("{parked:?}") };
+    assert_eq!((stream_parked.stream.as_str(), stream_parked.version), ("order-bad", 2));
+    assert!(stream_parked.error.as_ref().is_some_and(|error| error.contains("beast")));
+    let events = control.parked_events(None, &stream("order-bad"), 10).await.expect("readable");
+    assert_eq!(events.len(), 2);
+    assert_eq!(events[0].payload.0["cents"], POISON_CENTS);
+    control.pause(Poisoned::NAME, ME).await.expect("asked");
+    assert_eq!(overview().await.state, OverviewState::Paused);
+    in_state(&projections, Poisoned::NAME, "paused").await;
+    control.rebuild(Poisoned::NAME, false, ME).await.expect("asked");
+    let seen = overview().await;
+    assert_eq!((seen.state, seen.paused), (OverviewState::Rebuilding, true));
+    let rebuild = seen.rebuild.expect("under way");
+    assert_eq!(rebuild.generation, 2);
+    let acts = control.audit(None, 10).await.expect("readable");
+    let acts: Vec<_> = acts.iter().map(|act| (act.actor.as_str(), act.action.as_str())).collect();
+    assert_eq!(acts, [("me", "rebuild"), ("me", "pause")]);
 }

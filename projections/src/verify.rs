@@ -1,0 +1,404 @@
+//! [`ProjectionWorker::verify`]: whether the rows of a projection are what the log says.
+//!
+//! The live rows are copied, with the checkpoints they belong to, in one snapshot; the log is folded
+//! again up to those checkpoints into tables of their own; then the database compares the two, row by
+//! row. Queries and workers go on meanwhile. What is parked or skipped is left out on both sides.
+
+use std::collections::{BTreeMap, HashSet};
+use std::time::Duration;
+
+use kafold_core::store::{Batch, ReadError, SourceMessage, Subscription};
+use kafold_core::{CommandId, Offset, Partition, Position, StreamId};
+use kafold_migrations::{Identifier, SqlText};
+use serde::Serialize;
+use sqlx::SqlStr;
+
+use crate::definition::Definition;
+use crate::generation::{self, Generation};
+use crate::handler::{ApplyError, Handler, Target};
+use crate::projection::ProjectionBatch;
+use crate::sql::either;
+use crate::transaction::{OpenTransaction, Transaction};
+use crate::worker::{Context, ProjectionWorker};
+
+/// The tables that the log is folded into; no generation that is ever live.
+const FRESH: Generation = Generation(0);
+/// Events in one transaction.
+const BATCH_EVENTS_MAX: usize = 5_000;
+/// How long the log may have nothing to say before its end.
+const READ_TIMEOUT: Duration = Duration::from_secs(30);
+/// Differences that are told of one table.
+const SHOWN_MAX: u64 = 10;
+
+/// What a verification found.
+#[derive(Debug, Clone, Serialize)]
+pub struct Verification {
+    /// The projection.
+    pub projection: String,
+    /// The generation whose rows were compared.
+    pub generation: u32,
+    /// Events that were folded again.
+    pub events: u64,
+    /// Events that were left out, because they are parked or skipped.
+    pub left_out: u64,
+    /// Rows that are compared.
+    pub rows: i64,
+    /// What differs, a table an entry; nothing when all is as it must be.
+    pub differences: Vec<TableDifference>,
+}
+
+/// How a table differs from the fold of the log.
+#[derive(Debug, Clone, Serialize)]
+pub struct TableDifference {
+    /// The table, by its plain name.
+    pub table: String,
+    /// Rows that no fold of the log gives.
+    pub unexpected: i64,
+    /// Rows that the fold of the log gives and the table lacks.
+    pub missing: i64,
+    /// The first unexpected rows, as JSON.
+    pub first_unexpected: Vec<String>,
+    /// The first missing rows, as JSON.
+    pub first_missing: Vec<String>,
+}
+
+/// How far a verification is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct VerifyProgress {
+    /// Records of the log that are read.
+    pub done: u64,
+    /// Records that are to be read.
+    pub total: u64,
+}
+
+/// Why nothing is known about the rows.
+#[derive(Debug, thiserror::Error)]
+pub enum VerifyError {
+    /// This worker runs no such projection, or it has never run.
+    #[error("there is no projection {0} to verify: it is not this program's, or it has never run")]
+    Unknown(String),
+    /// It writes tables that it does not name.
+    #[error("projection {0} names no tables: there is nothing to compare")]
+    NoTables(String),
+    /// The handler fails at an event that it has applied before.
+    #[error("projection {projection} cannot be folded again: {reason}")]
+    Handler {
+        /// The projection.
+        projection: String,
+        /// At which event, and how.
+        reason: String,
+    },
+    /// The log cannot be read.
+    #[error("the log cannot be read: {0}")]
+    Log(#[from] ReadError),
+    /// It says nothing although there is more of it.
+    #[error("the log gives nothing more within {READ_TIMEOUT:?}, and {left} records are left")]
+    Silent {
+        /// How many.
+        left: u64,
+    },
+    /// The database failed.
+    #[error("the database cannot be asked: {0}")]
+    Database(#[from] sqlx::Error),
+}
+
+impl ProjectionWorker {
+    /// The names of the projections it runs.
+    pub fn names(&self) -> Vec<String> {
+        self.handlers.iter().map(|handler| handler.definition().name.clone()).collect()
+    }
+
+    /// Folds the log again and compares the rows of a projection with the result. The source should be
+    /// one that gives every partition to every reader. One verification at a time.
+    pub async fn verify(
+        &self,
+        name: &str,
+        progress: &(dyn Fn(VerifyProgress) + Sync),
+    ) -> Result<Verification, VerifyError> {
+        let mut handlers = self.handlers.iter();
+        let handler = handlers.find(|handler| handler.definition().name == name);
+        let unknown = || VerifyError::Unknown(name.to_owned());
+        let handler = handler.ok_or_else(unknown)?;
+        if handler.definition().tables.is_empty() {
+            return Err(VerifyError::NoTables(name.to_owned()));
+        }
+        let verifying = Verifying { context: &self.context, handler: &**handler, progress };
+        verifying.drop_tables().await?;
+        let snapshot = verifying.copy().await?.ok_or_else(unknown)?;
+        let found = verifying.compare(snapshot).await;
+        verifying.drop_tables().await?;
+        found
+    }
+}
+
+/// One verification under way.
+struct Verifying<'v> {
+    context: &'v Context,
+    handler: &'v dyn Handler,
+    progress: &'v (dyn Fn(VerifyProgress) + Sync),
+}
+
+/// What the copied rows are to be the fold of.
+struct Snapshot {
+    generation: Generation,
+    /// Everything below, in each partition …
+    ends: BTreeMap<Partition, Offset>,
+    /// … but these events.
+    parked: HashSet<Position>,
+    skipped: HashSet<Position>,
+}
+
+impl Verifying<'_> {
+    fn definition(&self) -> &Definition {
+        self.handler.definition()
+    }
+
+    /// Copies the live rows, and tells what they are the fold of.
+    async fn copy(&self) -> Result<Option<Snapshot>, sqlx::Error> {
+        let mut open = OpenTransaction::begin(&self.context.database).await?;
+        let tx = &mut open.lend();
+        // On SQLite a transaction that writes sees one state anyway.
+        if let Transaction::Postgres(connection) = tx {
+            let sql = "SET TRANSACTION ISOLATION LEVEL REPEATABLE READ";
+            sqlx::query(sql).execute(&mut **connection).await?;
+        }
+        let name = &self.definition().name;
+        let sql = "SELECT live_generation FROM kafold_projection WHERE name = $1";
+        let live: Option<i32> = either!(tx, connection => {
+            sqlx::query_scalar(sql).bind(name).fetch_optional(&mut **connection).await?
+        });
+        let Some(generation) = live.map(Generation::of) else {
+            open.rollback().await?;
+            return Ok(None);
+        };
+        let sql = "SELECT partition, next_offset FROM kafold_checkpoint \
+                   WHERE projection = $1 AND generation = $2";
+        let ends = pairs(tx, sql, name, generation).await?;
+        let sql = "SELECT partition, \"offset\" FROM kafold_parked_event \
+                   WHERE projection = $1 AND generation = $2";
+        let parked = pairs(tx, sql, name, generation).await?;
+        let sql = "SELECT partition, \"offset\" FROM kafold_skipped_event \
+                   WHERE projection = $1 AND generation = $2";
+        let skipped = pairs(tx, sql, name, generation).await?;
+        for table in self.definition().tables() {
+            let mut sql = SqlText::new("CREATE TABLE ");
+            sql.name(&copy_of(&table)).text(" AS SELECT * FROM ");
+            let sql = sql.name(&generation.table(table.as_str())).finish();
+            generation::run(tx, sql).await?;
+        }
+        self.handler.setup(FRESH, tx).await.map_err(|error| match error {
+            ApplyError::Database(error) => error,
+            ApplyError::Fault(fault) => sqlx::Error::Protocol(fault.reason),
+        })?;
+        open.commit().await?;
+        let position = |(partition, offset)| Position { partition, offset };
+        Ok(Some(Snapshot {
+            generation,
+            ends: ends.into_iter().collect(),
+            parked: parked.into_iter().map(position).collect(),
+            skipped: skipped.into_iter().map(position).collect(),
+        }))
+    }
+
+    async fn compare(&self, snapshot: Snapshot) -> Result<Verification, VerifyError> {
+        let (events, left_out) = self.fold(&snapshot).await?;
+        let mut open = OpenTransaction::begin(&self.context.database).await?;
+        let tx = &mut open.lend();
+        let (mut rows, mut differences) = (0, Vec::new());
+        for table in self.definition().tables() {
+            let (copy, fresh) = (copy_of(&table), FRESH.table(table.as_str()));
+            rows += count(tx, SqlText::new("SELECT COUNT(*) FROM ").name(&copy).finish()).await?;
+            let unexpected = count(tx, except("SELECT COUNT(*) FROM (", &copy, &fresh)).await?;
+            let missing = count(tx, except("SELECT COUNT(*) FROM (", &fresh, &copy)).await?;
+            if unexpected + missing > 0 {
+                differences.push(TableDifference {
+                    table: table.as_str().to_owned(),
+                    unexpected,
+                    missing,
+                    first_unexpected: first(tx, &copy, &fresh).await?,
+                    first_missing: first(tx, &fresh, &copy).await?,
+                });
+            }
+        }
+        open.rollback().await?;
+        Ok(Verification {
+            projection: self.definition().name.clone(),
+            generation: snapshot.generation.0,
+            events,
+            left_out,
+            rows,
+            differences,
+        })
+    }
+
+    /// Folds the log up to the snapshot. Answers how many events it took, and how many it left out.
+    async fn fold(&self, snapshot: &Snapshot) -> Result<(u64, u64), VerifyError> {
+        let Context { source, clock, .. } = self.context;
+        let name = format!("{}__verify", self.definition().name);
+        let mut subscription = source.subscribe(&name, BATCH_EVENTS_MAX).await?;
+        let total = snapshot.ends.values().map(|end| end.0).sum();
+        let mut reached: BTreeMap<Partition, Offset> = BTreeMap::new();
+        let (mut events, mut left_out) = (0, 0);
+        loop {
+            let done =
+                |(p, end): (&Partition, &Offset)| reached.get(p).map_or(0, |at| at.0).min(end.0);
+            let done: u64 = snapshot.ends.iter().map(done).sum();
+            (self.progress)(VerifyProgress { done, total });
+            if done == total {
+                return Ok((events, left_out));
+            }
+            let message = tokio::select! {
+                biased;
+                message = subscription.next() => message?,
+                () = clock.sleep(READ_TIMEOUT) => {
+                    return Err(VerifyError::Silent { left: total - done });
+                }
+            };
+            let mut batch = match message {
+                SourceMessage::Assigned(partitions) => {
+                    start(&mut *subscription, &partitions, snapshot).await?;
+                    continue;
+                }
+                SourceMessage::Revoked(_) => continue,
+                SourceMessage::Batch(batch) => batch,
+            };
+            let before = batch.events.len();
+            let (partition, next) = (batch.partition, batch.next.next);
+            let end = snapshot.ends.get(&partition).copied().unwrap_or_default();
+            batch.events.retain(|event| event.position.offset < end);
+            let within = batch.events.len();
+            leave_out(&mut batch, snapshot);
+            events += batch.events.len() as u64;
+            left_out += (within - batch.events.len()) as u64;
+            if before > 0 {
+                self.apply(batch).await?;
+            }
+            reached.insert(partition, next);
+            if next >= end {
+                subscription.stop(partition);
+            }
+        }
+    }
+
+    async fn apply(&self, batch: Batch) -> Result<(), VerifyError> {
+        let mut round = ProjectionBatch::default();
+        round.batches_mut().push(batch);
+        let name = &self.definition().name;
+        let failed = |reason: String| VerifyError::Handler { projection: name.clone(), reason };
+        if round.count() == 0 {
+            return Ok(());
+        }
+        let work = self.handler.prepare(&round).map_err(|fault| failed(fault.reason))?;
+        let mut open = OpenTransaction::begin(&self.context.database).await?;
+        let target = Target { name, generation: FRESH };
+        work.apply(target, &mut open.lend()).await.map_err(|error| match error {
+            ApplyError::Database(error) => error.into(),
+            ApplyError::Fault(fault) => failed(fault.reason),
+        })?;
+        Ok(open.commit().await?)
+    }
+
+    /// Drops the tables of this verification, or of one that was killed.
+    async fn drop_tables(&self) -> Result<(), sqlx::Error> {
+        let mut open = OpenTransaction::begin(&self.context.database).await?;
+        for table in self.definition().tables() {
+            for table in [copy_of(&table), FRESH.table(table.as_str())] {
+                let sql = SqlText::new("DROP TABLE IF EXISTS ").name(&table).finish();
+                generation::run(&mut open.lend(), sql).await?;
+            }
+        }
+        open.commit().await
+    }
+}
+
+/// Starts the partitions of which anything is to be read.
+async fn start(
+    subscription: &mut dyn Subscription,
+    partitions: &[Partition],
+    snapshot: &Snapshot,
+) -> Result<(), ReadError> {
+    for partition in partitions {
+        if snapshot.ends.get(partition).is_some_and(|end| *end > Offset(0)) {
+            subscription.start(*partition, None).await?;
+        }
+    }
+    Ok(())
+}
+
+/// Takes out what is parked, and commits of which an event is skipped.
+fn leave_out(batch: &mut Batch, snapshot: &Snapshot) {
+    let Snapshot { parked, skipped, .. } = snapshot;
+    if parked.is_empty() && skipped.is_empty() {
+        return;
+    }
+    let of_skipped: HashSet<(StreamId, CommandId)> = batch
+        .events
+        .iter()
+        .filter(|event| skipped.contains(&event.position))
+        .map(|event| (event.stream.clone(), event.command_id))
+        .collect();
+    batch.events.retain(|event| {
+        !parked.contains(&event.position)
+            && !of_skipped.contains(&(event.stream.clone(), event.command_id))
+    });
+}
+
+fn copy_of(table: &Identifier) -> Identifier {
+    Identifier::new(&format!("{}__verify", table.as_str())).expect("a table's name is short")
+}
+
+async fn pairs(
+    tx: &mut Transaction<'_>,
+    sql: &'static str,
+    name: &str,
+    generation: Generation,
+) -> Result<Vec<(Partition, Offset)>, sqlx::Error> {
+    let rows: Vec<(i32, i64)> = either!(tx, connection => {
+        let query = sqlx::query_as(sql).bind(name).bind(generation.int());
+        query.fetch_all(&mut **connection).await?
+    });
+    let pair = |(partition, offset): (i32, i64)| {
+        (Partition(partition.unsigned_abs()), Offset(offset.unsigned_abs()))
+    };
+    Ok(rows.into_iter().map(pair).collect())
+}
+
+async fn count(tx: &mut Transaction<'_>, sql: SqlStr) -> Result<i64, sqlx::Error> {
+    either!(tx, connection => sqlx::query_scalar(sql).fetch_one(&mut **connection).await)
+}
+
+/// The rows of one table that the other lacks.
+fn except(select: &'static str, one: &Identifier, other: &Identifier) -> SqlStr {
+    let mut sql = SqlText::new(select);
+    sql.text("SELECT * FROM ").name(one).text(" EXCEPT SELECT * FROM ").name(other);
+    sql.text(") d").finish()
+}
+
+/// The first of them, as JSON.
+async fn first(
+    tx: &mut Transaction<'_>,
+    one: &Identifier,
+    other: &Identifier,
+) -> Result<Vec<String>, sqlx::Error> {
+    let mut sql = SqlText::new("SELECT ");
+    match tx {
+        Transaction::Postgres(_) => {
+            sql.text("to_jsonb(d)::text");
+        }
+        Transaction::Sqlite(connection) => {
+            let columns: Vec<String> = sqlx::query_scalar("SELECT name FROM pragma_table_info($1)")
+                .bind(one.as_str())
+                .fetch_all(&mut **connection)
+                .await?;
+            sql.text("json_object(");
+            let names = columns.iter().filter_map(|column| Identifier::new(column).ok());
+            sql.list(", ", names, |sql, name| {
+                sql.quoted(&name).text(", ").name(&name);
+            });
+            sql.text(")");
+        }
+    }
+    sql.text(" FROM (SELECT * FROM ").name(one).text(" EXCEPT SELECT * FROM ").name(other);
+    let sql = sql.text(" ORDER BY 1 LIMIT ").number(SHOWN_MAX).text(") d").finish();
+    either!(tx, connection => sqlx::query_scalar(sql).fetch_all(&mut **connection).await)
+}
