@@ -23,7 +23,8 @@
 //!   over what it revokes;
 //! - `forward`: commands between the nodes;
 //! - `indexer`: feeds the index behind the write; `loader`: streams from index and tail;
-//! - [`store`], [`source`]: the two seams.
+//! - [`store`], [`source`]: the two seams;
+//! - [`operate`]: a log as its operator looks at it, without being a part of the service.
 
 mod client;
 pub mod config;
@@ -40,6 +41,7 @@ mod loader;
 mod membership;
 #[cfg(test)]
 mod model;
+pub mod operate;
 mod ownership;
 mod partition;
 pub mod partitioner;
@@ -56,5 +58,6 @@ pub mod writer;
 
 pub use config::{Assignment, KafkaConfig, Limits};
 pub use error::{ConfigError, OpenError};
+pub use operate::Operator;
 pub use source::KafkaSource;
 pub use store::KafkaStore;

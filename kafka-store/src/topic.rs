@@ -14,6 +14,7 @@ use tokio::runtime::Handle;
 use crate::client::{Inquirer, TopicShape, check_hosts, open_error};
 use crate::config::KafkaConfig;
 use crate::error::{Finding, OpenError};
+use crate::operate::{MadeTopic, SettingReport};
 
 /// Partitions of a new log when the URL says nothing.
 const PARTITIONS_DEFAULT: u32 = 12;
@@ -56,15 +57,15 @@ pub(crate) struct EventsTopic {
     pub(crate) session_timeout_min: Duration,
 }
 
-/// Creates the topics that are absent and checks the events topic. Blocks; runs on a thread of the
-/// runtime that may.
+/// Creates the topics that are absent and checks the events topic; tells which were there. Blocks;
+/// runs on a thread of the runtime that may.
 pub(crate) fn prepare(
     config: &KafkaConfig,
     inquirer: &Inquirer,
     clock: &Arc<dyn Clock>,
-) -> Result<EventsTopic, OpenError> {
+) -> Result<(EventsTopic, Vec<MadeTopic>), OpenError> {
     check_hosts(config)?;
-    let preparation = Preparation { config, inquirer, clock: &**clock, admin: admin(config)? };
+    let preparation = Preparation::new(config, inquirer, &**clock)?;
     let topic = config.events_topic();
     let (found, brokers) = preparation.look(&topic)?;
     let replicas = config.replication.map_or(brokers.min(REPLICATION_DEFAULT), usize::from);
@@ -75,13 +76,15 @@ pub(crate) fn prepare(
     preparation.create(&topic, found, partitions, replicas, FOR_EVER)?;
     // Nothing is made beside a topic that is refused.
     let events = preparation.check(&topic)?;
+    let mut made = vec![MadeTopic { topic, existed: found.is_some() }];
     let (commands, replies) = (config.commands_topic(), config.replies_topic());
     for (topic, retention) in [(commands, COMMANDS_RETENTION_MS), (replies, REPLIES_RETENTION_MS)] {
         let (found, _) = preparation.look(&topic)?;
         preparation.create(&topic, found, partitions, replicas, retention)?;
+        made.push(MadeTopic { topic, existed: found.is_some() });
     }
     let session_timeout_min = preparation.session_timeout_min();
-    Ok(EventsTopic { session_timeout_min, ..events })
+    Ok((EventsTopic { session_timeout_min, ..events }, made))
 }
 
 /// The topics of commands and replies have as many partitions as that of the events: who owns one of
@@ -94,24 +97,32 @@ pub(crate) fn check_beside(
 ) -> Result<(), OpenError> {
     for topic in [config.commands_topic(), config.replies_topic()] {
         let found = shape(config, inquirer, &topic)?.partitions;
-        if found == partitions {
-            continue;
+        if let Some(finding) = judge_beside(config, &topic, found, partitions) {
+            return Err(OpenError::UnsafeTopic { topic, findings: vec![finding] });
         }
-        let events = config.events_topic();
-        let finding = Finding {
-            setting: "partitions".into(),
-            value: found.to_string(),
-            why: format!(
-                "{events} has {partitions}, and commands are sent to the partition of their stream"
-            ),
-            remedy: format!(
-                "if no node has ever used it, delete {topic}: it is made anew with {partitions}; \
-                 else copy the log into a new one"
-            ),
-        };
-        return Err(OpenError::UnsafeTopic { topic, findings: vec![finding] });
     }
     Ok(())
+}
+
+/// What is wrong with the partitions of a topic beside the events, which has `partitions`.
+pub(crate) fn judge_beside(
+    config: &KafkaConfig,
+    topic: &str,
+    found: u32,
+    partitions: u32,
+) -> Option<Finding> {
+    let events = config.events_topic();
+    (found != partitions).then(|| Finding {
+        setting: "partitions".into(),
+        value: found.to_string(),
+        why: format!(
+            "{events} has {partitions}, and commands are sent to the partition of their stream"
+        ),
+        remedy: format!(
+            "if no node has ever used it, delete {topic}: it is made anew with {partitions}; \
+             else copy the log into a new one"
+        ),
+    })
 }
 
 fn look(
@@ -137,19 +148,28 @@ fn admin(config: &KafkaConfig) -> Result<AdminClient<DefaultClientContext>, Open
     create.map_err(|error| open_error(config, "creating a client", error, None))
 }
 
-struct Preparation<'a> {
+/// Asks about topics, and makes them; every call blocks.
+pub(crate) struct Preparation<'a> {
     config: &'a KafkaConfig,
     inquirer: &'a Inquirer,
     clock: &'a dyn Clock,
     admin: AdminClient<DefaultClientContext>,
 }
 
-impl Preparation<'_> {
-    fn error(&self, doing: String, error: KafkaError) -> OpenError {
+impl<'a> Preparation<'a> {
+    pub(crate) fn new(
+        config: &'a KafkaConfig,
+        inquirer: &'a Inquirer,
+        clock: &'a dyn Clock,
+    ) -> Result<Self, OpenError> {
+        Ok(Self { config, inquirer, clock, admin: admin(config)? })
+    }
+
+    pub(crate) fn error(&self, doing: String, error: KafkaError) -> OpenError {
         open_error(self.config, doing, error, self.inquirer.last_error())
     }
 
-    fn look(&self, topic: &str) -> Result<(Option<TopicShape>, usize), OpenError> {
+    pub(crate) fn look(&self, topic: &str) -> Result<(Option<TopicShape>, usize), OpenError> {
         look(self.config, self.inquirer, topic)
     }
 
@@ -171,7 +191,7 @@ impl Preparation<'_> {
             return Ok(());
         }
         if found.is_none() {
-            self.request_creation(topic, partitions, replicas, retention_ms)?;
+            self.request_creation(topic, partitions, replicas, retention_ms, false)?;
             tracing::info!(topic, partitions, replicas, "topic created");
         }
         let deadline = self.clock.instant() + self.config.limits.request_timeout;
@@ -185,12 +205,18 @@ impl Preparation<'_> {
         Ok(())
     }
 
+    /// Whether the events topic could be made if it were absent; makes nothing.
+    pub(crate) fn try_creation(&self) -> Result<(), OpenError> {
+        self.request_creation(&self.config.events_topic(), 1, 1, FOR_EVER, true)
+    }
+
     fn request_creation(
         &self,
         topic: &str,
         partitions: u32,
         replicas: usize,
         retention_ms: &str,
+        is_trial: bool,
     ) -> Result<(), OpenError> {
         let in_sync = if replicas >= REPLICAS_SAFE { "2" } else { "1" };
         let fixed = TopicReplication::Fixed(i32::try_from(replicas).unwrap_or(i32::MAX));
@@ -201,7 +227,7 @@ impl Preparation<'_> {
             .set("min.insync.replicas", in_sync)
             .set("unclean.leader.election.enable", "false")
             .set("message.timestamp.type", "CreateTime");
-        let creation = self.admin.create_topics([&new], &self.options());
+        let creation = self.admin.create_topics([&new], &self.options().validate_only(is_trial));
         let doing =
             || format!("creating topic {topic} ({partitions} partitions, {replicas} replicas)");
         let results =
@@ -218,30 +244,31 @@ impl Preparation<'_> {
 
     /// What the brokers say, or Kafka's own default where they do not tell.
     fn session_timeout_min(&self) -> Duration {
-        let asked = self.inquirer.any_broker().ok().flatten().and_then(|broker| {
-            let wanted = ResourceSpecifier::Broker(broker);
-            let described = self.admin.describe_configs([&wanted], &self.options());
-            let resource = Handle::current().block_on(described).ok()?.into_iter().next()?.ok()?;
+        let asked = self.inquirer.brokers().ok().and_then(|brokers| {
+            let resource = self.describe_broker(brokers.first()?.0).ok()?;
             Settings(&resource).get("group.min.session.timeout.ms")?.parse().ok()
         });
         asked.map_or(SESSION_TIMEOUT_MIN_DEFAULT, Duration::from_millis)
     }
 
+    /// The settings of a broker.
+    pub(crate) fn describe_broker(&self, broker: i32) -> Result<ConfigResource, OpenError> {
+        let wanted = ResourceSpecifier::Broker(broker);
+        self.describe(&wanted, &format!("reading the settings of broker {broker}"))?.ok_or_else(
+            || OpenError::Refused {
+                brokers: self.config.brokers.clone(),
+                doing: format!("reading the settings of broker {broker}"),
+                remedy: "allow this user DescribeConfigs on the cluster".into(),
+                cause: Arc::new(KafkaError::AdminOp(
+                    RDKafkaErrorCode::ClusterAuthorizationFailed,
+                )),
+            },
+        )
+    }
+
     fn check(&self, topic: &str) -> Result<EventsTopic, OpenError> {
         let shape = shape(self.config, self.inquirer, topic)?;
-        let deadline = self.clock.instant() + self.config.limits.request_timeout;
-        let resource = loop {
-            let resource = self.describe(topic)?;
-            if !resource.entries.is_empty() {
-                break resource;
-            }
-            // A refusal for one topic reaches us as a description without entries, and so does that
-            // the broker that was asked has not yet heard of a topic that was just made.
-            if self.clock.instant() >= deadline {
-                return Err(self.unreadable(topic));
-            }
-            Handle::current().block_on(self.clock.sleep(CREATION_POLL));
-        };
+        let resource = self.describe_topic(topic)?;
         let settings = Settings(&resource);
         let findings = findings(self.config, topic, shape, &settings);
         if !findings.is_empty() {
@@ -255,16 +282,36 @@ impl Preparation<'_> {
         })
     }
 
-    fn describe(&self, topic: &str) -> Result<ConfigResource, OpenError> {
-        let doing = || format!("reading the settings of topic {topic}");
+    /// The settings of a topic that is there.
+    pub(crate) fn describe_topic(&self, topic: &str) -> Result<ConfigResource, OpenError> {
+        let deadline = self.clock.instant() + self.config.limits.request_timeout;
         let wanted = ResourceSpecifier::Topic(topic);
-        let description = self.admin.describe_configs([&wanted], &self.options());
-        let results =
-            Handle::current().block_on(description).map_err(|error| self.error(doing(), error))?;
+        let doing = format!("reading the settings of topic {topic}");
+        loop {
+            // A refusal for one topic reaches us as a description without entries, and so does that
+            // the broker that was asked has not yet heard of a topic that was just made.
+            match self.describe(&wanted, &doing)? {
+                Some(resource) => return Ok(resource),
+                None if self.clock.instant() >= deadline => return Err(self.unreadable(topic)),
+                None => Handle::current().block_on(self.clock.sleep(CREATION_POLL)),
+            }
+        }
+    }
+
+    /// `None` when the answer holds nothing.
+    fn describe(
+        &self,
+        wanted: &ResourceSpecifier<'_>,
+        doing: &str,
+    ) -> Result<Option<ConfigResource>, OpenError> {
+        let description = self.admin.describe_configs([wanted], &self.options());
+        let results = Handle::current()
+            .block_on(description)
+            .map_err(|error| self.error(doing.into(), error))?;
         match results.into_iter().next() {
-            Some(Ok(resource)) => Ok(resource),
-            Some(Err(code)) => Err(self.error(doing(), KafkaError::AdminOp(code))),
-            None => Err(self.unreadable(topic)),
+            Some(Ok(resource)) => Ok(Some(resource).filter(|found| !found.entries.is_empty())),
+            Some(Err(code)) => Err(self.error(doing.into(), KafkaError::AdminOp(code))),
+            None => Ok(None),
         }
     }
 
@@ -279,46 +326,64 @@ impl Preparation<'_> {
     }
 }
 
-struct Settings<'a>(&'a ConfigResource);
+/// The settings of a topic or a broker by name.
+pub(crate) struct Settings<'a>(pub(crate) &'a ConfigResource);
 
 impl Settings<'_> {
-    fn get(&self, setting: &str) -> Option<&str> {
+    pub(crate) fn get(&self, setting: &str) -> Option<&str> {
         self.0.get(setting)?.value.as_deref()
     }
 }
 
-/// Everything that is wrong with an existing events topic.
+/// Everything that is wrong with an existing events topic and not accepted.
 fn findings(
     config: &KafkaConfig,
     topic: &str,
     shape: TopicShape,
     settings: &Settings<'_>,
 ) -> Vec<Finding> {
-    let mut findings = Vec::new();
-    if let Some(wanted) = config.partitions.filter(|wanted| *wanted != shape.partitions) {
-        findings.push(partition_count(shape.partitions, wanted, "?partitions="));
-    }
-    for setting in UNSAFE_SETTINGS {
-        if config.allow_unsafe.contains(setting) {
-            tracing::warn!(topic, setting, "not checked: accepted by allow_unsafe");
-            continue;
+    let reports = judge_events(config, topic, shape, settings).into_iter();
+    let unaccepted = reports.filter_map(|report| match report.is_accepted {
+        true => {
+            let setting = report.setting;
+            tracing::warn!(topic, setting, "unsafe: accepted by allow_unsafe");
+            None
         }
+        false => report.finding,
+    });
+    unaccepted.collect()
+}
+
+/// What an existing events topic is judged by.
+pub(crate) fn judge_events(
+    config: &KafkaConfig,
+    topic: &str,
+    shape: TopicShape,
+    settings: &Settings<'_>,
+) -> Vec<SettingReport> {
+    let wanted = config.partitions.filter(|wanted| *wanted != shape.partitions);
+    let partitions = SettingReport {
+        setting: "partitions".into(),
+        value: shape.partitions.to_string(),
+        finding: wanted.map(|wanted| partition_count(shape.partitions, wanted, "?partitions=")),
+        is_accepted: false,
+    };
+    let others = UNSAFE_SETTINGS.iter().map(|setting| {
         let value = settings.get(setting);
-        if let Some((why, safe)) = judge(setting, value, shape.replicas) {
+        let shown = value.unwrap_or("(unreadable)").to_owned();
+        let finding = judge(setting, value, shape.replicas).map(|(why, safe)| {
             let brokers = &config.brokers;
-            findings.push(Finding {
-                setting: setting.into(),
-                value: value.unwrap_or("(unreadable)").into(),
-                why,
-                remedy: format!(
-                    "run kafka-configs.sh --bootstrap-server {brokers} --alter --entity-type \
-                     topics --entity-name {topic} --add-config {setting}={safe}, or accept it with \
-                     ?allow_unsafe={setting}"
-                ),
-            });
-        }
-    }
-    findings
+            let remedy = format!(
+                "run kafka-configs.sh --bootstrap-server {brokers} --alter --entity-type topics \
+                 --entity-name {topic} --add-config {setting}={safe}, or accept it with \
+                 ?allow_unsafe={setting}"
+            );
+            Finding { setting: (*setting).into(), value: shown.clone(), why, remedy }
+        });
+        let is_accepted = finding.is_some() && config.allow_unsafe.contains(*setting);
+        SettingReport { setting: (*setting).into(), value: shown, finding, is_accepted }
+    });
+    std::iter::once(partitions).chain(others).collect()
 }
 
 /// The finding that a log has another number of partitions than `who` says.
