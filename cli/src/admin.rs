@@ -86,11 +86,7 @@ async fn interruptible(work: impl Future<Output = Result<(), Error>>) -> Result<
 }
 
 /// Says why it ended and gives the exit code.
-pub(crate) fn finish(
-    program: &str,
-    out: &mut Output,
-    ended: Result<(), Error>,
-) -> ExitCode {
+pub(crate) fn finish(program: &str, out: &mut Output, ended: Result<(), Error>) -> ExitCode {
     let ended = ended.and_then(|()| out.flush()).err();
     let Some(error) = ended else { return ExitCode::SUCCESS };
     // What was printed until then is kept; a failure to print it is not the first one.

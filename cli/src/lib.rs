@@ -30,7 +30,7 @@
 //! - [`admin`]: what a service mounts; `program`: the binary, which adds completions and man pages;
 //! - `commands`: a module a command;
 //! - `options`: which log and which database are meant; `log`: a log that is only read; `tables`: the
-//!   toolkit's tables, only read;
+//!   toolkit's tables, only read; `overview`: both side by side;
 //! - `domain`: the aggregates of a service, to show states;
 //! - `output`, `progress`, `event`, `diff`: what is printed and how; `error`: how it ends.
 
@@ -43,6 +43,7 @@ mod event;
 mod log;
 mod options;
 mod output;
+mod overview;
 mod program;
 mod progress;
 mod tables;

@@ -8,12 +8,13 @@ use futures_util::{StreamExt, TryStreamExt};
 use kafold::clock::within;
 use kafold::embedded::EmbeddedSource;
 use kafold::kafka::Operator;
-use kafold::kafka::operate::ReadableLog;
+use kafold::kafka::operate::{PartitionFacts, ReadableLog};
 use kafold::store::{Batch, Cursor, SourceMessage, Subscription};
 use kafold::{Clock, Database, EventSource, Mode, Offset, Partition, ReadError, StreamId};
 
 use crate::error::Error;
 use crate::options::LogUrl;
+use crate::overview::PartitionView;
 
 /// Under this name the log is subscribed to; there is no group behind it.
 const READER: &str = "kafold";
@@ -86,6 +87,26 @@ impl Log {
             Self::Embedded { source, .. } => Ok((Offset(0), source.end().await?)),
             Self::Kafka(log) => log.ends(partition).await,
         }
+    }
+
+    /// What a partition shows of itself.
+    pub(crate) async fn look(&self, partition: Partition) -> Result<PartitionView, ReadError> {
+        if let Self::Kafka(log) = self {
+            let PartitionFacts { start, end, claim, newest_event_at, .. } =
+                log.look(partition).await?;
+            return Ok(PartitionView { partition, start, end, claim, newest_event_at });
+        }
+        let (start, end) = self.ends(partition).await?;
+        let newest = match end.0.checked_sub(1) {
+            Some(before) => {
+                let from = self.cursor_before(partition, Offset(before)).await?;
+                self.replay(partition, from, end).try_next().await?
+            }
+            None => None,
+        };
+        let newest = newest.and_then(|batch| batch.events.into_iter().next_back());
+        let newest_event_at = newest.map(|event| event.metadata.recorded_at);
+        Ok(PartitionView { partition, start, end, claim: None, newest_event_at })
     }
 
     /// A place at or below `before` to read on from; `None` is the beginning of the log.

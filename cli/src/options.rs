@@ -24,7 +24,13 @@ pub(crate) struct Options {
     /// postgres://USER:PASSWORD@HOST:PORT/NAME.
     ///
     /// Default: the log's own file, when the log is one.
-    #[arg(long, value_name = "URL", env = "KAFOLD_DATABASE", hide_env_values = true, global = true)]
+    #[arg(
+        long,
+        value_name = "URL",
+        env = "KAFOLD_DATABASE",
+        hide_env_values = true,
+        global = true
+    )]
     database: Option<String>,
     /// Prints one JSON document instead of text.
     #[arg(long, global = true)]
@@ -124,7 +130,8 @@ impl LogUrl {
 /// A text that was to be a URL, as it may be shown: neither login nor options.
 fn without_secrets(url: &str) -> String {
     let place = url.split('?').next().unwrap_or_default();
-    let (scheme, rest) = place.split_once("://").map_or(("", place), |(scheme, rest)| (scheme, rest));
+    let (scheme, rest) =
+        place.split_once("://").map_or(("", place), |(scheme, rest)| (scheme, rest));
     let rest = rest.rsplit_once('@').map_or(rest, |(_, rest)| rest);
     let shown = if scheme.is_empty() { rest.to_owned() } else { format!("{scheme}://{rest}") };
     shown.chars().take(60).collect()

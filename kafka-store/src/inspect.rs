@@ -156,7 +156,10 @@ impl Inspector {
         })
     }
 
-    pub(crate) async fn ends(&self, partition: Partition) -> Result<(Offset, Offset), InspectError> {
+    pub(crate) async fn ends(
+        &self,
+        partition: Partition,
+    ) -> Result<(Offset, Offset), InspectError> {
         let (inquirer, topic) = (Arc::clone(&self.inquirer), self.topic.clone());
         let asked = tokio::task::spawn_blocking(move || inquirer.ends(&topic, partition)).await;
         asked.unwrap_or(Err(KafkaError::Canceled)).map_err(InspectError::Unavailable)
@@ -201,7 +204,11 @@ impl Inspector {
     }
 
     /// Records that are known to be there.
-    pub(crate) async fn read(&self, partition: Partition, from: Offset) -> Result<Chunk, InspectError> {
+    pub(crate) async fn read(
+        &self,
+        partition: Partition,
+        from: Offset,
+    ) -> Result<Chunk, InspectError> {
         let turn = self.turns[partition.0 as usize].lock().await;
         let answer = self.reader.read_async(partition, from, self.read_wait).await;
         drop(turn);

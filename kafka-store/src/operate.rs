@@ -15,6 +15,11 @@ use crate::topic::{self, Preparation, Settings};
 
 pub use readable::{PartitionFacts, ReadableLog};
 
+/// The version of the client library.
+pub fn client_version() -> String {
+    rdkafka::util::get_rdkafka_version().1
+}
+
 /// Looks at the log that a [`KafkaConfig`] names. Cheap to clone.
 #[derive(Clone)]
 pub struct Operator {
@@ -79,6 +84,11 @@ impl Operator {
         let canceled = |_| open_error(&config, "creating a client", KafkaError::Canceled, None);
         let inquirer = Arc::new(made.await.map_err(canceled)??);
         Ok(Self { config: Arc::new(config), inquirer, clock })
+    }
+
+    /// Which log it is.
+    pub fn config(&self) -> &KafkaConfig {
+        &self.config
     }
 
     /// The brokers that are up.

@@ -259,9 +259,7 @@ impl<'a> Preparation<'a> {
                 brokers: self.config.brokers.clone(),
                 doing: format!("reading the settings of broker {broker}"),
                 remedy: "allow this user DescribeConfigs on the cluster".into(),
-                cause: Arc::new(KafkaError::AdminOp(
-                    RDKafkaErrorCode::ClusterAuthorizationFailed,
-                )),
+                cause: Arc::new(KafkaError::AdminOp(RDKafkaErrorCode::ClusterAuthorizationFailed)),
             },
         )
     }

@@ -68,9 +68,10 @@ impl Wanted {
                 Error::usage(format!("--stream {text:?}: {error}; write it as order-17"))
             })
         });
-        let from = args.from.as_deref().map(|text| {
-            text.parse().map_err(|error| Error::usage(format!("--from {error}")))
-        });
+        let from = args
+            .from
+            .as_deref()
+            .map(|text| text.parse().map_err(|error| Error::usage(format!("--from {error}"))));
         Ok(Self {
             category: args.category.clone(),
             event_type: args.event_type.clone(),
@@ -170,9 +171,9 @@ fn check_partition(from: Position, possible: &[Partition], all: u32) -> Result<(
         )));
     }
     match possible {
-        [only] if *only != from.partition => Err(Error::failed(format!(
-            "--from {from}: the stream is in partition {only}"
-        ))),
+        [only] if *only != from.partition => {
+            Err(Error::failed(format!("--from {from}: the stream is in partition {only}")))
+        }
         _ => Ok(()),
     }
 }
@@ -180,10 +181,7 @@ fn check_partition(from: Position, possible: &[Partition], all: u32) -> Result<(
 type Place = (Partition, Option<Cursor>);
 
 /// Where reading begins so that nothing from the starts on is missed.
-async fn places(
-    log: &Log,
-    starts: &BTreeMap<Partition, Offset>,
-) -> Result<Vec<Place>, Error> {
+async fn places(log: &Log, starts: &BTreeMap<Partition, Offset>) -> Result<Vec<Place>, Error> {
     let found = starts.iter().map(|(partition, start)| async move {
         let cursor = match start {
             Offset(0) => None,

@@ -251,9 +251,8 @@ async fn replay(
     let mut batches = log.replay(partition, from, end);
     while let Some(batch) = batches.try_next().await? {
         progress.advance(batch.next.next.0.saturating_sub(batch.from.0));
-        let wanted = |event: &RecordedEvent| {
-            event.stream == *stream && event.version > shown.last_version
-        };
+        let wanted =
+            |event: &RecordedEvent| event.stream == *stream && event.version > shown.last_version;
         let events: Vec<_> = batch.events.into_iter().filter(wanted).collect();
         events.into_iter().for_each(|event| shown.take(event));
     }

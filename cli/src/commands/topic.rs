@@ -2,6 +2,7 @@
 
 use clap::Subcommand;
 use futures_util::future::join_all;
+use kafold::kafka::Operator;
 use kafold::kafka::operate::{PartitionFacts, ReadableLog, SettingReport, TopicReport};
 use kafold::{Offset, Partition, ReadError};
 use serde::Serialize;
@@ -9,7 +10,6 @@ use serde::Serialize;
 use crate::admin::Context;
 use crate::error::{Error, chain};
 use crate::log::operator;
-use crate::options::LogUrl;
 use crate::output::count;
 
 #[derive(Debug, Clone, Subcommand)]
@@ -46,6 +46,9 @@ pub(crate) async fn create(context: &mut Context) -> Result<(), Error> {
     Ok(())
 }
 
+/// The finding that a topic is not there.
+pub(crate) const ABSENT: &str = "topic";
+
 /// One thing that was looked at.
 #[derive(Debug, Clone, Serialize)]
 pub(crate) struct Finding {
@@ -73,7 +76,7 @@ pub(crate) enum Verdict {
 
 pub(crate) async fn check(context: &mut Context) -> Result<(), Error> {
     let url = context.options.log()?;
-    let findings = findings(context, &url).await?;
+    let findings = findings(&operator(&url, &context.clock).await?).await?;
     let unsound = findings.iter().filter(|f| f.verdict == Verdict::Unsafe).count() as u64;
     let out = &mut context.out;
     if out.json {
@@ -105,8 +108,7 @@ pub(crate) async fn check(context: &mut Context) -> Result<(), Error> {
 }
 
 /// Everything that there is to say about the log's topics; nothing is made.
-pub(crate) async fn findings(context: &Context, url: &LogUrl) -> Result<Vec<Finding>, Error> {
-    let operator = operator(url, &context.clock).await?;
+pub(crate) async fn findings(operator: &Operator) -> Result<Vec<Finding>, Error> {
     let reports = operator.check_topics().await?;
     let mut findings: Vec<_> = reports.iter().flat_map(of_settings).collect();
     if let (Some(events), Some(log)) = (reports.first(), operator.log().await?) {
@@ -119,11 +121,13 @@ fn of_settings(report: &TopicReport) -> Vec<Finding> {
     if !report.exists {
         return vec![Finding {
             topic: report.topic.clone(),
-            setting: "topic".into(),
+            setting: ABSENT.into(),
             value: "absent".into(),
             verdict: Verdict::Unsafe,
             why: Some("there is no such topic".into()),
-            remedy: Some("make it with `topic create`, or start the service, which does the same".into()),
+            remedy: Some(
+                "make it with `topic create`, or start the service, which does the same".into(),
+            ),
         }];
     }
     let finding = |setting: &SettingReport| {

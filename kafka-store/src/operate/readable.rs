@@ -304,4 +304,3 @@ fn recorded_at(record: &LogRecord) -> Option<DateTime<Utc>> {
         _ => None,
     }
 }
-
