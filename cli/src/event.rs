@@ -96,12 +96,73 @@ pub(crate) fn block(event: &RecordedEvent) -> String {
 }
 
 fn pretty(payload: &[u8]) -> String {
-    let value = serde_json::from_slice::<Value>(payload);
-    let pretty = value.and_then(|value| serde_json::to_string_pretty(&value));
-    pretty.unwrap_or_else(|_| String::from_utf8_lossy(payload).into_owned())
+    match serde_json::from_slice::<&RawValue>(payload) {
+        Ok(json) => indented(json.get()),
+        Err(_) => String::from_utf8_lossy(payload).into_owned(),
+    }
+}
+
+/// JSON on many lines; names keep their order and numbers all their digits, as no parsed value does.
+fn indented(json: &str) -> String {
+    let (mut text, mut depth, mut in_string, mut escaped) = (String::new(), 0, false, false);
+    let line = |text: &mut String, depth: usize| {
+        text.push('\n');
+        text.extend(std::iter::repeat_n("  ", depth));
+    };
+    let mut rest = json.chars().peekable();
+    while let Some(c) = rest.next() {
+        if in_string {
+            in_string = escaped || c != '"';
+            escaped = c == '\\' && !escaped;
+            text.push(c);
+            continue;
+        }
+        match c {
+            '{' | '[' => {
+                while rest.next_if(|c| c.is_ascii_whitespace()).is_some() {}
+                text.push(c);
+                match rest.next_if(|c| matches!(c, '}' | ']')) {
+                    Some(end) => text.push(end),
+                    None => {
+                        depth += 1;
+                        line(&mut text, depth);
+                    }
+                }
+            }
+            '}' | ']' => {
+                depth -= 1;
+                line(&mut text, depth);
+                text.push(c);
+            }
+            ',' => {
+                text.push(c);
+                line(&mut text, depth);
+            }
+            ':' => text.push_str(": "),
+            c if c.is_ascii_whitespace() => {}
+            c => {
+                in_string = c == '"';
+                text.push(c);
+            }
+        }
+    }
+    text
 }
 
 /// RFC 3339 in UTC, to the microsecond.
 pub(crate) fn time(time: DateTime<Utc>) -> String {
     time.to_rfc3339_opts(SecondsFormat::Micros, true)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_payload_is_indented_and_keeps_order_and_digits() {
+        let json = r#"{"z" :1.00,"a":[ ],"b":{"s":"a\\\",: {"},"l":[1 , {}]}"#;
+        let expected = "{\n  \"z\": 1.00,\n  \"a\": [],\n  \"b\": {\n    \"s\": \"a\\\\\\\",: {\"\n  },\n  \"l\": [\n    1,\n    {}\n  ]\n}";
+        assert_eq!(indented(json), expected);
+        assert_eq!(pretty(b"no json"), "no json");
+    }
 }

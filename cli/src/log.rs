@@ -20,6 +20,8 @@ use crate::overview::PartitionView;
 const READER: &str = "kafold";
 /// Events of one batch.
 const BATCH_EVENTS_MAX: usize = 1_000;
+/// Partitions that are asked about at once.
+const PARTITIONS_AT_ONCE: usize = 32;
 /// How long names of hosts may be looked up.
 const LOOK_UP_TIMEOUT: Duration = Duration::from_secs(8);
 
@@ -150,6 +152,17 @@ impl Log {
         }
         Ok(subscription)
     }
+}
+
+/// Asks about every partition, several at once; the answers are in the order of the partitions.
+pub(crate) async fn ask_all<T, E, F>(
+    partitions: impl IntoIterator<Item = Partition>,
+    ask: impl Fn(Partition) -> F,
+) -> Result<Vec<T>, E>
+where
+    F: Future<Output = Result<T, E>>,
+{
+    stream::iter(partitions).map(ask).buffered(PARTITIONS_AT_ONCE).try_collect().await
 }
 
 /// Looks at the log's brokers and topics; `url` names Kafka.

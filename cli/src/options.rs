@@ -82,6 +82,19 @@ impl Options {
         }
     }
 
+    /// Demands that a log or a database is named, and that both are URLs.
+    pub(crate) fn check_any(&self) -> Result<(), Error> {
+        let log = self.maybe_log()?.is_some();
+        let database = self.maybe_database_url()?.is_some();
+        if log || database {
+            return Ok(());
+        }
+        Err(Error::usage(
+            "neither log nor database is named: add --log kafka://HOST:PORT/NAME or --log \
+             sqlite://FILE, and --database postgres://…, or set KAFOLD_LOG and KAFOLD_DATABASE",
+        ))
+    }
+
     /// The URL of the database, which the command cannot do without.
     pub(crate) fn database_url(&self) -> Result<String, Error> {
         self.maybe_database_url()?.ok_or_else(|| {

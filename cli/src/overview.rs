@@ -3,13 +3,12 @@
 use std::collections::BTreeMap;
 
 use chrono::{DateTime, Utc};
-use futures_util::future::try_join_all;
 use kafold::projections::SqlIndex;
 use kafold::store::{Cursor, Owner};
 use kafold::{Database, Offset, Partition, StreamIndex};
 
 use crate::error::Error;
-use crate::log::Log;
+use crate::log::{Log, ask_all};
 use crate::tables::{self, Checkpoint, Projection};
 
 /// A partition of the log.
@@ -26,7 +25,7 @@ pub(crate) struct PartitionView {
 /// All partitions of the log.
 pub(crate) async fn partitions(log: &Log) -> Result<Vec<PartitionView>, Error> {
     let all = (0..log.partitions()).map(Partition);
-    Ok(try_join_all(all.map(|partition| log.look(partition))).await?)
+    Ok(ask_all(all, |partition| log.look(partition)).await?)
 }
 
 /// Where the stream index stands in each partition, if there is an index in this database.

@@ -127,7 +127,8 @@ async fn tail_prints_what_is_asked_for_in_the_order_of_the_log() {
     assert_eq!(tail(&["--from-beginning", "--type", "customer.changed"]), ["0:3"]);
     assert_eq!(tail(&["--from-beginning", "--type", "customer.changed.v2"]), [""; 0]);
 
-    let lines = run(folder.path(), &with(&["events", "tail", "--from", "0:1", "--limit", "1"])).ok();
+    let lines =
+        run(folder.path(), &with(&["events", "tail", "--from", "0:1", "--limit", "1"])).ok();
     assert!(lines.starts_with("0:1  "), "{lines}");
     let payload = r#"order-2  1  order.changed.v1  {"step":1,"big":12345678901234567890123}"#;
     assert!(lines.ends_with(&format!("{payload}\n")), "numbers are as they were written: {lines}");

@@ -74,8 +74,7 @@ fn servers_that_are_not_there_are_told_soon() {
     }
     for host in [silent.as_str(), "127.0.0.1:1"] {
         let url = format!("postgres://u:secret@{host}/d");
-        let (ended, took) =
-            timed(|| run(folder.path(), &["migrate", "--database", url.as_str()]));
+        let (ended, took) = timed(|| run(folder.path(), &["migrate", "--database", url.as_str()]));
         ended.only_says(1, &["unavailable", "check the URL"]);
         assert!(took < UNREACHABLE_MAX, "it took {took:?}");
     }
@@ -95,7 +94,10 @@ async fn topics_are_made_once_and_checked() {
     };
     let absent = topic("check", &[]);
     absent.says(1, &["is not safe"]);
-    assert!(absent.stdout.contains(&format!("{name}.events topic=absent")), "{absent:?}");
+    assert!(
+        absent.stdout.contains(&format!("{name}.events: there is no such topic")),
+        "{absent:?}"
+    );
     assert!(topic("check", &["--json"]).stdout.contains("absent"), "checking makes nothing");
     for command in [&["stream", "show", "order-1"][..], &["events", "tail"], &["status"]] {
         let args = [command, &["--log", url.as_str()]].concat();
@@ -127,7 +129,10 @@ async fn topics_of_others_and_unsafe_ones_are_refused_by_name() {
     let url = format!("kafka://{brokers}/{foreign}");
     let check = run(folder.path(), &["topic", "check", "--log", &url]);
     check.says(1, &["is not safe"]);
-    assert!(check.stdout.contains("records=foreign at 0:0: the record is not kafold's"), "{check:?}");
+    assert!(
+        check.stdout.contains("records=foreign at 0:0: the record is not kafold's"),
+        "{check:?}"
+    );
     let check = run(folder.path(), &["topic", "check", "--json", "--log", &url]);
     let json: Value = serde_json::from_str(&check.stdout).expect("JSON");
     assert_eq!(json["safe"], false);
@@ -165,11 +170,13 @@ async fn streams_and_events_are_read_with_an_index_and_without() {
     // A second life of the log, with another claim in every partition.
     fill(&url, None).await;
 
-    let show = |args: &[&str]| {
-        run(folder.path(), &[&["stream", "show"], args, &["--log", &url]].concat())
-    };
+    let show =
+        |args: &[&str]| run(folder.path(), &[&["stream", "show"], args, &["--log", &url]].concat());
     let alone = show(&["order-1", "--json"]).json();
-    assert_eq!((&alone["last_version"], alone["events"].as_array().map(Vec::len)), (&json!(6), Some(6)));
+    assert_eq!(
+        (&alone["last_version"], alone["events"].as_array().map(Vec::len)),
+        (&json!(6), Some(6))
+    );
     let indexed = show(&["order-1", "--json", "--database", &database]).json();
     assert_eq!(indexed, alone, "the index and the end of the log behind it");
     let was = show(&["order-2", "--at", "1", "--database", &database]).ok();
@@ -191,7 +198,9 @@ async fn streams_and_events_are_read_with_an_index_and_without() {
         let from = event["position"].as_str().expect("a position");
         let (partition, _) = from.split_once(':').expect("a position");
         let same = |event: &&Value| {
-            event["position"].as_str().is_some_and(|text| text.starts_with(&format!("{partition}:")))
+            event["position"]
+                .as_str()
+                .is_some_and(|text| text.starts_with(&format!("{partition}:")))
         };
         let expected: Vec<_> = all[at..].iter().filter(same).cloned().collect();
         assert_eq!(tail(&["--from", from]), expected, "from {from}");

@@ -31,8 +31,8 @@ fn what_cannot_be_is_wrong_usage() {
     let usage = |args: &[&str], words: &[&str]| run(folder.path(), args).says(2, words);
     usage(&[], &["Usage"]);
     usage(&["nothing"], &["nothing"]);
-    usage(&["status"], &["--database"]);
-    usage(&["doctor"], &["--database"]);
+    usage(&["status"], &["kafold: ", "--log", "--database"]);
+    usage(&["doctor"], &["kafold: ", "--log", "--database"]);
     usage(&["migrate"], &["--database", "KAFOLD_DATABASE"]);
     for command in [&["stream", "show", "order-1"][..], &["events", "tail"], &["topic", "check"]] {
         usage(command, &["kafold: ", "--log", "KAFOLD_LOG"]);
@@ -95,11 +95,8 @@ fn completions_and_man_pages_are_made_for_every_shell_and_command() {
 fn a_closed_pipe_is_no_failure() {
     let folder = TempDir::new().expect("a folder");
     let mut command = kafold(folder.path(), &["completions", "bash"]);
-    let mut child = command
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()
-        .expect("the program starts");
+    let mut child =
+        command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("the program starts");
     // Longer than what a pipe holds, so the program notices.
     drop(child.stdout.take());
     let status = wait_for("the program ends", || child.try_wait().expect("a child"));

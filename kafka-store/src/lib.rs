@@ -16,7 +16,7 @@
 //! [`EventSource`](kafold_core::EventSource) of the same log:
 //!
 //! - [`config`]: the log's URL and the limits; [`error`]: why it cannot be opened;
-//! - `topic`: topics are created safe, unsafe ones are refused by name;
+//! - `topic`: topics are created safe, unsafe ones are refused by name; `judge`: what is unsafe, and why;
 //! - `driver`: the thread that joins all writers to one `producer`; `reader`: the thread that reads
 //!   the log for them;
 //! - `membership`: a place in a consumer group; `ownership`: takes over what the group assigns and hands
@@ -37,6 +37,7 @@ mod forward;
 pub mod identity;
 mod indexer;
 mod inspect;
+mod judge;
 mod loader;
 mod membership;
 #[cfg(test)]

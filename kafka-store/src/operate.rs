@@ -1,8 +1,10 @@
 //! A log as its operator looks at it: brokers, topics, partitions. Nothing here claims a partition,
 //! joins a group or commits an offset, and only [`Operator::create_topics`] makes anything.
 
+mod api;
 mod readable;
 
+use std::io;
 use std::sync::Arc;
 
 use kafold_core::Clock;
@@ -11,8 +13,10 @@ use rdkafka::error::KafkaError;
 use crate::client::{Inquirer, TopicShape, check_hosts, open_error};
 use crate::config::KafkaConfig;
 use crate::error::{Finding, OpenError};
-use crate::topic::{self, Preparation, Settings};
+use crate::judge::{self, Settings};
+use crate::topic::{self, Preparation};
 
+pub use api::BrokerApi;
 pub use readable::{PartitionFacts, ReadableLog};
 
 /// The version of the client library.
@@ -101,6 +105,13 @@ impl Operator {
         .await
     }
 
+    /// Which requests the broker understands.
+    pub async fn broker_api(&self, broker: &Broker) -> io::Result<BrokerApi> {
+        let (address, timeout) = (broker.address.clone(), self.config.limits.request_timeout);
+        let asked = tokio::task::spawn_blocking(move || api::ask(&address, timeout)).await;
+        asked.unwrap_or_else(|_| Err(io::ErrorKind::Interrupted.into()))
+    }
+
     /// Those of the wanted settings that the broker tells, with their values.
     pub async fn broker_settings(
         &self,
@@ -166,7 +177,7 @@ impl Operator {
         let settings = match shape {
             Some(shape) => {
                 let resource = preparation.describe_topic(topic)?;
-                topic::judge_events(&self.config, topic, shape, &Settings(&resource))
+                judge::judge_events(&self.config, topic, shape, &Settings(&resource))
             }
             None => Vec::new(),
         };
@@ -204,7 +215,7 @@ fn report_beside(
         setting: "partitions".into(),
         value: found.partitions.to_string(),
         finding: events.and_then(|events| {
-            topic::judge_beside(config, &topic, found.partitions, events.partitions)
+            judge::judge_beside(config, &topic, found.partitions, events.partitions)
         }),
         is_accepted: false,
     });

@@ -93,11 +93,8 @@ fn ahead_or_behind(ahead_ms: i64) -> &'static str {
 }
 
 pub(crate) async fn run(context: &mut Context) -> Result<(), Error> {
+    context.options.check_any()?;
     let url = context.options.maybe_log()?;
-    if url.is_none() {
-        context.options.database_url()?;
-    }
-    context.options.maybe_database_url()?;
     let mut checks = Checks::default();
     checks.ok("program", versions());
     let log = match &url {

@@ -4,14 +4,13 @@ use std::collections::BTreeMap;
 
 use clap::Subcommand;
 use futures_util::TryStreamExt;
-use futures_util::future::try_join_all;
 use kafold::store::{Batch, Cursor, SourceMessage};
 use kafold::{Offset, Partition, Position, ReadError, RecordedEvent, StreamId};
 
 use crate::admin::Context;
 use crate::error::Error;
 use crate::event::{EventJson, line};
-use crate::log::Log;
+use crate::log::{Log, ask_all};
 use crate::output::{Output, count};
 use crate::progress::Progress;
 
@@ -147,11 +146,11 @@ async fn ends(log: &Log, wanted: &Wanted) -> Result<BTreeMap<Partition, Offset>,
         check_partition(from, &read, log.partitions())?;
         read = vec![from.partition];
     }
-    let ends = read.into_iter().map(|partition| async move {
+    let end = |partition| async move {
         let (_, end) = log.ends(partition).await?;
         Ok::<_, ReadError>((partition, end))
-    });
-    let ends: BTreeMap<_, _> = try_join_all(ends).await?.into_iter().collect();
+    };
+    let ends: BTreeMap<_, _> = ask_all(read, end).await?.into_iter().collect();
     match wanted.from {
         Some(from) if from.offset > ends[&from.partition] => {
             let (partition, end) = (from.partition, ends[&from.partition]);
@@ -182,14 +181,14 @@ type Place = (Partition, Option<Cursor>);
 
 /// Where reading begins so that nothing from the starts on is missed.
 async fn places(log: &Log, starts: &BTreeMap<Partition, Offset>) -> Result<Vec<Place>, Error> {
-    let found = starts.iter().map(|(partition, start)| async move {
-        let cursor = match start {
+    let place = |partition| async move {
+        let cursor = match starts[&partition] {
             Offset(0) => None,
-            start => log.cursor_before(*partition, *start).await?,
+            start => log.cursor_before(partition, start).await?,
         };
-        Ok::<_, ReadError>((*partition, cursor))
-    });
-    Ok(try_join_all(found).await?)
+        Ok::<_, ReadError>((partition, cursor))
+    };
+    Ok(ask_all(starts.keys().copied(), place).await?)
 }
 
 /// Prints what there is, partition by partition.

@@ -34,11 +34,7 @@ struct DatabaseStatus {
 }
 
 pub(crate) async fn run(context: &mut Context) -> Result<(), Error> {
-    if context.options.maybe_log()?.is_none() {
-        // Without a log there must be a database.
-        context.options.database_url()?;
-    }
-    context.options.maybe_database_url()?;
+    context.options.check_any()?;
     let mut status = Status::default();
     let log = log(context, &mut status).await;
     let database = database(context, &mut status).await;

@@ -1,7 +1,6 @@
 //! `topic create` and `topic check`: the topics of a log on Kafka.
 
 use clap::Subcommand;
-use futures_util::future::join_all;
 use kafold::kafka::Operator;
 use kafold::kafka::operate::{PartitionFacts, ReadableLog, SettingReport, TopicReport};
 use kafold::{Offset, Partition, ReadError};
@@ -9,7 +8,7 @@ use serde::Serialize;
 
 use crate::admin::Context;
 use crate::error::{Error, chain};
-use crate::log::operator;
+use crate::log::{ask_all, operator};
 use crate::output::count;
 
 #[derive(Debug, Clone, Subcommand)]
@@ -65,6 +64,18 @@ pub(crate) struct Finding {
     pub(crate) remedy: Option<String>,
 }
 
+impl Finding {
+    /// What was found, and why that is wrong.
+    pub(crate) fn sentence(&self) -> String {
+        let Self { topic, setting, value, .. } = self;
+        let why = self.why.as_deref().unwrap_or_default();
+        match setting.as_str() {
+            ABSENT => format!("{topic}: {why}"),
+            _ => format!("{topic} {setting}={value}: {why}"),
+        }
+    }
+}
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub(crate) enum Verdict {
@@ -91,9 +102,7 @@ pub(crate) async fn check(context: &mut Context) -> Result<(), Error> {
             .collect();
         out.table(["TOPIC", "SETTING", "FOUND", "VERDICT"], &rows)?;
         for finding in findings.iter().filter(|f| f.why.is_some()) {
-            let Finding { topic, setting, value, .. } = finding;
-            let why = finding.why.as_deref().unwrap_or_default();
-            out.line(&format!("\n{topic} {setting}={value}: {why}"))?;
+            out.line(&format!("\n{}", finding.sentence()))?;
             out.line(&format!("  {}", finding.remedy.as_deref().unwrap_or_default()))?;
         }
     }
@@ -148,11 +157,10 @@ fn of_settings(report: &TopicReport) -> Vec<Finding> {
 /// newest of each partition tell.
 async fn of_records(topic: &str, log: &ReadableLog) -> Result<Finding, Error> {
     let partitions = (0..log.partitions()).map(Partition);
-    let looked = join_all(partitions.map(|p| fault(log, p))).await;
+    let looked = ask_all(partitions, |partition| fault(log, partition)).await?;
     let mut records = 0;
     let mut worst: Option<Fault> = None;
-    for outcome in looked {
-        let (found, fault) = outcome?;
+    for (found, fault) in looked {
         records += found;
         worst = match (worst, fault) {
             (Some(known), Some(new)) if new.verdict != Verdict::Unsafe => Some(known),

@@ -11,7 +11,7 @@ use kafold::clock::{RandomIds, SystemClock};
 use kafold::projections::sqlx::{AssertSqlSafe, Connection, PgConnection, query};
 use kafold::store::Health;
 use kafold::{
-    Clock, Commit, CommandId, Database, EventStore, ExpectedVersion, IdGenerator, Log, LogOptions,
+    Clock, CommandId, Commit, Database, EventStore, ExpectedVersion, IdGenerator, Log, LogOptions,
     Metadata, Mode, NewEvent, StreamId, Version,
 };
 use serde_json::Value;

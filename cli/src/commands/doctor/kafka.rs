@@ -37,6 +37,7 @@ pub(super) async fn check(context: &Context, url: &LogUrl, checks: &mut Checks) 
         }
     };
     check_brokers(&brokers, checks);
+    check_versions(&operator, &brokers, checks).await;
     check_settings(&operator, &brokers, checks).await;
     let Some(absent) = check_topics(&operator, checks).await else { return false };
     check_rights(&operator, absent.is_empty(), checks).await;
@@ -53,6 +54,31 @@ fn check_brokers(brokers: &[Broker], checks: &mut Checks) {
             "run three brokers or more, with ?replication=3",
         ),
         false => checks.ok("brokers", found),
+    }
+}
+
+async fn check_versions(operator: &Operator, brokers: &[Broker], checks: &mut Checks) {
+    const NAME: &str = "brokers: version";
+    let mut shown = BTreeSet::new();
+    for broker in brokers {
+        let address = &broker.address;
+        match operator.broker_api(broker).await {
+            Ok(api) if api.is_new_enough => {
+                shown.insert(format!("Fetch up to {} of {} requests", api.fetch_max, api.kinds));
+            }
+            Ok(_) => {
+                let found = format!("{address} is older than Kafka 2.8");
+                checks.problem(NAME, found, "use brokers of Kafka 2.8 or newer");
+            }
+            Err(error) => {
+                let found = format!("{address} does not tell its version: {error}");
+                checks.warning(NAME, found, "see that this machine reaches every broker");
+            }
+        }
+    }
+    if !shown.is_empty() {
+        let shown: Vec<_> = shown.into_iter().collect();
+        checks.ok(NAME, shown.join(", "));
     }
 }
 
@@ -111,11 +137,11 @@ async fn check_topics(operator: &Operator, checks: &mut Checks) -> Option<Vec<St
     };
     let is_sound = |finding: &&topic::Finding| finding.verdict == Verdict::Ok;
     let sound = findings.iter().filter(is_sound).count() as u64;
-    checks.ok("topics", format!("{} as they should be", count(sound, "setting")));
+    if sound > 0 {
+        checks.ok("topics", format!("{} as they should be", count(sound, "setting")));
+    }
     for finding in findings.iter().filter(|finding| finding.verdict != Verdict::Ok) {
-        let topic::Finding { topic, setting, value, .. } = finding;
-        let why = finding.why.as_deref().unwrap_or_default();
-        let found = format!("{topic} {setting}={value}: {why}");
+        let found = finding.sentence();
         let remedy = finding.remedy.as_deref().unwrap_or_default();
         match finding.verdict {
             Verdict::Warning => checks.warning("topics", found, remedy),
