@@ -8,6 +8,7 @@ use kafold_core::store::{Batch, Cursor, SourceMessage, Subscription};
 use kafold_core::{Clock, EventSource, Offset, Partition, ReadError, RecordedEvent};
 use kafold_migrations::SqliteDatabase;
 use tokio::sync::{Mutex as AsyncMutex, OwnedMutexGuard, watch};
+use uuid::Uuid;
 
 use crate::config::POLL_INTERVAL;
 use crate::error::not_read;
@@ -32,6 +33,23 @@ impl EmbeddedSource {
     pub async fn open(database: SqliteDatabase, clock: Arc<dyn Clock>) -> Result<Self, ReadError> {
         let log_id = check_own_log(&database).await?.into();
         Ok(Self { database, clock, log_id, names: Arc::default() })
+    }
+
+    /// The end of the log: the offset of the next event.
+    pub async fn end(&self) -> Result<Offset, ReadError> {
+        event::end(self.database.readers()).await.map_err(not_read)
+    }
+
+    /// The place of a reader that has seen everything below an offset, which is at most the end.
+    pub async fn cursor_at(&self, next: Offset) -> Result<Cursor, ReadError> {
+        let Some(before) = next.0.checked_sub(1) else { return Ok(self.beginning()) };
+        let found = event::event_id_at(self.database.readers(), Offset(before)).await;
+        let anchor = found.map_err(not_read)?.ok_or_else(|| missing(Offset(before)))?;
+        Ok(Cursor { next, state: state_behind(&self.log_id, anchor) })
+    }
+
+    fn beginning(&self) -> Cursor {
+        Cursor { next: Offset(0), state: self.log_id.to_string() }
     }
 }
 
@@ -114,10 +132,9 @@ impl Subscription for EmbeddedSubscription {
                 "it is not assigned to this reader",
             ));
         }
-        let beginning = || Cursor { next: Offset(0), state: self.source.log_id.to_string() };
         let place = match from {
             Some(cursor) => self.checked(cursor).await?,
-            None => beginning(),
+            None => self.source.beginning(),
         };
         self.place = Some(place);
         Ok(())
@@ -143,7 +160,7 @@ impl EmbeddedSubscription {
         };
         let next = Cursor {
             next: last.position.offset.plus(1),
-            state: state_after(&self.source.log_id, last),
+            state: state_behind(&self.source.log_id, last.metadata.event_id),
         };
         Ok(Some(Batch {
             partition: PARTITION,
@@ -207,8 +224,8 @@ impl EmbeddedSubscription {
 }
 
 /// The state of a cursor behind an event: the log, and the event as an anchor in it.
-fn state_after(log_id: &str, last: &RecordedEvent) -> String {
-    format!("{log_id} {}", last.metadata.event_id)
+fn state_behind(log_id: &str, anchor: Uuid) -> String {
+    format!("{log_id} {anchor}")
 }
 
 fn check_end(next: Offset, end: Offset) -> Result<(), ReadError> {

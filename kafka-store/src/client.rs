@@ -120,11 +120,13 @@ impl Inquirer {
         Ok((Some(shape), brokers))
     }
 
-    /// The id of one of the brokers.
-    pub(crate) fn any_broker(&self) -> KafkaResult<Option<i32>> {
+    /// The brokers that are up: id, host and port of each.
+    pub(crate) fn brokers(&self) -> KafkaResult<Vec<(i32, String)>> {
         let metadata = self.client.fetch_metadata(None, self.timeout);
         self.serve();
-        Ok(metadata?.brokers().first().map(|broker| broker.id()))
+        let metadata = metadata?;
+        let brokers = metadata.brokers().iter();
+        Ok(brokers.map(|b| (b.id(), format!("{}:{}", b.host(), b.port()))).collect())
     }
 
     /// The first and the next offset of a partition, asked of its leader.

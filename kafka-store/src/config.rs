@@ -329,8 +329,8 @@ impl KafkaConfig {
                 self.replication = Some(count.ok_or_else(expected)?);
             }
             "allow_unsafe" => {
-                if !crate::topic::UNSAFE_SETTINGS.contains(&&*value) {
-                    return Err(invalid(crate::topic::UNSAFE_SETTINGS.join(" or ")));
+                if !crate::judge::UNSAFE_SETTINGS.contains(&&*value) {
+                    return Err(invalid(crate::judge::UNSAFE_SETTINGS.join(" or ")));
                 }
                 self.allow_unsafe.insert(value.into_owned());
             }

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use kafold_core::{Clock, Offset, Partition, Position};
+use kafold_core::{Clock, Offset, Partition, Position, ReadError};
 use rdkafka::error::{KafkaError, RDKafkaErrorCode};
 use tokio::sync::Mutex;
 
@@ -29,6 +29,16 @@ pub(crate) enum InspectError {
     /// It contradicts itself.
     #[error(transparent)]
     Diverged(#[from] LogDiverged),
+}
+
+impl InspectError {
+    /// As the seams of the core tell it; `what` is what was looked at.
+    pub(crate) fn into_read_error(self, what: String, retry_after: Duration) -> ReadError {
+        match self {
+            Self::Unavailable(error) => ReadError::unavailable(retry_after, error),
+            error => ReadError::diverged(what, error),
+        }
+    }
 }
 
 /// Looks at partitions of one events topic.
@@ -146,14 +156,17 @@ impl Inspector {
         })
     }
 
-    async fn ends(&self, partition: Partition) -> Result<(Offset, Offset), InspectError> {
+    pub(crate) async fn ends(
+        &self,
+        partition: Partition,
+    ) -> Result<(Offset, Offset), InspectError> {
         let (inquirer, topic) = (Arc::clone(&self.inquirer), self.topic.clone());
         let asked = tokio::task::spawn_blocking(move || inquirer.ends(&topic, partition)).await;
         asked.unwrap_or(Err(KafkaError::Canceled)).map_err(InspectError::Unavailable)
     }
 
     /// The partition's first accepted claim, if there is one below `end`.
-    async fn first_claim(
+    pub(crate) async fn first_claim(
         &self,
         partition: Partition,
         end: Offset,
@@ -191,7 +204,11 @@ impl Inspector {
     }
 
     /// Records that are known to be there.
-    async fn read(&self, partition: Partition, from: Offset) -> Result<Chunk, InspectError> {
+    pub(crate) async fn read(
+        &self,
+        partition: Partition,
+        from: Offset,
+    ) -> Result<Chunk, InspectError> {
         let turn = self.turns[partition.0 as usize].lock().await;
         let answer = self.reader.read_async(partition, from, self.read_wait).await;
         drop(turn);

@@ -16,14 +16,15 @@
 //! [`EventSource`](kafold_core::EventSource) of the same log:
 //!
 //! - [`config`]: the log's URL and the limits; [`error`]: why it cannot be opened;
-//! - `topic`: topics are created safe, unsafe ones are refused by name;
+//! - `topic`: topics are created safe, unsafe ones are refused by name; `judge`: what is unsafe, and why;
 //! - `driver`: the thread that joins all writers to one `producer`; `reader`: the thread that reads
 //!   the log for them;
 //! - `membership`: a place in a consumer group; `ownership`: takes over what the group assigns and hands
 //!   over what it revokes;
 //! - `forward`: commands between the nodes;
 //! - `indexer`: feeds the index behind the write; `loader`: streams from index and tail;
-//! - [`store`], [`source`]: the two seams.
+//! - [`store`], [`source`]: the two seams;
+//! - [`operate`]: a log as its operator looks at it, without being a part of the service.
 
 mod client;
 pub mod config;
@@ -36,10 +37,12 @@ mod forward;
 pub mod identity;
 mod indexer;
 mod inspect;
+mod judge;
 mod loader;
 mod membership;
 #[cfg(test)]
 mod model;
+pub mod operate;
 mod ownership;
 mod partition;
 pub mod partitioner;
@@ -56,5 +59,6 @@ pub mod writer;
 
 pub use config::{Assignment, KafkaConfig, Limits};
 pub use error::{ConfigError, OpenError};
+pub use operate::Operator;
 pub use source::KafkaSource;
 pub use store::KafkaStore;

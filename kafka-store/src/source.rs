@@ -16,7 +16,7 @@ use crate::client::Inquirer;
 use crate::config::{Assignment, KafkaConfig};
 use crate::error::OpenError;
 use crate::fold::{Checkpoint, CommitReader, LogDiverged, Read};
-use crate::inspect::{InspectError, Inspector};
+use crate::inspect::Inspector;
 use crate::membership::{Membership, Rebalance};
 use crate::reader::{Chunk, LogReader, ReadFailure};
 use crate::store::connect;
@@ -181,13 +181,8 @@ impl Subscription for KafkaSubscription {
                 .map_err(|error| ReadError::diverged(self.what(partition), error))?,
         };
         self.stop(partition);
-        match self.inspector.check(partition, &checkpoint).await {
-            Ok(()) => {}
-            Err(InspectError::Unavailable(error)) => {
-                return Err(ReadError::unavailable(RETRY_AFTER, error));
-            }
-            Err(error) => return Err(ReadError::diverged(self.what(partition), error)),
-        }
+        let checked = self.inspector.check(partition, &checkpoint).await;
+        checked.map_err(|error| error.into_read_error(self.what(partition), RETRY_AFTER))?;
         self.starts += 1;
         let started = Started {
             start: self.starts,

@@ -361,7 +361,7 @@ pub(crate) async fn connect(
     let prepared = tokio::task::spawn_blocking(move || {
         let inquirer = Inquirer::new(&asked)
             .map_err(|error| open_error(&asked, "creating a client", error, None))?;
-        let topic = topic::prepare(&asked, &inquirer, &clock)?;
+        let (topic, _) = topic::prepare(&asked, &inquirer, &clock)?;
         Ok::<_, OpenError>((topic, Arc::new(inquirer)))
     });
     let canceled = |_| open_error(config, "preparing topics", KafkaError::Canceled, None);

@@ -13,18 +13,14 @@ use tokio::runtime::Handle;
 
 use crate::client::{Inquirer, TopicShape, check_hosts, open_error};
 use crate::config::KafkaConfig;
-use crate::error::{Finding, OpenError};
+use crate::error::OpenError;
+use crate::judge::{FOR_EVER, REPLICAS_SAFE, Settings, findings, judge_beside};
+use crate::operate::MadeTopic;
 
 /// Partitions of a new log when the URL says nothing.
 const PARTITIONS_DEFAULT: u32 = 12;
 /// Copies of a new log's partitions when the URL says nothing and there are brokers enough.
 const REPLICATION_DEFAULT: usize = 3;
-/// Copies from which one broker may be lost without losing or blocking anything.
-const REPLICAS_SAFE: usize = 3;
-/// In-sync replicas that must have a record before it is acknowledged, at [`REPLICAS_SAFE`].
-const IN_SYNC_SAFE: u64 = 2;
-/// A retention that never ends.
-const FOR_EVER: &str = "-1";
 /// Forwarded commands are kept for a day.
 const COMMANDS_RETENTION_MS: &str = "86400000";
 /// Answers to them are kept for an hour.
@@ -36,16 +32,6 @@ const SESSION_TIMEOUT_MIN_DEFAULT: Duration = Duration::from_secs(6);
 /// Kafka's own `max.message.bytes`, should a broker not tell.
 pub(crate) const RECORD_BYTES_DEFAULT: usize = 1_048_588;
 
-/// Settings of an existing topic that `allow_unsafe` can accept.
-pub(crate) const UNSAFE_SETTINGS: [&str; 6] = [
-    "retention.ms",
-    "retention.bytes",
-    "cleanup.policy",
-    "min.insync.replicas",
-    "unclean.leader.election.enable",
-    "message.timestamp.type",
-];
-
 /// The events topic as it was found or made.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct EventsTopic {
@@ -56,15 +42,15 @@ pub(crate) struct EventsTopic {
     pub(crate) session_timeout_min: Duration,
 }
 
-/// Creates the topics that are absent and checks the events topic. Blocks; runs on a thread of the
-/// runtime that may.
+/// Creates the topics that are absent and checks the events topic; tells which were there. Blocks;
+/// runs on a thread of the runtime that may.
 pub(crate) fn prepare(
     config: &KafkaConfig,
     inquirer: &Inquirer,
     clock: &Arc<dyn Clock>,
-) -> Result<EventsTopic, OpenError> {
+) -> Result<(EventsTopic, Vec<MadeTopic>), OpenError> {
     check_hosts(config)?;
-    let preparation = Preparation { config, inquirer, clock: &**clock, admin: admin(config)? };
+    let preparation = Preparation::new(config, inquirer, &**clock)?;
     let topic = config.events_topic();
     let (found, brokers) = preparation.look(&topic)?;
     let replicas = config.replication.map_or(brokers.min(REPLICATION_DEFAULT), usize::from);
@@ -75,13 +61,15 @@ pub(crate) fn prepare(
     preparation.create(&topic, found, partitions, replicas, FOR_EVER)?;
     // Nothing is made beside a topic that is refused.
     let events = preparation.check(&topic)?;
+    let mut made = vec![MadeTopic { topic, existed: found.is_some() }];
     let (commands, replies) = (config.commands_topic(), config.replies_topic());
     for (topic, retention) in [(commands, COMMANDS_RETENTION_MS), (replies, REPLIES_RETENTION_MS)] {
         let (found, _) = preparation.look(&topic)?;
         preparation.create(&topic, found, partitions, replicas, retention)?;
+        made.push(MadeTopic { topic, existed: found.is_some() });
     }
     let session_timeout_min = preparation.session_timeout_min();
-    Ok(EventsTopic { session_timeout_min, ..events })
+    Ok((EventsTopic { session_timeout_min, ..events }, made))
 }
 
 /// The topics of commands and replies have as many partitions as that of the events: who owns one of
@@ -94,22 +82,9 @@ pub(crate) fn check_beside(
 ) -> Result<(), OpenError> {
     for topic in [config.commands_topic(), config.replies_topic()] {
         let found = shape(config, inquirer, &topic)?.partitions;
-        if found == partitions {
-            continue;
+        if let Some(finding) = judge_beside(config, &topic, found, partitions) {
+            return Err(OpenError::UnsafeTopic { topic, findings: vec![finding] });
         }
-        let events = config.events_topic();
-        let finding = Finding {
-            setting: "partitions".into(),
-            value: found.to_string(),
-            why: format!(
-                "{events} has {partitions}, and commands are sent to the partition of their stream"
-            ),
-            remedy: format!(
-                "if no node has ever used it, delete {topic}: it is made anew with {partitions}; \
-                 else copy the log into a new one"
-            ),
-        };
-        return Err(OpenError::UnsafeTopic { topic, findings: vec![finding] });
     }
     Ok(())
 }
@@ -137,19 +112,28 @@ fn admin(config: &KafkaConfig) -> Result<AdminClient<DefaultClientContext>, Open
     create.map_err(|error| open_error(config, "creating a client", error, None))
 }
 
-struct Preparation<'a> {
+/// Asks about topics, and makes them; every call blocks.
+pub(crate) struct Preparation<'a> {
     config: &'a KafkaConfig,
     inquirer: &'a Inquirer,
     clock: &'a dyn Clock,
     admin: AdminClient<DefaultClientContext>,
 }
 
-impl Preparation<'_> {
-    fn error(&self, doing: String, error: KafkaError) -> OpenError {
+impl<'a> Preparation<'a> {
+    pub(crate) fn new(
+        config: &'a KafkaConfig,
+        inquirer: &'a Inquirer,
+        clock: &'a dyn Clock,
+    ) -> Result<Self, OpenError> {
+        Ok(Self { config, inquirer, clock, admin: admin(config)? })
+    }
+
+    pub(crate) fn error(&self, doing: String, error: KafkaError) -> OpenError {
         open_error(self.config, doing, error, self.inquirer.last_error())
     }
 
-    fn look(&self, topic: &str) -> Result<(Option<TopicShape>, usize), OpenError> {
+    pub(crate) fn look(&self, topic: &str) -> Result<(Option<TopicShape>, usize), OpenError> {
         look(self.config, self.inquirer, topic)
     }
 
@@ -171,7 +155,7 @@ impl Preparation<'_> {
             return Ok(());
         }
         if found.is_none() {
-            self.request_creation(topic, partitions, replicas, retention_ms)?;
+            self.request_creation(topic, partitions, replicas, retention_ms, false)?;
             tracing::info!(topic, partitions, replicas, "topic created");
         }
         let deadline = self.clock.instant() + self.config.limits.request_timeout;
@@ -185,12 +169,18 @@ impl Preparation<'_> {
         Ok(())
     }
 
+    /// Whether the events topic could be made if it were absent; makes nothing.
+    pub(crate) fn try_creation(&self) -> Result<(), OpenError> {
+        self.request_creation(&self.config.events_topic(), 1, 1, FOR_EVER, true)
+    }
+
     fn request_creation(
         &self,
         topic: &str,
         partitions: u32,
         replicas: usize,
         retention_ms: &str,
+        is_trial: bool,
     ) -> Result<(), OpenError> {
         let in_sync = if replicas >= REPLICAS_SAFE { "2" } else { "1" };
         let fixed = TopicReplication::Fixed(i32::try_from(replicas).unwrap_or(i32::MAX));
@@ -201,7 +191,7 @@ impl Preparation<'_> {
             .set("min.insync.replicas", in_sync)
             .set("unclean.leader.election.enable", "false")
             .set("message.timestamp.type", "CreateTime");
-        let creation = self.admin.create_topics([&new], &self.options());
+        let creation = self.admin.create_topics([&new], &self.options().validate_only(is_trial));
         let doing =
             || format!("creating topic {topic} ({partitions} partitions, {replicas} replicas)");
         let results =
@@ -218,30 +208,29 @@ impl Preparation<'_> {
 
     /// What the brokers say, or Kafka's own default where they do not tell.
     fn session_timeout_min(&self) -> Duration {
-        let asked = self.inquirer.any_broker().ok().flatten().and_then(|broker| {
-            let wanted = ResourceSpecifier::Broker(broker);
-            let described = self.admin.describe_configs([&wanted], &self.options());
-            let resource = Handle::current().block_on(described).ok()?.into_iter().next()?.ok()?;
+        let asked = self.inquirer.brokers().ok().and_then(|brokers| {
+            let resource = self.describe_broker(brokers.first()?.0).ok()?;
             Settings(&resource).get("group.min.session.timeout.ms")?.parse().ok()
         });
         asked.map_or(SESSION_TIMEOUT_MIN_DEFAULT, Duration::from_millis)
     }
 
+    /// The settings of a broker.
+    pub(crate) fn describe_broker(&self, broker: i32) -> Result<ConfigResource, OpenError> {
+        let wanted = ResourceSpecifier::Broker(broker);
+        self.describe(&wanted, &format!("reading the settings of broker {broker}"))?.ok_or_else(
+            || OpenError::Refused {
+                brokers: self.config.brokers.clone(),
+                doing: format!("reading the settings of broker {broker}"),
+                remedy: "allow this user DescribeConfigs on the cluster".into(),
+                cause: Arc::new(KafkaError::AdminOp(RDKafkaErrorCode::ClusterAuthorizationFailed)),
+            },
+        )
+    }
+
     fn check(&self, topic: &str) -> Result<EventsTopic, OpenError> {
         let shape = shape(self.config, self.inquirer, topic)?;
-        let deadline = self.clock.instant() + self.config.limits.request_timeout;
-        let resource = loop {
-            let resource = self.describe(topic)?;
-            if !resource.entries.is_empty() {
-                break resource;
-            }
-            // A refusal for one topic reaches us as a description without entries, and so does that
-            // the broker that was asked has not yet heard of a topic that was just made.
-            if self.clock.instant() >= deadline {
-                return Err(self.unreadable(topic));
-            }
-            Handle::current().block_on(self.clock.sleep(CREATION_POLL));
-        };
+        let resource = self.describe_topic(topic)?;
         let settings = Settings(&resource);
         let findings = findings(self.config, topic, shape, &settings);
         if !findings.is_empty() {
@@ -255,16 +244,36 @@ impl Preparation<'_> {
         })
     }
 
-    fn describe(&self, topic: &str) -> Result<ConfigResource, OpenError> {
-        let doing = || format!("reading the settings of topic {topic}");
+    /// The settings of a topic that is there.
+    pub(crate) fn describe_topic(&self, topic: &str) -> Result<ConfigResource, OpenError> {
+        let deadline = self.clock.instant() + self.config.limits.request_timeout;
         let wanted = ResourceSpecifier::Topic(topic);
-        let description = self.admin.describe_configs([&wanted], &self.options());
-        let results =
-            Handle::current().block_on(description).map_err(|error| self.error(doing(), error))?;
+        let doing = format!("reading the settings of topic {topic}");
+        loop {
+            // A refusal for one topic reaches us as a description without entries, and so does that
+            // the broker that was asked has not yet heard of a topic that was just made.
+            match self.describe(&wanted, &doing)? {
+                Some(resource) => return Ok(resource),
+                None if self.clock.instant() >= deadline => return Err(self.unreadable(topic)),
+                None => Handle::current().block_on(self.clock.sleep(CREATION_POLL)),
+            }
+        }
+    }
+
+    /// `None` when the answer holds nothing.
+    fn describe(
+        &self,
+        wanted: &ResourceSpecifier<'_>,
+        doing: &str,
+    ) -> Result<Option<ConfigResource>, OpenError> {
+        let description = self.admin.describe_configs([wanted], &self.options());
+        let results = Handle::current()
+            .block_on(description)
+            .map_err(|error| self.error(doing.into(), error))?;
         match results.into_iter().next() {
-            Some(Ok(resource)) => Ok(resource),
-            Some(Err(code)) => Err(self.error(doing(), KafkaError::AdminOp(code))),
-            None => Err(self.unreadable(topic)),
+            Some(Ok(resource)) => Ok(Some(resource).filter(|found| !found.entries.is_empty())),
+            Some(Err(code)) => Err(self.error(doing.into(), KafkaError::AdminOp(code))),
+            None => Ok(None),
         }
     }
 
@@ -276,134 +285,5 @@ impl Preparation<'_> {
                 .into(),
             cause: Arc::new(KafkaError::AdminOp(RDKafkaErrorCode::TopicAuthorizationFailed)),
         }
-    }
-}
-
-struct Settings<'a>(&'a ConfigResource);
-
-impl Settings<'_> {
-    fn get(&self, setting: &str) -> Option<&str> {
-        self.0.get(setting)?.value.as_deref()
-    }
-}
-
-/// Everything that is wrong with an existing events topic.
-fn findings(
-    config: &KafkaConfig,
-    topic: &str,
-    shape: TopicShape,
-    settings: &Settings<'_>,
-) -> Vec<Finding> {
-    let mut findings = Vec::new();
-    if let Some(wanted) = config.partitions.filter(|wanted| *wanted != shape.partitions) {
-        findings.push(partition_count(shape.partitions, wanted, "?partitions="));
-    }
-    for setting in UNSAFE_SETTINGS {
-        if config.allow_unsafe.contains(setting) {
-            tracing::warn!(topic, setting, "not checked: accepted by allow_unsafe");
-            continue;
-        }
-        let value = settings.get(setting);
-        if let Some((why, safe)) = judge(setting, value, shape.replicas) {
-            let brokers = &config.brokers;
-            findings.push(Finding {
-                setting: setting.into(),
-                value: value.unwrap_or("(unreadable)").into(),
-                why,
-                remedy: format!(
-                    "run kafka-configs.sh --bootstrap-server {brokers} --alter --entity-type \
-                     topics --entity-name {topic} --add-config {setting}={safe}, or accept it with \
-                     ?allow_unsafe={setting}"
-                ),
-            });
-        }
-    }
-    findings
-}
-
-/// The finding that a log has another number of partitions than `who` says.
-pub(crate) fn partition_count(found: u32, wanted: u32, who: &str) -> Finding {
-    Finding {
-        setting: "partitions".into(),
-        value: found.to_string(),
-        why: format!(
-            "{who} says {wanted}, and streams are found by the number of partitions: their \
-             events would be looked for, and written, in the wrong one"
-        ),
-        remedy: "give the number the log was begun with, or copy the log into a new topic; \
-                 partitions that were added cannot be taken away"
-            .into(),
-    }
-}
-
-/// Why a setting loses events and which value does not; `None` if it is safe.
-fn judge(setting: &str, value: Option<&str>, replicas: usize) -> Option<(String, &'static str)> {
-    let (safe, why) = match setting {
-        "retention.ms" | "retention.bytes" => (FOR_EVER, "the broker deletes old events"),
-        "cleanup.policy" => {
-            ("delete", "compaction deletes all but the newest event of every stream")
-        }
-        "unclean.leader.election.enable" => {
-            ("false", "a replica without the newest events may become leader and drop them")
-        }
-        "message.timestamp.type" => {
-            ("CreateTime", "the broker would replace the time at which an event was recorded")
-        }
-        // What is left is min.insync.replicas.
-        _ => return judge_in_sync(value, replicas),
-    };
-    (value != Some(safe)).then(|| (why.into(), safe))
-}
-
-fn judge_in_sync(value: Option<&str>, replicas: usize) -> Option<(String, &'static str)> {
-    let safe = if replicas >= REPLICAS_SAFE { "2" } else { "1" };
-    let least = if replicas >= REPLICAS_SAFE { IN_SYNC_SAFE } else { 1 };
-    match value.and_then(|text| text.parse::<u64>().ok()) {
-        None => Some(("it is not known how many copies acknowledge an event".into(), safe)),
-        Some(count) if count < least => Some((
-            format!("of {replicas} replicas one alone may acknowledge an event and then be lost"),
-            safe,
-        )),
-        Some(count) if count > replicas as u64 => {
-            Some((format!("with {replicas} replicas no event is ever acknowledged"), safe))
-        }
-        Some(_) => None,
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn only_a_log_that_keeps_everything_is_safe() {
-        let unsafe_settings = [
-            ("retention.ms", "604800000", "-1"),
-            ("retention.bytes", "1073741824", "-1"),
-            ("cleanup.policy", "compact", "delete"),
-            ("cleanup.policy", "compact,delete", "delete"),
-            ("unclean.leader.election.enable", "true", "false"),
-            ("message.timestamp.type", "LogAppendTime", "CreateTime"),
-        ];
-        for (setting, value, safe) in unsafe_settings {
-            assert_eq!(
-                judge(setting, Some(value), 3).map(|found| found.1),
-                Some(safe),
-                "{setting}"
-            );
-            assert_eq!(judge(setting, Some(safe), 3), None, "{setting}");
-            assert!(judge(setting, None, 3).is_some(), "{setting} unread");
-        }
-    }
-
-    #[test]
-    fn as_many_replicas_must_acknowledge_as_survive_a_broker() {
-        let refused = |value: &str, replicas| judge("min.insync.replicas", Some(value), replicas);
-        assert!(refused("1", 3).is_some());
-        assert_eq!(refused("2", 3), None);
-        assert_eq!(refused("1", 1), None);
-        assert_eq!(refused("1", 2), None);
-        assert!(refused("2", 1).is_some(), "nothing could be written");
-        assert!(judge("min.insync.replicas", None, 1).is_some());
     }
 }

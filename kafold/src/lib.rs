@@ -29,6 +29,14 @@ pub use log::{Log, LogOptions, open_log};
 #[cfg(any(feature = "embedded", feature = "projections"))]
 pub use kafold_migrations::{Database, DatabaseError, Mode, is_transient};
 
+/// The log in one SQLite file, for those who need more of it than [`open_log`] gives.
+#[cfg(feature = "embedded")]
+pub use kafold_embedded_store as embedded;
+
+/// The log on Kafka, for those who need more of it than [`open_log`] gives.
+#[cfg(feature = "kafka")]
+pub use kafold_kafka_store as kafka;
+
 /// Events into SQL read models.
 #[cfg(feature = "projections")]
 pub use kafold_projections as projections;

@@ -23,7 +23,8 @@ const ARROWS: &[(&str, &[&str])] = &[
         ],
     ),
     ("kafold-chaos", &["kafold"]),
-    ("orders", &["kafold"]),
+    ("kafold-cli", &["kafold"]),
+    ("orders", &["kafold", "kafold-cli"]),
 ];
 
 /// Foreign crates that only these crates of ours may name.

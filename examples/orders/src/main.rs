@@ -5,14 +5,17 @@
 //! - [`service`]: both joined to a log and a database;
 //! - [`http`]: the outside surface;
 //! - [`serve`]: start, waiting for what is down, graceful stop;
-//! - [`import`]: a client that feeds the service a file.
+//! - [`import`]: a client that feeds the service a file;
+//! - `admin`: the operator's commands of kafold, with the code of this domain.
 
 use std::io::Write;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
+use kafold_cli::{Admin, AdminArgs};
 
 use import::ImportArgs;
+use order::Order;
 use serve::ServeArgs;
 
 mod http;
@@ -42,8 +45,9 @@ Examples:
   orders
   orders serve --log kafka://localhost:9092/orders --database postgres://me@localhost/orders
   orders import cdnow_master.txt --url http://127.0.0.1:8080
+  orders admin stream show order-17
 
-Exit code: 0 ended as asked, 1 failed, 2 wrong usage, 130 interrupted while importing.
+Exit code: 0 ended as asked, 1 failed, 2 wrong usage, 130 interrupted.
 RUST_LOG sets what is logged, such as RUST_LOG=debug or RUST_LOG=info,orders=debug.";
 
 #[derive(Debug, Subcommand)]
@@ -52,6 +56,10 @@ enum Command {
     Serve(ServeArgs),
     /// Feeds a file of purchases to a running service; again, and nothing changes.
     Import(ImportArgs),
+    /// Looks at the log and the read models, and keeps them well.
+    ///
+    /// The same commands as those of the program kafold; here the states of orders are shown too.
+    Admin(AdminArgs),
 }
 
 fn main() -> ExitCode {
@@ -74,6 +82,13 @@ fn main() -> ExitCode {
                 Ok(()) => ExitCode::SUCCESS,
                 Err(error) => failed(error.exit_code(), &error),
             }
+        }
+        Command::Admin(args) => {
+            if let Err(error) = logging::start("error", logging::LogFormat::Text) {
+                return failed(2, &error);
+            }
+            let admin = Admin::new("orders admin").default_log(serve::LOG_DEFAULT);
+            run(admin.aggregate::<Order>().run(args))
         }
     }
 }

@@ -17,6 +17,8 @@ use crate::logging::LogFormat;
 use crate::say;
 use crate::service::Service;
 
+/// Where events are kept when nothing is said: in a file of the working directory.
+pub(crate) const LOG_DEFAULT: &str = "sqlite://orders.db";
 /// How long the start waits before it tries again to reach what is down.
 const OPEN_BACKOFF_BASE: Duration = Duration::from_millis(200);
 const OPEN_BACKOFF_MAX: Duration = Duration::from_secs(5);
@@ -39,7 +41,7 @@ pub(crate) struct ServeArgs {
     /// NAME.commands and NAME.replies are created when absent, with
     /// ?partitions=N&replication=R (default 12, and 3 or as many as there are brokers); any option
     /// of librdkafka goes as ?librdkafka.KEY=VALUE.
-    #[arg(long, value_name = "URL", env = "KAFOLD_LOG", default_value = "sqlite://orders.db", value_parser = log_url)]
+    #[arg(long, value_name = "URL", env = "KAFOLD_LOG", default_value = LOG_DEFAULT, value_parser = log_url)]
     log: String,
     /// The read models: sqlite://FILE or postgres://USER:PASSWORD@HOST:PORT/NAME.
     ///

@@ -1,0 +1,47 @@
+//! The commands, a module each.
+
+mod doctor;
+mod events;
+mod migrate;
+mod status;
+mod stream;
+mod topic;
+
+use clap::Subcommand;
+
+use crate::admin::Context;
+use crate::error::Error;
+
+/// What an operator asks for.
+#[derive(Debug, Clone, Subcommand)]
+pub(crate) enum Command {
+    /// Shows log, stream index and projections on one screen.
+    Status,
+    /// Checks everything that a service needs, and says what to do about what is wrong.
+    Doctor,
+    /// Shows one stream.
+    #[command(subcommand)]
+    Stream(stream::StreamCommand),
+    /// Shows events of all streams.
+    #[command(subcommand)]
+    Events(events::EventsCommand),
+    /// Makes or checks the topics of a log on Kafka.
+    #[command(subcommand)]
+    Topic(topic::TopicCommand),
+    /// Creates the toolkit's tables in the database, or makes them current.
+    ///
+    /// A service does the same at its start. Tables of a newer version are refused.
+    Migrate,
+}
+
+pub(crate) async fn run(command: Command, context: &mut Context) -> Result<(), Error> {
+    match command {
+        Command::Status => status::run(context).await,
+        Command::Doctor => doctor::run(context).await,
+        Command::Stream(stream::StreamCommand::Show(args)) => stream::show(context, args).await,
+        Command::Events(events::EventsCommand::Tail(args)) => events::tail(context, args).await,
+        Command::Topic(topic::TopicCommand::Create) => topic::create(context).await,
+        Command::Topic(topic::TopicCommand::Check) => topic::check(context).await,
+        Command::Migrate => migrate::run(context).await,
+    }
+}

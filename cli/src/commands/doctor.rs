@@ -1,0 +1,172 @@
+//! `doctor`: everything that a service needs, each with what to do about it.
+
+mod database;
+mod kafka;
+mod lag;
+
+use serde::Serialize;
+
+use crate::admin::Context;
+use crate::error::Error;
+use crate::log::Log;
+use crate::options::LogUrl;
+use crate::output::{Output, count};
+use crate::overview::{self, PartitionView};
+
+/// Clocks that differ by more make times in events and deadlines of forwarded commands misleading.
+const CLOCK_DIFFERENCE_MAX_MS: i64 = 1_000;
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+enum Level {
+    Ok,
+    Warning,
+    Problem,
+}
+
+/// One thing that was looked at.
+#[derive(Debug, Clone, Serialize)]
+struct Check {
+    name: &'static str,
+    level: Level,
+    /// What was found, in a sentence.
+    found: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    remedy: Option<String>,
+}
+
+/// What was found out so far.
+#[derive(Default)]
+struct Checks(Vec<Check>);
+
+impl Checks {
+    fn ok(&mut self, name: &'static str, found: impl Into<String>) {
+        self.0.push(Check { name, level: Level::Ok, found: found.into(), remedy: None });
+    }
+
+    fn warning(&mut self, name: &'static str, found: impl Into<String>, remedy: impl Into<String>) {
+        let remedy = Some(remedy.into());
+        self.0.push(Check { name, level: Level::Warning, found: found.into(), remedy });
+    }
+
+    fn problem(&mut self, name: &'static str, found: impl Into<String>, remedy: impl Into<String>) {
+        let remedy = Some(remedy.into());
+        self.0.push(Check { name, level: Level::Problem, found: found.into(), remedy });
+    }
+
+    /// An error, which tells its own remedy.
+    fn failed(&mut self, name: &'static str, error: &Error) {
+        let (Error::Usage(found) | Error::Failed(found)) = error else { return };
+        self.0.push(Check { name, level: Level::Problem, found: found.clone(), remedy: None });
+    }
+
+    /// How far a clock is ahead of this machine's.
+    fn clock(&mut self, name: &'static str, whose: &str, ahead_ms: i64) {
+        let found = format!("{whose} is {} ms {}", ahead_ms.abs(), ahead_or_behind(ahead_ms));
+        match ahead_ms.abs() > CLOCK_DIFFERENCE_MAX_MS {
+            true => self.warning(name, found, "let one time server set both clocks"),
+            false => self.ok(name, found),
+        }
+    }
+
+    fn count(&self, level: Level) -> u64 {
+        self.0.iter().filter(|check| check.level == level).count() as u64
+    }
+
+    fn print(&self, out: &mut Output) -> Result<(), Error> {
+        let row = |check: &Check| {
+            let level = format!("{:?}", check.level).to_lowercase();
+            let mut lines = check.found.lines();
+            [level, check.name.to_owned(), lines.next().unwrap_or_default().to_owned()]
+        };
+        out.table(["", "CHECK", "FOUND"], &self.0.iter().map(row).collect::<Vec<_>>())?;
+        for check in self.0.iter().filter(|check| check.remedy.is_some()) {
+            let remedy = check.remedy.as_deref().unwrap_or_default();
+            out.line(&format!("\n{}: {}\n  {remedy}", check.name, check.found))?;
+        }
+        Ok(())
+    }
+}
+
+fn ahead_or_behind(ahead_ms: i64) -> &'static str {
+    if ahead_ms < 0 { "behind this machine" } else { "ahead of this machine" }
+}
+
+pub(crate) async fn run(context: &mut Context) -> Result<(), Error> {
+    context.options.check_any()?;
+    let url = context.options.maybe_log()?;
+    let mut checks = Checks::default();
+    checks.ok("program", versions());
+    let log = match &url {
+        Some(url) => log(context, url, &mut checks).await,
+        None => None,
+    };
+    let database = database::check(context, &mut checks).await;
+    if let Some(database) = &database {
+        lag::check(context, log.as_ref(), database, &mut checks).await;
+    }
+    let problems = checks.count(Level::Problem);
+    match context.out.json {
+        true => context.out.document(&serde_json::json!({
+            "healthy": problems == 0,
+            "warnings": checks.count(Level::Warning),
+            "checks": checks.0,
+        }))?,
+        false => checks.print(&mut context.out)?,
+    }
+    match problems {
+        0 => Ok(()),
+        _ => Err(Error::failed(format!(
+            "{} in {}; see what to do about each",
+            count(problems, "problem"),
+            count(checks.0.len() as u64, "check")
+        ))),
+    }
+}
+
+fn versions() -> String {
+    format!(
+        "kafold {}, wire format {}, librdkafka {}",
+        env!("CARGO_PKG_VERSION"),
+        ::kafold::kafka::wire::FORMAT,
+        ::kafold::kafka::operate::client_version()
+    )
+}
+
+/// The log and what its partitions show, if it can be read.
+struct Seen {
+    log: Log,
+    partitions: Vec<PartitionView>,
+}
+
+async fn log(context: &Context, url: &LogUrl, checks: &mut Checks) -> Option<Seen> {
+    if let LogUrl::Kafka(_) = url
+        && !kafka::check(context, url, checks).await
+    {
+        return None;
+    }
+    let opened = match Log::open(url, &context.clock).await {
+        Ok(log) => log,
+        Err(error) => {
+            checks.failed("log", &error);
+            return None;
+        }
+    };
+    let partitions = match overview::partitions(&opened).await {
+        Ok(partitions) => partitions,
+        Err(error) => {
+            checks.failed("log: read", &error);
+            return None;
+        }
+    };
+    let records = partitions.iter().map(|seen| seen.end.0 - seen.start.0).sum();
+    let partition_count = count(partitions.len() as u64, "partition");
+    checks.ok("log: read", format!("{} in {partition_count}", count(records, "record")));
+    let newest = partitions.iter().filter_map(|seen| seen.newest_event_at).max();
+    if let Some(newest) = newest {
+        // A record of the past tells nothing of its writer's clock; one of the future does.
+        let ahead = (newest - context.clock.now()).num_milliseconds().max(0);
+        checks.clock("log: clock", "the newest event", ahead);
+    }
+    Some(Seen { log: opened, partitions })
+}

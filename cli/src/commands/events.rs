@@ -1,0 +1,255 @@
+//! `events tail`: events of all streams, as they are and as they come.
+
+use std::collections::BTreeMap;
+
+use clap::Subcommand;
+use futures_util::TryStreamExt;
+use kafold::store::{Batch, Cursor, SourceMessage};
+use kafold::{Offset, Partition, Position, ReadError, RecordedEvent, StreamId};
+
+use crate::admin::Context;
+use crate::error::Error;
+use crate::event::{EventJson, line};
+use crate::log::{Log, ask_all};
+use crate::output::{Output, count};
+use crate::progress::Progress;
+
+#[derive(Debug, Clone, Subcommand)]
+pub(crate) enum EventsCommand {
+    /// Prints events, one a line: position, time, stream, version, type, payload.
+    ///
+    /// Without a start it waits for new ones, until Ctrl-C. With a start it ends where the log ends now,
+    /// unless --follow says otherwise. The order is that of each partition. It joins no consumer group
+    /// and commits nothing.
+    Tail(TailArgs),
+}
+
+#[derive(Debug, Clone, clap::Args)]
+pub(crate) struct TailArgs {
+    /// Only events of streams of this category.
+    #[arg(long, value_name = "CATEGORY")]
+    category: Option<String>,
+    /// Only events of this type: order.placed, or order.placed.v1 to the letter.
+    #[arg(long = "type", value_name = "TYPE")]
+    event_type: Option<String>,
+    /// Only events of this stream, such as order-17.
+    #[arg(long, value_name = "ID")]
+    stream: Option<String>,
+    /// Begins at this position, such as 3:1042, and reads that partition only.
+    #[arg(long, value_name = "PARTITION:OFFSET", conflicts_with = "from_beginning")]
+    from: Option<String>,
+    /// Begins at the beginning of the log.
+    #[arg(long)]
+    from_beginning: bool,
+    /// Goes on with new events as they come.
+    #[arg(long, short)]
+    follow: bool,
+    /// Ends after so many events.
+    #[arg(long, value_name = "N")]
+    limit: Option<u64>,
+}
+
+/// Which events are wanted, and how many more.
+struct Wanted {
+    category: Option<String>,
+    event_type: Option<String>,
+    stream: Option<StreamId>,
+    from: Option<Position>,
+    /// Where printing begins in the partitions that are read.
+    starts: BTreeMap<Partition, Offset>,
+    left: Option<u64>,
+}
+
+impl Wanted {
+    fn of(args: &TailArgs) -> Result<Self, Error> {
+        let stream = args.stream.as_deref().map(|text| {
+            text.parse().map_err(|error| {
+                Error::usage(format!("--stream {text:?}: {error}; write it as order-17"))
+            })
+        });
+        let from = args
+            .from
+            .as_deref()
+            .map(|text| text.parse().map_err(|error| Error::usage(format!("--from {error}"))));
+        Ok(Self {
+            category: args.category.clone(),
+            event_type: args.event_type.clone(),
+            stream: stream.transpose()?,
+            from: from.transpose()?,
+            starts: BTreeMap::new(),
+            left: args.limit,
+        })
+    }
+
+    fn includes(&self, event: &RecordedEvent) -> bool {
+        let is_type = |wanted: &String| {
+            let name = event.event_type.rsplit_once(".v").map(|(name, _)| name);
+            *event.event_type == **wanted || name == Some(wanted)
+        };
+        self.category.as_ref().is_none_or(|wanted| event.stream.category() == wanted)
+            && self.event_type.as_ref().is_none_or(is_type)
+            && self.stream.as_ref().is_none_or(|wanted| event.stream == *wanted)
+            && self.starts.get(&event.position.partition) <= Some(&event.position.offset)
+    }
+
+    fn is_enough(&self) -> bool {
+        self.left == Some(0)
+    }
+
+    /// Prints those of the events that are wanted.
+    fn print(&mut self, out: &mut Output, events: &[RecordedEvent]) -> Result<(), Error> {
+        for event in events {
+            if self.is_enough() {
+                break;
+            }
+            if !self.includes(event) {
+                continue;
+            }
+            self.left = self.left.map(|left| left - 1);
+            match out.json {
+                true => out.json_line(&EventJson::of(event))?,
+                false => out.line(&line(event))?,
+            }
+        }
+        out.flush()
+    }
+}
+
+pub(crate) async fn tail(context: &mut Context, args: TailArgs) -> Result<(), Error> {
+    let mut wanted = Wanted::of(&args)?;
+    let url = context.options.log()?;
+    let log = Log::open(&url, &context.clock).await?;
+    let ends = ends(&log, &wanted).await?;
+    wanted.starts = match wanted.from {
+        Some(Position { partition, offset }) => [(partition, offset)].into(),
+        None if args.from_beginning => ends.keys().map(|p| (*p, Offset(0))).collect(),
+        None => ends.clone(),
+    };
+    if wanted.is_enough() {
+        return Ok(());
+    }
+    let places = places(&log, &wanted.starts).await?;
+    let has_start = args.from_beginning || wanted.from.is_some();
+    match has_start && !args.follow {
+        true => to_the_end(context, &log, places, &ends, &mut wanted).await,
+        false => follow(context, &log, places, &mut wanted).await,
+    }
+}
+
+/// The ends of the partitions in which there may be events that are wanted.
+async fn ends(log: &Log, wanted: &Wanted) -> Result<BTreeMap<Partition, Offset>, Error> {
+    let mut read: Vec<_> = (0..log.partitions()).map(Partition).collect();
+    if let Some(stream) = &wanted.stream {
+        read = vec![log.partition_of(stream)];
+    }
+    if let Some(from) = wanted.from {
+        check_partition(from, &read, log.partitions())?;
+        read = vec![from.partition];
+    }
+    let end = |partition| async move {
+        let (_, end) = log.ends(partition).await?;
+        Ok::<_, ReadError>((partition, end))
+    };
+    let ends: BTreeMap<_, _> = ask_all(read, end).await?.into_iter().collect();
+    match wanted.from {
+        Some(from) if from.offset > ends[&from.partition] => {
+            let (partition, end) = (from.partition, ends[&from.partition]);
+            Err(Error::failed(format!(
+                "--from {from} is behind the end of the log: partition {partition} ends at {end}"
+            )))
+        }
+        _ => Ok(ends),
+    }
+}
+
+fn check_partition(from: Position, possible: &[Partition], all: u32) -> Result<(), Error> {
+    if from.partition.0 >= all {
+        return Err(Error::failed(format!(
+            "--from {from}: the log has {}, counted from 0",
+            count(all.into(), "partition")
+        )));
+    }
+    match possible {
+        [only] if *only != from.partition => {
+            Err(Error::failed(format!("--from {from}: the stream is in partition {only}")))
+        }
+        _ => Ok(()),
+    }
+}
+
+type Place = (Partition, Option<Cursor>);
+
+/// Where reading begins so that nothing from the starts on is missed.
+async fn places(log: &Log, starts: &BTreeMap<Partition, Offset>) -> Result<Vec<Place>, Error> {
+    let place = |partition| async move {
+        let cursor = match starts[&partition] {
+            Offset(0) => None,
+            start => log.cursor_before(partition, start).await?,
+        };
+        Ok::<_, ReadError>((partition, cursor))
+    };
+    Ok(ask_all(starts.keys().copied(), place).await?)
+}
+
+/// Prints what there is, partition by partition.
+async fn to_the_end(
+    context: &mut Context,
+    log: &Log,
+    places: Vec<Place>,
+    ends: &BTreeMap<Partition, Offset>,
+    wanted: &mut Wanted,
+) -> Result<(), Error> {
+    for (partition, from) in places {
+        let mut batches = log.replay(partition, from, ends[&partition]);
+        while let Some(batch) = batches.try_next().await? {
+            wanted.print(&mut context.out, &batch.events)?;
+            if wanted.is_enough() {
+                return Ok(());
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Prints what comes, until it is enough. While the log does not answer it waits for it.
+async fn follow(
+    context: &mut Context,
+    log: &Log,
+    places: Vec<Place>,
+    wanted: &mut Wanted,
+) -> Result<(), Error> {
+    // Where nothing near the start proves what counts, the partition is read from its beginning.
+    let mut behind: BTreeMap<Partition, u64> = places
+        .iter()
+        .map(|(partition, from)| {
+            let next = from.as_ref().map_or(Offset(0), |from| from.next);
+            (*partition, wanted.starts[partition].0.saturating_sub(next.0))
+        })
+        .collect();
+    let total: u64 = behind.values().sum();
+    let mut progress = (total > 0).then(|| Progress::new(total, "to the start"));
+    let mut subscription = log.follow(places).await?;
+    while !wanted.is_enough() {
+        let batch = match subscription.next().await {
+            Ok(SourceMessage::Batch(batch)) => batch,
+            Ok(SourceMessage::Assigned(_) | SourceMessage::Revoked(_)) => continue,
+            Err(ReadError::Unavailable { retry_after, .. }) => {
+                context.clock.sleep(retry_after).await;
+                continue;
+            }
+            Err(error) => return Err(error.into()),
+        };
+        let Batch { partition, events, next, from, .. } = batch;
+        let left = behind.entry(partition).or_default();
+        let read = (next.next.0.saturating_sub(from.0)).min(*left);
+        *left -= read;
+        if let Some(progress) = &progress {
+            progress.advance(read);
+        }
+        if behind.values().all(|left| *left == 0) {
+            progress = None;
+        }
+        wanted.print(&mut context.out, &events)?;
+    }
+    Ok(())
+}

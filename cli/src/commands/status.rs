@@ -1,0 +1,223 @@
+//! `status`: log, stream index and projections on one screen.
+
+use std::collections::BTreeMap;
+
+use kafold::{Offset, Partition};
+use serde::Serialize;
+use serde_json::{Value, json};
+
+use crate::admin::Context;
+use crate::error::Error;
+use crate::event::time;
+use crate::log::Log;
+use crate::options::LogUrl;
+use crate::output::{Output, count, or_dash, thousands};
+use crate::overview::{self, PartitionView, ProjectionView};
+
+/// All that was found out; what could not be is absent.
+#[derive(Default)]
+struct Status {
+    log: Option<LogStatus>,
+    database: Option<DatabaseStatus>,
+}
+
+struct LogStatus {
+    url: LogUrl,
+    partitions: Vec<PartitionView>,
+}
+
+struct DatabaseStatus {
+    url: String,
+    /// Where the stream index stands; a log in a file has none.
+    index: Option<BTreeMap<Partition, Offset>>,
+    projections: Vec<ProjectionView>,
+}
+
+pub(crate) async fn run(context: &mut Context) -> Result<(), Error> {
+    context.options.check_any()?;
+    let mut status = Status::default();
+    let log = log(context, &mut status).await;
+    let database = database(context, &mut status).await;
+    match context.out.json {
+        true => context.out.document(&status.json())?,
+        false => status.print(&mut context.out)?,
+    }
+    log.and(database)
+}
+
+async fn log(context: &Context, status: &mut Status) -> Result<(), Error> {
+    let Some(url) = context.options.maybe_log()? else { return Ok(()) };
+    let log = Log::open(&url, &context.clock).await?;
+    let partitions = overview::partitions(&log).await?;
+    status.log = Some(LogStatus { url, partitions });
+    Ok(())
+}
+
+async fn database(context: &Context, status: &mut Status) -> Result<(), Error> {
+    let Some(database) = context.options.maybe_database().await? else { return Ok(()) };
+    let ends = status.log.as_ref().map(|log| log.partitions.as_slice());
+    let projections = overview::projections(&database, ends, context.clock.now()).await?;
+    let index = match context.options.maybe_log()? {
+        Some(LogUrl::Sqlite(_)) => None,
+        Some(LogUrl::Kafka(_)) | None => {
+            let cursors = overview::index(&database).await?;
+            Some(cursors.into_iter().map(|(partition, at)| (partition, at.next)).collect())
+        }
+    };
+    let url = database.url().to_owned();
+    status.database = Some(DatabaseStatus { url, index, projections });
+    Ok(())
+}
+
+impl LogStatus {
+    fn kind(&self) -> &'static str {
+        match self.url {
+            LogUrl::Sqlite(_) => "embedded",
+            LogUrl::Kafka(_) => "kafka",
+        }
+    }
+
+    fn records(&self) -> u64 {
+        self.partitions.iter().map(|seen| seen.end.0 - seen.start.0).sum()
+    }
+
+    fn json(&self) -> Value {
+        let partition = |seen: &PartitionView| {
+            let (epoch, owner) = seen.claim.clone().unzip();
+            json!({
+                "partition": seen.partition, "start": seen.start, "end": seen.end, "epoch": epoch,
+                "owner": owner, "newest_event_at": seen.newest_event_at.map(time),
+            })
+        };
+        let partitions: Vec<_> = self.partitions.iter().map(partition).collect();
+        let (url, kind, records) = (self.url.shown(), self.kind(), self.records());
+        json!({ "url": url, "kind": kind, "records": records, "partitions": partitions })
+    }
+}
+
+/// A projection in JSON.
+#[derive(Serialize)]
+struct ProjectionJson<'p> {
+    name: &'p str,
+    state: &'p str,
+    desired_state: &'p str,
+    generation: i32,
+    next_generation: Option<i32>,
+    lag_records: u64,
+    lag_seconds: f64,
+    reason: Option<&'p str>,
+    parked_events: u64,
+    parked_streams: u64,
+}
+
+impl<'p> ProjectionJson<'p> {
+    fn of(view: &'p ProjectionView) -> Self {
+        Self {
+            name: &view.row.name,
+            state: &view.row.state,
+            desired_state: &view.row.desired_state,
+            generation: view.row.generation,
+            next_generation: view.row.next_generation,
+            lag_records: view.lag_records,
+            lag_seconds: view.lag_seconds,
+            reason: view.row.reason.as_deref(),
+            parked_events: view.parked_events,
+            parked_streams: view.parked_streams,
+        }
+    }
+}
+
+impl Status {
+    fn json(&self) -> Value {
+        let database = self.database.as_ref();
+        let projections = database.map(|database| {
+            database.projections.iter().map(ProjectionJson::of).collect::<Vec<_>>()
+        });
+        let index = database.and_then(|database| database.index.as_ref()).map(|index| {
+            let places = index.iter().map(|(partition, next)| (partition.to_string(), next));
+            let next: BTreeMap<_, _> = places.collect();
+            json!({ "next": next, "lag_records": self.index_lag(index) })
+        });
+        json!({
+            "log": self.log.as_ref().map(LogStatus::json),
+            "database": database.map(|database| &database.url),
+            "index": index,
+            "projections": projections,
+        })
+    }
+
+    /// Records that the index has not seen; unknown without the log.
+    fn index_lag(&self, index: &BTreeMap<Partition, Offset>) -> Option<u64> {
+        let log = self.log.as_ref()?;
+        let behind = |seen: &PartitionView| {
+            let next = index.get(&seen.partition).map_or(0, |next| next.0);
+            seen.end.0.saturating_sub(next)
+        };
+        Some(log.partitions.iter().map(behind).sum())
+    }
+
+    fn print(&self, out: &mut Output) -> Result<(), Error> {
+        if let Some(log) = &self.log {
+            let partitions = count(log.partitions.len() as u64, "partition");
+            let records = count(log.records(), "record");
+            out.line(&format!("log       {}: {partitions}, {records}", log.url.shown()))?;
+        }
+        let Some(database) = &self.database else {
+            self.print_owners(out)?;
+            return Ok(());
+        };
+        out.line(&format!("database  {}", database.url))?;
+        if let Some(index) = &database.index
+            && let Some(lag) = self.index_lag(index)
+        {
+            out.line(&format!("index     {} behind the log", count(lag, "record")))?;
+        }
+        self.print_owners(out)?;
+        print_projections(out, &database.projections)
+    }
+
+    /// Who claimed how much of a log on Kafka last.
+    fn print_owners(&self, out: &mut Output) -> Result<(), Error> {
+        let Some(log) = self.log.as_ref().filter(|log| log.kind() == "kafka") else {
+            return Ok(());
+        };
+        let mut owners: BTreeMap<String, Vec<&PartitionView>> = BTreeMap::new();
+        for seen in &log.partitions {
+            let owner = seen.claim.as_ref().map(|(_, owner)| owner.to_string());
+            owners.entry(or_dash(owner)).or_default().push(seen);
+        }
+        let row = |(owner, owned): (&String, &Vec<&PartitionView>)| {
+            let records = owned.iter().map(|seen| seen.end.0 - seen.start.0).sum();
+            let newest = owned.iter().filter_map(|seen| seen.newest_event_at).max();
+            let partitions = thousands(owned.len() as u64);
+            [owner.clone(), partitions, thousands(records), or_dash(newest.map(time))]
+        };
+        let rows: Vec<_> = owners.iter().map(row).collect();
+        out.line("")?;
+        out.table(["CLAIMED BY", "PARTITIONS", "RECORDS", "NEWEST EVENT"], &rows)
+    }
+}
+
+fn print_projections(out: &mut Output, projections: &[ProjectionView]) -> Result<(), Error> {
+    out.line("")?;
+    if projections.is_empty() {
+        return out.line("no projection has been started with this database");
+    }
+    let row = |view: &ProjectionView| {
+        let row = &view.row;
+        let generation = match row.next_generation {
+            Some(next) => format!("{}, building {next}", row.generation),
+            None => row.generation.to_string(),
+        };
+        let lag = format!("{} ({:.0} s)", count(view.lag_records, "record"), view.lag_seconds);
+        let parked = match view.parked_events {
+            0 => "-".to_owned(),
+            events => {
+                format!("{} of {}", count(events, "event"), count(view.parked_streams, "stream"))
+            }
+        };
+        [row.name.clone(), row.state.clone(), generation, lag, parked, or_dash(row.reason.clone())]
+    };
+    let rows: Vec<_> = projections.iter().map(row).collect();
+    out.table(["PROJECTION", "STATE", "GENERATION", "LAG", "PARKED", "REASON"], &rows)
+}

@@ -1,0 +1,151 @@
+//! Which log and which database a command is about.
+
+use std::time::Duration;
+
+use kafold::kafka::KafkaConfig;
+use kafold::{Database, Mode};
+
+use crate::error::Error;
+
+/// How long a broker may take to answer one question: an operator waits for it.
+const REQUEST_TIMEOUT: Duration = Duration::from_secs(3);
+/// How long an end of a partition that is too low is looked at again before it is believed.
+const LOW_END_PATIENCE: Duration = Duration::from_secs(2);
+
+/// Understood before and after any subcommand.
+#[derive(Debug, Clone, clap::Args)]
+pub(crate) struct Options {
+    /// The event log: sqlite://FILE, or kafka://HOST:PORT,HOST:PORT/NAME (one broker or several).
+    ///
+    /// Any option of librdkafka goes as ?librdkafka.KEY=VALUE.
+    #[arg(long, value_name = "URL", env = "KAFOLD_LOG", hide_env_values = true, global = true)]
+    log: Option<String>,
+    /// The database of stream index and read models: sqlite://FILE or
+    /// postgres://USER:PASSWORD@HOST:PORT/NAME.
+    ///
+    /// Default: the log's own file, when the log is one.
+    #[arg(
+        long,
+        value_name = "URL",
+        env = "KAFOLD_DATABASE",
+        hide_env_values = true,
+        global = true
+    )]
+    database: Option<String>,
+    /// Prints one JSON document instead of text.
+    #[arg(long, global = true)]
+    pub(crate) json: bool,
+}
+
+/// A log by its URL.
+#[derive(Debug, Clone)]
+pub(crate) enum LogUrl {
+    /// The URL.
+    Sqlite(String),
+    /// What the URL says.
+    Kafka(Box<KafkaConfig>),
+}
+
+impl Options {
+    /// The log when none is named.
+    pub(crate) fn default_log(&mut self, url: Option<&str>) {
+        self.log = self.log.take().or_else(|| url.map(str::to_owned));
+    }
+
+    /// The log, which the command cannot do without.
+    pub(crate) fn log(&self) -> Result<LogUrl, Error> {
+        self.maybe_log()?.ok_or_else(|| {
+            Error::usage(
+                "no log is named: add --log kafka://HOST:PORT/NAME or --log sqlite://FILE, or set \
+                 KAFOLD_LOG",
+            )
+        })
+    }
+
+    /// The log, if one is named.
+    pub(crate) fn maybe_log(&self) -> Result<Option<LogUrl>, Error> {
+        let Some(url) = &self.log else { return Ok(None) };
+        match url.split_once("://").map(|(scheme, _)| scheme) {
+            Some("sqlite") => Ok(Some(LogUrl::Sqlite(url.clone()))),
+            Some("kafka") => {
+                let config = url.parse::<KafkaConfig>();
+                let mut config = config.map_err(|error| Error::usage(error.to_string()))?;
+                config.limits.request_timeout = REQUEST_TIMEOUT;
+                config.limits.low_end_patience = LOW_END_PATIENCE;
+                Ok(Some(LogUrl::Kafka(Box::new(config))))
+            }
+            _ => Err(Error::usage(format!(
+                "{:?} is not the URL of a log: write sqlite://FILE or \
+                 kafka://HOST:PORT[,HOST:PORT]/NAME",
+                without_secrets(url)
+            ))),
+        }
+    }
+
+    /// Demands that a log or a database is named, and that both are URLs.
+    pub(crate) fn check_any(&self) -> Result<(), Error> {
+        let log = self.maybe_log()?.is_some();
+        let database = self.maybe_database_url()?.is_some();
+        if log || database {
+            return Ok(());
+        }
+        Err(Error::usage(
+            "neither log nor database is named: add --log kafka://HOST:PORT/NAME or --log \
+             sqlite://FILE, and --database postgres://…, or set KAFOLD_LOG and KAFOLD_DATABASE",
+        ))
+    }
+
+    /// The URL of the database, which the command cannot do without.
+    pub(crate) fn database_url(&self) -> Result<String, Error> {
+        self.maybe_database_url()?.ok_or_else(|| {
+            Error::usage(
+                "no database is named: add --database postgres://… or --database sqlite://FILE, or \
+                 set KAFOLD_DATABASE",
+            )
+        })
+    }
+
+    /// The URL of the database, if one is named; else the log's own file, if it is one.
+    pub(crate) fn maybe_database_url(&self) -> Result<Option<String>, Error> {
+        let Some(url) = &self.database else {
+            return Ok(match self.maybe_log()? {
+                Some(LogUrl::Sqlite(url)) => Some(url),
+                Some(LogUrl::Kafka(_)) | None => None,
+            });
+        };
+        match url.split_once("://").map(|(scheme, _)| scheme) {
+            Some("sqlite" | "postgres" | "postgresql") => Ok(Some(url.clone())),
+            _ => Err(Error::usage(format!(
+                "{:?} is not the URL of a database: write sqlite://FILE or \
+                 postgres://USER:PASSWORD@HOST:PORT/NAME",
+                without_secrets(url)
+            ))),
+        }
+    }
+
+    /// The database, if one is named, with tables that are current.
+    pub(crate) async fn maybe_database(&self) -> Result<Option<Database>, Error> {
+        let Some(url) = self.maybe_database_url()? else { return Ok(None) };
+        Ok(Some(Database::open(&url, Mode::Check).await?))
+    }
+}
+
+impl LogUrl {
+    /// For people: without options, which may hold a password.
+    pub(crate) fn shown(&self) -> String {
+        match self {
+            Self::Sqlite(url) => url.clone(),
+            Self::Kafka(config) => format!("kafka://{}/{}", config.brokers, config.name),
+        }
+    }
+}
+
+/// A text that was to be a URL, as it may be shown: neither login nor options.
+fn without_secrets(url: &str) -> String {
+    let place = url.split('?').next().unwrap_or_default();
+    let (scheme, rest) =
+        place.split_once("://").map_or(("", place), |(scheme, rest)| (scheme, rest));
+    let rest = rest.rsplit_once('@').map_or(rest, |(_, rest)| rest);
+    let shown = if scheme.is_empty() { rest.to_owned() } else { format!("{scheme}://{rest}") };
+    shown.chars().take(60).collect()
+}

@@ -1,0 +1,32 @@
+//! How far a long read has come: a bar on a terminal, nothing elsewhere.
+
+use std::io::IsTerminal;
+
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+
+/// Counts records on standard error; gone when it is dropped.
+pub(crate) struct Progress(ProgressBar);
+
+impl Progress {
+    /// Of so many records of what is being read.
+    pub(crate) fn new(records: u64, what: &str) -> Self {
+        let bar = match std::io::stderr().is_terminal() {
+            true => ProgressBar::new(records),
+            false => ProgressBar::with_draw_target(Some(records), ProgressDrawTarget::hidden()),
+        };
+        let template = "reading {msg} {bar:30} {human_pos}/{human_len} records, {eta} left";
+        bar.set_style(ProgressStyle::with_template(template).expect("the template is a constant"));
+        bar.set_message(what.to_owned());
+        Self(bar)
+    }
+
+    pub(crate) fn advance(&self, records: u64) {
+        self.0.inc(records);
+    }
+}
+
+impl Drop for Progress {
+    fn drop(&mut self) {
+        self.0.finish_and_clear();
+    }
+}

@@ -1,0 +1,193 @@
+//! What a topic is judged by: settings that lose or misplace events, each with why and what to do.
+
+use rdkafka::admin::ConfigResource;
+
+use crate::client::TopicShape;
+use crate::config::KafkaConfig;
+use crate::error::Finding;
+use crate::operate::SettingReport;
+
+/// Copies from which one broker may be lost without losing or blocking anything.
+pub(crate) const REPLICAS_SAFE: usize = 3;
+/// In-sync replicas that must have a record before it is acknowledged, at [`REPLICAS_SAFE`].
+const IN_SYNC_SAFE: u64 = 2;
+/// A retention that never ends.
+pub(crate) const FOR_EVER: &str = "-1";
+
+/// Settings of an existing topic that `allow_unsafe` can accept.
+pub(crate) const UNSAFE_SETTINGS: [&str; 6] = [
+    "retention.ms",
+    "retention.bytes",
+    "cleanup.policy",
+    "min.insync.replicas",
+    "unclean.leader.election.enable",
+    "message.timestamp.type",
+];
+
+/// Everything that is wrong with an existing events topic and not accepted.
+pub(crate) fn findings(
+    config: &KafkaConfig,
+    topic: &str,
+    shape: TopicShape,
+    settings: &Settings<'_>,
+) -> Vec<Finding> {
+    let reports = judge_events(config, topic, shape, settings).into_iter();
+    let unaccepted = reports.filter_map(|report| match report.is_accepted {
+        true => {
+            let setting = report.setting;
+            tracing::warn!(topic, setting, "unsafe: accepted by allow_unsafe");
+            None
+        }
+        false => report.finding,
+    });
+    unaccepted.collect()
+}
+
+/// What an existing events topic is judged by.
+pub(crate) fn judge_events(
+    config: &KafkaConfig,
+    topic: &str,
+    shape: TopicShape,
+    settings: &Settings<'_>,
+) -> Vec<SettingReport> {
+    let wanted = config.partitions.filter(|wanted| *wanted != shape.partitions);
+    let partitions = SettingReport {
+        setting: "partitions".into(),
+        value: shape.partitions.to_string(),
+        finding: wanted.map(|wanted| partition_count(shape.partitions, wanted, "?partitions=")),
+        is_accepted: false,
+    };
+    let others = UNSAFE_SETTINGS.iter().map(|setting| {
+        let value = settings.get(setting);
+        let shown = value.unwrap_or("(unreadable)").to_owned();
+        let finding = judge(setting, value, shape.replicas).map(|(why, safe)| {
+            let brokers = &config.brokers;
+            let remedy = format!(
+                "run kafka-configs.sh --bootstrap-server {brokers} --alter --entity-type topics \
+                 --entity-name {topic} --add-config {setting}={safe}, or accept it with \
+                 ?allow_unsafe={setting}"
+            );
+            Finding { setting: (*setting).into(), value: shown.clone(), why, remedy }
+        });
+        let is_accepted = finding.is_some() && config.allow_unsafe.contains(*setting);
+        SettingReport { setting: (*setting).into(), value: shown, finding, is_accepted }
+    });
+    std::iter::once(partitions).chain(others).collect()
+}
+
+/// The finding that a log has another number of partitions than `who` says.
+fn partition_count(found: u32, wanted: u32, who: &str) -> Finding {
+    Finding {
+        setting: "partitions".into(),
+        value: found.to_string(),
+        why: format!(
+            "{who} says {wanted}, and streams are found by the number of partitions: their \
+             events would be looked for, and written, in the wrong one"
+        ),
+        remedy: "give the number the log was begun with, or copy the log into a new topic; \
+                 partitions that were added cannot be taken away"
+            .into(),
+    }
+}
+
+/// Why a setting loses events and which value does not; `None` if it is safe.
+fn judge(setting: &str, value: Option<&str>, replicas: usize) -> Option<(String, &'static str)> {
+    let (safe, why) = match setting {
+        "retention.ms" | "retention.bytes" => (FOR_EVER, "the broker deletes old events"),
+        "cleanup.policy" => {
+            ("delete", "compaction deletes all but the newest event of every stream")
+        }
+        "unclean.leader.election.enable" => {
+            ("false", "a replica without the newest events may become leader and drop them")
+        }
+        "message.timestamp.type" => {
+            ("CreateTime", "the broker would replace the time at which an event was recorded")
+        }
+        // What is left is min.insync.replicas.
+        _ => return judge_in_sync(value, replicas),
+    };
+    (value != Some(safe)).then(|| (why.into(), safe))
+}
+
+fn judge_in_sync(value: Option<&str>, replicas: usize) -> Option<(String, &'static str)> {
+    let safe = if replicas >= REPLICAS_SAFE { "2" } else { "1" };
+    let least = if replicas >= REPLICAS_SAFE { IN_SYNC_SAFE } else { 1 };
+    match value.and_then(|text| text.parse::<u64>().ok()) {
+        None => Some(("it is not known how many copies acknowledge an event".into(), safe)),
+        Some(count) if count < least => Some((
+            format!("of {replicas} replicas one alone may acknowledge an event and then be lost"),
+            safe,
+        )),
+        Some(count) if count > replicas as u64 => {
+            Some((format!("with {replicas} replicas no event is ever acknowledged"), safe))
+        }
+        Some(_) => None,
+    }
+}
+
+/// What is wrong with the partitions of a topic beside the events, which has `partitions`.
+pub(crate) fn judge_beside(
+    config: &KafkaConfig,
+    topic: &str,
+    found: u32,
+    partitions: u32,
+) -> Option<Finding> {
+    let events = config.events_topic();
+    (found != partitions).then(|| Finding {
+        setting: "partitions".into(),
+        value: found.to_string(),
+        why: format!(
+            "{events} has {partitions}, and commands are sent to the partition of their stream"
+        ),
+        remedy: format!(
+            "if no node has ever used it, delete {topic}: it is made anew with {partitions}; \
+             else copy the log into a new one"
+        ),
+    })
+}
+
+/// The settings of a topic or a broker by name.
+pub(crate) struct Settings<'a>(pub(crate) &'a ConfigResource);
+
+impl Settings<'_> {
+    pub(crate) fn get(&self, setting: &str) -> Option<&str> {
+        self.0.get(setting)?.value.as_deref()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_log_that_keeps_everything_is_safe() {
+        let unsafe_settings = [
+            ("retention.ms", "604800000", "-1"),
+            ("retention.bytes", "1073741824", "-1"),
+            ("cleanup.policy", "compact", "delete"),
+            ("cleanup.policy", "compact,delete", "delete"),
+            ("unclean.leader.election.enable", "true", "false"),
+            ("message.timestamp.type", "LogAppendTime", "CreateTime"),
+        ];
+        for (setting, value, safe) in unsafe_settings {
+            assert_eq!(
+                judge(setting, Some(value), 3).map(|found| found.1),
+                Some(safe),
+                "{setting}"
+            );
+            assert_eq!(judge(setting, Some(safe), 3), None, "{setting}");
+            assert!(judge(setting, None, 3).is_some(), "{setting} unread");
+        }
+    }
+
+    #[test]
+    fn as_many_replicas_must_acknowledge_as_survive_a_broker() {
+        let refused = |value: &str, replicas| judge("min.insync.replicas", Some(value), replicas);
+        assert!(refused("1", 3).is_some());
+        assert_eq!(refused("2", 3), None);
+        assert_eq!(refused("1", 1), None);
+        assert_eq!(refused("1", 2), None);
+        assert!(refused("2", 1).is_some(), "nothing could be written");
+        assert!(judge("min.insync.replicas", None, 1).is_some());
+    }
+}

@@ -1,0 +1,306 @@
+//! The events topic, read by one who is no part of the service.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+use std::time::Duration;
+
+use chrono::{DateTime, Utc};
+use futures_util::stream::{self, BoxStream};
+use futures_util::{StreamExt, TryStreamExt};
+use kafold_core::store::{Batch, Cursor, Owner};
+use kafold_core::{Clock, Offset, Partition, Position, ReadError, StreamId};
+
+use super::Operator;
+use crate::client::{Inquirer, open_error};
+use crate::config::{Assignment, KafkaConfig};
+use crate::error::OpenError;
+use crate::fold::{Anchor, Checkpoint, CommitReader, FoldState, Read};
+use crate::inspect::{InspectError, Inspector};
+use crate::partitioner::partition_of;
+use crate::reader::LogReader;
+use crate::source::KafkaSource;
+use crate::wire::{Body, Claim, ClaimId, Content, LogRecord, Record};
+
+/// How long a fetch waits for new records: a partition that begins to be read meanwhile waits with it.
+const FETCH_WAIT: Duration = Duration::from_millis(5);
+/// What an error that passes suggests as the wait.
+const RETRY_AFTER: Duration = Duration::from_secs(1);
+/// Newest records that are searched for one that proves its place.
+const WINDOW_RECORDS: u64 = 500;
+
+/// The events topic of a log, to be read as far as it reaches. Cheap to clone.
+#[derive(Clone)]
+pub struct ReadableLog {
+    config: Arc<KafkaConfig>,
+    partitions: u32,
+    inquirer: Arc<Inquirer>,
+    inspector: Inspector,
+    clock: Arc<dyn Clock>,
+}
+
+/// What a partition shows of itself.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PartitionFacts {
+    /// The first offset there is; above 0 the log has lost its beginning.
+    pub start: Offset,
+    /// The offset of the next record.
+    pub end: Offset,
+    /// The epoch of its newest claim and who made it, where one of the newest records proves it.
+    pub claim: Option<(u32, Owner)>,
+    /// When the newest event among the newest records was recorded, by its writer's clock.
+    pub newest_event_at: Option<DateTime<Utc>>,
+    /// Whether one of the oldest or newest records is kafold's.
+    pub has_own: bool,
+    /// One of the oldest or newest records that is not kafold's, if there is any.
+    pub foreign: Option<Position>,
+    /// The same for one that is kafold's and that this program cannot read, and why.
+    pub unreadable: Option<(Position, String)>,
+}
+
+impl ReadableLog {
+    pub(super) fn start(operator: &Operator, partitions: u32) -> Result<Self, OpenError> {
+        let Operator { config, inquirer, clock } = operator.clone();
+        let topic = config.events_topic();
+        let reader = LogReader::start(&config, topic, FETCH_WAIT, inquirer.clone(), clock.clone());
+        let reader =
+            reader.map_err(|error| open_error(&config, "starting a client", error, None))?;
+        let inspector =
+            Inspector::new(&config, partitions, reader, inquirer.clone(), clock.clone());
+        Ok(Self { config, partitions, inquirer, inspector, clock })
+    }
+
+    /// How many partitions the topic has.
+    pub fn partitions(&self) -> u32 {
+        self.partitions
+    }
+
+    /// The partition of a stream.
+    pub fn partition_of(&self, stream: &StreamId) -> Partition {
+        partition_of(stream, self.partitions)
+    }
+
+    /// The first and the next offset of a partition.
+    pub async fn ends(&self, partition: Partition) -> Result<(Offset, Offset), ReadError> {
+        self.inspector.ends(partition).await.map_err(self.failed(partition))
+    }
+
+    /// What the partition shows of itself: its ends, and its oldest and newest records.
+    pub async fn look(&self, partition: Partition) -> Result<PartitionFacts, ReadError> {
+        let failed = || self.failed(partition);
+        let (start, end) = self.ends(partition).await?;
+        let oldest = match start < end {
+            true => self.inspector.read(partition, start).await.map_err(failed())?.records,
+            false => Vec::new(),
+        };
+        let newest = self.newest(partition, end).await.map_err(failed())?;
+        let claim = self.proof(partition, &newest).await.map_err(failed())?;
+        let all = || oldest.iter().chain(&newest);
+        let place = |record: &LogRecord| Position { partition, offset: record.offset };
+        Ok(PartitionFacts {
+            start,
+            end,
+            claim: claim.map(|(_, id, claim)| (id.epoch.0, claim.owner())),
+            newest_event_at: newest.iter().rev().find_map(recorded_at),
+            has_own: all().any(|record| record.content != Content::Foreign),
+            foreign: all().find(|record| record.content == Content::Foreign).map(place),
+            unreadable: all().find_map(|record| match &record.content {
+                Content::Malformed(reason) => Some((place(record), reason.to_string())),
+                _ => None,
+            }),
+        })
+    }
+
+    /// Whether the partition is whole and, with a stored place, still the log that it is of.
+    pub async fn check(
+        &self,
+        partition: Partition,
+        stored: Option<&Cursor>,
+    ) -> Result<(), ReadError> {
+        let stored = self.checkpoint(partition, stored)?;
+        self.inspector.check(partition, &stored).await.map_err(self.failed(partition))
+    }
+
+    /// A place at or below `before` to read on from, as near to it as the newest records below it
+    /// prove; `None` is the beginning of the log.
+    pub async fn cursor_before(
+        &self,
+        partition: Partition,
+        before: Offset,
+    ) -> Result<Option<Cursor>, ReadError> {
+        let found = self.checkpoint_before(partition, before).await;
+        let found = found.map_err(self.failed(partition))?;
+        Ok(found.map(|checkpoint| checkpoint.to_cursor()))
+    }
+
+    /// All events from a place, or from the beginning, up to `end`, which is not behind the end of the
+    /// log. A commit that `end` cuts is left out.
+    pub fn replay(
+        &self,
+        partition: Partition,
+        from: Option<Cursor>,
+        end: Offset,
+    ) -> BoxStream<'static, Result<Batch, ReadError>> {
+        let log = self.clone();
+        let started = async move {
+            let checkpoint = log.checkpoint(partition, from.as_ref())?;
+            log.inspector.check(partition, &checkpoint).await.map_err(log.failed(partition))?;
+            let replay = Replay { log, partition, fold: CommitReader::new(partition, checkpoint) };
+            let batches = move |mut replay: Replay| async move {
+                match replay.fold.fold().next() < end {
+                    true => Ok(Some((replay.next(end).await?, replay))),
+                    false => Ok(None),
+                }
+            };
+            Ok::<_, ReadError>(stream::try_unfold(replay, batches))
+        };
+        stream::once(started).try_flatten().boxed()
+    }
+
+    /// Reads on as new events come, every partition, in no group.
+    pub fn source(&self) -> KafkaSource {
+        let config = KafkaConfig { assignment: Assignment::Everything, ..(*self.config).clone() };
+        let (inquirer, clock) = (Arc::clone(&self.inquirer), Arc::clone(&self.clock));
+        KafkaSource::new(config, self.partitions, inquirer, clock)
+    }
+
+    async fn checkpoint_before(
+        &self,
+        partition: Partition,
+        before: Offset,
+    ) -> Result<Option<Checkpoint>, InspectError> {
+        let newest = self.newest(partition, before).await?;
+        let Some((record, claim, _)) = self.proof(partition, &newest).await? else {
+            return Ok(None);
+        };
+        let Some(log) = self.inspector.first_claim(partition, before).await? else {
+            return Ok(None);
+        };
+        let LogRecord { offset, content: Content::Ours(Record { stamp, .. }) } = record else {
+            return Ok(None);
+        };
+        let (offset, seq) = (*offset, stamp.seq);
+        let state = FoldState {
+            log: Some(log),
+            claim,
+            next_seq: seq + 1,
+            anchor: Some(Anchor { offset, claim, seq }),
+            commands_mark: stamp.commands_mark,
+        };
+        Ok(Some(Checkpoint { next: offset.plus(1), state }))
+    }
+
+    /// The newest of the records that is accepted for certain, with its claim; the beginning of the
+    /// log is not needed to know it.
+    ///
+    /// A writer writes under its claim only after it has read it as accepted. Where the claim stands
+    /// exactly `seq` records before one of its records, all in between are that writer's too: nobody
+    /// can have claimed meanwhile. It is the rule by which a writer acknowledges an append.
+    async fn proof<'r>(
+        &self,
+        partition: Partition,
+        newest: &'r [LogRecord],
+    ) -> Result<Option<(&'r LogRecord, ClaimId, Claim)>, InspectError> {
+        let mut tried = BTreeSet::new();
+        for record in newest.iter().rev() {
+            let Some((claim, base)) = claimed_at(record) else { continue };
+            if !tried.insert(base) {
+                continue;
+            }
+            let found = self.inspector.read(partition, base).await?.records.into_iter().next();
+            let Some(LogRecord { offset, content: Content::Ours(found) }) = found else { continue };
+            if let (true, Body::Claim(body)) = (offset == base, found.body)
+                && found.stamp.claim == claim
+            {
+                return Ok(Some((record, claim, body)));
+            }
+        }
+        Ok(None)
+    }
+
+    /// The last records below an offset.
+    async fn newest(
+        &self,
+        partition: Partition,
+        before: Offset,
+    ) -> Result<Vec<LogRecord>, InspectError> {
+        let (start, _) = self.inspector.ends(partition).await?;
+        let mut next = Offset(before.0.saturating_sub(WINDOW_RECORDS)).max(start);
+        let mut newest = Vec::new();
+        while next < before {
+            for record in self.inspector.read(partition, next).await?.records {
+                next = record.offset.plus(1);
+                if record.offset < before {
+                    newest.push(record);
+                }
+            }
+        }
+        Ok(newest)
+    }
+
+    fn checkpoint(
+        &self,
+        partition: Partition,
+        from: Option<&Cursor>,
+    ) -> Result<Checkpoint, ReadError> {
+        let read = from.map(Checkpoint::from_cursor).transpose();
+        let read = read.map_err(|error| ReadError::diverged(self.what(partition), error))?;
+        Ok(read.unwrap_or_default())
+    }
+
+    fn failed(&self, partition: Partition) -> impl FnOnce(InspectError) -> ReadError {
+        let what = self.what(partition);
+        |error| error.into_read_error(what, RETRY_AFTER)
+    }
+
+    fn what(&self, partition: Partition) -> String {
+        format!("partition {partition} of topic {}", self.config.events_topic())
+    }
+}
+
+/// One pass over a partition.
+struct Replay {
+    log: ReadableLog,
+    partition: Partition,
+    fold: CommitReader,
+}
+
+impl Replay {
+    /// The events of the next read.
+    async fn next(&mut self, end: Offset) -> Result<Batch, ReadError> {
+        let from = self.fold.fold().next();
+        let read = self.log.inspector.read(self.partition, from).await;
+        let chunk = read.map_err(self.log.failed(self.partition))?;
+        let mut events = Vec::new();
+        for record in chunk.records.into_iter().take_while(|record| record.offset < end) {
+            let read = self.fold.read(record);
+            let what = || self.log.what(self.partition);
+            if let Read::Commit(commit) = read.map_err(|e| ReadError::diverged(what(), e))? {
+                events.extend(commit.events.into_iter().map(Arc::unwrap_or_clone));
+            }
+        }
+        let next = self.fold.fold().checkpoint().to_cursor();
+        Ok(Batch { partition: self.partition, from, events, next, end })
+    }
+}
+
+/// The claim of a record and where it must stand if nobody wrote in between; none for a claim itself,
+/// and for a record behind which its commit is still open.
+fn claimed_at(record: &LogRecord) -> Option<(ClaimId, Offset)> {
+    let Content::Ours(Record { stamp, body }) = &record.content else { return None };
+    let is_whole = match body {
+        Body::Claim(_) => false,
+        Body::Event(event) => event.index + 1 == event.count,
+        Body::Barrier => true,
+    };
+    let base = record.offset.0.checked_sub(stamp.seq).filter(|_| is_whole && stamp.seq > 0)?;
+    Some((stamp.claim, Offset(base)))
+}
+
+fn recorded_at(record: &LogRecord) -> Option<DateTime<Utc>> {
+    match &record.content {
+        Content::Ours(Record { body: Body::Event(body), .. }) => {
+            Some(body.event.metadata.recorded_at)
+        }
+        _ => None,
+    }
+}
