@@ -6,7 +6,8 @@ use std::process::ExitCode;
 use std::sync::Arc;
 
 use kafold::clock::SystemClock;
-use kafold::{Aggregate, Clock};
+use kafold::projections::ProjectionWorker;
+use kafold::{Aggregate, Clock, Database, EventSource};
 
 use crate::commands::{self, Command};
 use crate::domain::Domain;
@@ -17,6 +18,7 @@ use crate::output::Output;
 /// The operator's commands, with what a service adds to them.
 ///
 /// `aggregate` adds the code that decodes and folds a category: `stream show` then shows states.
+/// `projections` adds the code that folds the log into read models: `verify` then folds them again.
 #[derive(Debug)]
 pub struct Admin {
     program: &'static str,
@@ -56,6 +58,15 @@ impl Admin {
     /// Shows the states of this aggregate's streams, as its `Debug` writes them.
     pub fn aggregate<A: Aggregate + Debug>(mut self) -> Self {
         self.domain.add::<A>();
+        self
+    }
+
+    /// Folds the read models of this worker again, to verify them. It is only made, never started.
+    pub fn projections(
+        mut self,
+        worker: fn(Arc<dyn EventSource>, Database) -> ProjectionWorker,
+    ) -> Self {
+        self.domain.worker = Some(worker);
         self
     }
 

@@ -1,11 +1,15 @@
 //! The commands, a module each.
 
+mod audit;
 mod doctor;
 mod events;
 mod migrate;
+mod parked;
+mod projections;
 mod status;
 mod stream;
 mod topic;
+mod verify;
 
 use clap::Subcommand;
 
@@ -19,6 +23,19 @@ pub(crate) enum Command {
     Status,
     /// Checks everything that a service needs, and says what to do about what is wrong.
     Doctor,
+    /// Tells how projections stand, and has them paused, resumed, rebuilt.
+    #[command(subcommand)]
+    Projections(projections::ProjectionsCommand),
+    /// Tells which streams are set aside because an event of theirs failed, and has them retried or skipped.
+    #[command(subcommand)]
+    Parked(parked::ParkedCommand),
+    /// Tells who did what to projections.
+    #[command(subcommand)]
+    Audit(audit::AuditCommand),
+    /// Folds the log again and compares: the stream index, and in a service's own program every read model.
+    ///
+    /// Exit code 1 when anything differs; the first differences are shown. Workers may run meanwhile.
+    Verify,
     /// Shows one stream.
     #[command(subcommand)]
     Stream(stream::StreamCommand),
@@ -38,6 +55,10 @@ pub(crate) async fn run(command: Command, context: &mut Context) -> Result<(), E
     match command {
         Command::Status => status::run(context).await,
         Command::Doctor => doctor::run(context).await,
+        Command::Projections(command) => projections::run(context, command).await,
+        Command::Parked(command) => parked::run(context, command).await,
+        Command::Audit(command) => audit::run(context, command).await,
+        Command::Verify => verify::run(context).await,
         Command::Stream(stream::StreamCommand::Show(args)) => stream::show(context, args).await,
         Command::Events(events::EventsCommand::Tail(args)) => events::tail(context, args).await,
         Command::Topic(topic::TopicCommand::Create) => topic::create(context).await,

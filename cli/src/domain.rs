@@ -1,10 +1,13 @@
-//! The aggregates of a service, as far as commands need them: events in, a text of the state out.
+//! The code of a service, as far as commands need it: aggregates, as events in and a text of the state
+//! out, and read models.
 
 use std::collections::BTreeMap;
 use std::fmt::{self, Debug};
+use std::sync::Arc;
 
 use kafold::codec::{CodecError, decode};
-use kafold::{Aggregate, RecordedEvent};
+use kafold::projections::ProjectionWorker;
+use kafold::{Aggregate, Database, EventSource, RecordedEvent};
 
 /// The state of one stream.
 pub(crate) trait State: Send {
@@ -28,23 +31,27 @@ impl<A: Aggregate + Debug> State for A {
 
 type Initial = fn() -> Box<dyn State>;
 
-/// The aggregates by category; none in the program `kafold` itself.
+/// What the program `kafold` itself has nothing of.
 #[derive(Default)]
-pub(crate) struct Domain(BTreeMap<&'static str, Initial>);
+pub(crate) struct Domain {
+    /// By category.
+    aggregates: BTreeMap<&'static str, Initial>,
+    pub(crate) worker: Option<fn(Arc<dyn EventSource>, Database) -> ProjectionWorker>,
+}
 
 impl Domain {
     pub(crate) fn add<A: Aggregate + Debug>(&mut self) {
-        self.0.insert(A::CATEGORY, || Box::new(A::default()));
+        self.aggregates.insert(A::CATEGORY, || Box::new(A::default()));
     }
 
     /// The state of a stream without events, if the category is known.
     pub(crate) fn initial(&self, category: &str) -> Option<Box<dyn State>> {
-        self.0.get(category).map(|initial| initial())
+        self.aggregates.get(category).map(|initial| initial())
     }
 }
 
 impl Debug for Domain {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_set().entries(self.0.keys()).finish()
+        f.debug_set().entries(self.aggregates.keys()).finish()
     }
 }

@@ -3,7 +3,7 @@
 use std::error::Error as StdError;
 use std::io;
 
-use kafold::projections::sqlx;
+use kafold::projections::{ControlError, VerifyError, sqlx};
 use kafold::{DatabaseError, ReadError, kafka};
 
 /// Why a command ends before its end, or with a code other than 0.
@@ -82,6 +82,18 @@ impl From<ReadError> for Error {
             error @ ReadError::Diverged { .. } => chain(error),
         };
         Self::Failed(reason)
+    }
+}
+
+impl From<ControlError> for Error {
+    fn from(error: ControlError) -> Self {
+        Self::Failed(chain(&error))
+    }
+}
+
+impl From<VerifyError> for Error {
+    fn from(error: VerifyError) -> Self {
+        Self::Failed(chain(&error))
     }
 }
 

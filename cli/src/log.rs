@@ -136,6 +136,14 @@ impl Log {
         }
     }
 
+    /// What reads all of it, each reader every partition.
+    pub(crate) fn source(&self) -> Arc<dyn EventSource> {
+        match self {
+            Self::Embedded { source, .. } => Arc::new(source.clone()),
+            Self::Kafka(log) => Arc::new(log.source()),
+        }
+    }
+
     /// Events as they come, from these places on.
     pub(crate) async fn follow(
         &self,

@@ -123,6 +123,11 @@ impl Options {
         }
     }
 
+    /// The database, which the command cannot do without, with tables that are current.
+    pub(crate) async fn database(&self) -> Result<Database, Error> {
+        Ok(Database::open(&self.database_url()?, Mode::Check).await?)
+    }
+
     /// The database, if one is named, with tables that are current.
     pub(crate) async fn maybe_database(&self) -> Result<Option<Database>, Error> {
         let Some(url) = self.maybe_database_url()? else { return Ok(None) };

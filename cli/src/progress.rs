@@ -20,6 +20,12 @@ impl Progress {
         Self(bar)
     }
 
+    /// So many records are read, of so many.
+    pub(crate) fn at(&self, done: u64, total: u64) {
+        self.0.set_length(total);
+        self.0.set_position(done);
+    }
+
     pub(crate) fn advance(&self, records: u64) {
         self.0.inc(records);
     }

@@ -24,6 +24,7 @@ use kafold_migrations::micros::Time;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
+use crate::sql::reading;
 use crate::transaction::is_unavailable;
 
 /// What [`ReadError::Unavailable`] of a database suggests as the wait.
@@ -40,6 +41,26 @@ impl SqlIndex {
     /// The index in this database.
     pub fn new(database: Database) -> Self {
         Self { database, clock: Arc::new(SystemClock) }
+    }
+
+    /// The events of a partition from an offset on and below another, in the order of the log; at most
+    /// `limit`.
+    pub async fn events(
+        &self,
+        partition: Partition,
+        range: std::ops::Range<Offset>,
+        limit: u32,
+    ) -> Result<Vec<RecordedEvent>, ReadError> {
+        let sql = "SELECT category, stream_id, version, partition, \"offset\", event_id, \
+                     event_type, recorded_at, command_id, metadata, payload FROM kafold_event \
+                   WHERE partition = $1 AND \"offset\" >= $2 AND \"offset\" < $3 \
+                   ORDER BY \"offset\" LIMIT $4";
+        let rows: Result<Vec<EventRow>, _> = reading!(&self.database, pool => {
+            let query = sqlx::query_as(sql).bind(partition_int(partition));
+            let query = query.bind(bigint(range.start.0)).bind(bigint(range.end.0));
+            query.bind(i64::from(limit)).fetch_all(pool).await
+        });
+        rows.map_err(read_error)?.into_iter().map(EventRow::event).collect()
     }
 }
 

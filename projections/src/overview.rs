@@ -37,6 +37,8 @@ pub struct Overview {
     pub reason: Option<String>,
     /// Whether an operator has paused it, its rebuild included.
     pub paused: bool,
+    /// Whether a worker has done so: what was asked for a moment ago is done within a second.
+    pub obeyed: bool,
     /// The build of its tables that queries see.
     pub generation: u32,
     /// Records of the log that are not applied, as far as the end is known.
@@ -89,8 +91,8 @@ pub struct PartitionOverview {
     pub end: u64,
     /// When the last applied event was recorded.
     pub last_event_at: Option<DateTime<Utc>>,
-    /// When the worker last wrote it down.
-    pub updated_at: DateTime<Utc>,
+    /// When the worker last wrote it down; `None` when none has taken the partition yet.
+    pub updated_at: Option<DateTime<Utc>>,
 }
 
 /// A stream that is set aside.
@@ -231,6 +233,15 @@ impl Control {
             .into_iter()
             .map(|(name, generation, events, streams)| ((name, generation), (streams, events)))
             .collect();
+        // Partitions that no worker has taken yet.
+        for row in &rows {
+            let taken = places.entry((row.name.clone(), row.live_generation)).or_default();
+            for (partition, end) in ends {
+                if taken.iter().all(|place| place.partition != partition.0) {
+                    taken.push(PartitionOverview::untaken(*partition, *end));
+                }
+            }
+        }
         let now = self.clock.now();
         Ok(rows.into_iter().map(|row| Overview::of(row, &mut places, &parked, now)).collect())
     }
@@ -311,6 +322,7 @@ impl Overview {
             },
             reason: row.actual_state_reason.clone(),
             paused: row.desired_state == "paused",
+            obeyed: row.desired_state == row.actual_state,
             generation: row.live_generation.unsigned_abs(),
             lag_records: partitions.iter().map(PartitionOverview::lag_records).sum(),
             lag_seconds: lag,
@@ -324,6 +336,12 @@ impl Overview {
 }
 
 impl Rebuild {
+    /// How much of the log is applied, of 100.
+    pub fn percent(&self) -> f64 {
+        let all = self.records_done + self.records_left;
+        if all == 0 { 0.0 } else { 100.0 * self.records_done as f64 / all as f64 }
+    }
+
     fn of(
         row: &ProjectionRow,
         places: &mut By<Vec<PartitionOverview>>,
@@ -360,7 +378,12 @@ impl PartitionOverview {
         let asked = ends.iter().find(|(p, _)| p.0 == partition).map(|(_, end)| end.0);
         let end = asked.or(row.end_offset.map(i64::unsigned_abs)).unwrap_or(next).max(next);
         let last_event_at = row.last_event_at.map(|at| at.0);
-        Self { partition, next, end, last_event_at, updated_at: row.updated_at.0 }
+        Self { partition, next, end, last_event_at, updated_at: Some(row.updated_at.0) }
+    }
+
+    fn untaken(partition: Partition, end: Offset) -> Self {
+        let (partition, end) = (partition.0, end.0);
+        Self { partition, next: 0, end, last_event_at: None, updated_at: None }
     }
 
     /// Records that are not applied.

@@ -103,7 +103,7 @@ pub(crate) async fn run(context: &mut Context) -> Result<(), Error> {
     };
     let database = database::check(context, &mut checks).await;
     if let Some(database) = &database {
-        lag::check(context, log.as_ref(), database, &mut checks).await;
+        lag::check(log.as_ref(), database, &mut checks).await;
     }
     let problems = checks.count(Level::Problem);
     match context.out.json {

@@ -2,17 +2,18 @@
 
 use std::collections::BTreeMap;
 
+use kafold::projections::Overview;
 use kafold::{Offset, Partition};
-use serde::Serialize;
 use serde_json::{Value, json};
 
 use crate::admin::Context;
+use crate::commands::projections;
 use crate::error::Error;
 use crate::event::time;
 use crate::log::Log;
 use crate::options::LogUrl;
 use crate::output::{Output, count, or_dash, thousands};
-use crate::overview::{self, PartitionView, ProjectionView};
+use crate::overview::{self, PartitionView};
 
 /// All that was found out; what could not be is absent.
 #[derive(Default)]
@@ -30,7 +31,7 @@ struct DatabaseStatus {
     url: String,
     /// Where the stream index stands; a log in a file has none.
     index: Option<BTreeMap<Partition, Offset>>,
-    projections: Vec<ProjectionView>,
+    projections: Vec<Overview>,
 }
 
 pub(crate) async fn run(context: &mut Context) -> Result<(), Error> {
@@ -56,7 +57,7 @@ async fn log(context: &Context, status: &mut Status) -> Result<(), Error> {
 async fn database(context: &Context, status: &mut Status) -> Result<(), Error> {
     let Some(database) = context.options.maybe_database().await? else { return Ok(()) };
     let ends = status.log.as_ref().map(|log| log.partitions.as_slice());
-    let projections = overview::projections(&database, ends, context.clock.now()).await?;
+    let projections = overview::projections(&database, ends).await?;
     let index = match context.options.maybe_log()? {
         Some(LogUrl::Sqlite(_)) => None,
         Some(LogUrl::Kafka(_)) | None => {
@@ -95,44 +96,10 @@ impl LogStatus {
     }
 }
 
-/// A projection in JSON.
-#[derive(Serialize)]
-struct ProjectionJson<'p> {
-    name: &'p str,
-    state: &'p str,
-    desired_state: &'p str,
-    generation: i32,
-    next_generation: Option<i32>,
-    lag_records: u64,
-    lag_seconds: f64,
-    reason: Option<&'p str>,
-    parked_events: u64,
-    parked_streams: u64,
-}
-
-impl<'p> ProjectionJson<'p> {
-    fn of(view: &'p ProjectionView) -> Self {
-        Self {
-            name: &view.row.name,
-            state: &view.row.state,
-            desired_state: &view.row.desired_state,
-            generation: view.row.generation,
-            next_generation: view.row.next_generation,
-            lag_records: view.lag_records,
-            lag_seconds: view.lag_seconds,
-            reason: view.row.reason.as_deref(),
-            parked_events: view.parked_events,
-            parked_streams: view.parked_streams,
-        }
-    }
-}
-
 impl Status {
     fn json(&self) -> Value {
         let database = self.database.as_ref();
-        let projections = database.map(|database| {
-            database.projections.iter().map(ProjectionJson::of).collect::<Vec<_>>()
-        });
+        let projections = database.map(|database| &database.projections);
         let index = database.and_then(|database| database.index.as_ref()).map(|index| {
             let places = index.iter().map(|(partition, next)| (partition.to_string(), next));
             let next: BTreeMap<_, _> = places.collect();
@@ -173,7 +140,8 @@ impl Status {
             out.line(&format!("index     {} behind the log", count(lag, "record")))?;
         }
         self.print_owners(out)?;
-        print_projections(out, &database.projections)
+        out.line("")?;
+        projections::print(out, &database.projections)
     }
 
     /// Who claimed how much of a log on Kafka last.
@@ -196,28 +164,4 @@ impl Status {
         out.line("")?;
         out.table(["CLAIMED BY", "PARTITIONS", "RECORDS", "NEWEST EVENT"], &rows)
     }
-}
-
-fn print_projections(out: &mut Output, projections: &[ProjectionView]) -> Result<(), Error> {
-    out.line("")?;
-    if projections.is_empty() {
-        return out.line("no projection has been started with this database");
-    }
-    let row = |view: &ProjectionView| {
-        let row = &view.row;
-        let generation = match row.next_generation {
-            Some(next) => format!("{}, building {next}", row.generation),
-            None => row.generation.to_string(),
-        };
-        let lag = format!("{} ({:.0} s)", count(view.lag_records, "record"), view.lag_seconds);
-        let parked = match view.parked_events {
-            0 => "-".to_owned(),
-            events => {
-                format!("{} of {}", count(events, "event"), count(view.parked_streams, "stream"))
-            }
-        };
-        [row.name.clone(), row.state.clone(), generation, lag, parked, or_dash(row.reason.clone())]
-    };
-    let rows: Vec<_> = projections.iter().map(row).collect();
-    out.table(["PROJECTION", "STATE", "GENERATION", "LAG", "PARKED", "REASON"], &rows)
 }

@@ -87,7 +87,9 @@ fn main() -> ExitCode {
             if let Err(error) = logging::start("error", logging::LogFormat::Text) {
                 return failed(2, &error);
             }
-            let admin = Admin::new("orders admin").default_log(serve::LOG_DEFAULT);
+            let admin = Admin::new("orders admin")
+                .default_log(serve::LOG_DEFAULT)
+                .projections(service::projections);
             run(admin.aggregate::<Order>().run(args))
         }
     }

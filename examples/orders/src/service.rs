@@ -9,7 +9,8 @@ use kafold::projections::{
 };
 use kafold::store::{Health, ReadError};
 use kafold::{
-    Clock, CommandHandler, CommandId, Database, EventStore, IdGenerator, Log, Offset, Position,
+    Clock, CommandHandler, CommandId, Database, EventSource, EventStore, IdGenerator, Log, Offset,
+    Position,
 };
 use lru::LruCache;
 
@@ -37,6 +38,16 @@ pub(crate) struct Service {
     placements: Mutex<LruCache<CommandId, Placement>>,
 }
 
+/// All read models of orders.
+pub(crate) fn projections(source: Arc<dyn EventSource>, database: Database) -> ProjectionWorker {
+    ProjectionWorker::new(source, database)
+        .with(OrderDetails)
+        .with(CustomerOrders)
+        .with(SalesByDay)
+        .with(SalesByCustomer)
+        .with_projection(SalesBySku)
+}
+
 /// The id of the order that a key placed, when it is known. Whoever places with the key holds the
 /// lock, so that two requests with one key cannot place two orders.
 pub(crate) type Placement = Arc<tokio::sync::Mutex<Option<String>>>;
@@ -49,14 +60,8 @@ impl Service {
         clock: Arc<dyn Clock>,
         ids: Arc<dyn IdGenerator>,
     ) -> Self {
-        let projections = ProjectionWorker::new(log.source(), database.clone())
-            .clock(clock.clone(), ids.clone())
-            .with(OrderDetails)
-            .with(CustomerOrders)
-            .with(SalesByDay)
-            .with(SalesByCustomer)
-            .with_projection(SalesBySku)
-            .spawn();
+        let projections =
+            projections(log.source(), database.clone()).clock(clock.clone(), ids.clone()).spawn();
         Self {
             handler: CommandHandler::with_parts(log.store(), clock.clone(), ids)
                 .forwarding(log.commands()),

@@ -1,13 +1,13 @@
 //! How far stream index and projections are behind the log, and whether they are of this log.
 
+use kafold::projections::{Overview, OverviewState};
 use kafold::{Database, ReadError};
 
 use super::{Checks, Seen};
-use crate::admin::Context;
 use crate::error::{Error, chain};
 use crate::log::Log;
 use crate::output::count;
-use crate::overview::{self, PartitionView, ProjectionView};
+use crate::overview::{self, PartitionView};
 
 /// Above it the owner of a partition takes no more commands: events wait in its memory for the index.
 const INDEX_LAG_MAX: u64 = 20_000;
@@ -15,19 +15,14 @@ const INDEX_LAG_MAX: u64 = 20_000;
 const PROJECTION_LAG_RECORDS_MAX: u64 = 1_000;
 const PROJECTION_LAG_SECONDS_MAX: f64 = 60.0;
 
-pub(super) async fn check(
-    context: &Context,
-    seen: Option<&Seen>,
-    database: &Database,
-    checks: &mut Checks,
-) {
+pub(super) async fn check(seen: Option<&Seen>, database: &Database, checks: &mut Checks) {
     if let Some(seen) = seen
         && let Err(error) = check_index(seen, database, checks).await
     {
         checks.failed("index", &error);
     }
     let partitions = seen.map(|seen| seen.partitions.as_slice());
-    match overview::projections(database, partitions, context.clock.now()).await {
+    match overview::projections(database, partitions).await {
         Ok(projections) => {
             projections.iter().for_each(|view| check_projection(view, seen, checks));
         }
@@ -69,43 +64,53 @@ async fn check_index(seen: &Seen, database: &Database, checks: &mut Checks) -> R
     Ok(())
 }
 
-fn check_projection(view: &ProjectionView, seen: Option<&Seen>, checks: &mut Checks) {
+fn check_projection(view: &Overview, seen: Option<&Seen>, checks: &mut Checks) {
     const NAME: &str = "projections";
-    let name = &view.row.name;
-    let reason = view.row.reason.as_deref().map_or(String::new(), |reason| format!(": {reason}"));
+    let name = &view.name;
+    let rebuild = view.rebuild.as_ref().and_then(|rebuild| rebuild.reason.as_deref());
+    let reason = view.reason.as_deref().or(rebuild);
+    let reason = reason.map_or(String::new(), |reason| format!(": {reason}"));
     if view.parked_events > 0 {
-        let (events, streams) =
-            (count(view.parked_events, "event"), count(view.parked_streams, "stream"));
-        let remedy = "see why, then let them be retried or skipped";
+        let (events, streams) = (
+            count(view.parked_events.unsigned_abs(), "event"),
+            count(view.parked_streams.unsigned_abs(), "stream"),
+        );
+        let remedy = "see why with `parked list`, then `parked retry` or `parked skip`";
         checks.warning(NAME, format!("{name} has parked {events} of {streams}"), remedy);
     }
-    if let Some(place) = view.checkpoints.iter().find(|place| {
+    if let Some(place) = view.partitions.iter().find(|place| {
         let end = seen.and_then(|seen| {
-            seen.partitions.iter().find(|found| found.partition == place.partition)
+            seen.partitions.iter().find(|found| found.partition.0 == place.partition)
         });
-        end.is_some_and(|found| place.next > found.end)
+        end.is_some_and(|found| place.next > found.end.0)
     }) {
         let (partition, next) = (place.partition, place.next);
         let found = format!("{name} stands at {partition}:{next}, behind the end of the log");
         return checks.problem(NAME, found, "give log and database that belong together");
     }
     let lag = format!("{} ({:.0} s)", count(view.lag_records, "record"), view.lag_seconds);
-    match view.row.state.as_str() {
-        "stopped" => {
-            let remedy = "correct what it says, then start the service again";
+    let is_far = view.lag_records > PROJECTION_LAG_RECORDS_MAX
+        && view.lag_seconds > PROJECTION_LAG_SECONDS_MAX;
+    match view.state {
+        OverviewState::Stopped => {
+            let remedy = format!("do what it says, then `projections resume {name}`");
             checks.problem(NAME, format!("{name} has stopped{reason}"), remedy);
         }
-        "paused" => {
-            let remedy = "resume it when it is to go on";
-            checks.warning(NAME, format!("{name} is paused, {lag} behind{reason}"), remedy);
+        OverviewState::Paused => {
+            let remedy = format!("`projections resume {name}` when it is to go on");
+            checks.warning(NAME, format!("{name} is paused, {lag} behind"), remedy);
         }
-        state
-            if view.lag_records > PROJECTION_LAG_RECORDS_MAX
-                && view.lag_seconds > PROJECTION_LAG_SECONDS_MAX =>
-        {
+        OverviewState::Rebuilding if !reason.is_empty() => {
+            let remedy = format!("do what it says, then `projections resume {name}`");
+            checks.warning(NAME, format!("the rebuild of {name} waits{reason}"), remedy);
+        }
+        OverviewState::Running | OverviewState::Rebuilding if is_far => {
             let remedy = "see that the service runs, and what its log says";
-            checks.warning(NAME, format!("{name} is {state}, {lag} behind{reason}"), remedy);
+            checks.warning(NAME, format!("{name} is {lag} behind"), remedy);
         }
-        state => checks.ok(NAME, format!("{name} is {state}, {lag} behind{reason}")),
+        OverviewState::Rebuilding => {
+            checks.ok(NAME, format!("{name} is being rebuilt, {lag} behind"))
+        }
+        OverviewState::Running => checks.ok(NAME, format!("{name} runs, {lag} behind")),
     }
 }

@@ -1,0 +1,266 @@
+//! `verify`: folds the log again and compares what was made from it.
+
+use std::collections::HashMap;
+
+use futures_util::TryStreamExt;
+use kafold::projections::{Control, SqlIndex, Verification};
+use kafold::{Database, Offset, Partition, RecordedEvent, StreamId, Version};
+use serde::Serialize;
+
+use crate::admin::Context;
+use crate::error::Error;
+use crate::log::Log;
+use crate::output::{Output, count};
+use crate::overview;
+use crate::progress::Progress;
+
+/// Differences that are told of the log and of the index.
+const SHOWN_MAX: usize = 10;
+/// Rows of the index that are read at a time.
+const PAGE_EVENTS: u32 = 2_000;
+
+/// What was compared, and what differs.
+#[derive(Default, Serialize)]
+struct Report {
+    /// Events of the log, with its streams' versions one after the other.
+    events: u64,
+    streams: u64,
+    /// Contradictions within the log.
+    log_differences: Vec<String>,
+    /// Events that the stream index was compared with; a log in a file is its own index.
+    indexed_events: Option<u64>,
+    index_differences: Vec<String>,
+    projections: Vec<Verification>,
+    /// Projections that only the service's own program can fold again.
+    not_verified: Vec<String>,
+}
+
+impl Report {
+    fn is_clean(&self) -> bool {
+        self.log_differences.is_empty()
+            && self.index_differences.is_empty()
+            && self.projections.iter().all(|projection| projection.differences.is_empty())
+    }
+}
+
+pub(crate) async fn run(context: &mut Context) -> Result<(), Error> {
+    let url = context.options.log()?;
+    let database = context.options.maybe_database().await?;
+    let log = Log::open(&url, &context.clock).await?;
+    let mut report = Report::default();
+    verify_log(&log, database.as_ref(), &mut report).await?;
+    if let Some(database) = &database {
+        verify_projections(context, &log, database, &mut report).await?;
+    }
+    match context.out.json {
+        true => context.out.document(&report)?,
+        false => print(&mut context.out, &report)?,
+    }
+    match report.is_clean() {
+        true => Ok(()),
+        false => Err(Error::failed("what was made from the log is not what the log says")),
+    }
+}
+
+/// Reads the whole log: every stream's versions follow one another, and the index has what the log
+/// has.
+async fn verify_log(
+    log: &Log,
+    database: Option<&Database>,
+    report: &mut Report,
+) -> Result<(), Error> {
+    let mut indexed = Index::open(log, database).await?;
+    let mut versions: HashMap<StreamId, Version> = HashMap::new();
+    let views = overview::partitions(log).await?;
+    let progress = Progress::new(views.iter().map(|seen| seen.end.0).sum(), "the log");
+    for view in views {
+        let mut batches = log.replay(view.partition, None, view.end);
+        while let Some(batch) = batches.try_next().await? {
+            progress.advance(batch.next.next.0.saturating_sub(batch.from.0));
+            for event in &batch.events {
+                report.events += 1;
+                let version = versions.entry(event.stream.clone()).or_default();
+                if event.version != version.plus(1) && report.log_differences.len() < SHOWN_MAX {
+                    report.log_differences.push(format!(
+                        "version {} of {} at {} follows version {version}",
+                        event.version, event.stream, event.position
+                    ));
+                }
+                *version = event.version;
+            }
+            if let Some(indexed) = &mut indexed {
+                indexed.compare(&batch.events, report).await?;
+            }
+        }
+        if let Some(indexed) = &mut indexed {
+            indexed.end(view.partition, report).await?;
+        }
+    }
+    report.streams = versions.len() as u64;
+    Ok(())
+}
+
+/// The stream index, read beside the log.
+struct Index {
+    index: SqlIndex,
+    /// How far it is, by partition.
+    next: HashMap<Partition, Offset>,
+    /// Events read ahead of the partition that is compared, the next one last.
+    ahead: Vec<RecordedEvent>,
+    /// Where the partition that is compared is read on.
+    at: Offset,
+}
+
+impl Index {
+    async fn open(log: &Log, database: Option<&Database>) -> Result<Option<Self>, Error> {
+        let (Log::Kafka(_), Some(database)) = (log, database) else { return Ok(None) };
+        let cursors = overview::index(database).await?;
+        let next = cursors.into_iter().map(|(partition, cursor)| (partition, cursor.next));
+        let (ahead, at) = (Vec::new(), Offset(0));
+        let index = SqlIndex::new(database.clone());
+        Ok(Some(Self { index, next: next.collect(), ahead, at }))
+    }
+
+    async fn compare(
+        &mut self,
+        events: &[RecordedEvent],
+        report: &mut Report,
+    ) -> Result<(), Error> {
+        for event in events {
+            let partition = event.position.partition;
+            let end = self.next.get(&partition).copied().unwrap_or_default();
+            if event.position.offset >= end {
+                return Ok(());
+            }
+            *report.indexed_events.get_or_insert_default() += 1;
+            loop {
+                let difference = match self.peek(partition, end).await? {
+                    Some(found) if found == event => {
+                        self.ahead.pop();
+                        break;
+                    }
+                    Some(found) if found.position < event.position => {
+                        let text =
+                            format!("the index has event {} that the log has not", show(found));
+                        self.ahead.pop();
+                        report.differs(text);
+                        continue;
+                    }
+                    Some(found) if found.position == event.position => {
+                        let text =
+                            format!("the log has {}, the index has {}", show(event), show(found));
+                        self.ahead.pop();
+                        text
+                    }
+                    Some(_) | None => format!("the index lacks event {}", show(event)),
+                };
+                report.differs(difference);
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    /// The next event of the index in this partition.
+    async fn peek(
+        &mut self,
+        partition: Partition,
+        end: Offset,
+    ) -> Result<Option<&RecordedEvent>, Error> {
+        if self.ahead.is_empty() && self.at < end {
+            let mut page = self.index.events(partition, self.at..end, PAGE_EVENTS).await?;
+            self.at = page.last().map_or(end, |last| last.position.offset.plus(1));
+            page.reverse();
+            self.ahead = page;
+        }
+        Ok(self.ahead.last())
+    }
+
+    /// Behind the last event of a partition there must be nothing more.
+    async fn end(&mut self, partition: Partition, report: &mut Report) -> Result<(), Error> {
+        let end = self.next.get(&partition).copied().unwrap_or_default();
+        while let Some(found) = self.peek(partition, end).await? {
+            let text = format!("the index has event {} that the log has not", show(found));
+            self.ahead.pop();
+            report.differs(text);
+        }
+        self.at = Offset(0);
+        Ok(())
+    }
+}
+
+impl Report {
+    fn differs(&mut self, difference: String) {
+        if self.index_differences.len() < SHOWN_MAX {
+            self.index_differences.push(difference);
+        }
+    }
+}
+
+fn show(event: &RecordedEvent) -> String {
+    let RecordedEvent { position, stream, version, event_type, metadata, .. } = event;
+    format!("{} at {position} ({event_type}, version {version} of {stream})", metadata.event_id)
+}
+
+async fn verify_projections(
+    context: &Context,
+    log: &Log,
+    database: &Database,
+    report: &mut Report,
+) -> Result<(), Error> {
+    let known = Control::new(database.clone()).list(&[]).await?;
+    let mut known: Vec<_> = known.into_iter().map(|seen| seen.name).collect();
+    if let Some(worker) = context.domain.worker {
+        let worker = worker(log.source(), database.clone());
+        for name in worker.names().into_iter().filter(|name| known.contains(name)) {
+            let progress = Progress::new(0, &name);
+            let tell = |at: kafold::projections::VerifyProgress| progress.at(at.done, at.total);
+            report.projections.push(worker.verify(&name, &tell).await?);
+        }
+        known.retain(|name| !worker.names().contains(name));
+    }
+    report.not_verified = known;
+    Ok(())
+}
+
+fn print(out: &mut Output, report: &Report) -> Result<(), Error> {
+    let (events, streams) = (count(report.events, "event"), count(report.streams, "stream"));
+    let verdict = |differences: &[String]| match differences.len() {
+        0 => "no difference".to_owned(),
+        _ => format!("DIFFERENCES\n  {}", differences.join("\n  ")),
+    };
+    out.line(&format!("log: {events} of {streams}, {}", verdict(&report.log_differences)))?;
+    if let Some(indexed) = report.indexed_events {
+        let indexed = count(indexed, "event");
+        out.line(&format!("stream index: {indexed}, {}", verdict(&report.index_differences)))?;
+    }
+    for projection in &report.projections {
+        let Verification { projection: name, generation, events, left_out, rows, differences } =
+            projection;
+        let left_out = match left_out {
+            0 => String::new(),
+            left_out => format!(", {} parked or skipped", count(*left_out, "event")),
+        };
+        let (events, rows) = (count(*events, "event"), count(rows.unsigned_abs(), "row"));
+        let mut shown = Vec::new();
+        for table in differences {
+            let (name, unexpected, missing) = (&table.table, table.unexpected, table.missing);
+            shown.push(format!(
+                "{name}: {unexpected} rows that the log does not give, {missing} missing"
+            ));
+            shown.extend(table.first_unexpected.iter().map(|row| format!("- {row}")));
+            shown.extend(table.first_missing.iter().map(|row| format!("+ {row}")));
+        }
+        out.line(&format!(
+            "{name} (generation {generation}): {rows} of {events}{left_out}, {}",
+            verdict(&shown)
+        ))?;
+    }
+    if !report.not_verified.is_empty() {
+        out.line(&format!(
+            "not verified: {}; only the service's own `admin verify` has the code to fold them again",
+            report.not_verified.join(", ")
+        ))?;
+    }
+    Ok(())
+}
