@@ -8,6 +8,7 @@ mod parked;
 mod projections;
 mod status;
 mod stream;
+mod top;
 mod topic;
 mod verify;
 
@@ -23,6 +24,8 @@ pub(crate) enum Command {
     Status,
     /// Checks everything that a service needs, and says what to do about what is wrong.
     Doctor,
+    /// Shows nodes, projections and partitions on the terminal, live, with rates; q ends.
+    Top(top::TopArgs),
     /// Tells how projections stand, and has them paused, resumed, rebuilt.
     #[command(subcommand)]
     Projections(projections::ProjectionsCommand),
@@ -55,6 +58,7 @@ pub(crate) async fn run(command: Command, context: &mut Context) -> Result<(), E
     match command {
         Command::Status => status::run(context).await,
         Command::Doctor => doctor::run(context).await,
+        Command::Top(args) => top::run(context, args).await,
         Command::Projections(command) => projections::run(context, command).await,
         Command::Parked(command) => parked::run(context, command).await,
         Command::Audit(command) => audit::run(context, command).await,

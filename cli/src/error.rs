@@ -28,6 +28,15 @@ impl Error {
         Self::Failed(reason.into())
     }
 
+    /// Why, in a sentence.
+    pub(crate) fn reason(&self) -> &str {
+        match self {
+            Self::Usage(reason) | Self::Failed(reason) => reason,
+            Self::Interrupted => "interrupted",
+            Self::OutputClosed => "nobody reads",
+        }
+    }
+
     pub(crate) fn exit_code(&self) -> u8 {
         match self {
             Self::Usage(_) => 2,

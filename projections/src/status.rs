@@ -260,8 +260,8 @@ impl SharedStatus {
     pub(crate) fn measure(&self, events: usize, took: Duration, now: DateTime<Utc>) {
         let name = || self.name.clone();
         if self.sender.borrow().generation != self.generation {
-            let built = counter!("kafold_projection_rebuilt_events_total", "projection" => name());
-            built.increment(events as u64);
+            counter!("kafold_projection_rebuilt_events_total", "projection" => name())
+                .increment(events as u64);
             return self.measure_lag(now);
         }
         counter!("kafold_projection_events_total", "projection" => name()).increment(events as u64);
@@ -273,16 +273,19 @@ impl SharedStatus {
 
     /// Tells the metrics of the lag of all partitions this worker holds.
     pub(crate) fn measure_lag(&self, now: DateTime<Utc>) {
-        let status = self.sender.borrow();
-        let set = |metric: &'static str, value: f64| {
-            gauge!(metric, "projection" => self.name.clone()).set(value);
-        };
+        let (status, name) = (self.sender.borrow(), || self.name.clone());
         let longest = status.partitions.values().map(|partition| partition.lag(now)).max();
-        set("kafold_projection_lag_records", status.lag_records() as f64);
-        set("kafold_projection_lag_seconds", longest.unwrap_or_default().as_secs_f64());
-        set("kafold_projection_parked_streams", status.parked_streams as f64);
-        set("kafold_projection_parked_events", status.parked_events as f64);
-        let rebuild_lag = status.next.as_ref().map_or(0, |next| next.lag_records());
-        set("kafold_projection_rebuild_lag_records", rebuild_lag as f64);
+        let records = status.lag_records() as f64;
+        gauge!("kafold_projection_lag_records", "projection" => name()).set(records);
+        let seconds = longest.unwrap_or_default().as_secs_f64();
+        gauge!("kafold_projection_lag_seconds", "projection" => name()).set(seconds);
+        let streams = status.parked_streams as f64;
+        gauge!("kafold_projection_parked_streams", "projection" => name()).set(streams);
+        let events = status.parked_events as f64;
+        gauge!("kafold_projection_parked_events", "projection" => name()).set(events);
+        let stopped = matches!(status.state, ProjectionState::Stopped(_));
+        gauge!("kafold_projection_stopped", "projection" => name()).set(f64::from(stopped));
+        let left = status.next.as_ref().map_or(0, |next| next.lag_records()) as f64;
+        gauge!("kafold_projection_rebuild_lag_records", "projection" => name()).set(left);
     }
 }
