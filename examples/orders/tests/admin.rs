@@ -47,3 +47,38 @@ fn the_state_of_an_order_is_shown_and_what_the_next_event_changes() {
         assert!(said.starts_with("orders admin: there is no stream order-18"), "{said}");
     }
 }
+
+#[test]
+fn every_read_model_is_rebuilt_under_load_and_is_what_the_log_says() {
+    for stack in [Some(Stack::embedded()), Stack::kafka_and_postgres()].into_iter().flatten() {
+        let service = stack.serve();
+        let admin = |args: &[&str]| {
+            let stack_args = stack.args.iter().map(String::as_str);
+            let args = ["admin"].into_iter().chain(args.iter().copied()).chain(stack_args);
+            run(stack.folder.path(), &args.collect::<Vec<_>>())
+        };
+        for order in 0..20 {
+            service.place(&order.to_string(), 100);
+        }
+        let rebuilding = std::thread::scope(|scope| {
+            let rebuild = scope.spawn(|| admin(&["projections", "rebuild", "--all", "--wait"]));
+            for order in 20..60 {
+                service.place(&order.to_string(), 100);
+                let sales = service.get("/reports/sales?by=sku");
+                assert_eq!(sales.status, 200, "no query fails: {sales:?}");
+            }
+            rebuild.join().expect("it does not panic")
+        });
+        let told = text(&rebuilding);
+        assert_eq!(told.matches("switched to generation 2").count(), 5, "{told}");
+        let verified = text(&admin(&["verify"]));
+        assert_eq!(
+            verified.matches("no difference").count(),
+            verified.lines().count(),
+            "{verified}"
+        );
+        for name in ["order_details (generation 2): 60 rows", "sales_by_sku (generation 2)"] {
+            assert!(verified.contains(name), "{verified}");
+        }
+    }
+}

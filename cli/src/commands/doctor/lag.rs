@@ -111,6 +111,6 @@ fn check_projection(view: &Overview, seen: Option<&Seen>, checks: &mut Checks) {
         OverviewState::Rebuilding => {
             checks.ok(NAME, format!("{name} is being rebuilt, {lag} behind"))
         }
-        OverviewState::Running => checks.ok(NAME, format!("{name} runs, {lag} behind")),
+        OverviewState::Running => checks.ok(NAME, format!("{name} is running, {lag} behind")),
     }
 }
