@@ -164,11 +164,14 @@ async fn topics_of_others_and_unsafe_ones_are_refused_by_name() {
 async fn streams_and_events_are_read_with_an_index_and_without() {
     let Some((brokers, postgres)) = servers() else { return };
     let folder = TempDir::new().expect("a folder");
-    let database = create_database(&postgres).await;
-    let url = format!("kafka://{brokers}/{}?partitions=3&replication=1", unique_name());
+    let (name, database) = (unique_name(), create_database(&postgres).await);
+    let url = format!("kafka://{brokers}/{name}?partitions=3&replication=1");
     fill(&url, Some(&database)).await;
-    // A second life of the log, with another claim in every partition.
+    // Somebody else's record, and a second life of the log, with another claim in every partition.
+    produce(&brokers, &format!("{name}.events"));
     fill(&url, None).await;
+    let check = run(folder.path(), &["topic", "check", "--log", &url]).ok();
+    assert!(check.contains("somebody else writes to the topic"), "it does no harm: {check}");
 
     let show =
         |args: &[&str]| run(folder.path(), &[&["stream", "show"], args, &["--log", &url]].concat());
