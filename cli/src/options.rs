@@ -14,6 +14,7 @@ const LOW_END_PATIENCE: Duration = Duration::from_secs(2);
 
 /// Understood before and after any subcommand.
 #[derive(Debug, Clone, clap::Args)]
+#[command(next_help_heading = "Options of every command")]
 pub(crate) struct Options {
     /// The event log: sqlite://FILE, or kafka://HOST:PORT,HOST:PORT/NAME (one broker or several).
     ///

@@ -14,12 +14,12 @@ use super::Operator;
 use crate::client::{Inquirer, open_error};
 use crate::config::{Assignment, KafkaConfig};
 use crate::error::OpenError;
-use crate::fold::{Anchor, Checkpoint, CommitReader, FoldState, Read};
+use crate::fold::{Anchor, Checkpoint, CommitReader, Fold, FoldState, LogIdentity, Read, Verdict};
 use crate::inspect::{InspectError, Inspector};
 use crate::partitioner::partition_of;
 use crate::reader::LogReader;
 use crate::source::KafkaSource;
-use crate::wire::{Body, Claim, ClaimId, Content, LogRecord, Record};
+use crate::wire::{Body, Claim, ClaimId, Content, LogRecord, Record, Stamp};
 
 /// How long a fetch waits for new records: a partition that begins to be read meanwhile waits with it.
 const FETCH_WAIT: Duration = Duration::from_millis(5);
@@ -45,7 +45,7 @@ pub struct PartitionFacts {
     pub start: Offset,
     /// The offset of the next record.
     pub end: Offset,
-    /// The epoch of its newest claim and who made it, where one of the newest records proves it.
+    /// The epoch of its newest accepted claim and who made it, where the newest records tell.
     pub claim: Option<(u32, Owner)>,
     /// When the newest event among the newest records was recorded, by its writer's clock.
     pub newest_event_at: Option<DateTime<Utc>>,
@@ -93,13 +93,14 @@ impl ReadableLog {
             false => Vec::new(),
         };
         let newest = self.newest(partition, end).await.map_err(failed())?;
-        let claim = self.proof(partition, &newest).await.map_err(failed())?;
+        let proof = self.proof(partition, &newest).await.map_err(failed())?;
+        let claim = newest_claim(partition, &newest, proof.as_ref());
         let all = || oldest.iter().chain(&newest);
         let place = |record: &LogRecord| Position { partition, offset: record.offset };
         Ok(PartitionFacts {
             start,
             end,
-            claim: claim.map(|(_, id, claim)| (id.epoch.0, claim.owner())),
+            claim: claim.map(|(id, claim)| (id.epoch.0, claim.owner())),
             newest_event_at: newest.iter().rev().find_map(recorded_at),
             has_own: all().any(|record| record.content != Content::Foreign),
             foreign: all().find(|record| record.content == Content::Foreign).map(place),
@@ -169,24 +170,9 @@ impl ReadableLog {
         before: Offset,
     ) -> Result<Option<Checkpoint>, InspectError> {
         let newest = self.newest(partition, before).await?;
-        let Some((record, claim, _)) = self.proof(partition, &newest).await? else {
-            return Ok(None);
-        };
-        let Some(log) = self.inspector.first_claim(partition, before).await? else {
-            return Ok(None);
-        };
-        let LogRecord { offset, content: Content::Ours(Record { stamp, .. }) } = record else {
-            return Ok(None);
-        };
-        let (offset, seq) = (*offset, stamp.seq);
-        let state = FoldState {
-            log: Some(log),
-            claim,
-            next_seq: seq + 1,
-            anchor: Some(Anchor { offset, claim, seq }),
-            commands_mark: stamp.commands_mark,
-        };
-        Ok(Some(Checkpoint { next: offset.plus(1), state }))
+        let Some(proof) = self.proof(partition, &newest).await? else { return Ok(None) };
+        let log = self.inspector.first_claim(partition, before).await?;
+        Ok(log.map(|log| proof.checkpoint(Some(log))))
     }
 
     /// The newest of the records that is accepted for certain, with its claim; the beginning of the
@@ -195,23 +181,23 @@ impl ReadableLog {
     /// A writer writes under its claim only after it has read it as accepted. Where the claim stands
     /// exactly `seq` records before one of its records, all in between are that writer's too: nobody
     /// can have claimed meanwhile. It is the rule by which a writer acknowledges an append.
-    async fn proof<'r>(
+    async fn proof(
         &self,
         partition: Partition,
-        newest: &'r [LogRecord],
-    ) -> Result<Option<(&'r LogRecord, ClaimId, Claim)>, InspectError> {
+        newest: &[LogRecord],
+    ) -> Result<Option<Proof>, InspectError> {
         let mut tried = BTreeSet::new();
         for record in newest.iter().rev() {
-            let Some((claim, base)) = claimed_at(record) else { continue };
+            let Some((stamp, base)) = claimed_at(record) else { continue };
             if !tried.insert(base) {
                 continue;
             }
             let found = self.inspector.read(partition, base).await?.records.into_iter().next();
             let Some(LogRecord { offset, content: Content::Ours(found) }) = found else { continue };
             if let (true, Body::Claim(body)) = (offset == base, found.body)
-                && found.stamp.claim == claim
+                && found.stamp.claim == stamp.claim
             {
-                return Ok(Some((record, claim, body)));
+                return Ok(Some(Proof { offset: record.offset, stamp, claim: body }));
             }
         }
         Ok(None)
@@ -283,9 +269,48 @@ impl Replay {
     }
 }
 
-/// The claim of a record and where it must stand if nobody wrote in between; none for a claim itself,
-/// and for a record behind which its commit is still open.
-fn claimed_at(record: &LogRecord) -> Option<(ClaimId, Offset)> {
+/// A record that is accepted for certain.
+struct Proof {
+    offset: Offset,
+    stamp: Stamp,
+    /// What it was written under.
+    claim: Claim,
+}
+
+impl Proof {
+    /// The place behind it.
+    fn checkpoint(&self, log: Option<LogIdentity>) -> Checkpoint {
+        let Self { offset, stamp: Stamp { claim, seq, commands_mark }, .. } = *self;
+        let anchor = Some(Anchor { offset, claim, seq });
+        let state = FoldState { log, claim, next_seq: seq + 1, anchor, commands_mark };
+        Checkpoint { next: offset.plus(1), state }
+    }
+}
+
+/// The newest accepted claim, if the records begin with the log or one of them proves its place.
+fn newest_claim(
+    partition: Partition,
+    newest: &[LogRecord],
+    proof: Option<&Proof>,
+) -> Option<(ClaimId, Claim)> {
+    let checkpoint = proof.map(|proof| proof.checkpoint(None)).unwrap_or_default();
+    let mut current = proof.map(|proof| (proof.stamp.claim, proof.claim.clone()));
+    let begin = checkpoint.next;
+    let mut fold = Fold::new(partition, checkpoint);
+    for record in newest.iter().skip_while(|record| record.offset < begin) {
+        let Ok(verdict) = fold.apply(record) else { break };
+        if let (Verdict::Claim, Content::Ours(Record { stamp, body: Body::Claim(claim) })) =
+            (verdict, &record.content)
+        {
+            current = Some((stamp.claim, claim.clone()));
+        }
+    }
+    current
+}
+
+/// A record's stamp, and where its claim must stand if nobody wrote in between; none for a claim
+/// itself, and for a record behind which its commit is still open.
+fn claimed_at(record: &LogRecord) -> Option<(Stamp, Offset)> {
     let Content::Ours(Record { stamp, body }) = &record.content else { return None };
     let is_whole = match body {
         Body::Claim(_) => false,
@@ -293,7 +318,7 @@ fn claimed_at(record: &LogRecord) -> Option<(ClaimId, Offset)> {
         Body::Barrier => true,
     };
     let base = record.offset.0.checked_sub(stamp.seq).filter(|_| is_whole && stamp.seq > 0)?;
-    Some((stamp.claim, Offset(base)))
+    Some((*stamp, Offset(base)))
 }
 
 fn recorded_at(record: &LogRecord) -> Option<DateTime<Utc>> {
