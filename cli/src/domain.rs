@@ -31,12 +31,15 @@ impl<A: Aggregate + Debug> State for A {
 
 type Initial = fn() -> Box<dyn State>;
 
+/// Makes the worker of a service's projections.
+pub(crate) type MakeWorker = fn(Arc<dyn EventSource>, Database) -> ProjectionWorker;
+
 /// What the program `kafold` itself has nothing of.
 #[derive(Default)]
 pub(crate) struct Domain {
     /// By category.
     aggregates: BTreeMap<&'static str, Initial>,
-    pub(crate) worker: Option<fn(Arc<dyn EventSource>, Database) -> ProjectionWorker>,
+    pub(crate) worker: Option<MakeWorker>,
 }
 
 impl Domain {

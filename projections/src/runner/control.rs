@@ -16,7 +16,7 @@ impl Runner {
         let known = async {
             if self.all_desired.wait_for(|all| all.contains_key(&name)).await.is_err() {
                 // The handle is being dropped, and this with it.
-                std::future::pending().await
+                std::future::pending::<()>().await;
             }
         };
         until_asked(&mut self.shutdown, known).await

@@ -109,7 +109,7 @@ fn check_projection(view: &Overview, seen: Option<&Seen>, checks: &mut Checks) {
             checks.warning(NAME, format!("{name} is {lag} behind"), remedy);
         }
         OverviewState::Rebuilding => {
-            checks.ok(NAME, format!("{name} is being rebuilt, {lag} behind"))
+            checks.ok(NAME, format!("{name} is being rebuilt, {lag} behind"));
         }
         OverviewState::Running => checks.ok(NAME, format!("{name} is running, {lag} behind")),
     }
