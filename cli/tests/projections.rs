@@ -110,6 +110,9 @@ async fn an_operator_parks_retries_rebuilds_and_verifies() {
     service.says(&["parked", "show", "order-2"]).only_says(1, &["nothing is parked"]);
     service.says(&["parked", "retry", "order-9"]).only_says(1, &["order-9", "parked list"]);
     service.says(&["parked", "skip", "order-1"]).only_says(2, &["--reason"]);
+    service.says(&["parked", "prune", "--older-than", "1"]).only_says(2, &["--reason"]);
+    let young = service.says(&["parked", "prune", "--older-than", "1", "--reason", "old"]).ok();
+    assert_eq!(young, "0 events to be left out\n");
     service.says(&["doctor"]).says(0, &[]);
 
     IS_BROKEN.store(false, Ordering::SeqCst);

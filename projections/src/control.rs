@@ -262,8 +262,32 @@ impl Control {
         if count == 0 { Err(not_parked(stream, name)) } else { Ok(count) }
     }
 
-    /// Removes audit rows that are older. Events, checkpoints, and what is parked or skipped stay: as
-    /// long as a generation lives, they say what is not in its rows.
+    /// Has what was parked before a time left out for good, in every projection, and the rest of those
+    /// streams tried again. Answers how many events.
+    pub async fn skip_parked_before(
+        &self,
+        before: DateTime<Utc>,
+        by: By<'_>,
+    ) -> Result<u64, ControlError> {
+        let Some(reason) = by.reason.filter(|reason| !reason.trim().is_empty()) else {
+            return Err(ControlError::Refused("to skip an event takes a reason".to_owned()));
+        };
+        let mut count = 0;
+        for name in &self.names().await? {
+            let mut act = self.begin(name).await?;
+            let events = act.skip_before(before, by.actor, reason).await?;
+            if events == 0 {
+                act.open.rollback().await?;
+                continue;
+            }
+            act.done("skip", by, json!({ "parked_before": before, "events": events })).await?;
+            count += events;
+        }
+        Ok(count)
+    }
+
+    /// Removes audit rows that are older. Events and checkpoints are never removed by age; what is
+    /// skipped stays as long as its generation, because it says what is not in the rows.
     pub async fn prune(&self, before: DateTime<Utc>) -> Result<u64, ControlError> {
         let mut open = OpenTransaction::begin(&self.database).await?;
         let sql = "DELETE FROM kafold_audit WHERE at < $1";
@@ -364,6 +388,32 @@ impl Acting {
             let query = sqlx::query(sql).bind(name).bind(stream.category()).bind(stream.id());
             let query = query.bind(actor).bind(reason).bind(Time(now));
             query.execute(connection).await.map(drop)
+        })
+    }
+
+    /// Answers how many events.
+    async fn skip_before(
+        &mut self,
+        before: DateTime<Utc>,
+        actor: &str,
+        reason: &str,
+    ) -> Result<u64, sqlx::Error> {
+        let (name, now) = (&self.found.name, self.now);
+        let skip = "INSERT INTO kafold_skipped_event \
+                      (projection, generation, partition, \"offset\", actor, reason, skipped_at) \
+                    SELECT projection, generation, partition, \"offset\", $3, $4, $5 \
+                    FROM kafold_parked_event WHERE projection = $1 AND parked_at < $2 \
+                    ON CONFLICT DO NOTHING";
+        let ask = "UPDATE kafold_parked_event SET retry = $3 \
+                   WHERE projection = $1 AND (category, stream_id) IN \
+                     (SELECT category, stream_id FROM kafold_parked_event \
+                      WHERE projection = $1 AND parked_at < $2)";
+        either!(self.open.lend(), connection => {
+            let query = sqlx::query(skip).bind(name).bind(Time(before)).bind(actor);
+            let query = query.bind(reason).bind(Time(now));
+            let skipped = query.execute(&mut *connection).await?.rows_affected();
+            let query = sqlx::query(ask).bind(name).bind(Time(before)).bind(true);
+            query.execute(connection).await.map(|_| skipped)
         })
     }
 

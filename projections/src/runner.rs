@@ -58,8 +58,8 @@ enum Ended {
 pub(crate) enum Outcome {
     /// It was asked to.
     Shutdown,
-    /// Its generation is neither live nor wanted.
-    Retired,
+    /// This generation is neither live nor wanted.
+    Retired(Generation),
     /// It cannot go on, for the sentence's reason.
     Stopped(String),
 }
@@ -181,7 +181,7 @@ impl Runner {
                 tracing::error!(projection = self.status.name(), generation, reason, "stopped");
                 (ProjectionState::Stopped(reason.clone()), Outcome::Stopped(reason))
             }
-            Ended::Retired => (ProjectionState::Down, Outcome::Retired),
+            Ended::Retired => (ProjectionState::Down, Outcome::Retired(self.generation)),
             Ended::Shutdown | Ended::Again => (ProjectionState::Down, Outcome::Shutdown),
         };
         self.status.change(|status| {

@@ -45,6 +45,8 @@ pub(crate) struct Supervisor {
     runners: JoinSet<(Option<Generation>, Outcome)>,
     live: Option<Running>,
     live_stopped: Option<Stopped>,
+    /// The generation that was live until a switch of which it is not known yet what it led to.
+    live_retired: Option<Generation>,
     next: Option<Running>,
     next_stopped: Option<Stopped>,
     /// Why the live generation stopped, while that is not written down.
@@ -71,6 +73,7 @@ impl Supervisor {
             runners: JoinSet::new(),
             live: None,
             live_stopped: None,
+            live_retired: None,
             next: None,
             next_stopped: None,
             untold_stop: None,
@@ -131,8 +134,12 @@ impl Supervisor {
             }
         }
         let is_resumed = |stopped: &Stopped| stopped.resumptions < resumptions;
-        if self.live.is_none() && self.live_stopped.as_ref().is_none_or(is_resumed) {
-            self.live_stopped = None;
+        let is_known = |retired: &Generation| desired.is_none_or(|all| all.live != *retired);
+        if self.live.is_none()
+            && self.live_stopped.as_ref().is_none_or(is_resumed)
+            && self.live_retired.as_ref().is_none_or(is_known)
+        {
+            (self.live_stopped, self.live_retired) = (None, None);
             self.start_live();
         }
         let Some(desired) = desired else { return };
@@ -188,16 +195,19 @@ impl Supervisor {
         desired: Option<&Desired>,
     ) {
         let resumptions = desired.map_or(0, |desired| desired.resumptions);
-        let reason = match outcome {
-            Outcome::Stopped(reason) => Some(reason),
-            Outcome::Retired | Outcome::Shutdown => None,
+        let (reason, retired) = match outcome {
+            Outcome::Stopped(reason) => (Some(reason), None),
+            Outcome::Retired(generation) => (None, Some(generation)),
+            Outcome::Shutdown => (None, None),
         };
         let stopped = reason.as_ref().map(|_| Stopped { generation, resumptions });
         // Neither: one that another has taken the place of.
         if self.live.as_ref().is_some_and(|live| live.generation == generation) {
             self.live = None;
             self.live_stopped = stopped;
+            self.live_retired = retired;
             self.untold_stop = reason;
+            self.context.look.notify_one();
         } else if self.next.as_ref().is_some_and(|next| next.generation == generation) {
             if stopped.is_none() {
                 self.end_next();

@@ -20,6 +20,7 @@ on_both!(
     a_retry_after_a_fix_applies_the_stream_in_order,
     a_retry_that_fails_again_stays_parked_behind_what_it_applied,
     a_skipped_event_is_left_out_and_the_rest_of_its_stream_applied,
+    what_is_parked_for_long_can_be_left_out_at_once,
     a_row_that_the_database_refuses_is_parked,
     a_statement_that_the_database_refuses_stops_the_projection,
     no_more_streams_are_parked_than_may_be,
@@ -191,6 +192,23 @@ async fn a_skipped_event_is_left_out_and_the_rest_of_its_stream_applied(database
     orders.place("bad", "c1", 10_000).await;
     applied(&projections, &orders, Poisoned::NAME).await;
     assert_eq!(totals::<Poisoned>(database).await["c1"], 11_111);
+}
+
+async fn what_is_parked_for_long_can_be_left_out_at_once(database: &TestDatabase) {
+    let orders = Orders::new(2);
+    let projections = poisoned(&orders, database).await;
+    let control = control(database);
+    let long_ago = chrono::DateTime::UNIX_EPOCH;
+    assert_eq!(control.skip_parked_before(long_ago, ME).await.expect("asked"), 0);
+    let sometime = chrono::DateTime::from_timestamp(4_000_000_000, 0).expect("in range");
+    assert_eq!(control.skip_parked_before(sometime, ME).await.expect("asked"), 2);
+    eventually("nothing is parked", async || {
+        status(&projections, Poisoned::NAME).parked_streams == 0
+    })
+    .await;
+    orders.place("bad", "c1", 10_000).await;
+    applied(&projections, &orders, Poisoned::NAME).await;
+    assert_eq!(totals::<Poisoned>(database).await, BTreeMap::from([("c1".to_owned(), 11_011)]));
 }
 
 async fn a_row_that_the_database_refuses_is_parked(database: &TestDatabase) {

@@ -20,6 +20,8 @@ pub(crate) enum ParkedCommand {
     Retry(RetryArgs),
     /// Leaves out for good the commit at fault of a stream, and has the rest of the stream tried again.
     Skip(SkipArgs),
+    /// Leaves out for good all that was parked so long ago, and has the rest of those streams tried again.
+    Prune(PruneArgs),
 }
 
 #[derive(Debug, Clone, clap::Args)]
@@ -70,12 +72,22 @@ pub(crate) struct SkipArgs {
     who: Who,
 }
 
+#[derive(Debug, Clone, clap::Args)]
+pub(crate) struct PruneArgs {
+    /// How many days an event stays parked.
+    #[arg(long, value_name = "DAYS")]
+    older_than: u32,
+    #[command(flatten)]
+    who: Who,
+}
+
 pub(crate) async fn run(context: &mut Context, command: ParkedCommand) -> Result<(), Error> {
     match command {
         ParkedCommand::List(args) => list(context, args).await,
         ParkedCommand::Show(args) => show(context, args).await,
         ParkedCommand::Retry(args) => retry(context, args).await,
         ParkedCommand::Skip(args) => skip(context, args).await,
+        ParkedCommand::Prune(args) => prune(context, args).await,
     }
 }
 
@@ -169,5 +181,17 @@ async fn skip(context: &mut Context, args: SkipArgs) -> Result<(), Error> {
                 "{stream}: its first parked commit is skipped in {skipped}, the rest is retried"
             ))
         }
+    }
+}
+
+async fn prune(context: &mut Context, args: PruneArgs) -> Result<(), Error> {
+    if args.who.reason.is_none() {
+        return Err(Error::usage("to skip events takes a reason: add --reason TEXT"));
+    }
+    let before = context.clock.now() - chrono::TimeDelta::days(args.older_than.into());
+    let skipped = control(context).await?.skip_parked_before(before, args.who.by()).await?;
+    match context.out.json {
+        true => context.out.document(&json!({ "events": skipped })),
+        false => context.out.line(&format!("{} to be left out", count(skipped, "event"))),
     }
 }

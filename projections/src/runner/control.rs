@@ -34,6 +34,9 @@ impl Runner {
         self.take_role(&desired)?;
         self.pause_or_resume(&desired, reader).await?;
         self.desired = Some(desired.clone());
+        if self.is_paused {
+            return Ok(());
+        }
         for (generation, partition, stream) in &desired.retries {
             if *generation == self.generation {
                 self.retry(*partition, stream).await?;

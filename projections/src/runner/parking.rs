@@ -60,7 +60,8 @@ impl Runner {
         let (stream, partition) = (first.stream.clone(), first.position.partition);
         let at = at.unwrap_or(first.position);
         let limit = self.context.config.parked_streams_max;
-        let parked = self.parked.entry(partition).or_default();
+        // Another worker has taken the partition, and finds out for itself.
+        let Some(parked) = self.parked.get_mut(&partition) else { return Ok(()) };
         if parked.streams.len() >= limit {
             return Err(Ended::Stopped(format!(
                 "{limit} streams of partition {partition} are parked, and no more may be \
@@ -98,6 +99,9 @@ impl Runner {
             if !parked.streams.is_empty() {
                 aside.extend(batch.events.extract_if(.., |e| parked.streams.contains(&e.stream)));
             }
+        }
+        if aside.is_empty() {
+            return Ok(());
         }
         let limit = self.context.config.parked_events_max;
         for (partition, parked) in &self.parked {

@@ -255,6 +255,10 @@ impl Runner {
         };
         let found: HashMap<_, _> =
             found.into_iter().map(|place| (place.partition, place)).collect();
+        if self.places.keys().any(|partition| !found.contains_key(partition)) {
+            // No worker takes a checkpoint away, but a switch or an abort takes all of them.
+            return Err(Ended::Retired);
+        }
         let mut lost = Vec::new();
         for place in self.places.values_mut() {
             match found.get(&place.partition) {
