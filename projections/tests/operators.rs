@@ -379,6 +379,7 @@ async fn a_rebuild_takes_the_place_of_the_live_rows_while_writes_go_on(database:
         }
         applied(&workers[1], &orders, name).await;
     }
+    applied(&workers[0], &orders, CustomerTotals::NAME).await;
     orders.assert_equals_fold::<CustomerTotals>(&database.database).await;
     let counted = database.number("SELECT COUNT(*) FROM ledger").await;
     assert_eq!(counted as usize, orders.count());
