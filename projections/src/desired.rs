@@ -25,6 +25,8 @@ pub(crate) struct Desired {
     pub(crate) next: Option<Generation>,
     /// By which definition, once somebody has begun.
     pub(crate) next_fingerprint: Option<String>,
+    /// Why the rebuild does not go on, as it is written down.
+    pub(crate) next_reason: Option<String>,
     pub(crate) is_paused: bool,
     /// Counts the requests to go on.
     pub(crate) resumptions: i64,
@@ -62,11 +64,11 @@ pub(crate) async fn poll(context: Context, told: watch::Sender<AllDesired>) {
     }
 }
 
-type Row = (String, i32, Option<i32>, Option<String>, String, i64);
+type Row = (String, i32, Option<i32>, Option<String>, Option<String>, String, i64);
 
 async fn all(database: &Database) -> Result<HashMap<String, Desired>, sqlx::Error> {
-    let sql = "SELECT name, live_generation, next_generation, next_fingerprint, desired_state, \
-                 resumptions FROM kafold_projection";
+    let sql = "SELECT name, live_generation, next_generation, next_fingerprint, next_reason, \
+                 desired_state, resumptions FROM kafold_projection";
     let rows: Vec<Row> = reading!(database, pool => sqlx::query_as(sql).fetch_all(pool).await?);
     let mut all: HashMap<_, _> = rows.into_iter().map(desired).collect();
     let sql = "SELECT DISTINCT projection, generation, partition, category, stream_id \
@@ -97,11 +99,12 @@ async fn all(database: &Database) -> Result<HashMap<String, Desired>, sqlx::Erro
 }
 
 fn desired(row: Row) -> (String, Desired) {
-    let (name, live, next, next_fingerprint, state, resumptions) = row;
+    let (name, live, next, next_fingerprint, next_reason, state, resumptions) = row;
     let desired = Desired {
         live: Generation::of(live),
         next: next.map(Generation::of),
         next_fingerprint,
+        next_reason,
         is_paused: state == State::Paused.text(),
         resumptions,
         retries: Vec::new(),

@@ -143,14 +143,16 @@ impl Supervisor {
             self.start_live();
         }
         let Some(desired) = desired else { return };
+        if let Some(stopped) = self.next_stopped.take_if(|next| next.generation != desired.next) {
+            stopped.generation.inspect(|generation| self.status.abandoned(*generation));
+            self.has_stale_tables = true;
+        }
         let is_mine = |fingerprint: &String| *fingerprint == self.handler.definition().fingerprint;
         let Some(wanted) = desired.next else { return };
         if self.next.is_some() || !desired.next_fingerprint.as_ref().is_none_or(is_mine) {
             return;
         }
-        let is_other =
-            |stopped: &Stopped| stopped.generation != Some(wanted) || is_resumed(stopped);
-        if self.next_stopped.as_ref().is_none_or(is_other) {
+        if self.next_stopped.as_ref().is_none_or(is_resumed) {
             self.next_stopped = None;
             self.start_next(wanted);
         }
@@ -239,8 +241,10 @@ impl Supervisor {
                      skipped with `kafold parked`, or switch all the same with `kafold projections \
                      rebuild {name} --with-parked`"
                 );
-                tracing::warn!(projection = name, reason, "no switch");
-                self.untold_reason = Some((next, reason));
+                if desired.next_reason.as_ref() != Some(&reason) {
+                    tracing::warn!(projection = name, reason, "no switch");
+                    self.untold_reason = Some((next, reason));
+                }
             }
             Ok(Switched::Behind | Switched::Gone) => {}
             Err(error) => tracing::warn!(projection = name, %error, "cannot switch now"),

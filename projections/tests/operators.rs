@@ -18,6 +18,7 @@ use kafold_projections::{
 on_both!(
     the_stream_of_an_event_that_fails_is_parked_and_the_others_go_on,
     a_retry_after_a_fix_applies_the_stream_in_order,
+    a_long_parked_stream_is_retried_to_its_end,
     a_retry_that_fails_again_stays_parked_behind_what_it_applied,
     a_skipped_event_is_left_out_and_the_rest_of_its_stream_applied,
     what_is_parked_for_long_can_be_left_out_at_once,
@@ -161,6 +162,27 @@ async fn a_retry_after_a_fix_applies_the_stream_in_order(database: &TestDatabase
     assert_eq!(database.number("SELECT COUNT(*) FROM kafold_parked_event").await, 0);
     let audited = "SELECT COUNT(*) FROM kafold_audit WHERE actor = 'me' AND action = 'retry'";
     assert_eq!(database.number(audited).await, 1);
+}
+
+async fn a_long_parked_stream_is_retried_to_its_end(database: &TestDatabase) {
+    let orders = Orders::new(1);
+    orders.place("bad", "c1", POISON_CENTS).await;
+    for _ in 0..1_010 {
+        orders.place("bad", "c1", 1).await;
+    }
+    let projections = worker(&orders, database).with(Poisoned).spawn();
+    applied(&projections, &orders, Poisoned::NAME).await;
+    drop(projections);
+    let projections = worker(&orders, database).with(Mended).spawn();
+    applied(&projections, &orders, Mended::NAME).await;
+    // What came after the request goes with the rest, although it is more than one transaction takes.
+    database.run("UPDATE kafold_parked_event SET retry = (version = 1)").await;
+    eventually("nothing is parked", async || {
+        let left = status(&projections, Mended::NAME);
+        (left.parked_streams, left.parked_events) == (0, 0)
+    })
+    .await;
+    orders.assert_equals_fold::<Mended>(&database.database).await;
 }
 
 async fn a_retry_that_fails_again_stays_parked_behind_what_it_applied(database: &TestDatabase) {

@@ -5,7 +5,7 @@
 //! in the transaction that applies them, under the checkpoint's lock: no event is ever both or
 //! neither. While a stream has a parked event, its later events are parked behind it.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 
 use kafold_core::store::{Batch, Cursor};
 use kafold_core::{CommandId, Offset, Partition, Position, RecordedEvent, StreamId};
@@ -23,14 +23,28 @@ const RETRY_EVENTS_MAX: usize = 1_000;
 /// What is set aside of one partition.
 #[derive(Debug, Default)]
 pub(super) struct Parked {
-    streams: HashSet<StreamId>,
+    /// The streams, with how many events of each.
+    streams: HashMap<StreamId, u64>,
     events: u64,
 }
 
 impl Parked {
     pub(super) fn add(&mut self, stream: StreamId, events: u64) {
-        self.streams.insert(stream);
+        *self.streams.entry(stream).or_default() += events;
         self.events += events;
+    }
+
+    /// So many events of the stream are parked no more.
+    fn take(&mut self, stream: &StreamId, events: u64) {
+        let Some(left) = self.streams.get_mut(stream) else { return };
+        let taken = events.min(*left);
+        *left -= taken;
+        self.events -= taken;
+    }
+
+    /// Nothing of the stream is parked any more.
+    fn remove(&mut self, stream: &StreamId) {
+        self.events -= self.streams.remove(stream).unwrap_or_default();
     }
 }
 
@@ -38,10 +52,10 @@ impl Parked {
 enum Retried {
     /// All of the stream is applied.
     Whole,
-    /// There is more of it.
-    Part,
+    /// So many events of it are applied, and there are more.
+    Part(u64),
     /// Nobody asks for it any more.
-    Nothing,
+    Unasked,
 }
 
 impl Runner {
@@ -71,7 +85,7 @@ impl Runner {
             )));
         }
         tracing::error!(projection = self.status.name(), %stream, reason, "stream is parked");
-        parked.streams.insert(stream);
+        parked.add(stream, 0);
         self.parking = Some((at, reason));
         let applied = self.apply(&mut round).await;
         self.parking = None;
@@ -97,7 +111,9 @@ impl Runner {
             self.skip(batch);
             let Some(parked) = self.parked.get(&batch.partition) else { continue };
             if !parked.streams.is_empty() {
-                aside.extend(batch.events.extract_if(.., |e| parked.streams.contains(&e.stream)));
+                aside.extend(
+                    batch.events.extract_if(.., |e| parked.streams.contains_key(&e.stream)),
+                );
             }
         }
         if aside.is_empty() {
@@ -155,7 +171,7 @@ impl Runner {
     pub(super) fn have_parked(&mut self, aside: &[RecordedEvent]) {
         for event in aside {
             if let Some(parked) = self.parked.get_mut(&event.position.partition) {
-                parked.events += 1;
+                parked.add(event.stream.clone(), 1);
             }
         }
         if !aside.is_empty() {
@@ -178,51 +194,43 @@ impl Runner {
         partition: Partition,
         stream: &StreamId,
     ) -> Result<(), Ended> {
-        let (mut attempt, mut events_max) = (0, RETRY_EVENTS_MAX);
+        let (mut attempt, mut events_max, mut is_begun) = (0, RETRY_EVENTS_MAX, false);
         while self.places.contains_key(&partition) {
-            let retrying = self.retry_part(partition, stream, events_max);
-            let retried = match until_asked(&mut self.shutdown.clone(), retrying).await? {
-                Ok((retried, events)) => {
-                    self.unpark(partition, stream, events, matches!(retried, Retried::Whole));
-                    retried
+            let retrying = self.retry_part(partition, stream, events_max, is_begun);
+            match until_asked(&mut self.shutdown.clone(), retrying).await? {
+                Ok(Retried::Part(events)) => {
+                    self.unpark(partition, |parked| parked.take(stream, events));
+                    is_begun = true;
                 }
-                Err(Failed::Superseded) => {
-                    self.reconcile(&mut attempt).await?;
-                    continue;
+                Ok(Retried::Whole) => {
+                    self.unpark(partition, |parked| parked.remove(stream));
+                    tracing::info!(projection = self.status.name(), %stream, "parked no more");
+                    return Ok(());
                 }
+                Ok(Retried::Unasked) => return Ok(()),
+                Err(Failed::Superseded) => self.reconcile(&mut attempt).await?,
                 Err(Failed::Unavailable(reason)) => {
                     attempt += 1;
                     self.wait_because(attempt, &reason).await?;
-                    continue;
                 }
                 // What comes before the event at fault is applied first.
-                Err(Failed::Fault(_)) if events_max > 1 => {
-                    events_max = 1;
-                    continue;
-                }
+                Err(Failed::Fault(_)) if events_max > 1 => events_max = 1,
                 Err(Failed::Fault(fault)) => {
                     return self.retry_failed(partition, stream, fault).await;
                 }
-            };
-            match retried {
-                Retried::Part => {}
-                Retried::Whole => {
-                    tracing::info!(projection = self.status.name(), %stream, "stream is parked no more");
-                    return Ok(());
-                }
-                Retried::Nothing => return Ok(()),
             }
         }
         Ok(())
     }
 
-    /// One transaction of a retry. Answers how far it came and how many events it took.
+    /// One transaction of a retry; what was asked for at its beginning is done to the end.
     async fn retry_part(
         &self,
         partition: Partition,
         stream: &StreamId,
         events_max: usize,
-    ) -> Result<(Retried, u64), Failed> {
+        is_begun: bool,
+    ) -> Result<Retried, Failed> {
         let Some(place) = self.places.get(&partition) else { return Err(Failed::Superseded) };
         let mut open = OpenTransaction::begin(&self.context.database).await?;
         let tx = &mut open.lend();
@@ -231,10 +239,15 @@ impl Runner {
             return Err(Failed::Superseded);
         }
         let head = self.head(tx, stream, events_max).await?;
-        let Some(last) = head.events.last().filter(|_| head.is_asked) else {
+        let Some((first, last)) = head.events.first().zip(head.events.last()) else {
+            // Applied before, by a transaction whose outcome was not known.
             open.rollback().await?;
-            return Ok((Retried::Nothing, 0));
+            return Ok(Retried::Whole);
         };
+        if !first.retry && !is_begun {
+            open.rollback().await?;
+            return Ok(Retried::Unasked);
+        }
         let (last, count) = (last.event.position.offset, head.events.len() as u64);
         let batch = batch_of(partition, head.events);
         if batch.count() > 0 {
@@ -243,7 +256,7 @@ impl Runner {
         }
         parked::delete(tx, self.target(), stream, last).await?;
         open.commit().await?;
-        Ok((if head.is_whole { Retried::Whole } else { Retried::Part }, count))
+        Ok(if head.is_whole { Retried::Whole } else { Retried::Part(count) })
     }
 
     /// The first whole commits of a parked stream: as many as are within the limit, or one.
@@ -261,25 +274,19 @@ impl Runner {
             let within = ends.iter().rev().find(|end| **end <= events_max);
             let Some(end) = within.or(ends.first()).copied() else {
                 if is_all {
-                    return Ok(Head { events, is_asked: false, is_whole: true });
+                    return Ok(Head { events, is_whole: true });
                 }
                 limit *= 2;
                 continue;
             };
             let is_whole = is_all && end == events.len();
             events.truncate(end);
-            let is_asked = events.first().is_some_and(|parked| parked.retry);
-            return Ok(Head { events, is_asked, is_whole });
+            return Ok(Head { events, is_whole });
         }
     }
 
-    fn unpark(&mut self, partition: Partition, stream: &StreamId, events: u64, is_whole: bool) {
-        if let Some(parked) = self.parked.get_mut(&partition) {
-            parked.events = parked.events.saturating_sub(events);
-            if is_whole {
-                parked.streams.remove(stream);
-            }
-        }
+    fn unpark(&mut self, partition: Partition, change: impl FnOnce(&mut Parked)) {
+        self.parked.get_mut(&partition).map(change);
         self.show_parked();
     }
 
@@ -311,8 +318,6 @@ impl Runner {
 /// The beginning of a parked stream.
 struct Head {
     events: Vec<ParkedEvent>,
-    /// Whether somebody asks for it.
-    is_asked: bool,
     /// Whether there is no more of the stream.
     is_whole: bool,
 }
