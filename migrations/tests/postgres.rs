@@ -69,6 +69,7 @@ async fn migrating_twice_and_at_once_makes_one_set_of_tables() {
         "parked_event",
         "partition",
         "projection",
+        "skipped_event",
         "snapshot",
     ];
     assert_eq!(names, expected.map(|name| format!("kafold_{name}")));

@@ -63,6 +63,7 @@ async fn every_table_of_the_design_is_there() {
         "parked_event",
         "partition",
         "projection",
+        "skipped_event",
         "snapshot",
     ];
     assert_eq!(names, expected.map(|name| format!("kafold_{name}")));
