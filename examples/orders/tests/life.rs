@@ -201,6 +201,7 @@ fn without_its_database_it_says_so_and_loses_nothing() {
     proxy.mend();
     service.wait_ready();
     accepted.push(service.place("after", 1));
+    let mut total = json!(0);
     for reply in &accepted {
         let order_id = reply.json()["order_id"].as_str().expect("an id").to_owned();
         let path = format!("/orders/{order_id}?after={}", reply.position());
@@ -209,7 +210,13 @@ fn without_its_database_it_says_so_and_loses_nothing() {
             (reply.status != 503).then_some(reply)
         });
         assert_eq!(found.status, 200, "{found:?}");
+        // Another read model, with its own pace after the outage.
+        let report = format!("/reports/sales?by=day&after={}", reply.position());
+        let reported = wait_for("the report follows", || {
+            let reply = service.get(&report);
+            (reply.status == 200).then_some(reply)
+        });
+        total = reported.json()["total"]["orders"].clone();
     }
-    let total = service.get("/reports/sales?by=day").json()["total"]["orders"].clone();
     assert_eq!(total, json!(accepted.len()));
 }
