@@ -9,6 +9,7 @@ use kafold::{Database, Offset, Partition, StreamIndex};
 
 use crate::error::Error;
 use crate::log::{Log, ask_all};
+use crate::output::count;
 
 /// A partition of the log.
 #[derive(Debug, Clone)]
@@ -41,4 +42,21 @@ pub(crate) async fn projections(
     let end = |seen: &PartitionView| (seen.partition, seen.end);
     let ends: Vec<_> = log.into_iter().flatten().map(end).collect();
     Ok(Control::new(database.clone()).list(&ends).await?)
+}
+
+/// How far a projection is behind, in words.
+pub(crate) fn lag(seen: &Overview) -> String {
+    format!("{} ({:.0} s)", count(seen.lag_records, "record"), seen.lag_seconds)
+}
+
+/// What a projection has set aside, in words, if anything.
+pub(crate) fn parked(seen: &Overview) -> Option<String> {
+    let (events, streams) = (seen.parked_events.unsigned_abs(), seen.parked_streams.unsigned_abs());
+    (events > 0).then(|| format!("{} of {}", count(events, "event"), count(streams, "stream")))
+}
+
+/// Why a projection, or its rebuild, does not go on.
+pub(crate) fn reason(seen: &Overview) -> Option<&str> {
+    let rebuild = seen.rebuild.as_ref().and_then(|rebuild| rebuild.reason.as_deref());
+    seen.reason.as_deref().or(rebuild)
 }

@@ -12,7 +12,7 @@ use sqlx::{PgConnection, SqliteConnection};
 
 use crate::handler::Target;
 use crate::registry;
-use crate::sql::either;
+use crate::sql::{either, reading};
 use crate::transaction::{OpenTransaction, Transaction};
 
 /// Where PostgreSQL tells other processes of progress, as `NAME/PARTITION/NEXT`.
@@ -226,14 +226,9 @@ pub(crate) async fn places(
     let sql = "SELECT partition, next_offset, fold_state, fence FROM kafold_checkpoint \
                WHERE projection = $1 AND generation = $2 ORDER BY partition";
     let (name, generation) = (target.name, target.generation.int());
-    let rows: Vec<PlaceRow> = match database {
-        Database::Postgres(database) => {
-            sqlx::query_as(sql).bind(name).bind(generation).fetch_all(database.pool()).await?
-        }
-        Database::Sqlite(database) => {
-            sqlx::query_as(sql).bind(name).bind(generation).fetch_all(database.readers()).await?
-        }
-    };
+    let rows: Vec<PlaceRow> = reading!(database, pool => {
+        sqlx::query_as(sql).bind(name).bind(generation).fetch_all(pool).await?
+    });
     Ok(rows.into_iter().map(place).collect())
 }
 

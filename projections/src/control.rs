@@ -9,16 +9,16 @@ use std::sync::Arc;
 use chrono::{DateTime, Utc};
 use kafold_core::clock::SystemClock;
 use kafold_core::{Clock, Position, StreamId};
+use kafold_migrations::Database;
 use kafold_migrations::micros::Time;
-use kafold_migrations::{Database, SqlText, is_transient};
 use serde_json::{Value, json};
 
 use crate::audit::{self, Act};
 use crate::checkpoint::{bigint, int};
 use crate::generation::Generation;
-use crate::registry;
+use crate::registry::{self, Found, State};
 use crate::sql::{either, reading};
-use crate::transaction::{OpenTransaction, Transaction};
+use crate::transaction::OpenTransaction;
 
 /// Who asks, and why.
 #[derive(Debug, Clone, Copy)]
@@ -48,13 +48,6 @@ pub enum ControlError {
     Database(#[from] sqlx::Error),
 }
 
-impl ControlError {
-    /// Whether waiting may help.
-    pub fn is_transient(&self) -> bool {
-        matches!(self, Self::Database(error) if is_transient(error))
-    }
-}
-
 fn list(names: &[String]) -> String {
     if names.is_empty() { "none".to_owned() } else { names.join(", ") }
 }
@@ -78,7 +71,7 @@ impl Control {
         let sql = "UPDATE kafold_projection SET desired_state = 'paused', updated_at = $2 \
                    WHERE name = $1";
         let mut act = self.begin(name).await?;
-        if act.found.desired_state == "paused" {
+        if act.found.is_paused() {
             return act.nothing().await;
         }
         act.run(sql).await?;
@@ -90,8 +83,8 @@ impl Control {
     pub async fn resume(&self, name: &str, by: By<'_>) -> Result<bool, ControlError> {
         let mut act = self.begin(name).await?;
         let found = &act.found;
-        let is_needed = found.desired_state == "paused"
-            || found.actual_state != "running"
+        let is_needed = found.is_paused()
+            || found.actual_state != State::Running.text()
             || found.next_reason.is_some();
         act.resume().await?;
         act.done("resume", by, json!({})).await?;
@@ -128,13 +121,8 @@ impl Control {
                 ))
                 .await;
         }
-        if act.found.has_no_tables() {
-            return act
-                .refuse(format!(
-                    "projection {name} names no tables, so it cannot be built beside itself: run it \
-                     under a new name, and drop what it wrote"
-                ))
-                .await;
+        if let Some(reason) = act.found.refuses_rebuild() {
+            return act.refuse(reason).await;
         }
         let next = Generation::of(act.found.last_generation.saturating_add(1));
         let sql = "UPDATE kafold_projection \
@@ -172,9 +160,7 @@ impl Control {
     /// being built, as far as they have not come to it; and has the projection go on if it has
     /// stopped there. What is parked is skipped with [`Control::skip_parked`].
     pub async fn skip(&self, name: &str, at: Position, by: By<'_>) -> Result<(), ControlError> {
-        let Some(reason) = by.reason.filter(|reason| !reason.trim().is_empty()) else {
-            return Err(ControlError::Refused("to skip an event takes a reason".to_owned()));
-        };
+        let reason = reason_of(by)?;
         let mut act = self.begin(name).await?;
         let now = act.now;
         let sql = "INSERT INTO kafold_skipped_event \
@@ -184,7 +170,7 @@ impl Control {
                      AND generation IN ($7, $8) \
                    ON CONFLICT DO NOTHING";
         let live = act.found.live().int();
-        let next = act.found.next_generation.unwrap_or(live);
+        let next = act.found.next().map_or(live, Generation::int);
         let skipped = either!(act.open.lend(), connection => {
             let query = sqlx::query(sql).bind(name).bind(int(at.partition));
             let query = query.bind(bigint(at.offset)).bind(by.actor).bind(reason).bind(Time(now));
@@ -211,10 +197,7 @@ impl Control {
         stream: Option<&StreamId>,
         by: By<'_>,
     ) -> Result<u64, ControlError> {
-        let names = match name {
-            Some(name) => vec![name.to_owned()],
-            None => self.names().await?,
-        };
+        let names = self.one_or_all(name).await?;
         let mut count = 0;
         for name in &names {
             let mut act = self.begin(name).await?;
@@ -241,13 +224,8 @@ impl Control {
         stream: &StreamId,
         by: By<'_>,
     ) -> Result<u64, ControlError> {
-        let Some(reason) = by.reason.filter(|reason| !reason.trim().is_empty()) else {
-            return Err(ControlError::Refused("to skip an event takes a reason".to_owned()));
-        };
-        let names = match name {
-            Some(name) => vec![name.to_owned()],
-            None => self.names().await?,
-        };
+        let reason = reason_of(by)?;
+        let names = self.one_or_all(name).await?;
         let mut count = 0;
         for name in &names {
             let mut act = self.begin(name).await?;
@@ -269,9 +247,7 @@ impl Control {
         before: DateTime<Utc>,
         by: By<'_>,
     ) -> Result<u64, ControlError> {
-        let Some(reason) = by.reason.filter(|reason| !reason.trim().is_empty()) else {
-            return Err(ControlError::Refused("to skip an event takes a reason".to_owned()));
-        };
+        let reason = reason_of(by)?;
         let mut count = 0;
         for name in &self.names().await? {
             let mut act = self.begin(name).await?;
@@ -298,14 +274,21 @@ impl Control {
         Ok(pruned)
     }
 
-    pub(crate) async fn names(&self) -> Result<Vec<String>, sqlx::Error> {
+    async fn one_or_all(&self, name: Option<&str>) -> Result<Vec<String>, sqlx::Error> {
+        match name {
+            Some(name) => Ok(vec![name.to_owned()]),
+            None => self.names().await,
+        }
+    }
+
+    async fn names(&self) -> Result<Vec<String>, sqlx::Error> {
         let sql = "SELECT name FROM kafold_projection ORDER BY name";
         reading!(&self.database, pool => sqlx::query_scalar(sql).fetch_all(pool).await)
     }
 
     async fn begin(&self, name: &str) -> Result<Acting, ControlError> {
         let mut open = OpenTransaction::begin(&self.database).await?;
-        let found = find(&mut open.lend(), name).await?;
+        let found = registry::find(&mut open.lend(), name).await?;
         let Some(found) = found else {
             open.rollback().await?;
             return Err(ControlError::Unknown {
@@ -315,6 +298,12 @@ impl Control {
         };
         Ok(Acting { open, found, now: self.clock.now() })
     }
+}
+
+/// What may not be done without saying why.
+fn reason_of<'a>(by: By<'a>) -> Result<&'a str, ControlError> {
+    let reason = by.reason.filter(|reason| !reason.trim().is_empty());
+    reason.ok_or_else(|| ControlError::Refused("to skip an event takes a reason".to_owned()))
 }
 
 fn not_parked(stream: &StreamId, name: Option<&str>) -> ControlError {
@@ -438,46 +427,4 @@ impl Acting {
         self.open.commit().await?;
         Ok(true)
     }
-}
-
-/// A projection's row, as far as acts depend on it.
-#[derive(sqlx::FromRow)]
-struct Found {
-    name: String,
-    live_generation: i32,
-    last_generation: i32,
-    fingerprint: String,
-    next_generation: Option<i32>,
-    next_requested_at: Option<Time>,
-    next_reason: Option<String>,
-    desired_state: String,
-    actual_state: String,
-}
-
-impl Found {
-    fn live(&self) -> Generation {
-        Generation::of(self.live_generation)
-    }
-
-    fn next(&self) -> Option<Generation> {
-        self.next_generation.map(Generation::of)
-    }
-
-    /// Whether it is written by hand, into tables that it does not name.
-    fn has_no_tables(&self) -> bool {
-        self.fingerprint.starts_with("projection v") && self.fingerprint.ends_with(": ")
-    }
-}
-
-async fn find(tx: &mut Transaction<'_>, name: &str) -> Result<Option<Found>, sqlx::Error> {
-    let locked = matches!(tx, Transaction::Postgres(_));
-    let mut sql = SqlText::new(
-        "SELECT name, live_generation, last_generation, fingerprint, next_generation, \
-           next_requested_at, next_reason, desired_state, actual_state \
-         FROM kafold_projection WHERE name = $1",
-    );
-    let sql = sql.text(if locked { " FOR UPDATE" } else { "" }).finish();
-    either!(tx, connection => {
-        sqlx::query_as(sql).bind(name).fetch_optional(&mut **connection).await
-    })
 }

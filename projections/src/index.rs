@@ -68,11 +68,9 @@ impl SqlIndex {
 impl StreamIndex for SqlIndex {
     async fn cursors(&self) -> Result<Vec<(Partition, Cursor)>, ReadError> {
         let sql = "SELECT partition, next_offset, fold_state FROM kafold_partition";
-        let rows: Vec<(i32, i64, String)> = match &self.database {
-            Database::Postgres(database) => sqlx::query_as(sql).fetch_all(database.pool()).await,
-            Database::Sqlite(database) => sqlx::query_as(sql).fetch_all(database.readers()).await,
-        }
-        .map_err(read_error)?;
+        let rows: Result<Vec<(i32, i64, String)>, _> =
+            reading!(&self.database, pool => sqlx::query_as(sql).fetch_all(pool).await);
+        let rows = rows.map_err(read_error)?;
         rows.into_iter()
             .map(|(partition, next, state)| Ok((partition_of(partition)?, cursor(next, state)?)))
             .collect()
@@ -84,7 +82,7 @@ impl StreamIndex for SqlIndex {
             Database::Postgres(database) => postgres::advance(database.pool(), &batch, now).await,
             Database::Sqlite(database) => sqlite::advance(database, &batch, now).await,
         };
-        advanced.map_err(IndexError::into)
+        advanced.map_err(RowError::into)
     }
 
     async fn load(
@@ -99,7 +97,7 @@ impl StreamIndex for SqlIndex {
             Database::Postgres(database) => postgres::load(database.pool(), requests, limit).await,
             Database::Sqlite(database) => sqlite::load(database.readers(), requests, limit).await,
         };
-        loaded.map_err(IndexError::into)
+        loaded.map_err(RowError::into)
     }
 
     async fn find_command(
@@ -116,18 +114,11 @@ impl StreamIndex for SqlIndex {
                      AND e.command_id = $4 \
                    ORDER BY e.version DESC LIMIT 1";
         type Found = (Option<i64>, Option<i64>, Option<i32>, Option<i64>);
-        let row: Result<Found, sqlx::Error> = match &self.database {
-            Database::Postgres(database) => {
-                let query = sqlx::query_as(sql).bind(partition_int(partition));
-                let query = query.bind(stream.category()).bind(stream.id()).bind(command_id.0);
-                query.fetch_one(database.pool()).await
-            }
-            Database::Sqlite(database) => {
-                let query = sqlx::query_as(sql).bind(partition_int(partition));
-                let query = query.bind(stream.category()).bind(stream.id()).bind(command_id.0);
-                query.fetch_one(database.readers()).await
-            }
-        };
+        let row: Result<Found, sqlx::Error> = reading!(&self.database, pool => {
+            let query = sqlx::query_as(sql).bind(partition_int(partition));
+            let query = query.bind(stream.category()).bind(stream.id()).bind(command_id.0);
+            query.fetch_one(pool).await
+        });
         let (next, version, at, offset) = row.map_err(read_error)?;
         let position = offset_of(next.unwrap_or(0))?;
         let (Some(version), Some(at), Some(offset)) = (version, at, offset) else {
@@ -139,29 +130,29 @@ impl StreamIndex for SqlIndex {
     }
 }
 
-/// What may go wrong within a transaction of the index.
-enum IndexError {
+/// What may go wrong while rows of events are read and written.
+pub(crate) enum RowError {
     Database(sqlx::Error),
     Read(ReadError),
 }
 
-impl From<sqlx::Error> for IndexError {
+impl From<sqlx::Error> for RowError {
     fn from(error: sqlx::Error) -> Self {
         Self::Database(error)
     }
 }
 
-impl From<ReadError> for IndexError {
+impl From<ReadError> for RowError {
     fn from(error: ReadError) -> Self {
         Self::Read(error)
     }
 }
 
-impl From<IndexError> for ReadError {
-    fn from(error: IndexError) -> Self {
+impl From<RowError> for ReadError {
+    fn from(error: RowError) -> Self {
         match error {
-            IndexError::Database(error) => read_error(error),
-            IndexError::Read(error) => error,
+            RowError::Database(error) => read_error(error),
+            RowError::Read(error) => error,
         }
     }
 }

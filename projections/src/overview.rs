@@ -10,6 +10,7 @@ use serde::Serialize;
 
 use crate::control::Control;
 use crate::index::read_error;
+use crate::registry::State;
 use crate::sql::reading;
 
 /// What a projection does, from the outside.
@@ -313,15 +314,16 @@ impl Overview {
         let partitions = places.remove(&live).unwrap_or_default();
         let (parked_streams, parked_events) = parked.get(&live).copied().unwrap_or_default();
         let lag = partitions.iter().map(|place| place.lag_seconds(now)).fold(0.0, f64::max);
+        let paused = row.desired_state == State::Paused.text();
         Self {
             state: match () {
                 () if row.next_generation.is_some() => OverviewState::Rebuilding,
-                () if row.actual_state == "stopped" => OverviewState::Stopped,
-                () if row.desired_state == "paused" => OverviewState::Paused,
+                () if row.actual_state == State::Stopped.text() => OverviewState::Stopped,
+                () if paused => OverviewState::Paused,
                 () => OverviewState::Running,
             },
             reason: row.actual_state_reason.clone(),
-            paused: row.desired_state == "paused",
+            paused,
             obeyed: row.desired_state == row.actual_state,
             generation: row.live_generation.unsigned_abs(),
             lag_records: partitions.iter().map(PartitionOverview::lag_records).sum(),

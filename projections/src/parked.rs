@@ -4,15 +4,16 @@
 //! The worker that holds a partition is the only one that parks and un-parks its streams, under the
 //! lock of the partition's checkpoint; operators only ask.
 
+use std::collections::HashSet;
+
 use chrono::{DateTime, Utc};
-use kafold_core::store::ReadError;
-use kafold_core::{Offset, Partition, RecordedEvent, StreamId};
+use kafold_core::{CommandId, Offset, Partition, Position, RecordedEvent, StreamId};
 use kafold_migrations::Database;
 use kafold_migrations::micros::Time;
 
 use crate::checkpoint::{bigint, int};
 use crate::handler::Target;
-use crate::index::{EventRow, More};
+use crate::index::{EventRow, More, RowError};
 use crate::sql::{either, reading};
 use crate::transaction::Transaction;
 
@@ -98,7 +99,7 @@ pub(crate) async fn head(
     target: Target<'_>,
     stream: &StreamId,
     limit: usize,
-) -> Result<Vec<ParkedEvent>, ParkedError> {
+) -> Result<Vec<ParkedEvent>, RowError> {
     let sql = "SELECT p.category, p.stream_id, p.version, p.partition, p.\"offset\", p.event_id, \
                  p.event_type, p.recorded_at, p.command_id, p.metadata, p.payload, p.retry, \
                  p.command_id IN (SELECT o.command_id FROM kafold_parked_event o \
@@ -128,6 +129,21 @@ struct ParkedRow {
     event: EventRow,
     retry: bool,
     skipped: bool,
+}
+
+/// Leaves out the commits of which an event is skipped, and tells which they are: commits take effect
+/// whole or not at all.
+pub(crate) fn leave_out(
+    events: &mut Vec<RecordedEvent>,
+    is_skipped: impl Fn(Position) -> bool,
+) -> HashSet<(StreamId, CommandId)> {
+    let commit = |event: &RecordedEvent| (event.stream.clone(), event.command_id);
+    let skipped: HashSet<_> =
+        events.iter().filter(|event| is_skipped(event.position)).map(commit).collect();
+    if !skipped.is_empty() {
+        events.retain(|event| !skipped.contains(&commit(event)));
+    }
+    skipped
 }
 
 /// Takes the events of a stream up to an offset out of the table: they are applied or left out.
@@ -170,25 +186,6 @@ pub(crate) async fn failed_again(
         let query = query.bind(stream.category()).bind(stream.id()).bind(false);
         query.execute(&mut **connection).await.map(drop)
     })
-}
-
-/// Why parked events could not be read.
-pub(crate) enum ParkedError {
-    Database(sqlx::Error),
-    /// The table holds what no worker has written.
-    Row(ReadError),
-}
-
-impl From<sqlx::Error> for ParkedError {
-    fn from(error: sqlx::Error) -> Self {
-        Self::Database(error)
-    }
-}
-
-impl From<ReadError> for ParkedError {
-    fn from(error: ReadError) -> Self {
-        Self::Row(error)
-    }
 }
 
 pub(crate) fn stream(category: &str, id: &str) -> Result<StreamId, sqlx::Error> {

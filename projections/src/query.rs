@@ -16,6 +16,7 @@ use crate::definition::Definition;
 use crate::generation::Generation;
 use crate::index::{RETRY_AFTER, read_error};
 use crate::read_model::ReadModel;
+use crate::sql::reading;
 use crate::table::Table;
 use crate::value::{add_one, add_value};
 
@@ -43,14 +44,9 @@ impl Freshness {
                    JOIN kafold_projection p \
                      ON p.name = c.projection AND p.live_generation = c.generation \
                    WHERE p.name = $1 ORDER BY c.partition";
-        let rows: Result<Vec<(i32, i64)>, _> = match database {
-            Database::Postgres(database) => {
-                sqlx::query_as(sql).bind(projection).fetch_all(database.pool()).await
-            }
-            Database::Sqlite(database) => {
-                sqlx::query_as(sql).bind(projection).fetch_all(database.readers()).await
-            }
-        };
+        let rows: Result<Vec<(i32, i64)>, _> = reading!(database, pool => {
+            sqlx::query_as(sql).bind(projection).fetch_all(pool).await
+        });
         let pair = |(partition, next): (i32, i64)| {
             let next = u64::try_from(next).unwrap_or_default();
             (Partition(partition.unsigned_abs()), Offset(next))

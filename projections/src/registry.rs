@@ -5,8 +5,8 @@ use std::time::Duration;
 
 use chrono::{DateTime, Utc};
 use kafold_core::{Clock, Offset, Partition};
+use kafold_migrations::Database;
 use kafold_migrations::micros::Time;
-use kafold_migrations::{Database, SqlText};
 
 use crate::audit::{self, Act};
 use crate::checkpoint::int;
@@ -14,7 +14,7 @@ use crate::definition::Definition;
 use crate::generation::{self, Generation};
 use crate::handler::{ApplyError, Fault, Handler, Target};
 use crate::parked;
-use crate::sql::{either, reading};
+use crate::sql::{either, locking, reading};
 use crate::transaction::{OpenTransaction, Transaction};
 
 /// How long a switch may hold up the live generation on PostgreSQL, until the next one is at least as
@@ -154,11 +154,7 @@ pub(crate) async fn begin_build(
         return Ok(false);
     }
     if definition.tables.is_empty() {
-        return Err(refused(format!(
-            "projection {} names no tables, so it cannot be built beside itself: run it under a new \
-             name, and drop what it wrote",
-            definition.name
-        )));
+        return Err(refused(no_tables(&definition.name)));
     }
     handler.setup(next, tx).await?;
     let sql = "UPDATE kafold_projection SET next_fingerprint = $2, next_reason = NULL \
@@ -177,12 +173,9 @@ pub(crate) async fn is_wanted(
     tx: &mut Transaction<'_>,
     target: Target<'_>,
 ) -> Result<bool, sqlx::Error> {
-    let locked = matches!(tx, Transaction::Postgres(_));
-    let mut sql = SqlText::new(
-        "SELECT 1 FROM kafold_projection \
-         WHERE name = $1 AND $2 IN (live_generation, next_generation)",
-    );
-    let sql = sql.text(if locked { " FOR SHARE" } else { "" }).finish();
+    let select = "SELECT 1 FROM kafold_projection \
+                  WHERE name = $1 AND $2 IN (live_generation, next_generation)";
+    let sql = locking(tx, select, " FOR SHARE");
     let found: Option<i32> = either!(tx, connection => {
         let query = sqlx::query_scalar(sql).bind(target.name).bind(target.generation.int());
         query.fetch_optional(&mut **connection).await?
@@ -270,7 +263,7 @@ async fn finish_switch(
                    next_takes_parked = $3, next_reason = NULL, actual_state = $4, \
                    actual_state_reason = NULL, updated_at = $2 \
                WHERE name = $1";
-    let state = if found.desired_state == "paused" { State::Paused } else { State::Running };
+    let state = if found.is_paused() { State::Paused } else { State::Running };
     either!(tx, connection => {
         let query = sqlx::query(sql).bind(name).bind(Time(now)).bind(false).bind(state.text());
         query.execute(&mut **connection).await.map(drop)?;
@@ -328,40 +321,63 @@ async fn lock(tx: &mut Transaction<'_>) -> Result<(), sqlx::Error> {
     sqlx::query(lock).execute(&mut **connection).await.map(drop)
 }
 
-/// A row of the table, as far as registering, building and switching need it.
+/// A row of the table.
 #[derive(sqlx::FromRow)]
-struct Found {
-    name: String,
+pub(crate) struct Found {
+    pub(crate) name: String,
     live_generation: i32,
+    pub(crate) last_generation: i32,
     fingerprint: String,
     next_generation: Option<i32>,
     next_fingerprint: Option<String>,
+    pub(crate) next_requested_at: Option<Time>,
     next_takes_parked: bool,
-    desired_state: String,
-    actual_state: String,
+    pub(crate) next_reason: Option<String>,
+    pub(crate) desired_state: String,
+    pub(crate) actual_state: String,
 }
 
 impl Found {
-    fn live(&self) -> Generation {
+    pub(crate) fn live(&self) -> Generation {
         Generation::of(self.live_generation)
     }
 
-    fn next(&self) -> Option<Generation> {
+    pub(crate) fn next(&self) -> Option<Generation> {
         self.next_generation.map(Generation::of)
+    }
+
+    pub(crate) fn is_paused(&self) -> bool {
+        self.desired_state == State::Paused.text()
+    }
+
+    /// Why it cannot be rebuilt, if it is written by hand into tables that it does not name.
+    pub(crate) fn refuses_rebuild(&self) -> Option<String> {
+        let names_none =
+            self.fingerprint.starts_with("projection v") && self.fingerprint.ends_with(": ");
+        names_none.then(|| no_tables(&self.name))
     }
 }
 
-async fn find(tx: &mut Transaction<'_>, name: &str) -> Result<Option<Found>, sqlx::Error> {
-    let locked = matches!(tx, Transaction::Postgres(_));
-    let mut sql = SqlText::new(
-        "SELECT name, live_generation, fingerprint, next_generation, next_fingerprint, \
-           next_takes_parked, desired_state, actual_state \
-         FROM kafold_projection WHERE name = $1",
-    );
-    let sql = sql.text(if locked { " FOR UPDATE" } else { "" }).finish();
+/// The row of a projection, locked until the end of the transaction.
+pub(crate) async fn find(
+    tx: &mut Transaction<'_>,
+    name: &str,
+) -> Result<Option<Found>, sqlx::Error> {
+    let select = "SELECT name, live_generation, last_generation, fingerprint, next_generation, \
+                    next_fingerprint, next_requested_at, next_takes_parked, next_reason, \
+                    desired_state, actual_state \
+                  FROM kafold_projection WHERE name = $1";
+    let sql = locking(tx, select, " FOR UPDATE");
     either!(tx, connection => {
         sqlx::query_as(sql).bind(name).fetch_optional(&mut **connection).await
     })
+}
+
+fn no_tables(name: &str) -> String {
+    format!(
+        "projection {name} names no tables, so it cannot be built beside itself: run it under a new \
+         name, and drop what it wrote"
+    )
 }
 
 /// Refuses to put a view or table where somebody else's is.

@@ -480,7 +480,7 @@ async fn until_asked<T>(
 impl From<sqlx::Error> for Failed {
     fn from(error: sqlx::Error) -> Self {
         match is_unavailable(&error) {
-            true => Self::Unavailable(unavailable(&error)),
+            true => Self::Unavailable(format!("the database is unavailable: {error}")),
             false if is_of_values(&error) => Self::Fault(Fault::somewhere(error)),
             false => Self::Fault(Fault::of_all(error)),
         }
@@ -492,8 +492,4 @@ fn sorted(error: ApplyError) -> Failed {
         ApplyError::Database(error) => error.into(),
         ApplyError::Fault(fault) => Failed::Fault(fault),
     }
-}
-
-fn unavailable(error: &sqlx::Error) -> String {
-    format!("the database is unavailable: {error}")
 }

@@ -1,6 +1,11 @@
 //! One statement on either database. Both take `$1`, and [`Time`](kafold_migrations::micros::Time)
 //! stands for either's times; only the driver's types differ.
 
+use kafold_migrations::SqlText;
+use sqlx::SqlStr;
+
+use crate::transaction::Transaction;
+
 /// `either!(tx, connection => …)`: the same expression for each kind of [`Transaction`](crate::Transaction).
 macro_rules! either {
     ($tx:expr, $connection:ident => $run:expr) => {
@@ -28,3 +33,9 @@ macro_rules! reading {
 }
 
 pub(crate) use {either, reading};
+
+/// A query that locks the rows it finds; on SQLite nobody else writes while a transaction is open.
+pub(crate) fn locking(tx: &Transaction<'_>, select: &'static str, lock: &'static str) -> SqlStr {
+    let is_postgres = matches!(tx, Transaction::Postgres(_));
+    SqlText::new(select).text(if is_postgres { lock } else { "" }).finish()
+}

@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, HashSet};
 use std::time::Duration;
 
 use kafold_core::store::{Batch, ReadError, SourceMessage, Subscription};
-use kafold_core::{CommandId, Offset, Partition, Position, StreamId};
+use kafold_core::{Offset, Partition, Position};
 use kafold_migrations::{Identifier, SqlText};
 use serde::Serialize;
 use sqlx::SqlStr;
@@ -16,6 +16,7 @@ use sqlx::SqlStr;
 use crate::definition::Definition;
 use crate::generation::{self, Generation};
 use crate::handler::{ApplyError, Handler, Target};
+use crate::parked;
 use crate::projection::ProjectionBatch;
 use crate::sql::either;
 use crate::transaction::{OpenTransaction, Transaction};
@@ -208,8 +209,8 @@ impl Verifying<'_> {
         for table in self.definition().tables() {
             let (copy, fresh) = (copy_of(&table), FRESH.table(table.as_str()));
             rows += count(tx, SqlText::new("SELECT COUNT(*) FROM ").name(&copy).finish()).await?;
-            let unexpected = count(tx, except("SELECT COUNT(*) FROM (", &copy, &fresh)).await?;
-            let missing = count(tx, except("SELECT COUNT(*) FROM (", &fresh, &copy)).await?;
+            let unexpected = count_difference(tx, &copy, &fresh).await?;
+            let missing = count_difference(tx, &fresh, &copy).await?;
             if unexpected + missing > 0 {
                 differences.push(TableDifference {
                     table: table.as_str().to_owned(),
@@ -262,17 +263,15 @@ impl Verifying<'_> {
                 SourceMessage::Revoked(_) => continue,
                 SourceMessage::Batch(batch) => batch,
             };
-            let before = batch.events.len();
             let (partition, next) = (batch.partition, batch.next.next);
             let end = snapshot.ends.get(&partition).copied().unwrap_or_default();
             batch.events.retain(|event| event.position.offset < end);
             let within = batch.events.len();
-            leave_out(&mut batch, snapshot);
+            parked::leave_out(&mut batch.events, |at| snapshot.skipped.contains(&at));
+            batch.events.retain(|event| !snapshot.parked.contains(&event.position));
             events += batch.events.len() as u64;
             left_out += (within - batch.events.len()) as u64;
-            if before > 0 {
-                self.apply(batch).await?;
-            }
+            self.apply(batch).await?;
             reached.insert(partition, next);
             if next >= end {
                 subscription.stop(partition);
@@ -325,24 +324,6 @@ async fn start(
     Ok(())
 }
 
-/// Takes out what is parked, and commits of which an event is skipped.
-fn leave_out(batch: &mut Batch, snapshot: &Snapshot) {
-    let Snapshot { parked, skipped, .. } = snapshot;
-    if parked.is_empty() && skipped.is_empty() {
-        return;
-    }
-    let of_skipped: HashSet<(StreamId, CommandId)> = batch
-        .events
-        .iter()
-        .filter(|event| skipped.contains(&event.position))
-        .map(|event| (event.stream.clone(), event.command_id))
-        .collect();
-    batch.events.retain(|event| {
-        !parked.contains(&event.position)
-            && !of_skipped.contains(&(event.stream.clone(), event.command_id))
-    });
-}
-
 fn copy_of(table: &Identifier) -> Identifier {
     Identifier::new(&format!("{}__verify", table.as_str())).expect("a table's name is short")
 }
@@ -367,11 +348,18 @@ async fn count(tx: &mut Transaction<'_>, sql: SqlStr) -> Result<i64, sqlx::Error
     either!(tx, connection => sqlx::query_scalar(sql).fetch_one(&mut **connection).await)
 }
 
-/// The rows of one table that the other lacks.
-fn except(select: &'static str, one: &Identifier, other: &Identifier) -> SqlStr {
-    let mut sql = SqlText::new(select);
-    sql.text("SELECT * FROM ").name(one).text(" EXCEPT SELECT * FROM ").name(other);
-    sql.text(") d").finish()
+async fn count_difference(
+    tx: &mut Transaction<'_>,
+    one: &Identifier,
+    other: &Identifier,
+) -> Result<i64, sqlx::Error> {
+    let mut sql = SqlText::new("SELECT COUNT(*) FROM (");
+    count(tx, difference(&mut sql, one, other).text(") d").finish()).await
+}
+
+/// Adds the query of the rows of one table that the other lacks.
+fn difference<'s>(sql: &'s mut SqlText, one: &Identifier, other: &Identifier) -> &'s mut SqlText {
+    sql.text("SELECT * FROM ").name(one).text(" EXCEPT SELECT * FROM ").name(other)
 }
 
 /// The first of them, as JSON.
@@ -398,7 +386,7 @@ async fn first(
             sql.text(")");
         }
     }
-    sql.text(" FROM (SELECT * FROM ").name(one).text(" EXCEPT SELECT * FROM ").name(other);
+    let sql = difference(sql.text(" FROM ("), one, other);
     let sql = sql.text(" ORDER BY 1 LIMIT ").number(SHOWN_MAX).text(") d").finish();
     either!(tx, connection => sqlx::query_scalar(sql).fetch_all(&mut **connection).await)
 }

@@ -43,15 +43,18 @@ on_both!(
 const WAIT: Duration = Duration::from_secs(20);
 const ME: By<'static> = By { actor: "me", reason: Some("a test") };
 
-fn worker(orders: &Orders, database: &TestDatabase) -> ProjectionWorker {
-    let config = ProjectionConfig {
+fn quick() -> ProjectionConfig {
+    ProjectionConfig {
         retry_delay: Duration::from_millis(2),
         retry_delay_max: Duration::from_millis(20),
         control_poll_interval: Duration::from_millis(20),
         ..ProjectionConfig::default()
-    };
+    }
+}
+
+fn worker(orders: &Orders, database: &TestDatabase) -> ProjectionWorker {
     let source = Arc::new(orders.store.clone());
-    ProjectionWorker::new(source, database.database.clone()).config(config)
+    ProjectionWorker::new(source, database.database.clone()).config(quick())
 }
 
 fn control(database: &TestDatabase) -> Control {
@@ -267,12 +270,7 @@ async fn a_statement_that_the_database_refuses_stops_the_projection(database: &T
 
 async fn no_more_streams_are_parked_than_may_be(database: &TestDatabase) {
     let orders = Orders::new(1);
-    let config = ProjectionConfig {
-        retry_delay: Duration::from_millis(1),
-        retry_delay_max: Duration::from_millis(2),
-        parked_streams_max: 2,
-        ..ProjectionConfig::default()
-    };
+    let config = ProjectionConfig { parked_streams_max: 2, ..quick() };
     for id in ["1", "2", "3"] {
         orders.place(id, "c1", POISON_CENTS).await;
     }
@@ -320,13 +318,7 @@ async fn a_paused_projection_applies_nothing_until_it_is_resumed(database: &Test
 
 async fn what_stopped_goes_on_when_it_is_resumed(database: &TestDatabase) {
     let orders = Orders::new(2);
-    let config = ProjectionConfig {
-        retry_delay: Duration::from_millis(1),
-        retry_delay_max: Duration::from_millis(2),
-        control_poll_interval: Duration::from_millis(20),
-        fault_policy: FaultPolicy::Stop,
-        ..ProjectionConfig::default()
-    };
+    let config = ProjectionConfig { fault_policy: FaultPolicy::Stop, ..quick() };
     let ledger = Ledger::default();
     ledger.failures.store(u32::MAX, std::sync::atomic::Ordering::SeqCst);
     let projections =
@@ -344,13 +336,7 @@ async fn what_stopped_goes_on_when_it_is_resumed(database: &TestDatabase) {
 
 async fn a_position_that_stops_a_projection_can_be_skipped(database: &TestDatabase) {
     let orders = Orders::new(1);
-    let config = ProjectionConfig {
-        retry_delay: Duration::from_millis(1),
-        retry_delay_max: Duration::from_millis(2),
-        control_poll_interval: Duration::from_millis(20),
-        fault_policy: FaultPolicy::Stop,
-        ..ProjectionConfig::default()
-    };
+    let config = ProjectionConfig { fault_policy: FaultPolicy::Stop, ..quick() };
     orders.place("1", "c1", 1).await;
     let bad = orders.place("2", "c1", POISON_CENTS).await;
     orders.place("3", "c1", 10).await;

@@ -168,11 +168,8 @@ async fn retry(context: &mut Context, args: RetryArgs) -> Result<(), Error> {
 
 async fn skip(context: &mut Context, args: SkipArgs) -> Result<(), Error> {
     let stream = stream(&args.stream)?;
-    if args.who.reason.is_none() {
-        return Err(Error::usage("to skip an event takes a reason: add --reason TEXT"));
-    }
-    let control = control(context).await?;
-    let skipped = control.skip_parked(args.projection.as_deref(), &stream, args.who.by()).await?;
+    let (by, projection) = (args.who.by_reason()?, args.projection.as_deref());
+    let skipped = control(context).await?.skip_parked(projection, &stream, by).await?;
     match context.out.json {
         true => context.out.document(&json!({ "projections": skipped })),
         false => {
@@ -185,11 +182,9 @@ async fn skip(context: &mut Context, args: SkipArgs) -> Result<(), Error> {
 }
 
 async fn prune(context: &mut Context, args: PruneArgs) -> Result<(), Error> {
-    if args.who.reason.is_none() {
-        return Err(Error::usage("to skip events takes a reason: add --reason TEXT"));
-    }
+    let by = args.who.by_reason()?;
     let before = context.clock.now() - chrono::TimeDelta::days(args.older_than.into());
-    let skipped = control(context).await?.skip_parked_before(before, args.who.by()).await?;
+    let skipped = control(context).await?.skip_parked_before(before, by).await?;
     match context.out.json {
         true => context.out.document(&json!({ "events": skipped })),
         false => context.out.line(&format!("{} to be left out", count(skipped, "event"))),

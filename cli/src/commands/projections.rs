@@ -10,7 +10,8 @@ use serde_json::json;
 use crate::admin::Context;
 use crate::error::Error;
 use crate::log::{Log, ask_all};
-use crate::output::{Output, count, or_dash};
+use crate::output::{Output, or_dash};
+use crate::overview;
 use crate::progress::Progress;
 
 /// How long it is waited for a worker to do what was asked, before that is said.
@@ -57,7 +58,7 @@ pub(crate) struct Which {
 pub(crate) struct Who {
     /// Why, for the record.
     #[arg(long, value_name = "TEXT")]
-    pub(crate) reason: Option<String>,
+    reason: Option<String>,
     /// Who asks, for the record.
     #[arg(
         long,
@@ -72,6 +73,14 @@ pub(crate) struct Who {
 impl Who {
     pub(crate) fn by(&self) -> By<'_> {
         By { actor: &self.actor, reason: self.reason.as_deref() }
+    }
+
+    /// For what is not done without a reason.
+    pub(crate) fn by_reason(&self) -> Result<By<'_>, Error> {
+        match self.reason {
+            Some(_) => Ok(self.by()),
+            None => Err(Error::usage("to skip an event takes a reason: add --reason TEXT")),
+        }
     }
 }
 
@@ -105,7 +114,7 @@ pub(crate) async fn run(context: &mut Context, command: ProjectionsCommand) -> R
             let control = control(context).await?;
             for name in names(&control, &which).await? {
                 control.pause(&name, which.who.by()).await?;
-                settle(context, &control, &name, "paused", |seen| seen.obeyed).await?;
+                settle(context, &control, &name, "paused").await?;
             }
             Ok(())
         }
@@ -113,7 +122,7 @@ pub(crate) async fn run(context: &mut Context, command: ProjectionsCommand) -> R
             let control = control(context).await?;
             for name in names(&control, &which).await? {
                 control.resume(&name, which.who.by()).await?;
-                settle(context, &control, &name, "running", |seen| seen.obeyed).await?;
+                settle(context, &control, &name, "running").await?;
             }
             Ok(())
         }
@@ -132,11 +141,8 @@ pub(crate) async fn run(context: &mut Context, command: ProjectionsCommand) -> R
                 .position
                 .parse()
                 .map_err(|error| Error::usage(format!("{error}; write it as 3:1042")))?;
-            if args.who.reason.is_none() {
-                return Err(Error::usage("to skip an event takes a reason: add --reason TEXT"));
-            }
-            let control = control(context).await?;
-            control.skip(&args.name, position, args.who.by()).await?;
+            let by = args.who.by_reason()?;
+            control(context).await?.skip(&args.name, position, by).await?;
             let text = format!("{}: the commit at {position} is skipped", args.name);
             tell(context, &args.name, "skipped", &text)
         }
@@ -168,12 +174,11 @@ async fn settle(
     control: &Control,
     name: &str,
     done: &str,
-    is_done: fn(&Overview) -> bool,
 ) -> Result<(), Error> {
     let deadline = context.clock.instant() + OBEYED_WITHIN;
     while context.clock.instant() < deadline {
         let all = control.list(&[]).await?;
-        if all.iter().find(|seen| seen.name == name).is_none_or(is_done) {
+        if all.iter().find(|seen| seen.name == name).is_none_or(|seen| seen.obeyed) {
             return tell(context, name, done, &format!("{name}: {done}"));
         }
         context.clock.sleep(POLL_INTERVAL).await;
@@ -234,18 +239,10 @@ fn row(seen: &Overview) -> [String; 6] {
         }
         None => seen.generation.to_string(),
     };
-    let lag = format!("{} ({:.0} s)", count(seen.lag_records, "record"), seen.lag_seconds);
-    let parked = match seen.parked_events {
-        0 => "-".to_owned(),
-        events => format!(
-            "{} of {}",
-            count(events.unsigned_abs(), "event"),
-            count(seen.parked_streams.unsigned_abs(), "stream")
-        ),
-    };
-    let rebuild = seen.rebuild.as_ref().and_then(|rebuild| rebuild.reason.clone());
-    let reason = seen.reason.clone().or(rebuild);
-    [seen.name.clone(), state.to_owned(), generation, lag, parked, or_dash(reason)]
+    let parked = overview::parked(seen);
+    let reason = overview::reason(seen).map(str::to_owned);
+    let lag = overview::lag(seen);
+    [seen.name.clone(), state.to_owned(), generation, lag, or_dash(parked), or_dash(reason)]
 }
 
 async fn rebuild(context: &mut Context, args: RebuildArgs) -> Result<(), Error> {

@@ -42,6 +42,7 @@ struct Watched {
 }
 
 /// What one look has seen.
+#[derive(Clone)]
 struct Sample {
     at: Instant,
     partitions: Vec<PartitionView>,
@@ -79,7 +80,7 @@ pub(crate) async fn run(context: &mut Context, args: TopArgs) -> Result<(), Erro
             Ok(now) => now,
             Err(error) => {
                 trouble = Some(error.reason().to_owned());
-                before.again(context.clock.instant())
+                Sample { at: context.clock.instant(), ..before.clone() }
             }
         };
         if let Err(error) = draw(&mut terminal, &View::new(&watched, &before, &now, &trouble)) {
@@ -179,16 +180,6 @@ impl Watched {
 }
 
 impl Sample {
-    /// The same once more, for a look that failed.
-    fn again(&self, at: Instant) -> Self {
-        Self {
-            at,
-            partitions: self.partitions.clone(),
-            index: self.index.clone(),
-            projections: self.projections.clone(),
-        }
-    }
-
     fn records(&self) -> u64 {
         self.partitions.iter().map(|seen| seen.end.0).sum()
     }

@@ -8,14 +8,14 @@ use kafold_core::{Offset, RecordedEvent};
 use sqlx::{FromRow, PgConnection, PgPool, Row};
 
 use super::{
-    EventRow, IndexError, More, Stored, bigint, check_stored, cursor, cut, offset_of, partition_int,
+    EventRow, More, RowError, Stored, bigint, check_stored, cursor, cut, offset_of, partition_int,
 };
 
 pub(super) async fn advance(
     pool: &PgPool,
     batch: &IndexBatch,
     now: DateTime<Utc>,
-) -> Result<Advanced, IndexError> {
+) -> Result<Advanced, RowError> {
     let mut tx = pool.begin().await?;
     let Some(position) = locked_position(&mut tx, batch, now).await? else {
         tx.rollback().await?;
@@ -45,7 +45,7 @@ async fn locked_position(
     connection: &mut PgConnection,
     batch: &IndexBatch,
     now: DateTime<Utc>,
-) -> Result<Option<Cursor>, IndexError> {
+) -> Result<Option<Cursor>, RowError> {
     let partition = partition_int(batch.partition);
     if batch.from == Offset(0) {
         let sql = "INSERT INTO kafold_partition (partition, next_offset, fold_state, updated_at) \
@@ -113,7 +113,7 @@ pub(super) async fn load(
     pool: &PgPool,
     requests: &[IndexLoad],
     limit: usize,
-) -> Result<Vec<IndexRead>, IndexError> {
+) -> Result<Vec<IndexRead>, RowError> {
     let sql = "SELECT r.nth, COALESCE(p.next_offset, 0) AS next_offset, e.category, e.stream_id, \
                  e.version, e.partition, e.\"offset\", e.event_id, e.event_type, e.recorded_at, \
                  e.command_id, e.metadata, e.payload \

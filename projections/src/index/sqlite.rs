@@ -10,7 +10,7 @@ use sqlx::{FromRow, SqliteConnection, SqlitePool};
 use uuid::Uuid;
 
 use super::{
-    EventRow, IndexError, More, Stored, bigint, check_stored, cursor, cut, offset_of, partition_int,
+    EventRow, More, RowError, Stored, bigint, check_stored, cursor, cut, offset_of, partition_int,
 };
 use crate::table::list_places;
 
@@ -22,7 +22,7 @@ pub(super) async fn advance(
     database: &SqliteDatabase,
     batch: &IndexBatch,
     now: DateTime<Utc>,
-) -> Result<Advanced, IndexError> {
+) -> Result<Advanced, RowError> {
     // The only transaction in the file that writes: nothing else needs a lock.
     let mut tx = database.write().await?;
     let Some(position) = position(&mut tx, batch, now).await? else {
@@ -57,7 +57,7 @@ async fn position(
     connection: &mut SqliteConnection,
     batch: &IndexBatch,
     now: DateTime<Utc>,
-) -> Result<Option<Cursor>, IndexError> {
+) -> Result<Option<Cursor>, RowError> {
     let partition = partition_int(batch.partition);
     if batch.from == Offset(0) {
         let sql = "INSERT INTO kafold_partition (partition, next_offset, fold_state, updated_at) \
@@ -130,7 +130,7 @@ pub(super) async fn load(
     readers: &SqlitePool,
     requests: &[IndexLoad],
     limit: usize,
-) -> Result<Vec<IndexRead>, IndexError> {
+) -> Result<Vec<IndexRead>, RowError> {
     let position_sql = "SELECT next_offset FROM kafold_partition WHERE partition = $1";
     let events_sql = "SELECT category, stream_id, version, partition, \"offset\", event_id, \
                         event_type, recorded_at, command_id, metadata, payload \

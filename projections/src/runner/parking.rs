@@ -5,15 +5,16 @@
 //! in the transaction that applies them, under the checkpoint's lock: no event is ever both or
 //! neither. While a stream has a parked event, its later events are parked behind it.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 
 use kafold_core::store::{Batch, Cursor};
-use kafold_core::{CommandId, Offset, Partition, Position, RecordedEvent, StreamId};
+use kafold_core::{Offset, Partition, Position, RecordedEvent, StreamId};
 
 use super::{Ended, Failed, Runner, sorted, until_asked};
 use crate::checkpoint;
 use crate::handler::{Fault, Target};
-use crate::parked::{self, ParkedError, ParkedEvent};
+use crate::index::RowError;
+use crate::parked::{self, ParkedEvent};
 use crate::projection::ProjectionBatch;
 use crate::transaction::{OpenTransaction, Transaction};
 
@@ -141,14 +142,10 @@ impl Runner {
         else {
             return;
         };
-        let is_skipped =
-            |e: &&RecordedEvent| desired.skips.contains(&(self.generation, e.position));
-        let commit = |event: &RecordedEvent| (event.stream.clone(), event.command_id);
-        let skipped: HashSet<(StreamId, CommandId)> =
-            batch.events.iter().filter(is_skipped).map(commit).collect();
+        let is_skipped = |at| desired.skips.contains(&(self.generation, at));
+        let skipped = parked::leave_out(&mut batch.events, is_skipped);
         if !skipped.is_empty() {
             tracing::warn!(projection = self.status.name(), ?skipped, "commits are skipped");
-            batch.events.retain(|event| !skipped.contains(&commit(event)));
         }
     }
 
@@ -208,7 +205,7 @@ impl Runner {
                     return Ok(());
                 }
                 Ok(Retried::Unasked) => return Ok(()),
-                Err(Failed::Superseded) => self.reconcile(&mut attempt).await?,
+                Err(Failed::Superseded) => self.reconcile().await?,
                 Err(Failed::Unavailable(reason)) => {
                     attempt += 1;
                     self.wait_because(attempt, &reason).await?;
@@ -341,11 +338,11 @@ fn batch_of(partition: Partition, events: Vec<ParkedEvent>) -> ProjectionBatch {
     batch
 }
 
-impl From<ParkedError> for Failed {
-    fn from(error: ParkedError) -> Self {
+impl From<RowError> for Failed {
+    fn from(error: RowError) -> Self {
         match error {
-            ParkedError::Database(error) => error.into(),
-            ParkedError::Row(error) => Self::Fault(Fault::of_all(error)),
+            RowError::Database(error) => error.into(),
+            RowError::Read(error) => Self::Fault(Fault::of_all(error)),
         }
     }
 }

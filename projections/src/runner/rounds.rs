@@ -8,13 +8,13 @@ use kafold_core::store::Batch;
 use kafold_core::{Offset, Partition, RecordedEvent};
 use kafold_migrations::Database;
 
-use super::{Ended, Failed, Role, Runner, sorted, unavailable, until_asked};
+use super::{Ended, Failed, Role, Runner, sorted};
 use crate::checkpoint::{self, Step};
 use crate::config::FaultPolicy;
 use crate::handler::{Fault, Target};
 use crate::projection::ProjectionBatch;
 use crate::status::ProjectionState;
-use crate::transaction::{OpenTransaction, is_unavailable};
+use crate::transaction::OpenTransaction;
 use crate::worker::Context;
 
 impl Runner {
@@ -88,12 +88,12 @@ impl Runner {
             match self.transact(round, &aside).await {
                 Ok(()) => return Ok(None),
                 Err(Failed::Fault(fault)) => return Ok(Some(fault)),
-                Err(Failed::Superseded) => self.reconcile(&mut attempt).await?,
+                Err(Failed::Superseded) => self.reconcile().await?,
                 Err(Failed::Unavailable(reason)) => {
                     attempt += 1;
                     self.wait_because(attempt, &reason).await?;
                     // The answer of a commit may have been lost: what is there decides.
-                    self.reconcile(&mut attempt).await?;
+                    self.reconcile().await?;
                 }
             }
         }
@@ -240,19 +240,11 @@ impl Runner {
 
     /// Learns from the database what became of the partitions: one under another fence is lost, one
     /// that moved has moved.
-    pub(super) async fn reconcile(&mut self, attempt: &mut u32) -> Result<(), Ended> {
-        let found = loop {
-            let target = Target { name: self.status.name(), generation: self.generation };
-            let looking = checkpoint::places(&self.context.database, target);
-            match until_asked(&mut self.shutdown, looking).await? {
-                Ok(found) => break found,
-                Err(error) if is_unavailable(&error) => {
-                    *attempt += 1;
-                    self.wait_because(*attempt, &unavailable(&error)).await?;
-                }
-                Err(error) => return Err(Ended::Stopped(error.to_string())),
-            }
-        };
+    pub(super) async fn reconcile(&mut self) -> Result<(), Ended> {
+        let (database, name) = (self.context.database.clone(), self.status.name().to_owned());
+        let target = Target { name: &name, generation: self.generation };
+        let found =
+            self.until_done(async || Ok(checkpoint::places(&database, target).await?)).await?;
         let found: HashMap<_, _> =
             found.into_iter().map(|place| (place.partition, place)).collect();
         if self.places.keys().any(|partition| !found.contains_key(partition)) {

@@ -67,16 +67,10 @@ async fn check_index(seen: &Seen, database: &Database, checks: &mut Checks) -> R
 fn check_projection(view: &Overview, seen: Option<&Seen>, checks: &mut Checks) {
     const NAME: &str = "projections";
     let name = &view.name;
-    let rebuild = view.rebuild.as_ref().and_then(|rebuild| rebuild.reason.as_deref());
-    let reason = view.reason.as_deref().or(rebuild);
-    let reason = reason.map_or(String::new(), |reason| format!(": {reason}"));
-    if view.parked_events > 0 {
-        let (events, streams) = (
-            count(view.parked_events.unsigned_abs(), "event"),
-            count(view.parked_streams.unsigned_abs(), "stream"),
-        );
+    let reason = overview::reason(view).map_or(String::new(), |reason| format!(": {reason}"));
+    if let Some(parked) = overview::parked(view) {
         let remedy = "see why with `parked list`, then `parked retry` or `parked skip`";
-        checks.warning(NAME, format!("{name} has parked {events} of {streams}"), remedy);
+        checks.warning(NAME, format!("{name} has parked {parked}"), remedy);
     }
     if let Some(place) = view.partitions.iter().find(|place| {
         let end = seen.and_then(|seen| {
@@ -88,7 +82,7 @@ fn check_projection(view: &Overview, seen: Option<&Seen>, checks: &mut Checks) {
         let found = format!("{name} stands at {partition}:{next}, behind the end of the log");
         return checks.problem(NAME, found, "give log and database that belong together");
     }
-    let lag = format!("{} ({:.0} s)", count(view.lag_records, "record"), view.lag_seconds);
+    let lag = overview::lag(view);
     let is_far = view.lag_records > PROJECTION_LAG_RECORDS_MAX
         && view.lag_seconds > PROJECTION_LAG_SECONDS_MAX;
     match view.state {
