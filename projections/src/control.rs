@@ -151,7 +151,7 @@ impl Control {
         )
         .await?;
         let live = act.found.live();
-        registry::forget(&mut act.open.lend(), name, &[live]).await?;
+        registry::forget(&mut act.open.lend(), name, live).await?;
         act.done("abort", by, json!({ "generation": next.0 })).await?;
         Ok(next)
     }

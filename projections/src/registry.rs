@@ -268,26 +268,25 @@ async fn finish_switch(
         let query = sqlx::query(sql).bind(name).bind(Time(now)).bind(false).bind(state.text());
         query.execute(&mut **connection).await.map(drop)?;
     });
-    forget(tx, name, &[next]).await?;
+    forget(tx, name, next).await?;
     let details = serde_json::json!({ "from": found.live().0, "to": next.0 });
     audit::add(tx, Act::by_worker("switch"), name, details, now).await
 }
 
-/// Removes what the tables of kafold hold of all generations but these.
+/// Removes what the tables of kafold hold of all generations but the live one. None comes back: who
+/// takes a partition looks first whether its generation is wanted.
 pub(crate) async fn forget(
     tx: &mut Transaction<'_>,
     name: &str,
-    keep: &[Generation],
+    live: Generation,
 ) -> Result<(), sqlx::Error> {
-    let first = keep.first().map_or(0, |generation| generation.int());
-    let second = keep.get(1).map_or(first, |generation| generation.int());
     for sql in [
-        "DELETE FROM kafold_checkpoint WHERE projection = $1 AND generation NOT IN ($2, $3)",
-        "DELETE FROM kafold_parked_event WHERE projection = $1 AND generation NOT IN ($2, $3)",
-        "DELETE FROM kafold_skipped_event WHERE projection = $1 AND generation NOT IN ($2, $3)",
+        "DELETE FROM kafold_checkpoint WHERE projection = $1 AND generation <> $2",
+        "DELETE FROM kafold_parked_event WHERE projection = $1 AND generation <> $2",
+        "DELETE FROM kafold_skipped_event WHERE projection = $1 AND generation <> $2",
     ] {
         either!(tx, connection => {
-            let query = sqlx::query(sql).bind(name).bind(first).bind(second);
+            let query = sqlx::query(sql).bind(name).bind(live.int());
             query.execute(&mut **connection).await.map(drop)?;
         });
     }
@@ -309,7 +308,6 @@ pub(crate) async fn drop_stale(
     }
     let keep: Vec<_> = [found.live()].into_iter().chain(found.next()).collect();
     generation::drop_tables(tx, definition, &keep).await?;
-    forget(tx, &definition.name, &keep).await?;
     open.commit().await
 }
 

@@ -34,6 +34,7 @@ on_both!(
     a_changed_definition_is_rebuilt_and_switched_to,
     a_rebuild_with_parked_streams_waits_for_the_operator,
     what_was_waited_for_is_in_the_rows_before_and_after_a_switch,
+    the_old_generations_progress_is_not_told_for_the_new_rows,
     operators_at_odds_leave_every_projection_usable,
     a_verification_finds_what_is_not_the_fold_of_the_log,
     what_is_parked_or_skipped_is_no_difference,
@@ -540,6 +541,28 @@ async fn what_was_waited_for_is_in_the_rows_before_and_after_a_switch(database: 
             assert_eq!(row.cents, placed, "what was waited for is in the rows");
         }
     }
+}
+
+async fn the_old_generations_progress_is_not_told_for_the_new_rows(database: &TestDatabase) {
+    let orders = Orders::new(1);
+    // It has the live generation, and hears nothing of what is asked.
+    let deaf = ProjectionConfig { control_poll_interval: 100 * WAIT, ..quick() };
+    let deaf = worker(&orders, database).config(deaf).with(CustomerTotals).spawn();
+    orders.place("1", "c1", 1).await;
+    applied(&deaf, &orders, CustomerTotals::NAME).await;
+    let builder = worker(&orders, database).with(CustomerTotals).spawn();
+    let control = control(database);
+    let next = control.rebuild(CustomerTotals::NAME, false, ME).await.expect("asked");
+    switched(&builder, CustomerTotals::NAME, next).await;
+    control.pause(CustomerTotals::NAME, ME).await.expect("asked");
+    in_state(&builder, CustomerTotals::NAME, "paused").await;
+    let written = orders.place("2", "c1", 10).await;
+    let waited = deaf.wait_for(CustomerTotals::NAME, written, Duration::from_millis(500)).await;
+    assert!(waited.is_err(), "the rows that queries see are without it");
+    assert_eq!(totals::<CustomerTotals>(database).await["c1"], 1);
+    control.resume(CustomerTotals::NAME, ME).await.expect("asked");
+    deaf.wait_for(CustomerTotals::NAME, written, WAIT).await.expect("applied by the other one");
+    assert_eq!(totals::<CustomerTotals>(database).await["c1"], 11);
 }
 
 async fn operators_at_odds_leave_every_projection_usable(database: &TestDatabase) {
