@@ -104,7 +104,8 @@ struct Touched<M: ReadModel> {
 /// What a batch does to the table.
 #[derive(Debug, PartialEq)]
 struct Changes<R: Row> {
-    upserts: Vec<R>,
+    inserts: Vec<R>,
+    updates: Vec<R>,
     deletes: Vec<R::Key>,
 }
 
@@ -150,8 +151,9 @@ impl<M: ReadModel> Work for ModelWork<'_, M> {
             let row = row.map_err(|bad| Fault::somewhere(format!("{}: {bad}", target.name)))?;
             loaded.insert(row.key(), row);
         }
-        let Changes { upserts, deletes } = fold::<M>(&self.events, &loaded)?;
-        table.upsert(tx, upserts.into_iter().map(Row::into_values).collect()).await?;
+        let Changes { inserts, updates, deletes } = fold::<M>(&self.events, &loaded)?;
+        let values = |rows: Vec<M::Row>| rows.into_iter().map(Row::into_values).collect();
+        table.write(tx, values(inserts), values(updates)).await?;
         let deletes = deletes.into_iter().map(ColumnValue::into_value).collect();
         Ok(table.delete(tx, deletes).await?)
     }
@@ -188,10 +190,11 @@ fn fold<M: ReadModel>(
             }
         }
     }
-    let mut changes = Changes { upserts: Vec::new(), deletes: Vec::new() };
+    let mut changes = Changes { inserts: Vec::new(), updates: Vec::new(), deletes: Vec::new() };
     for (key, row) in rows {
         match (loaded.get(key), row) {
-            (before, Some(row)) if before != Some(&row) => changes.upserts.push(row),
+            (None, Some(row)) => changes.inserts.push(row),
+            (Some(before), Some(row)) if *before != row => changes.updates.push(row),
             (Some(_), None) => changes.deletes.push(key.clone()),
             _ => {}
         }

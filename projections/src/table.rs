@@ -2,19 +2,28 @@
 
 use kafold_core::row::{Column, ColumnKind, ColumnRole, Value};
 use kafold_migrations::{Identifier, SqlText};
-use sqlx::postgres::{PgArguments, PgRow};
+use sqlx::postgres::{PgArgumentBuffer, PgArguments, PgRow};
 use sqlx::sqlite::{SqliteArguments, SqliteRow};
 use sqlx::{PgConnection, SqlStr, SqliteConnection};
 
 use crate::definition::Definition;
 use crate::generation::{self, Generation};
 use crate::transaction::Transaction;
-use crate::value::{add_array, add_value, from_postgres, from_sqlite};
+use crate::value::{add_array, add_field, add_value, from_postgres, from_sqlite};
 
 /// Most rows in one statement on SQLite; with many columns its limit on bound values comes first.
 const SQLITE_ROWS_MAX: usize = 500;
 /// SQLite takes no more bound values in a statement.
 const SQLITE_VALUES_MAX: usize = 32_766;
+
+/// New rows from which on PostgreSQL takes them by COPY: for fewer its two round trips cost more than
+/// it gives.
+const COPY_ROWS_MIN: usize = 500;
+/// Bytes of rows that are sent to PostgreSQL at a time.
+const COPY_CHUNK_BYTES: usize = 1 << 18;
+/// PostgreSQL's manual, COPY, binary format: signature, no flags, no extension.
+const COPY_HEADER: [u8; 19] = *b"PGCOPY\n\xff\r\n\0\0\0\0\0\0\0\0\0";
+const COPY_END: [u8; 2] = (-1_i16).to_be_bytes();
 
 /// One generation's table.
 #[derive(Debug, Clone)]
@@ -30,6 +39,7 @@ pub(crate) struct Table {
 #[derive(Debug, Clone)]
 struct PostgresStatements {
     load: SqlStr,
+    copy: SqlStr,
     upsert: SqlStr,
     delete: SqlStr,
 }
@@ -103,18 +113,26 @@ impl Table {
         }
     }
 
-    /// Inserts the rows or replaces those with their keys, in one statement where it can be.
-    pub(crate) async fn upsert(
+    /// Inserts the rows that are not there and replaces those that are, in as few statements as can
+    /// be; on PostgreSQL many new ones, as a worker that is behind has them, by COPY.
+    pub(crate) async fn write(
         &self,
         tx: &mut Transaction<'_>,
-        rows: Vec<Vec<Value>>,
+        mut inserts: Vec<Vec<Value>>,
+        updates: Vec<Vec<Value>>,
     ) -> Result<(), sqlx::Error> {
-        if rows.is_empty() {
+        if let Transaction::Postgres(connection) = tx
+            && inserts.len() >= COPY_ROWS_MIN
+        {
+            self.copy(connection, std::mem::take(&mut inserts)).await?;
+        }
+        inserts.extend(updates);
+        if inserts.is_empty() {
             return Ok(());
         }
         match tx {
-            Transaction::Postgres(connection) => self.upsert_postgres(connection, rows).await,
-            Transaction::Sqlite(connection) => self.upsert_sqlite(connection, rows).await,
+            Transaction::Postgres(connection) => self.upsert_postgres(connection, inserts).await,
+            Transaction::Sqlite(connection) => self.upsert_sqlite(connection, inserts).await,
         }
     }
 
@@ -165,6 +183,31 @@ impl Table {
     pub(crate) fn sqlite_values(&self, row: &SqliteRow) -> Result<Vec<Value>, sqlx::Error> {
         let columns = self.columns.iter().enumerate();
         columns.map(|(index, column)| from_sqlite(row, index, column)).collect()
+    }
+
+    /// Inserts rows of which none is there.
+    async fn copy(
+        &self,
+        connection: &mut PgConnection,
+        rows: Vec<Vec<Value>>,
+    ) -> Result<(), sqlx::Error> {
+        let mut copy = connection.copy_in_raw(self.postgres.copy.as_str()).await?;
+        let mut buffer = PgArgumentBuffer::default();
+        buffer.extend(COPY_HEADER);
+        let width = i16::try_from(self.columns.len()).expect("the definition was checked");
+        for row in rows {
+            buffer.extend(width.to_be_bytes());
+            for (column, value) in self.columns.iter().zip(row) {
+                add_field(&mut buffer, column, value)?;
+            }
+            if buffer.len() >= COPY_CHUNK_BYTES {
+                copy.send(buffer.as_slice()).await?;
+                buffer.clear();
+            }
+        }
+        buffer.extend(COPY_END);
+        copy.send(buffer.as_slice()).await?;
+        copy.finish().await.map(drop)
     }
 
     async fn upsert_postgres(
@@ -278,8 +321,12 @@ impl PostgresStatements {
         });
         list_names(upsert.text(") AS u ("), names).text(")");
         on_conflict(&mut upsert, names, key);
+        let mut copy = SqlText::new("COPY ");
+        list_names(copy.name(table).text(" ("), names);
+        copy.text(") FROM STDIN WITH (FORMAT binary)");
         Self {
             load: key_in_array(&mut select(table, columns, names, true)),
+            copy: copy.finish(),
             upsert: upsert.finish(),
             delete: key_in_array(SqlText::new("DELETE FROM ").name(table)),
         }

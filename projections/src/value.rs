@@ -5,10 +5,13 @@
 
 use chrono::{DateTime, NaiveDate, SecondsFormat, Utc};
 use kafold_core::row::{Column, ColumnKind, Value};
-use sqlx::postgres::{PgArguments, PgRow};
+use sqlx::postgres::{PgArgumentBuffer, PgArguments, PgRow};
 use sqlx::sqlite::{SqliteArguments, SqliteRow};
-use sqlx::{Arguments, Row};
+use sqlx::{Arguments, Encode, Postgres, Row};
 use uuid::Uuid;
+
+/// What the bytes of a JSONB begin with.
+const JSONB_VERSION: u8 = 1;
 
 /// Binds the values of one column as one array.
 pub(crate) fn add_array(
@@ -37,6 +40,40 @@ pub(crate) fn add_array(
         ColumnKind::Uuid => add!(Uuid: Uuid),
     };
     added.map_err(sqlx::Error::Encode)
+}
+
+/// Appends one field of a row as COPY reads it: the length of the value, -1 of NULL, and its bytes.
+pub(crate) fn add_field(
+    buffer: &mut PgArgumentBuffer,
+    column: &Column,
+    value: Value,
+) -> Result<(), sqlx::Error> {
+    let begin = buffer.len();
+    buffer.extend((-1_i32).to_be_bytes());
+    let encoded = match (column.kind, value) {
+        (_, Value::Null) => return Ok(()),
+        (ColumnKind::Boolean, Value::Boolean(inner)) => Encode::<Postgres>::encode(inner, buffer),
+        (ColumnKind::Integer, Value::Integer(inner)) => Encode::<Postgres>::encode(inner, buffer),
+        (ColumnKind::Real, Value::Real(inner)) => Encode::<Postgres>::encode(inner, buffer),
+        (ColumnKind::Text, Value::Text(inner) | Value::Json(inner)) => {
+            Encode::<Postgres>::encode(inner, buffer)
+        }
+        (ColumnKind::Json, Value::Text(inner) | Value::Json(inner)) => {
+            buffer.push(JSONB_VERSION);
+            Encode::<Postgres>::encode(inner, buffer)
+        }
+        (ColumnKind::Date, Value::Date(inner)) => Encode::<Postgres>::encode(inner, buffer),
+        (ColumnKind::Timestamp, Value::Timestamp(inner)) => {
+            Encode::<Postgres>::encode(inner, buffer)
+        }
+        (ColumnKind::Uuid, Value::Uuid(inner)) => Encode::<Postgres>::encode(inner, buffer),
+        (_, other) => return Err(mismatch(column, &other)),
+    };
+    encoded.map(drop).map_err(sqlx::Error::Encode)?;
+    let bytes = buffer.len() - begin - size_of::<i32>();
+    let length = i32::try_from(bytes).map_err(|error| sqlx::Error::Encode(error.into()))?;
+    buffer[begin..begin + size_of::<i32>()].copy_from_slice(&length.to_be_bytes());
+    Ok(())
 }
 
 /// Binds one value on PostgreSQL.

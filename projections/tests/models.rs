@@ -20,6 +20,7 @@ use sqlx::Row as _;
 
 on_both!(
     every_kind_of_column_comes_back_as_it_went,
+    many_new_rows_at_once_come_back_as_they_went,
     rows_are_found_by_declared_columns_in_the_order_of_the_key,
     a_row_that_folds_to_nothing_is_deleted,
     freshness_tells_what_an_answer_holds,
@@ -60,8 +61,17 @@ async fn run_through<M: ReadModel>(orders: &Orders, database: &TestDatabase, mod
 }
 
 async fn every_kind_of_column_comes_back_as_it_went(database: &TestDatabase) {
+    rows_come_back_as_they_went(40, database).await;
+}
+
+/// As many as PostgreSQL is given by COPY.
+async fn many_new_rows_at_once_come_back_as_they_went(database: &TestDatabase) {
+    rows_come_back_as_they_went(4_000, database).await;
+}
+
+async fn rows_come_back_as_they_went(count: i64, database: &TestDatabase) {
     let orders = Orders::new(2);
-    for n in 0..40 {
+    for n in 0..count {
         orders.place(&n.to_string(), "Zoë \"x\" 100% '; --", n * 1_000).await;
     }
     let cancelled = OrderEvent::Cancelled { customer: "c".to_owned(), cents: 1 };
