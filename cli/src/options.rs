@@ -66,9 +66,9 @@ impl Options {
     /// The log, if one is named.
     pub(crate) fn maybe_log(&self) -> Result<Option<LogUrl>, Error> {
         let Some(url) = &self.log else { return Ok(None) };
-        match url.split_once("://").map(|(scheme, _)| scheme) {
-            Some("sqlite") => Ok(Some(LogUrl::Sqlite(url.clone()))),
-            Some("kafka") => {
+        match url.split_once("://") {
+            Some(("sqlite", file)) if !file.is_empty() => Ok(Some(LogUrl::Sqlite(url.clone()))),
+            Some(("kafka", _)) => {
                 let config = url.parse::<KafkaConfig>();
                 let mut config = config.map_err(|error| Error::usage(error.to_string()))?;
                 config.limits.request_timeout = REQUEST_TIMEOUT;
@@ -114,8 +114,10 @@ impl Options {
                 Some(LogUrl::Kafka(_)) | None => None,
             });
         };
-        match url.split_once("://").map(|(scheme, _)| scheme) {
-            Some("sqlite" | "postgres" | "postgresql") => Ok(Some(url.clone())),
+        match url.split_once("://") {
+            Some(("sqlite" | "postgres" | "postgresql", rest)) if !rest.is_empty() => {
+                Ok(Some(url.clone()))
+            }
             _ => Err(Error::usage(format!(
                 "{:?} is not the URL of a database: write sqlite://FILE or \
                  postgres://USER:PASSWORD@HOST:PORT/NAME",

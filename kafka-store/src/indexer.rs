@@ -4,7 +4,7 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use kafold_core::clock::backoff;
+use kafold_core::clock::{backoff, within};
 use kafold_core::index::{Advanced, IndexBatch};
 use kafold_core::store::Cursor;
 use kafold_core::{Clock, IdGenerator, Offset, Partition, ReadError, RecordedEvent, StreamIndex};
@@ -24,8 +24,11 @@ use crate::writer::Input;
 const RETRY_BASE: Duration = Duration::from_millis(100);
 /// The longest such wait.
 const RETRY_MAX: Duration = Duration::from_secs(5);
-/// Offsets without events (claims, barriers) that are not worth a transaction of their own.
+/// Offsets without events (claims, barriers) that are not worth a transaction of their own, unless
+/// nothing else comes.
 const EMPTY_OFFSETS: u64 = 1_000;
+/// How long they wait for an event to go with.
+const EMPTY_WAIT: Duration = Duration::from_secs(5);
 /// How long a fetch for a lost index waits for records.
 const FETCH_WAIT: Duration = Duration::from_millis(50);
 /// How long a read of records that are known to be there may take.
@@ -144,16 +147,18 @@ impl Indexer {
 
     async fn feed(&self, shared: &Shared, tenure: Tenure, mut from: Offset) {
         let mut attempt = 0;
+        let mut waited = false;
         loop {
             // What the tail no longer holds is in the index, unless that has lost its place.
             let lost = from < shared.tail().start();
             let fed = if lost {
                 self.feed_again(shared).await
             } else {
-                match self.next_batch(shared, from) {
+                match self.next_batch(shared, from, std::mem::take(&mut waited)) {
                     Some(batch) => self.advance(shared, tenure, batch).await,
                     None => {
-                        shared.advanced.notified().await;
+                        let advanced = shared.advanced.notified();
+                        waited = within(&*self.clock, EMPTY_WAIT, advanced).await.is_none();
                         continue;
                     }
                 }
@@ -175,7 +180,7 @@ impl Indexer {
         }
     }
 
-    fn next_batch(&self, shared: &Shared, from: Offset) -> Option<IndexBatch> {
+    fn next_batch(&self, shared: &Shared, from: Offset, waited: bool) -> Option<IndexBatch> {
         let tail = shared.tail();
         let label = shared.partition.to_string();
         let lag = tail.next().next.0.saturating_sub(from.0);
@@ -184,6 +189,7 @@ impl Indexer {
         metrics::gauge!("kafold_index_lag_records", "partition" => label).set(lag as f64);
         let batch = tail.batch(from, self.config.limits.index_batch_events_max)?;
         let worth_it = !batch.events.is_empty()
+            || waited
             || batch.to.next.0 - from.0 >= EMPTY_OFFSETS
             || shared.handing_over.load(Ordering::Acquire);
         worth_it.then_some(batch)

@@ -196,6 +196,21 @@ async fn a_superseded_store_acknowledges_nothing_that_is_not_in_the_log() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_claim_alone_does_not_stay_behind_in_the_index() {
+    let Some(brokers) = support::brokers("a_claim_alone_does_not_stay_behind") else { return };
+    let config = support::config(&brokers, &support::new_name("claim"), "partitions=1");
+    let index = Arc::new(TestIndex::default());
+    let store = support::open_with(config, index.clone(), "claims").await;
+    support::ready(&store).await;
+    support::until("the index has passed the claim", || {
+        let fed = index.batches.lock().expect("no panic");
+        let passed = *fed == [(Partition(0), Offset(0), 0)];
+        if passed { Ok(()) } else { Err(format!("fed {fed:?}")) }
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_lost_index_is_fed_again_from_the_log() {
     let Some(brokers) = support::brokers("a_lost_index_is_fed_again") else { return };
     let config = support::config(&brokers, &support::new_name("lost"), "partitions=1");
