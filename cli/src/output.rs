@@ -38,18 +38,20 @@ impl Output {
         self.line(&json(serde_json::to_string(document))?)
     }
 
-    /// Rows below a header, in columns as wide as their longest cell.
+    /// Rows below a header, in columns as wide as their longest cell; of a cell with several lines
+    /// the first.
     pub(crate) fn table<const N: usize>(
         &mut self,
         header: [&str; N],
         rows: &[[String; N]],
     ) -> Result<(), Error> {
-        let header = header.map(str::to_owned);
-        let all = || std::iter::once(&header).chain(rows);
+        let first = |row: &[String; N]| row.each_ref().map(|cell| first_line(cell));
+        let all: Vec<[String; N]> =
+            std::iter::once(header.map(str::to_owned)).chain(rows.iter().map(first)).collect();
         let chars = |cell: &String| cell.chars().count();
         let widths: [usize; N] =
-            std::array::from_fn(|n| all().map(|row| chars(&row[n])).max().unwrap_or(0));
-        for row in all() {
+            std::array::from_fn(|n| all.iter().map(|row| chars(&row[n])).max().unwrap_or(0));
+        for row in &all {
             let mut line = String::new();
             for (cell, width) in row.iter().zip(widths) {
                 line += cell;
@@ -84,6 +86,13 @@ pub(crate) fn thousands(number: u64) -> String {
     groups.join(" ")
 }
 
+fn first_line(text: &str) -> String {
+    match text.split_once('\n') {
+        Some((first, _)) => format!("{first} …"),
+        None => text.to_owned(),
+    }
+}
+
 /// The text, or a dash for nothing.
 pub(crate) fn or_dash(text: Option<String>) -> String {
     text.unwrap_or_else(|| "-".into())
@@ -92,6 +101,12 @@ pub(crate) fn or_dash(text: Option<String>) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_cell_shows_one_line() {
+        assert_eq!(first_line("panicked: left != right\n left: 1"), "panicked: left != right …");
+        assert_eq!(first_line("3 events"), "3 events");
+    }
 
     #[test]
     fn long_numbers_are_grouped() {

@@ -76,8 +76,7 @@ impl Checks {
     fn print(&self, out: &mut Output) -> Result<(), Error> {
         let row = |check: &Check| {
             let level = format!("{:?}", check.level).to_lowercase();
-            let mut lines = check.found.lines();
-            [level, check.name.to_owned(), lines.next().unwrap_or_default().to_owned()]
+            [level, check.name.to_owned(), check.found.clone()]
         };
         out.table(["", "CHECK", "FOUND"], &self.0.iter().map(row).collect::<Vec<_>>())?;
         for check in self.0.iter().filter(|check| check.remedy.is_some()) {

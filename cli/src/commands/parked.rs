@@ -143,7 +143,9 @@ async fn show(context: &mut Context, args: ShowArgs) -> Result<(), Error> {
             time(event.recorded_at)
         ))?;
         let error = match &event.error {
-            Some(error) => format!("  failed {} times: {error}", event.attempts),
+            Some(error) => {
+                format!("  failed {} times: {}", event.attempts, error.replace('\n', "\n  "))
+            }
             None => "  waits behind an earlier event of its stream".to_owned(),
         };
         context.out.line(&error)?;
