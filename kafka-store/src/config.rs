@@ -75,6 +75,10 @@ pub struct Limits {
     pub tail_events_max: usize,
     /// Events in one index batch. Default 2 000.
     pub index_batch_events_max: usize,
+    /// How long an event waits for others of its partition to go into the index with it in one
+    /// transaction; a full batch, and a partition that is handed over, waits no longer. What waits is
+    /// in memory, and read again from the log after a crash. Default 200 ms.
+    pub index_delay: Duration,
     /// Index batches in flight over all partitions. Default 4.
     pub index_batches_max: usize,
     /// Loads that one query to the index gathers. Default 256.
@@ -130,6 +134,7 @@ impl Default for Limits {
             queued_submissions_max: 16_384,
             tail_events_max: 20_000,
             index_batch_events_max: 2_000,
+            index_delay: Duration::from_millis(200),
             index_batches_max: 4,
             load_requests_max: 256,
             queued_loads_max: 4_096,

@@ -147,20 +147,27 @@ impl Indexer {
 
     async fn feed(&self, shared: &Shared, tenure: Tenure, mut from: Offset) {
         let mut attempt = 0;
-        let mut waited = false;
+        let mut waits_since = None;
         loop {
             // What the tail no longer holds is in the index, unless that has lost its place.
-            let lost = from < shared.tail().start();
-            let fed = if lost {
+            let fed = if from < shared.tail().start() {
                 self.feed_again(shared).await
             } else {
-                match self.next_batch(shared, from, std::mem::take(&mut waited)) {
+                let Some(delay) = self.delay(shared, from) else {
+                    waits_since = None;
+                    shared.advanced.notified().await;
+                    continue;
+                };
+                let now = self.clock.instant();
+                let left = delay.saturating_sub(now - *waits_since.get_or_insert(now));
+                if !left.is_zero() {
+                    within(&*self.clock, left, shared.advanced.notified()).await;
+                    continue;
+                }
+                waits_since = None;
+                match self.next_batch(shared, from) {
                     Some(batch) => self.advance(shared, tenure, batch).await,
-                    None => {
-                        let advanced = shared.advanced.notified();
-                        waited = within(&*self.clock, EMPTY_WAIT, advanced).await.is_none();
-                        continue;
-                    }
+                    None => continue,
                 }
             };
             match fed {
@@ -180,19 +187,32 @@ impl Indexer {
         }
     }
 
-    fn next_batch(&self, shared: &Shared, from: Offset, waited: bool) -> Option<IndexBatch> {
+    /// How long what the tail has from an offset on may wait for more to go with it; `None` when it
+    /// has nothing.
+    fn delay(&self, shared: &Shared, from: Offset) -> Option<Duration> {
+        let limits = &self.config.limits;
+        let full = limits.index_batch_events_max.min(limits.tail_events_max / 2);
+        let tail = shared.tail();
+        let offsets = tail.next().next.0.saturating_sub(from.0);
+        let at_once = tail.events() >= full
+            || (tail.events() == 0 && offsets >= EMPTY_OFFSETS)
+            || shared.handing_over.load(Ordering::Acquire);
+        match tail.events() {
+            _ if offsets == 0 => None,
+            _ if at_once => Some(Duration::ZERO),
+            0 => Some(EMPTY_WAIT),
+            _ => Some(limits.index_delay),
+        }
+    }
+
+    fn next_batch(&self, shared: &Shared, from: Offset) -> Option<IndexBatch> {
         let tail = shared.tail();
         let label = shared.partition.to_string();
         let lag = tail.next().next.0.saturating_sub(from.0);
         metrics::gauge!("kafold_tail_events", "partition" => label.clone())
             .set(tail.events() as f64);
         metrics::gauge!("kafold_index_lag_records", "partition" => label).set(lag as f64);
-        let batch = tail.batch(from, self.config.limits.index_batch_events_max)?;
-        let worth_it = !batch.events.is_empty()
-            || waited
-            || batch.to.next.0 - from.0 >= EMPTY_OFFSETS
-            || shared.handing_over.load(Ordering::Acquire);
-        worth_it.then_some(batch)
+        tail.batch(from, self.config.limits.index_batch_events_max)
     }
 
     /// Where the index stands then.

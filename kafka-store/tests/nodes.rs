@@ -3,7 +3,7 @@
 mod support;
 
 use std::collections::BTreeMap;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -33,10 +33,10 @@ enum TallyCommand {
     Add {
         amount: u64,
     },
-    /// Holds its thread for so long before it adds one.
-    AddSlowly {
-        millis: u64,
-    },
+    /// Takes a second, is counted, and adds one.
+    AddCounted,
+    /// Takes until it is let go, and adds one.
+    AddHeld,
 }
 
 #[derive(Debug, Clone, PartialEq, thiserror::Error, Serialize, Deserialize)]
@@ -48,9 +48,9 @@ struct OverLimit {
 
 const LIMIT: u64 = 1_000;
 
-/// The slow decision of one test, which is counted.
-const COUNTED_MILLIS: u64 = 1_000;
+/// Each for one test.
 static COUNTED: AtomicUsize = AtomicUsize::new(0);
+static LET_GO: AtomicBool = AtomicBool::new(false);
 
 #[derive(Debug, Clone, Default)]
 struct Tally {
@@ -67,11 +67,15 @@ impl Aggregate for Tally {
     fn decide(&self, command: &TallyCommand) -> Result<Vec<TallyEvent>, OverLimit> {
         let amount = match *command {
             TallyCommand::Add { amount } => amount,
-            TallyCommand::AddSlowly { millis } => {
-                if millis == COUNTED_MILLIS {
-                    COUNTED.fetch_add(1, Ordering::SeqCst);
+            TallyCommand::AddCounted => {
+                COUNTED.fetch_add(1, Ordering::SeqCst);
+                std::thread::sleep(Duration::from_secs(1));
+                1
+            }
+            TallyCommand::AddHeld => {
+                while !LET_GO.load(Ordering::SeqCst) {
+                    std::thread::sleep(Duration::from_millis(1));
                 }
-                std::thread::sleep(Duration::from_millis(millis));
                 1
             }
         };
@@ -281,20 +285,18 @@ async fn a_slow_command_does_not_hold_up_other_streams() {
     let other =
         (0..).map(|n| format!("o{n}")).find(|id| !two.store.commands().is_local(&stream(id)));
     let other = other.expect("one of many");
-    let finished = Arc::new(AtomicUsize::new(0));
     let slowly = {
-        let (two, finished) = (Arc::clone(&two), Arc::clone(&finished));
+        let two = Arc::clone(&two);
         tokio::spawn(async move {
-            let command = TallyCommand::AddSlowly { millis: 2_000 };
-            let handled = two.tallies.handle(&slow, &command, new_command()).await;
-            finished.fetch_add(1, Ordering::SeqCst);
-            handled
+            two.tallies.handle(&slow, &TallyCommand::AddHeld, new_command()).await
         })
     };
     for version in 1..=20 {
-        assert_eq!(two.add(&other, 1, new_command()).await.expect("not held up"), version);
+        let added = two.add(&other, 1, new_command()).await;
+        // Before anything fails: a thread that is held would hold the test for ever.
+        LET_GO.fetch_or(added.is_err() || version == 20, Ordering::SeqCst);
+        assert_eq!(added.expect("not held up"), version);
     }
-    assert_eq!(finished.load(Ordering::SeqCst), 0, "the others were faster");
     assert_eq!(slowly.await.expect("no panic").expect("handled").version, Version(1));
 }
 
@@ -309,8 +311,7 @@ async fn what_was_begun_before_a_graceful_stop_is_answered_by_it() {
     let slowly = {
         let (two, id) = (Arc::clone(&two), id.clone());
         tokio::spawn(async move {
-            let command = TallyCommand::AddSlowly { millis: COUNTED_MILLIS };
-            two.tallies.handle(&id, &command, new_command()).await
+            two.tallies.handle(&id, &TallyCommand::AddCounted, new_command()).await
         })
     };
     support::until("it is begun", || match COUNTED.load(Ordering::SeqCst) {
