@@ -41,10 +41,11 @@ use opentelemetry_sdk::trace::{
     BatchConfigBuilder, BatchSpanProcessor, SdkTracerProvider, Span, SpanData, SpanExporter,
     SpanProcessor,
 };
-use tracing::Subscriber;
 use tracing::level_filters::LevelFilter;
+use tracing::subscriber::Interest;
+use tracing::{Level, Metadata, Subscriber};
 use tracing_subscriber::Layer;
-use tracing_subscriber::filter::Targets;
+use tracing_subscriber::filter::dynamic_filter_fn;
 use tracing_subscriber::registry::LookupSpan;
 
 /// Spans that have ended and are not exported yet, at most; one more is dropped and counted.
@@ -89,15 +90,20 @@ impl Otlp {
         Ok(Some(Self { provider: provider.build() }))
     }
 
-    /// Exports the spans of level info and above, with the events in them, whatever the log shows.
+    /// Exports the spans of level info and above, with the events in them, whatever the log shows: so a
+    /// filter of the log belongs to the layer of the log, for one before all layers is for spans too.
     pub fn layer<S>(&self) -> impl Layer<S> + Send + Sync + use<S>
     where
         S: Subscriber + for<'span> LookupSpan<'span> + Send + Sync,
     {
-        let traced = Targets::new().with_default(LevelFilter::INFO);
-        let traced = NOT_TRACED
-            .into_iter()
-            .fold(traced, |traced, target| traced.with_target(target, LevelFilter::OFF));
+        // Asked for every span anew, and never settled by `always`: `enabled` that is asked without a
+        // span or an event to follow, as sqlx asks it, would otherwise hide the next one from filters.
+        let traced = dynamic_filter_fn(|metadata, _| is_traced(metadata))
+            .with_callsite_filter(|metadata| match is_traced(metadata) {
+                true => Interest::sometimes(),
+                false => Interest::never(),
+            })
+            .with_max_level_hint(LevelFilter::INFO);
         // What says where in the program a span is from costs more than it tells: names do that.
         tracing_opentelemetry::layer()
             .with_tracer(self.provider.tracer("kafold"))
@@ -116,6 +122,11 @@ impl Otlp {
             tracing::warn!(%error, "the last spans were not exported");
         }
     }
+}
+
+fn is_traced(metadata: &Metadata<'_>) -> bool {
+    let root = metadata.target().split("::").next().unwrap_or_default();
+    *metadata.level() <= Level::INFO && !NOT_TRACED.contains(&root)
 }
 
 fn is_wanted() -> bool {

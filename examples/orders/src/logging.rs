@@ -5,9 +5,11 @@ use std::io::IsTerminal;
 use clap::ValueEnum;
 #[cfg(feature = "otlp")]
 use kafold::otlp::Otlp;
+use tracing::Subscriber;
 use tracing_subscriber::fmt::layer;
 use tracing_subscriber::prelude::*;
-use tracing_subscriber::{EnvFilter, Layer, Registry};
+use tracing_subscriber::registry::LookupSpan;
+use tracing_subscriber::{EnvFilter, Layer};
 
 /// How log lines look.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -30,16 +32,22 @@ pub(crate) enum InvalidLogging {
 
 /// Logs from now on, at `level` unless `RUST_LOG` says otherwise.
 pub(crate) fn start(level: &str, format: LogFormat) -> Result<(), InvalidLogging> {
-    let lines = lines(level, format)?;
-    tracing_subscriber::registry().with(lines).init();
+    tracing_subscriber::registry().with(filter(level)?).with(lines(format)).init();
     Ok(())
 }
 
 /// The same for the service, whose spans go where the variables `OTEL_…` say.
 #[cfg(feature = "otlp")]
 pub(crate) fn start_with_spans(level: &str, format: LogFormat) -> Result<Spans, InvalidLogging> {
-    let (lines, otlp) = (lines(level, format)?, Otlp::from_env("orders")?);
-    tracing_subscriber::registry().with(lines).with(otlp.as_ref().map(Otlp::layer)).init();
+    let otlp = Otlp::from_env("orders")?;
+    match &otlp {
+        // What the log leaves out may be exported all the same.
+        Some(otlp) => {
+            let lines = lines(format).with_filter(filter(level)?);
+            tracing_subscriber::registry().with(lines).with(otlp.layer()).init();
+        }
+        None => start(level, format)?,
+    }
     Ok(Spans(otlp))
 }
 
@@ -58,16 +66,20 @@ pub(crate) fn start_with_spans(level: &str, format: LogFormat) -> Result<Spans, 
     Ok(Spans())
 }
 
-fn lines(level: &str, format: LogFormat) -> Result<impl Layer<Registry>, InvalidLogging> {
+fn filter(level: &str) -> Result<EnvFilter, InvalidLogging> {
     let filter = std::env::var("RUST_LOG").ok().filter(|text| !text.trim().is_empty());
-    let filter = EnvFilter::try_new(filter.as_deref().unwrap_or(level));
-    let filter = filter.map_err(InvalidLogging::Filter)?;
+    EnvFilter::try_new(filter.as_deref().unwrap_or(level)).map_err(InvalidLogging::Filter)
+}
+
+fn lines<S>(format: LogFormat) -> Box<dyn Layer<S> + Send + Sync>
+where
+    S: Subscriber + for<'span> LookupSpan<'span>,
+{
     let lines = layer().with_ansi(std::io::stderr().is_terminal()).with_writer(std::io::stderr);
-    let lines = match format {
+    match format {
         LogFormat::Text => lines.boxed(),
         LogFormat::Json => lines.json().flatten_event(true).boxed(),
-    };
-    Ok(lines.with_filter(filter))
+    }
 }
 
 /// The export of spans, if there is one.
