@@ -181,12 +181,12 @@ impl CommandBus for Bus {
 
     fn call(&self, command: ForwardedCommand) -> BoxFuture<'static, Result<Reply, AppendError>> {
         let (span, command) = self.traced(command);
-        trace::around(span, self.called(command), |_, _| ())
+        trace::around(span, self.called(&command), |_, _| ())
     }
 
     fn send(&self, command: ForwardedCommand) -> BoxFuture<'static, Result<(), AppendError>> {
         let (span, command) = self.traced(command);
-        trace::around(span, self.sent(command), |_, ()| ())
+        trace::around(span, self.sent(&command), |_, ()| ())
     }
 
     fn serve(&self, category: &'static str, executor: &Arc<dyn CommandExecutor>) {
@@ -216,21 +216,21 @@ impl Bus {
         (span, ForwardedCommand { trace_parent, ..command })
     }
 
-    fn called(&self, command: ForwardedCommand) -> BoxFuture<'static, Result<Reply, AppendError>> {
+    fn called(&self, command: &ForwardedCommand) -> BoxFuture<'static, Result<Reply, AppendError>> {
         let begun = self.check().and_then(|()| {
             let full = || {
                 let why = format!("{} commands wait for other nodes", self.calls_max);
                 AppendError::unavailable(RETRY_AFTER, why)
             };
             let (call, replied) = self.calls.begin(self.calls_max).ok_or_else(full)?;
-            let delivery = self.post(&command, Some(self.reply_to(call.number)))?;
+            let delivery = self.post(command, Some(self.reply_to(call.number)))?;
             Ok((call, replied, delivery))
         });
         let (call, replied, delivery) = match begun {
             Ok(begun) => begun,
             Err(error) => return ready(Err(error)).boxed(),
         };
-        let (clock, left) = (Arc::clone(&self.clock), self.left(&command));
+        let (clock, left) = (Arc::clone(&self.clock), self.left(command));
         let command_id = command.command_id;
         async move {
             let unknown = AppendError::OutcomeUnknown { command_id };
@@ -257,8 +257,8 @@ impl Bus {
         .boxed()
     }
 
-    fn sent(&self, command: ForwardedCommand) -> BoxFuture<'static, Result<(), AppendError>> {
-        let posted = self.check().and_then(|()| self.post(&command, None));
+    fn sent(&self, command: &ForwardedCommand) -> BoxFuture<'static, Result<(), AppendError>> {
+        let posted = self.check().and_then(|()| self.post(command, None));
         let delivery = match posted {
             Ok(delivery) => delivery,
             Err(error) => return ready(Err(error)).boxed(),
