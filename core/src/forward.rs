@@ -30,7 +30,7 @@ pub struct ForwardedCommand {
     pub correlation_id: Option<String>,
     /// As in [`Metadata`](crate::Metadata).
     pub causation_id: Option<String>,
-    /// As in [`Metadata`](crate::Metadata).
+    /// As in [`Metadata`](crate::Metadata); where traces are recorded, of the span that sends it.
     pub trace_parent: Option<String>,
     /// After it the command is not executed any more. By the clocks of two nodes: they may differ by
     /// what a caller can bear.

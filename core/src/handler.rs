@@ -22,7 +22,8 @@
 //!   `miss`), and the histogram `kafold_command_seconds` of commands whose answer a caller waited
 //!   for.
 //!
-//! Every command is a span `command`, on each node that it comes to.
+//! Every command is a span `command`, on each node that it comes to. It is below the span in which the
+//! handler was called, or else below the caller's [`Request::trace_parent`].
 
 mod config;
 mod error;
@@ -56,6 +57,7 @@ use crate::forward::{CommandBus, CommandExecutor};
 use crate::ids::{CommandId, ExpectedVersion, InvalidStreamId, Position, StreamId, Version};
 use crate::snapshot::SnapshotStore;
 use crate::store::{Append, AppendError, Appended, EventStore, Outcome, Ticket, View};
+use crate::trace;
 
 /// How long a command that is already in the log may be held up by saving a snapshot.
 const SNAPSHOT_TIMEOUT: Duration = Duration::from_secs(1);
@@ -103,8 +105,9 @@ struct Job<'a, A: Aggregate> {
 
 impl<A: Aggregate> Job<'_, A> {
     fn span(&self) -> tracing::Span {
-        let Self { stream, command_id, .. } = self;
-        tracing::info_span!("command", category = A::CATEGORY, %stream, %command_id)
+        let span = command_span(&self.stream, self.command_id, false);
+        trace::set_parent(&span, self.request.trace_parent.as_deref());
+        span
     }
 
     fn named(&self) -> String {
@@ -234,8 +237,10 @@ impl<A: Aggregate> CommandHandler<A> {
     ) -> Result<Handled, HandleError<A::Error>> {
         let began = self.clock.instant();
         let job = self.job(id, command, command_id, request, self.config.deadline)?;
-        let result = self.run(&job).instrument(job.span()).await;
+        let span = job.span();
+        let result = self.run(&job).instrument(span.clone()).await;
         let outcome = error::outcome_name(&result);
+        error::tell_span(&span, outcome, &result);
         metrics::counter!("kafold_commands_total", "category" => A::CATEGORY, "outcome" => outcome)
             .increment(1);
         metrics::histogram!("kafold_command_seconds", "category" => A::CATEGORY)
@@ -274,8 +279,10 @@ impl<A: Aggregate> CommandHandler<A> {
             return forwarding::sent_answer::<A>(id, command_id, answer);
         };
         let job = self.job(id, command, command_id, request, self.config.send_deadline)?;
-        let result = self.send_to_owner(forwarding, &job).instrument(job.span()).await;
+        let span = job.span();
+        let result = self.send_to_owner(forwarding, &job).instrument(span.clone()).await;
         let outcome = error::sent_name(&result);
+        error::tell_span(&span, outcome, &result);
         metrics::counter!("kafold_commands_total", "category" => A::CATEGORY, "outcome" => outcome)
             .increment(1);
         result
@@ -425,7 +432,9 @@ impl<A: Aggregate> CommandHandler<A> {
         job: &Job<'_, A>,
         events: Vec<A::Event>,
     ) -> Result<Step<A::Error>, HandleError<A::Error>> {
-        let encoded = events.iter().map(|event| self.new_event(event, &job.request));
+        let here = trace::current();
+        let trace_parent = here.as_deref().or(job.request.trace_parent.as_deref());
+        let encoded = events.iter().map(|event| self.new_event(event, &job.request, trace_parent));
         let encoded = encoded
             .collect::<Result<Vec<_>, _>>()
             .map_err(|error| HandleError::Codec { stream: job.stream.clone(), error })?;
@@ -451,6 +460,7 @@ impl<A: Aggregate> CommandHandler<A> {
         &self,
         event: &A::Event,
         request: &Request,
+        trace_parent: Option<&str>,
     ) -> Result<NewEvent, codec::CodecError> {
         let metadata = Metadata {
             event_id: self.ids.event_id(),
@@ -458,7 +468,7 @@ impl<A: Aggregate> CommandHandler<A> {
             recorded_at: self.clock.now().trunc_subsecs(6),
             correlation_id: request.correlation_id.clone(),
             causation_id: request.causation_id.clone(),
-            trace_parent: request.trace_parent.clone(),
+            trace_parent: trace_parent.map(str::to_owned),
         };
         codec::new_event(event, metadata)
     }
@@ -535,6 +545,21 @@ impl<A: Aggregate> CommandHandler<A> {
         let remaining = deadline.saturating_duration_since(self.clock.instant());
         within(&*self.clock, remaining, work).await
     }
+}
+
+/// The span of a command, on either side of the way between two nodes.
+fn command_span(stream: &StreamId, command_id: CommandId, is_forwarded: bool) -> tracing::Span {
+    use tracing::field::Empty;
+    tracing::info_span!(
+        "command",
+        category = stream.category(),
+        %stream,
+        %command_id,
+        forwarded = is_forwarded.then_some(true),
+        outcome = Empty,
+        error.type = Empty,
+        otel.status_code = Empty,
+    )
 }
 
 fn handled(appended: Appended, events: u64) -> Handled {

@@ -16,6 +16,7 @@
 //! - [`codec`]: JSON payloads and upcasters;
 //! - [`row`]: a read model's row as named columns;
 //! - [`memory`]: the exact in-memory store and index: whoever writes another reads them first;
+//! - [`trace`]: trace context on its way through commands, events and readers;
 //! - [`scenario`]: given, when, then for the tests of a domain;
 //! - [`clock`]: the only way here to time and randomness.
 
@@ -40,6 +41,7 @@ pub mod snapshot;
 pub mod store;
 #[cfg(feature = "testing")]
 pub mod testing;
+pub mod trace;
 
 pub use aggregate::Aggregate;
 pub use clock::{Clock, IdGenerator};

@@ -158,6 +158,18 @@ impl AppendError {
     ) -> Self {
         Self::Unavailable { retry_after, cause: cause.into().into() }
     }
+
+    /// What metrics and spans call it.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Conflict { .. } => "conflict",
+            Self::NotOwner { .. } => "not_owner",
+            Self::NotAppended { .. } => "not_appended",
+            Self::OutcomeUnknown { .. } => "unknown",
+            Self::Unavailable { .. } => "unavailable",
+            Self::TooLarge { .. } => "too_large",
+        }
+    }
 }
 
 /// Why a stream or the log cannot be read.
@@ -289,6 +301,15 @@ pub struct Batch {
     pub end: Offset,
 }
 
+/// What a reader is to Kafka, for the spans of what it reads.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Consumer {
+    /// The topic that it reads.
+    pub topic: String,
+    /// The consumer group through which readers of one name share the partitions, if they do.
+    pub group: Option<String>,
+}
+
 /// What a [`Subscription`] tells.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum SourceMessage {
@@ -330,5 +351,10 @@ pub trait Subscription: Send {
     /// Whether readers of one name share the partitions, so that each is always some reader's.
     fn is_shared(&self) -> bool {
         false
+    }
+
+    /// What it is to Kafka; `None` where the log is elsewhere.
+    fn consumer(&self) -> Option<Consumer> {
+        None
     }
 }

@@ -10,7 +10,7 @@ use futures_util::{FutureExt, StreamExt, TryStreamExt};
 use kafold_core::store::{Append, Health, Outcome, View};
 use kafold_core::{
     AppendError, Appended, Clock, CommandId, EventStore, ReadError, RecordedEvent, StreamId,
-    Version,
+    Version, trace,
 };
 use kafold_migrations::SqliteDatabase;
 use tokio::sync::{mpsc, oneshot};
@@ -66,6 +66,21 @@ impl EmbeddedStore {
         }
     }
 
+    fn submitted(&self, append: Append) -> Outcome<Appended> {
+        let (deadline, command_id) = (append.deadline, append.commit.command_id());
+        let (waiting, turn, answer) = waiting(append);
+        if let Err(refused) = self.enqueue(Submission::Append(waiting)) {
+            return boxed(std::future::ready(Err(refused)));
+        }
+        boxed(answered(answer, deadline, Arc::clone(&self.clock), move || {
+            if turn.give_up() {
+                deadline_passed()
+            } else {
+                AppendError::OutcomeUnknown { command_id }
+            }
+        }))
+    }
+
     fn enqueue(&self, submission: Submission) -> Result<(), AppendError> {
         self.queue.try_send(Message::Submission(submission)).map_err(|refused| {
             let cause = match refused {
@@ -119,18 +134,17 @@ fn boxed<A: Send + 'static>(
 #[async_trait]
 impl EventStore for EmbeddedStore {
     fn submit(&self, append: Append) -> Outcome<Appended> {
-        let (deadline, command_id) = (append.deadline, append.commit.command_id());
-        let (waiting, turn, answer) = waiting(append);
-        if let Err(refused) = self.enqueue(Submission::Append(waiting)) {
-            return boxed(std::future::ready(Err(refused)));
-        }
-        boxed(answered(answer, deadline, Arc::clone(&self.clock), move || {
-            if turn.give_up() {
-                deadline_passed()
-            } else {
-                AppendError::OutcomeUnknown { command_id }
-            }
-        }))
+        let span = tracing::info_span!(
+            "append",
+            stream = append.stream.as_str(),
+            events = append.commit.count() as i64,
+            offset = tracing::field::Empty,
+            error.type = tracing::field::Empty,
+            otel.status_code = tracing::field::Empty,
+        );
+        trace::around(span, self.submitted(append), |span, appended| {
+            span.record("offset", appended.position.offset.0 as i64);
+        })
     }
 
     fn confirm(&self, view: View) -> Outcome<()> {

@@ -648,7 +648,7 @@ impl Thread {
         let outcome = match &result {
             Ok(appended) if appended.duplicate => "duplicate",
             Ok(_) => "appended",
-            Err(error) => name_of(error),
+            Err(error) => error.name(),
         };
         metrics::counter!("kafold_appends_total", "outcome" => outcome).increment(1);
         metrics::gauge!("kafold_pending").set(self.pending.len() as f64);
@@ -668,15 +668,4 @@ impl Thread {
 
 fn not_owner(partition: Partition) -> AppendError {
     AppendError::NotOwner { partition, owner: None }
-}
-
-fn name_of(error: &AppendError) -> &'static str {
-    match error {
-        AppendError::Conflict { .. } => "conflict",
-        AppendError::NotOwner { .. } => "not_owner",
-        AppendError::NotAppended { .. } => "not_appended",
-        AppendError::OutcomeUnknown { .. } => "unknown",
-        AppendError::Unavailable { .. } => "unavailable",
-        AppendError::TooLarge { .. } => "too_large",
-    }
 }

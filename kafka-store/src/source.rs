@@ -8,7 +8,7 @@ use async_trait::async_trait;
 use futures_util::StreamExt;
 use futures_util::future::BoxFuture;
 use futures_util::stream::FuturesUnordered;
-use kafold_core::store::{Batch, Cursor, SourceMessage, Subscription};
+use kafold_core::store::{Batch, Consumer, Cursor, SourceMessage, Subscription};
 use kafold_core::{Clock, EventSource, Offset, Partition, Position, ReadError, RecordedEvent};
 use tokio::sync::{mpsc, oneshot};
 
@@ -74,21 +74,21 @@ impl EventSource for KafkaSource {
             Arc::clone(&self.inquirer),
             Arc::clone(&self.clock),
         );
-        let (group, ready) = match self.config.assignment {
+        let (member, group, ready) = match self.config.assignment {
             Assignment::Everything => {
                 let all = (0..self.partitions).map(Partition).collect();
-                (None, VecDeque::from([SourceMessage::Assigned(all)]))
+                (None, None, VecDeque::from([SourceMessage::Assigned(all)]))
             }
             Assignment::Group => {
                 let group = self.config.readers_group(name);
                 let member = Membership::join(&self.config, &group, self.config.events_topic())
                     .map_err(|error| ReadError::unavailable(RETRY_AFTER, error))?;
-                (Some(member), VecDeque::new())
+                (Some(member), Some(group), VecDeque::new())
             }
         };
         tracing::debug!(name, topic = self.config.events_topic(), "subscribed");
         Ok(Box::new(KafkaSubscription {
-            topic: self.config.events_topic(),
+            consumer: Consumer { topic: self.config.events_topic(), group },
             partitions: self.partitions,
             low_end_patience: self.config.limits.low_end_patience,
             batch_events_max: batch_events_max.max(1),
@@ -99,7 +99,7 @@ impl EventSource for KafkaSource {
             starts: 0,
             reads: FuturesUnordered::new(),
             ready,
-            group,
+            group: member,
             revoking: Vec::new(),
         }))
     }
@@ -113,7 +113,7 @@ struct Answer {
 }
 
 struct KafkaSubscription {
-    topic: String,
+    consumer: Consumer,
     partitions: u32,
     low_end_patience: Duration,
     batch_events_max: usize,
@@ -204,6 +204,10 @@ impl Subscription for KafkaSubscription {
     fn is_shared(&self) -> bool {
         self.group.is_some()
     }
+
+    fn consumer(&self) -> Option<Consumer> {
+        Some(self.consumer.clone())
+    }
 }
 
 impl KafkaSubscription {
@@ -230,7 +234,7 @@ impl KafkaSubscription {
     }
 
     fn what(&self, partition: Partition) -> String {
-        format!("partition {partition} of topic {}", self.topic)
+        format!("partition {partition} of topic {}", self.consumer.topic)
     }
 
     /// Asks for the next records of a partition, after a pause.

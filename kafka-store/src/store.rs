@@ -11,7 +11,7 @@ use kafold_core::forward::Node;
 use kafold_core::store::{Append, Appended, Health, Outcome, Owner, View};
 use kafold_core::{
     Clock, CommandBus, CommandId, EventStore, IdGenerator, Offset, Partition, ReadError,
-    RecordedEvent, StreamId, StreamIndex, Version,
+    RecordedEvent, StreamId, StreamIndex, Version, trace,
 };
 use rdkafka::error::{KafkaError, RDKafkaErrorCode};
 use tokio::task::JoinSet;
@@ -234,6 +234,26 @@ impl KafkaStore {
     /// Carries commands to the nodes that own their streams.
     pub fn commands(&self) -> Arc<dyn CommandBus> {
         self.bus.clone()
+    }
+
+    /// From the submission to the outcome: what the caller waits for.
+    fn send_span(&self, partition: Partition, append: &Append) -> tracing::Span {
+        use tracing::field::Empty;
+        tracing::info_span!(
+            "send",
+            otel.name = format!("send {}", self.config.events_topic()),
+            otel.kind = "producer",
+            messaging.system = "kafka",
+            messaging.operation.name = "send",
+            messaging.operation.type = "send",
+            messaging.destination.name = self.config.events_topic(),
+            messaging.destination.partition.id = %partition,
+            messaging.kafka.message.key = append.stream.as_str(),
+            messaging.batch.message_count = append.commit.count() as i64,
+            messaging.kafka.offset = Empty,
+            error.type = Empty,
+            otel.status_code = Empty,
+        )
     }
 
     /// The nodes that are up, this one first, and what each owns.
@@ -484,7 +504,10 @@ async fn watch(
 impl EventStore for KafkaStore {
     fn submit(&self, append: Append) -> Outcome<Appended> {
         let partition = partition_of(&append.stream, self.topic.partitions);
-        self.driver.submit(partition, append)
+        let span = self.send_span(partition, &append);
+        trace::around(span, self.driver.submit(partition, append), |span, appended| {
+            span.record("messaging.kafka.offset", appended.position.offset.0 as i64);
+        })
     }
 
     fn confirm(&self, view: View) -> Outcome<()> {

@@ -4,8 +4,11 @@
 //! [`open_log`], which opens either kind of log by its URL, [`Database`], and [`projections`], the
 //! read models. Which log it is changes nothing for what is built on it.
 //!
-//! Features, all on by default: `embedded` (the log in one SQLite file), `kafka` (the log in
-//! partitioned topics), `projections` (read models on PostgreSQL and SQLite).
+//! Features that are on by default: `embedded` (the log in one SQLite file), `kafka` (the log in
+//! partitioned topics), `projections` (read models on PostgreSQL and SQLite). Those that are not:
+//! `opentelemetry`, with which the spans of one request share a trace from the caller to the read
+//! model, whoever exports them ([`trace`]); `otlp`, which exports them as the variables `OTEL_…` say
+//! (the module `otlp`).
 //!
 //! ```
 //! # tokio::runtime::Runtime::new().expect("runtime").block_on(async {
@@ -20,6 +23,8 @@
 
 mod error;
 mod log;
+#[cfg(feature = "otlp")]
+pub mod otlp;
 
 pub use kafold_core::*;
 

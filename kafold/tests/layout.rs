@@ -32,6 +32,10 @@ const NAMED_ONLY_BY: &[(&str, &[&str])] = &[
     // The campaign reads the log as a foreign consumer does.
     ("rdkafka", &["kafold-kafka-store", "kafold-chaos"]),
     ("sqlx", &["kafold-migrations", "kafold-embedded-store", "kafold-projections"]),
+    ("opentelemetry", &["kafold-core", "kafold"]),
+    ("tracing-opentelemetry", &["kafold-core", "kafold"]),
+    ("opentelemetry_sdk", &["kafold"]),
+    ("opentelemetry-otlp", &["kafold"]),
 ];
 
 fn metadata() -> Metadata {

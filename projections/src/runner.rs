@@ -17,7 +17,7 @@ use std::time::{Duration, Instant};
 
 use futures_util::FutureExt;
 use kafold_core::clock::backoff;
-use kafold_core::store::ReadError;
+use kafold_core::store::{Consumer, ReadError};
 use kafold_core::{Offset, Partition, Position};
 use kafold_migrations::Database;
 use tokio::sync::watch;
@@ -81,6 +81,17 @@ enum Failed {
     Superseded,
 }
 
+impl Failed {
+    /// What spans call it.
+    fn name(&self) -> &'static str {
+        match self {
+            Self::Unavailable(_) => "unavailable",
+            Self::Fault(_) => "fault",
+            Self::Superseded => "superseded",
+        }
+    }
+}
+
 /// One generation of a projection at work.
 pub(crate) struct Runner {
     handler: Arc<dyn Handler>,
@@ -109,6 +120,8 @@ pub(crate) struct Runner {
     source_complained: bool,
     /// Whether a group says who reads which partition.
     is_shared: bool,
+    /// What it is to Kafka.
+    consumer: Option<Consumer>,
     /// When to subscribe anew, after partitions were lost that the group has not taken away.
     retake_at: Option<Instant>,
 }
@@ -166,6 +179,7 @@ impl Runner {
             careful_until: HashMap::new(),
             source_complained: false,
             is_shared: false,
+            consumer: None,
             retake_at: None,
         }
     }
@@ -296,6 +310,7 @@ impl Runner {
             match until_asked(&mut self.shutdown, subscribing).await? {
                 Ok(subscription) => {
                     self.is_shared = subscription.is_shared();
+                    self.consumer = subscription.consumer();
                     self.retake_at = None;
                     return Ok(Reader::new(subscription, self.context.clock.clone()));
                 }

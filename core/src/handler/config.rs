@@ -59,7 +59,8 @@ pub struct Request {
     pub correlation_id: Option<String>,
     /// Recorded with every event: the event or command that led to this one.
     pub causation_id: Option<String>,
-    /// Recorded with every event: W3C trace context, as in the header `traceparent`.
+    /// Recorded with every event: W3C trace context, as in the header `traceparent`. Where traces are
+    /// recorded, that of the command's own span takes its place; see [`trace`](crate::trace).
     pub trace_parent: Option<String>,
     /// When the caller stops waiting; by default after [`HandlerConfig::deadline`]. Of a command
     /// that is only sent: when it is not to be handled any more; by default after

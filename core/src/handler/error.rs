@@ -1,10 +1,13 @@
 //! Why a command was not handled.
 
+use tracing::Span;
+
 use super::Handled;
 use crate::codec::CodecError;
 use crate::event::InvalidCommit;
 use crate::ids::{ExpectedVersion, InvalidStreamId, StreamId, Version};
 use crate::store::{AppendError, ReadError};
+use crate::trace;
 
 /// Why a command was not handled; each variant tells the caller what to do.
 #[derive(Debug, Clone, thiserror::Error)]
@@ -85,20 +88,26 @@ pub(super) fn sent_name<E: std::error::Error>(result: &Result<(), HandleError<E>
     result.as_ref().map_or_else(failure_name, |()| "sent")
 }
 
+/// Tells the command's span what it came to. What speaks for the domain is an answer and no failure.
+pub(super) fn tell_span<T, E: std::error::Error>(
+    span: &Span,
+    outcome: &'static str,
+    result: &Result<T, HandleError<E>>,
+) {
+    span.record("outcome", outcome);
+    match result {
+        Ok(_) | Err(HandleError::Rejected(_) | HandleError::Conflict { .. }) => {}
+        Err(_) => trace::failed(span, outcome),
+    }
+}
+
 fn failure_name<E: std::error::Error>(failure: &HandleError<E>) -> &'static str {
     match failure {
         HandleError::Rejected(_) => "rejected",
-        HandleError::Conflict { .. } | HandleError::Append(AppendError::Conflict { .. }) => {
-            "conflict"
-        }
-        HandleError::Append(AppendError::NotOwner { .. }) => "not_owner",
-        HandleError::Append(AppendError::NotAppended { .. }) => "not_appended",
-        HandleError::Append(AppendError::OutcomeUnknown { .. }) => "unknown",
-        HandleError::Append(AppendError::Unavailable { .. })
-        | HandleError::Read(ReadError::Unavailable { .. }) => "unavailable",
-        HandleError::Append(AppendError::TooLarge { .. }) | HandleError::InvalidCommit(_) => {
-            "too_large"
-        }
+        HandleError::Conflict { .. } => "conflict",
+        HandleError::Append(failure) => failure.name(),
+        HandleError::Read(ReadError::Unavailable { .. }) => "unavailable",
+        HandleError::InvalidCommit(_) => "too_large",
         HandleError::InvalidId(_) => "invalid_id",
         HandleError::Read(ReadError::Diverged { .. }) | HandleError::Codec { .. } => "unreadable",
     }

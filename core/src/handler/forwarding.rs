@@ -15,7 +15,7 @@ use serde_json::value::{RawValue, to_raw_value};
 use tracing::Instrument;
 
 use super::{CommandHandler, HandleError, Handled, Job, Request};
-use super::{count_retry, error, handled, too_late, unknown};
+use super::{command_span, count_retry, error, handled, too_late, unknown};
 use crate::aggregate::Aggregate;
 use crate::forward::{CommandBus, CommandExecutor, ForwardedCommand, Reply};
 use crate::ids::{CommandId, ExpectedVersion};
@@ -189,12 +189,11 @@ where
         command: &ForwardedCommand,
         deadline: Instant,
     ) -> Result<Reply, AppendError> {
-        let ForwardedCommand { stream, command_id, .. } = command;
-        let category = A::CATEGORY;
-        let span = tracing::info_span!("command", category, %stream, %command_id, forwarded = true);
-        let answer = self.handle(command, deadline).instrument(span).await;
+        let span = command_span(&command.stream, command.command_id, true);
+        let answer = self.handle(command, deadline).instrument(span.clone()).await;
         let outcome = error::outcome_name(&answer);
-        metrics::counter!("kafold_executed_commands_total", "category" => category, "outcome" => outcome)
+        error::tell_span(&span, outcome, &answer);
+        metrics::counter!("kafold_executed_commands_total", "category" => A::CATEGORY, "outcome" => outcome)
             .increment(1);
         reply::<A>(command, answer)
     }

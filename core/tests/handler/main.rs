@@ -8,4 +8,6 @@ mod forwarding;
 mod pipelining;
 mod scripted;
 mod snapshots;
+#[cfg(feature = "opentelemetry")]
+mod trace;
 mod wire;

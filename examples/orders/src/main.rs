@@ -48,7 +48,8 @@ Examples:
   orders admin stream show order-17
 
 Exit code: 0 ended as asked, 1 failed, 2 wrong usage, 130 interrupted.
-RUST_LOG sets what is logged, such as RUST_LOG=debug or RUST_LOG=info,orders=debug.";
+RUST_LOG sets what is logged, such as RUST_LOG=debug or RUST_LOG=info,orders=debug.
+OTEL_EXPORTER_OTLP_ENDPOINT names a collector for the spans, if built with --features otlp.";
 
 #[derive(Debug, Subcommand)]
 enum Command {
@@ -66,10 +67,11 @@ fn main() -> ExitCode {
     let cli = Cli::parse();
     match cli.command.unwrap_or(Command::Serve(cli.serve)) {
         Command::Serve(args) => {
-            if let Err(error) = logging::start("info", args.log_format) {
-                return failed(2, &error);
-            }
-            match run(serve::run(args)) {
+            let spans = match logging::start_with_spans("info", args.log_format) {
+                Ok(spans) => spans,
+                Err(error) => return failed(2, &error),
+            };
+            match run(serve::run(args, spans)) {
                 Ok(()) => ExitCode::SUCCESS,
                 Err(error) => failed(error.exit_code(), &error),
             }

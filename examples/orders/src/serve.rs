@@ -13,7 +13,7 @@ use tokio::sync::oneshot;
 
 use crate::http::problem::chain;
 use crate::http::{App, Limits, router};
-use crate::logging::LogFormat;
+use crate::logging::{LogFormat, Spans};
 use crate::say;
 use crate::service::Service;
 
@@ -123,7 +123,7 @@ impl ServeError {
 }
 
 /// Serves until a signal asks to stop.
-pub(crate) async fn run(args: ServeArgs) -> Result<(), ServeError> {
+pub(crate) async fn run(args: ServeArgs, spans: Spans) -> Result<(), ServeError> {
     if args.log.starts_with("kafka://") && args.database.is_none() {
         return Err(ServeError::NoDatabase);
     }
@@ -175,11 +175,13 @@ pub(crate) async fn run(args: ServeArgs) -> Result<(), ServeError> {
             }
         }
         let settling = settle(log, &service);
-        tokio::select! {
+        let settled = tokio::select! {
             biased;
             () = settling => Ok(()),
             () = clock.sleep(SETTLE_TIMEOUT) => Err(ServeError::NotSettled),
-        }
+        };
+        spans.flush().await;
+        settled
     };
     tokio::select! {
         biased;

@@ -81,6 +81,49 @@ fn is_whole(stack: &Stack, node: &Service) {
     }
 }
 
+#[cfg(feature = "otlp")]
+#[test]
+fn a_trace_leads_through_the_node_that_owns_the_stream() {
+    use opentelemetry_proto::tonic::trace::v1::span::SpanKind;
+    use support::collector::{Collector, child, hex, number, text};
+
+    let Some(stack) = Stack::kafka_and_postgres() else { return };
+    let collector = Collector::start();
+    let mut nodes = [(); 2].map(|()| stack.start_with(&[], &collector.environment()));
+    shared(&nodes.iter().collect::<Vec<_>>());
+    let trace = "4bf92f3577b34da6a3ce929d0e0e4736";
+    let trace_parent = format!("00-{trace}-00f067aa0ba902b7-01");
+    // Both nodes get an order of every partition, whichever they own.
+    for node in &nodes {
+        for nth in 0..12 {
+            let order = order(&format!("hop-{}-{nth}", node.address.port()), 1);
+            let placed = node.post_with("/orders", &[("traceparent", &trace_parent)], &order);
+            assert_eq!(placed.status, 201, "{placed:?}");
+        }
+    }
+    for node in &mut nodes {
+        node.signal("TERM");
+        assert!(node.ended().success(), "{}", node.log());
+    }
+    let spans = collector.trace(trace);
+    let log = stack.log_name().expect("it has topics");
+    let topic = format!("{log}.commands");
+    let sent = spans.iter().find(|span| span.name == format!("send {topic}"));
+    let sent = sent.expect("a command for the other node");
+    assert_eq!(sent.kind(), SpanKind::Producer);
+    assert_eq!(text(sent, "messaging.destination.name"), topic);
+    let name = format!("process {topic}");
+    let processed = child(&spans, &hex(&sent.span_id), &name, SpanKind::Consumer);
+    let key = "messaging.kafka.message.key";
+    assert_eq!(text(processed, key), text(sent, key));
+    let partition = "messaging.destination.partition.id";
+    assert_eq!(text(processed, partition), text(sent, partition));
+    assert!(number(processed, "messaging.kafka.offset") >= 0);
+    let command = child(&spans, &hex(&processed.span_id), "command", SpanKind::Internal);
+    assert_eq!(text(command, "outcome"), "appended");
+    child(&spans, &hex(&command.span_id), &format!("send {log}.events"), SpanKind::Producer);
+}
+
 #[test]
 fn an_import_to_three_replicas_survives_kills() {
     let Some(stack) = Stack::kafka_and_postgres() else { return };

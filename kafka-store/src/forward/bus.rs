@@ -10,10 +10,11 @@ use futures_util::future::{BoxFuture, Either, ready, select};
 use kafold_core::clock::within;
 use kafold_core::{
     AppendError, Clock, CommandBus, CommandExecutor, ForwardedCommand, Offset, Partition, Reply,
-    StreamId,
+    StreamId, trace,
 };
 use rdkafka::error::{KafkaError, RDKafkaErrorCode};
 use tokio::sync::oneshot;
+use tracing::Span;
 use uuid::Uuid;
 
 use super::inbox::Inboxes;
@@ -179,20 +180,57 @@ impl CommandBus for Bus {
     }
 
     fn call(&self, command: ForwardedCommand) -> BoxFuture<'static, Result<Reply, AppendError>> {
+        let (span, command) = self.traced(command);
+        trace::around(span, self.called(&command), |_, _| ())
+    }
+
+    fn send(&self, command: ForwardedCommand) -> BoxFuture<'static, Result<(), AppendError>> {
+        let (span, command) = self.traced(command);
+        trace::around(span, self.sent(&command), |_, ()| ())
+    }
+
+    fn serve(&self, category: &'static str, executor: &Arc<dyn CommandExecutor>) {
+        self.inboxes.serve(category, executor);
+    }
+}
+
+impl Bus {
+    /// The span around the way there, and back where a reply is waited for. The command carries it on.
+    fn traced(&self, command: ForwardedCommand) -> (Span, ForwardedCommand) {
+        use tracing::field::Empty;
+        let topic = self.outbox.commands_topic();
+        let span = tracing::info_span!(
+            "send",
+            otel.name = format!("send {topic}"),
+            otel.kind = "producer",
+            messaging.system = "kafka",
+            messaging.operation.name = "send",
+            messaging.operation.type = "send",
+            messaging.destination.name = topic,
+            messaging.destination.partition.id = %self.partition(&command.stream),
+            messaging.kafka.message.key = command.stream.as_str(),
+            error.type = Empty,
+            otel.status_code = Empty,
+        );
+        let trace_parent = span.in_scope(trace::current).or(command.trace_parent);
+        (span, ForwardedCommand { trace_parent, ..command })
+    }
+
+    fn called(&self, command: &ForwardedCommand) -> BoxFuture<'static, Result<Reply, AppendError>> {
         let begun = self.check().and_then(|()| {
             let full = || {
                 let why = format!("{} commands wait for other nodes", self.calls_max);
                 AppendError::unavailable(RETRY_AFTER, why)
             };
             let (call, replied) = self.calls.begin(self.calls_max).ok_or_else(full)?;
-            let delivery = self.post(&command, Some(self.reply_to(call.number)))?;
+            let delivery = self.post(command, Some(self.reply_to(call.number)))?;
             Ok((call, replied, delivery))
         });
         let (call, replied, delivery) = match begun {
             Ok(begun) => begun,
             Err(error) => return ready(Err(error)).boxed(),
         };
-        let (clock, left) = (Arc::clone(&self.clock), self.left(&command));
+        let (clock, left) = (Arc::clone(&self.clock), self.left(command));
         let command_id = command.command_id;
         async move {
             let unknown = AppendError::OutcomeUnknown { command_id };
@@ -219,8 +257,8 @@ impl CommandBus for Bus {
         .boxed()
     }
 
-    fn send(&self, command: ForwardedCommand) -> BoxFuture<'static, Result<(), AppendError>> {
-        let posted = self.check().and_then(|()| self.post(&command, None));
+    fn sent(&self, command: &ForwardedCommand) -> BoxFuture<'static, Result<(), AppendError>> {
+        let posted = self.check().and_then(|()| self.post(command, None));
         let delivery = match posted {
             Ok(delivery) => delivery,
             Err(error) => return ready(Err(error)).boxed(),
@@ -233,9 +271,5 @@ impl CommandBus for Bus {
             }
         }
         .boxed()
-    }
-
-    fn serve(&self, category: &'static str, executor: &Arc<dyn CommandExecutor>) {
-        self.inboxes.serve(category, executor);
     }
 }

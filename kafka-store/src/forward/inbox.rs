@@ -15,10 +15,11 @@ use futures_util::FutureExt;
 use kafold_core::clock::backoff;
 use kafold_core::{
     AppendError, Clock, CommandExecutor, ForwardedCommand, IdGenerator, Offset, Partition, Reply,
-    StreamId,
+    StreamId, trace,
 };
 use tokio::sync::{oneshot, watch};
 use tokio::task::JoinSet;
+use tracing::{Instrument, Span};
 
 use super::mark::Era;
 use super::outbox::Outbox;
@@ -46,6 +47,8 @@ const MARK_INTERVAL: Duration = Duration::from_secs(1);
 /// The commands of all partitions of this process.
 pub(crate) struct Inboxes {
     topic: String,
+    /// Says which node reads a partition.
+    group: String,
     reader: Reader<CommandRecord>,
     outbox: Arc<Outbox>,
     driver: Driver,
@@ -86,6 +89,21 @@ enum Outcome {
     Open,
 }
 
+impl Outcome {
+    /// What a span calls it, unless the command was handled as its domain wants it.
+    fn error(&self) -> Option<&'static str> {
+        match self {
+            Self::Settled(Reply::Unavailable { .. }) => Some("unavailable"),
+            Self::Settled(Reply::NotAppended { .. }) => Some("not_appended"),
+            Self::Settled(Reply::TooLarge { .. }) => Some("too_large"),
+            Self::Settled(Reply::OutcomeUnknown) | Self::Open => Some("unknown"),
+            Self::Settled(Reply::Failed { .. }) => Some("failed"),
+            Self::Settled(_) => None,
+            Self::Postponed => Some("postponed"),
+        }
+    }
+}
+
 /// The commands of one partition under one claim.
 struct Inbox<'a> {
     inboxes: &'a Arc<Inboxes>,
@@ -120,6 +138,7 @@ impl Inboxes {
     ) -> Self {
         Self {
             topic: config.commands_topic(),
+            group: config.owners_group(),
             reader,
             outbox,
             driver,
@@ -417,13 +436,16 @@ impl<'a> Inbox<'a> {
         let before = self.turns.insert(command.stream.clone(), (offset, next));
         let (inboxes, partition) = (Arc::clone(self.inboxes), self.shared.partition);
         let is_inherited = self.inherited.is_none_or(|end| offset < end);
+        let span = self.process_span(&command, record.offset);
         self.handling.spawn(async move {
             if let Some((_, before)) = before {
                 // Dropped is as good as used: the one before has begun.
                 let _ = before.await;
             }
             let outcome = {
-                let handled = inboxes.handle(partition, &command, reply_to.is_some(), is_inherited);
+                let handled = inboxes
+                    .handle(partition, &command, reply_to.is_some(), is_inherited)
+                    .instrument(span.clone());
                 let mut handled = Box::pin(AssertUnwindSafe(handled).catch_unwind());
                 // Once it was polled it has its place in the stream's queue.
                 let first = poll_fn(|context| Poll::Ready(handled.as_mut().poll(context))).await;
@@ -434,8 +456,34 @@ impl<'a> Inbox<'a> {
                 }
             };
             let outcome = outcome.unwrap_or_else(|_| Outcome::Settled(panicked(&command)));
+            if let Some(error) = outcome.error() {
+                trace::failed(&span, error);
+            }
             (Begun { offset, command, reply_to }, outcome)
         });
+    }
+
+    /// Below whoever sent the command: from when it was read to what became of it.
+    fn process_span(&self, command: &ForwardedCommand, offset: Offset) -> Span {
+        use tracing::field::Empty;
+        let Inboxes { topic, group, .. } = &**self.inboxes;
+        let span = tracing::info_span!(
+            "process",
+            otel.name = format!("process {topic}"),
+            otel.kind = "consumer",
+            messaging.system = "kafka",
+            messaging.operation.name = "process",
+            messaging.operation.type = "process",
+            messaging.destination.name = topic.as_str(),
+            messaging.destination.partition.id = %self.shared.partition,
+            messaging.consumer.group.name = group.as_str(),
+            messaging.kafka.message.key = command.stream.as_str(),
+            messaging.kafka.offset = offset.0 as i64,
+            error.type = Empty,
+            otel.status_code = Empty,
+        );
+        trace::set_parent(&span, command.trace_parent.as_deref());
+        span
     }
 
     /// `None` is a task that was ended with its claim.

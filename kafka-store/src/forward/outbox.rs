@@ -35,6 +35,10 @@ impl Outbox {
         Ok(Self { polled, commands: config.commands_topic(), replies: config.replies_topic() })
     }
 
+    pub(crate) fn commands_topic(&self) -> &str {
+        &self.commands
+    }
+
     /// Sends a command; an error says that it never will be in the topic.
     pub(crate) fn command(
         &self,

@@ -5,8 +5,9 @@ use std::time::Duration;
 
 use kafold_core::mutant::{self, Mutant};
 use kafold_core::store::Batch;
-use kafold_core::{Offset, Partition, RecordedEvent};
+use kafold_core::{Offset, Partition, RecordedEvent, trace};
 use kafold_migrations::Database;
+use tracing::{Instrument, Span};
 
 use super::{Ended, Failed, Role, Runner, sorted};
 use crate::checkpoint::{self, Step};
@@ -85,7 +86,12 @@ impl Runner {
                 return Ok(None);
             }
             self.set_aside(round, &mut aside)?;
-            match self.transact(round, &aside).await {
+            let span = self.span_of(round);
+            let transacted = self.transact(round, &aside).instrument(span.clone()).await;
+            if let Err(failed) = &transacted {
+                trace::failed(&span, failed.name());
+            }
+            match transacted {
                 Ok(()) => return Ok(None),
                 Err(Failed::Fault(fault)) => return Ok(Some(fault)),
                 Err(Failed::Superseded) => self.reconcile().await?,
@@ -97,6 +103,38 @@ impl Runner {
                 }
             }
         }
+    }
+
+    /// The span of one attempt to apply the round, linked to what led to its events. Advances of the log
+    /// without events are not worth one.
+    fn span_of(&self, round: &ProjectionBatch) -> Span {
+        use tracing::field::Empty;
+        if round.count() == 0 {
+            return Span::none();
+        }
+        let projection = self.status.name();
+        let consumer = self.consumer.as_ref();
+        let kafka = consumer.map(|_| "kafka");
+        let operation = consumer.map(|_| "process");
+        let span = tracing::info_span!(
+            parent: None,
+            "process",
+            otel.name = format!("process {}", consumer.map_or(projection, |it| &it.topic)),
+            otel.kind = "consumer",
+            messaging.system = kafka,
+            messaging.operation.name = operation,
+            messaging.operation.type = operation,
+            messaging.destination.name = consumer.map(|it| it.topic.as_str()),
+            messaging.consumer.group.name = consumer.and_then(|it| it.group.as_deref()),
+            messaging.batch.message_count = round.count() as i64,
+            projection,
+            generation = i64::from(self.generation.0),
+            error.type = Empty,
+            otel.status_code = Empty,
+        );
+        let origins = round.events().filter_map(|event| event.metadata.trace_parent.as_deref());
+        trace::link(&span, origins);
+        span
     }
 
     /// Leaves out what is not this worker's any more, and what is applied already.

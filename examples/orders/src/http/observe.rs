@@ -7,6 +7,7 @@ use axum::extract::{MatchedPath, Request, State};
 use axum::http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
+use kafold::trace;
 use tracing::Instrument;
 
 use super::App;
@@ -35,10 +36,7 @@ pub(crate) async fn around(
 ) -> Response {
     let begun = app.clock.instant();
     let method = request.method().clone();
-    let route = request
-        .extensions()
-        .get::<MatchedPath>()
-        .map_or_else(|| "none".to_owned(), |path| path.as_str().to_owned());
+    let route = request.extensions().get::<MatchedPath>().map(|path| path.as_str().to_owned());
     let request_id =
         id_of(request.headers(), &REQUEST_ID).unwrap_or_else(|| app.ids.event_id().to_string());
     let correlation_id = id_of(request.headers(), &CORRELATION_ID);
@@ -46,23 +44,48 @@ pub(crate) async fn around(
         correlation_id: correlation_id.unwrap_or_else(|| request_id.clone()),
         trace_parent: trace_parent(request.headers()),
     };
+    let span = span_of(&request, &request_id, route.as_deref());
+    trace::set_parent(&span, origin.trace_parent.as_deref());
     request.extensions_mut().insert(origin);
-    let span = tracing::info_span!("request", id = %request_id, %method, route);
     let mut response = within_limits(&app, request, next).instrument(span.clone()).await;
     if let Ok(value) = HeaderValue::from_str(&request_id) {
         response.headers_mut().insert(REQUEST_ID, value);
     }
     let took = app.clock.instant().saturating_duration_since(begun);
     let status = response.status().as_u16();
+    span.record("http.response.status_code", i64::from(status));
+    if response.status().is_server_error() {
+        trace::failed(&span, response.status().as_str());
+    }
     span.in_scope(|| tracing::debug!(status, took_ms = took.as_secs_f64() * 1000.0, "answered"));
     let labels = [
-        ("method", known_method(&method).to_owned()),
-        ("route", route),
+        ("method", known_method(&method).unwrap_or("other").to_owned()),
+        ("route", route.unwrap_or_else(|| "none".to_owned())),
         ("status", status.to_string()),
     ];
     metrics::counter!("http_requests_total", &labels).increment(1);
     metrics::histogram!("http_request_duration_seconds", &labels).record(took.as_secs_f64());
     response
+}
+
+/// The request as OpenTelemetry describes one; the rest is told when it is answered.
+fn span_of(request: &Request, id: &str, route: Option<&str>) -> tracing::Span {
+    use tracing::field::Empty;
+    let method = known_method(request.method());
+    let name = method.unwrap_or("HTTP");
+    tracing::info_span!(
+        "request",
+        id,
+        otel.name = route.map_or_else(|| name.to_owned(), |route| format!("{name} {route}")),
+        otel.kind = "server",
+        http.request.method = method.unwrap_or("_OTHER"),
+        http.route = route,
+        url.scheme = "http",
+        url.path = request.uri().path(),
+        http.response.status_code = Empty,
+        error.type = Empty,
+        otel.status_code = Empty,
+    )
 }
 
 async fn within_limits(app: &App, request: Request, next: Next) -> Response {
@@ -108,22 +131,13 @@ fn id_of(headers: &HeaderMap, name: &HeaderName) -> Option<String> {
     is_plain.then(|| text.to_owned())
 }
 
-/// Version 00 of W3C Trace Context; anything else is left out.
 fn trace_parent(headers: &HeaderMap) -> Option<String> {
     let text = headers.get("traceparent")?.to_str().ok()?;
-    let parts: Vec<&str> = text.split('-').collect();
-    let is_hex = |part: &&str| {
-        part.bytes().all(|byte| byte.is_ascii_digit() || (b'a'..=b'f').contains(&byte))
-    };
-    let is_valid = parts.iter().map(|part| part.len()).eq([2, 32, 16, 2])
-        && parts.iter().all(is_hex)
-        && parts[0] == "00"
-        && parts[1..3].iter().all(|id| id.bytes().any(|byte| byte != b'0'));
-    is_valid.then(|| text.to_owned())
+    trace::is_trace_parent(text).then(|| text.to_owned())
 }
 
-/// A method made up by a client must not become a metric of its own.
-fn known_method(method: &Method) -> &str {
+/// A method made up by a client must not become a metric or a name of its own.
+fn known_method(method: &Method) -> Option<&str> {
     match *method {
         Method::GET
         | Method::HEAD
@@ -131,26 +145,7 @@ fn known_method(method: &Method) -> &str {
         | Method::PUT
         | Method::PATCH
         | Method::DELETE
-        | Method::OPTIONS => method.as_str(),
-        _ => "other",
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn only_a_trace_parent_is_taken_over() {
-        let read = |text: &'static str| {
-            let headers =
-                [("traceparent".parse().expect("a name"), HeaderValue::from_static(text))];
-            trace_parent(&HeaderMap::from_iter(headers)).is_some()
-        };
-        assert!(read("00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"));
-        assert!(!read("00-4bf92f3577b34da6a3ce929d0e0e4736-0000000000000000-01"));
-        assert!(!read("01-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"));
-        assert!(!read("00-4BF92F3577B34DA6A3CE929D0E0E4736-00f067aa0ba902b7-01"));
-        assert!(!read("00-4bf92f35"));
+        | Method::OPTIONS => Some(method.as_str()),
+        _ => None,
     }
 }

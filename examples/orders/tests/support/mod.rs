@@ -14,6 +14,9 @@ use kafold::projections::sqlx::{AssertSqlSafe, Connection, PgConnection, query};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
+#[cfg(feature = "otlp")]
+pub(crate) mod collector;
+
 /// Longest wait for anything here; reached only when something is broken.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 const POLL_INTERVAL: Duration = Duration::from_millis(10);
@@ -99,8 +102,19 @@ impl Stack {
 
     /// Starts the service and waits until it listens.
     pub(crate) fn start(&self, more: &[&str]) -> Service {
+        self.start_with(more, &[])
+    }
+
+    /// The same with these variables in its environment.
+    pub(crate) fn start_with(&self, more: &[&str], environment: &[(&str, &str)]) -> Service {
         let args = self.args.iter().map(String::as_str).chain(more.iter().copied());
-        Service::start(self.folder.path(), &args.collect::<Vec<_>>())
+        Service::start(self.folder.path(), &args.collect::<Vec<_>>(), environment)
+    }
+
+    /// What its topics begin with; `None` where it has none.
+    pub(crate) fn log_name(&self) -> Option<&str> {
+        let (_, url) = self.args.get(1)?.split_once("kafka://")?;
+        url.split('?').next()?.split('/').nth(1)
     }
 }
 
@@ -181,7 +195,11 @@ fn create_database(server: &str, name: &str) -> String {
 pub(crate) fn orders(folder: &Path, args: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_orders"));
     command.current_dir(folder).args(args).stdin(Stdio::null());
-    for name in ["KAFOLD_LOG", "KAFOLD_DATABASE", "KAFOLD_LISTEN", "ORDERS_URL", "RUST_LOG"] {
+    let is_ours = |name: &str| {
+        let exact = ["KAFOLD_LOG", "KAFOLD_DATABASE", "KAFOLD_LISTEN", "ORDERS_URL", "RUST_LOG"];
+        exact.contains(&name) || name.starts_with("OTEL_")
+    };
+    for (name, _) in std::env::vars_os().filter(|(name, _)| name.to_str().is_some_and(is_ours)) {
         command.env_remove(name);
     }
     command
@@ -207,13 +225,14 @@ impl Drop for Service {
 }
 
 impl Service {
-    fn start(folder: &Path, args: &[&str]) -> Self {
+    fn start(folder: &Path, args: &[&str], environment: &[(&str, &str)]) -> Self {
         let log = folder.join(format!("{}.log", unique_name()));
         let output = File::create(folder.join("stdout")).expect("a file");
         let any_port = ["--listen", "127.0.0.1:0"];
         let listen = if args.contains(&"--listen") { &[][..] } else { &any_port[..] };
         let child = orders(folder, &[&["serve"], listen, args].concat())
             .env("RUST_LOG", "info,orders=debug")
+            .envs(environment.iter().copied())
             .stdout(output)
             .stderr(File::create(&log).expect("a file"))
             .spawn()
