@@ -16,6 +16,9 @@ use crate::harness::Sample;
 /// Between two looks of an open loop at what is due.
 const OPEN_LOOP_STEP: Duration = Duration::from_millis(1);
 
+/// Longer latencies count as this one.
+const LONGEST: Duration = Duration::from_secs(600);
+
 /// The monotonic time.
 pub fn now() -> Instant {
     SystemClock.instant()
@@ -32,8 +35,9 @@ pub struct Latencies(Histogram<u64>);
 
 impl Default for Latencies {
     fn default() -> Self {
-        // Three digits are a valid precision.
-        Self(Histogram::new(3).expect("a histogram of three digits"))
+        // Bounds and precision are valid.
+        let histogram = Histogram::new_with_bounds(1, LONGEST.as_nanos() as u64, 3);
+        Self(histogram.expect("a histogram of three digits"))
     }
 }
 
@@ -207,5 +211,19 @@ pub async fn until<T>(
             return Err(format!("{what}: not within {limit:?}").into());
         }
         sleep(Duration::from_millis(2)).await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn percentiles_are_those_of_what_was_added() {
+        let latencies: Latencies = (1..=1_000).map(Duration::from_micros).collect();
+        for (percent, expected) in [(50.0, 500.0), (99.0, 990.0), (99.9, 999.0)] {
+            let found = latencies.percentile_us(percent);
+            assert!((found / expected - 1.0).abs() < 0.002, "p{percent}: {found}");
+        }
     }
 }

@@ -8,7 +8,8 @@ use kafold::kafka::{Assignment, KafkaConfig, KafkaSource};
 use kafold::projections::{ProjectionState, Projections, SqlIndex};
 use kafold::store::Health;
 use kafold::{
-    CommandHandler, CommandId, Database, HandleError, IdGenerator, Log, LogOptions, StreamIndex,
+    AppendError, CommandHandler, CommandId, Database, HandleError, Handled, IdGenerator, Log,
+    LogOptions, StreamIndex,
 };
 
 use crate::Failure;
@@ -77,25 +78,27 @@ pub async fn applied(projections: &Projections, offsets: u64) -> Result<(), Fail
     until("everything is applied", LONG_WAIT_MAX, all).await
 }
 
-/// One command, sent again while the log cannot take it, as a client does that gets a 503.
+/// One command, sent again with the same id while the log cannot take it or its outcome is unknown, as
+/// a client does that gets a 503.
 pub async fn deposit(
     handler: &CommandHandler<Account>,
     id: &str,
     command: &Deposit,
-) -> Result<kafold::Handled, Failure> {
+) -> Result<Handled, Failure> {
     let (command_id, began) = (CommandId(RandomIds.event_id()), now());
     loop {
         let failure = match handler.handle(id, command, command_id).await {
             Ok(handled) => return Ok(handled),
             Err(failure) => failure,
         };
-        let HandleError::Append(kafold::AppendError::Unavailable { retry_after, .. }) = &failure
-        else {
-            return Err(failure.into());
+        let pause = match &failure {
+            HandleError::Append(AppendError::Unavailable { retry_after, .. }) => *retry_after,
+            HandleError::Append(AppendError::OutcomeUnknown { .. }) => Duration::ZERO,
+            _ => return Err(failure.into()),
         };
         if now() - began > WAIT_MAX {
             return Err(failure.into());
         }
-        sleep(*retry_after).await;
+        sleep(pause).await;
     }
 }

@@ -19,8 +19,10 @@ use crate::svg::{Chart, Scale};
 const PAYLOAD_BYTES: usize = 256;
 const ROUND_TRIP_GOAL: f64 = 1.3;
 const HOT_STREAM_GOAL: f64 = 50.0;
-/// The stream of R3 and of R2's baseline.
+/// The stream of R3.
 const HOT: &str = "0";
+/// Streams of R2, in turn: none gets so long that its older commands have to be looked up.
+const STREAMS: u64 = 1_000;
 
 /// A log, its handler, and a producer beside it to a topic like its own.
 struct Beside {
@@ -50,12 +52,19 @@ impl Beside {
         Ok(Self { log, scratch, handler, command, producer, records, brokers, names })
     }
 
-    /// So many commands of so many callers on one stream.
-    async fn commands(&self, callers: usize, calls: u64) -> Result<Measured, Failure> {
+    /// So many commands of so many callers on so many streams.
+    async fn commands(
+        &self,
+        callers: usize,
+        calls: u64,
+        streams: u64,
+    ) -> Result<Measured, Failure> {
         let (handler, command) = (self.handler.clone(), Arc::clone(&self.command));
-        closed_loop(callers, Until::Calls(calls), move |_| {
+        closed_loop(callers, Until::Calls(calls), move |number| {
             let (handler, command) = (handler.clone(), Arc::clone(&command));
-            async move { deposit(&handler, HOT, &command).await.map(drop) }
+            async move {
+                deposit(&handler, &(number % streams).to_string(), &command).await.map(drop)
+            }
         })
         .await
     }
@@ -84,11 +93,13 @@ impl Beside {
 pub async fn round_trip(bench: &Bench) -> Result<(), Failure> {
     let beside = Beside::open(bench).await?;
     let calls = bench.size.of(200, 500, 2_000);
+    // Each stream is known from here on.
+    beside.commands(64, STREAMS, STREAMS).await?;
     // All of them together, for the curve.
     let (mut all_ours, mut all_baseline) = (Latencies::default(), Latencies::default());
     let goal = Goal::AtMost(ROUND_TRIP_GOAL);
     let figures = [("p50_us", goal), ("p99_us", goal), ("p999_us", Goal::Stated)];
-    let ours = async || sampled(beside.commands(1, calls).await?, &mut all_ours);
+    let ours = async || sampled(beside.commands(1, calls, STREAMS).await?, &mut all_ours);
     let baseline = async || sampled(beside.round_trips(calls).await?, &mut all_baseline);
     bench.compare("R2", "one command, idle", &figures, ours, baseline).await?;
     let chart = Chart {
@@ -123,7 +134,7 @@ pub async fn hot_stream(bench: &Bench) -> Result<(), Failure> {
                 "R3",
                 format!("one stream, {callers} callers"),
                 &[("per_s", goal)],
-                async || Ok(beside.commands(callers, calls).await?.sample()),
+                async || Ok(beside.commands(callers, calls, 1).await?.sample()),
                 async || Ok(beside.round_trips(alone).await?.sample()),
             )
             .await?;
