@@ -15,8 +15,20 @@ use crate::servers::PARTITIONS;
 /// How long nothing may come before that is a failure.
 const SILENCE_MAX: Duration = Duration::from_secs(60);
 
-/// A consumer of all partitions of a topic from an offset on.
-pub fn consumer(brokers: &str, topic: &str, from: Offset) -> Result<BaseConsumer, Failure> {
+/// How long a broker may take to answer.
+const ANSWER_MAX: Duration = Duration::from_secs(10);
+
+/// Where a consumer begins.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum From {
+    /// With the first record.
+    Beginning,
+    /// Behind the last record that is there when the consumer is made.
+    End,
+}
+
+/// A consumer of all partitions of a topic.
+pub fn consumer(brokers: &str, topic: &str, from: From) -> Result<BaseConsumer, Failure> {
     let mut settings = ClientConfig::new();
     settings
         .set("bootstrap.servers", brokers)
@@ -33,8 +45,13 @@ pub fn consumer(brokers: &str, topic: &str, from: Offset) -> Result<BaseConsumer
         .set("queued.max.messages.kbytes", "16384");
     let consumer: BaseConsumer = settings.create()?;
     let mut partitions = TopicPartitionList::new();
-    for partition in 0..PARTITIONS {
-        partitions.add_partition_offset(topic, partition as i32, from)?;
+    for partition in 0..PARTITIONS as i32 {
+        let from = match from {
+            From::Beginning => Offset::Beginning,
+            // Found out now: records of the next moment are not to be missed.
+            From::End => Offset::Offset(consumer.fetch_watermarks(topic, partition, ANSWER_MAX)?.1),
+        };
+        partitions.add_partition_offset(topic, partition, from)?;
     }
     consumer.assign(&partitions)?;
     Ok(consumer)

@@ -12,12 +12,11 @@ use kafold::projections::sqlx::sqlite::{
 use kafold::projections::sqlx::{self, ConnectOptions, Connection, QueryBuilder, Sqlite};
 use rdkafka::Message;
 use rdkafka::message::BorrowedMessage;
-use rdkafka::topic_partition_list::Offset;
 use serde::Deserialize;
 use tokio::sync::mpsc;
 
 use crate::Failure;
-use crate::baselines::consumer::{consumer, each};
+use crate::baselines::consumer::{From, consumer, each};
 use crate::measure::now;
 use crate::servers::PARTITIONS;
 
@@ -168,7 +167,7 @@ fn read_all(
     events: u64,
     chunks: &mpsc::Sender<Vec<Event>>,
 ) -> Result<(), Failure> {
-    let consumer = consumer(brokers, topic, Offset::Beginning)?;
+    let consumer = consumer(brokers, topic, From::Beginning)?;
     let (mut chunk, mut seen) = (Vec::with_capacity(CHUNK_EVENTS), 0);
     each(&consumer, |message| {
         chunk.extend(event(message)?);

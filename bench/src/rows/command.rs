@@ -99,8 +99,8 @@ pub async fn round_trip(bench: &Bench) -> Result<(), Failure> {
     let (mut all_ours, mut all_baseline) = (Latencies::default(), Latencies::default());
     let goal = Goal::AtMost(ROUND_TRIP_GOAL);
     let figures = [("p50_us", goal), ("p99_us", goal), ("p999_us", Goal::Stated)];
-    let ours = async || sampled(beside.commands(1, calls, STREAMS).await?, &mut all_ours);
-    let baseline = async || sampled(beside.round_trips(calls).await?, &mut all_baseline);
+    let ours = async || sampled(&beside.commands(1, calls, STREAMS).await?, &mut all_ours);
+    let baseline = async || sampled(&beside.round_trips(calls).await?, &mut all_baseline);
     bench.compare("R2", "one command, idle", &figures, ours, baseline).await?;
     let chart = Chart {
         title: "One command on an idle log".into(),
@@ -115,7 +115,7 @@ pub async fn round_trip(bench: &Bench) -> Result<(), Failure> {
     beside.close().await
 }
 
-fn sampled(measured: Measured, all: &mut Latencies) -> Result<Sample, Failure> {
+fn sampled(measured: &Measured, all: &mut Latencies) -> Result<Sample, Failure> {
     all.add_all(&measured.latencies)?;
     Ok(measured.sample())
 }

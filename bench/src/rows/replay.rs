@@ -5,10 +5,9 @@ use std::ops::ControlFlow;
 
 use kafold::store::SourceMessage;
 use kafold::{Aggregate, EventSource, StreamId, codec};
-use rdkafka::topic_partition_list::Offset;
 
 use crate::Failure;
-use crate::baselines::consumer::{consumer, each};
+use crate::baselines::consumer::{From, consumer, each};
 use crate::domain::{Account, AccountEvent};
 use crate::fill::Fill;
 use crate::harness::{Bench, Goal, Sample};
@@ -71,7 +70,7 @@ async fn counted(brokers: &str, name: &str, events: u64) -> Result<Sample, Failu
     let (brokers, topic) = (brokers.to_owned(), format!("{name}.events"));
     let counting = move || {
         let began = now();
-        let consumer = consumer(&brokers, &topic, Offset::Beginning)?;
+        let consumer = consumer(&brokers, &topic, From::Beginning)?;
         let (mut seen, mut bytes) = (0, 0);
         each(&consumer, |message| {
             let payload = message.payload_len();

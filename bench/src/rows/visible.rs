@@ -8,10 +8,9 @@ use std::time::{Duration, Instant};
 
 use kafold::projections::{ProjectionWorker, Projections, ReadModel};
 use kafold::{CommandHandler, Log};
-use rdkafka::topic_partition_list::Offset;
 
 use crate::Failure;
-use crate::baselines::consumer::{consumer, each};
+use crate::baselines::consumer::{From, consumer, each};
 use crate::baselines::producer::{Records, Waiting, settings};
 use crate::domain::{Account, Balances, Deposit};
 use crate::harness::{Bench, Goal, Sample};
@@ -42,8 +41,8 @@ pub async fn run(bench: &Bench) -> Result<(), Failure> {
     let raw = Raw::open(&brokers, &names[1])?;
     let (mut all_ours, mut all_raw) = (Latencies::default(), Latencies::default());
     let figures = [("p99_us", Goal::AtMost(GOAL)), ("p50_us", Goal::Stated)];
-    let visible = async || sampled(ours.visible(load, calls).await?, &mut all_ours);
-    let polled = async || sampled(raw.polled(load, calls).await?, &mut all_raw);
+    let visible = async || sampled(&ours.visible(load, calls).await?, &mut all_ours);
+    let polled = async || sampled(&raw.polled(load, calls).await?, &mut all_raw);
     bench.compare("R9", format!("{load:.0} events/s"), &figures, visible, polled).await?;
     let chart = Chart {
         title: format!("After the acknowledgement, {load:.0} events/s"),
@@ -62,8 +61,8 @@ pub async fn run(bench: &Bench) -> Result<(), Failure> {
     Ok(())
 }
 
-fn sampled(latencies: Latencies, all: &mut Latencies) -> Result<Sample, Failure> {
-    all.add_all(&latencies)?;
+fn sampled(latencies: &Latencies, all: &mut Latencies) -> Result<Sample, Failure> {
+    all.add_all(latencies)?;
     let mut sample = Sample::new();
     latencies.put_into(&mut sample);
     Ok(sample)
@@ -156,9 +155,9 @@ impl Raw {
     }
 
     async fn polled(&self, rate_per_s: f64, calls: u64) -> Result<Latencies, Failure> {
-        let consumer = consumer(&self.brokers, &self.topic, Offset::End)?;
-        // Where the ends are is found out before the first record of this run.
-        let _ = consumer.poll(Duration::from_millis(500));
+        let (brokers, topic) = (self.brokers.clone(), self.topic.clone());
+        let consumer =
+            tokio::task::spawn_blocking(move || consumer(&brokers, &topic, From::End)).await??;
         let polling = tokio::task::spawn_blocking(move || {
             let mut moments = Moments::new();
             each(&consumer, |message| {
