@@ -35,7 +35,7 @@ const SUSTAINED_CALLERS: usize = 1_024;
 
 /// All cases of this size, and the sustained load.
 pub async fn run(bench: &Bench) -> Result<(), Failure> {
-    let payloads: &[usize] = bench.size.of(&[256], &[256, 1_024], &[256, 1_024]);
+    let payloads: &[usize] = bench.size.of(&[256], &[256], &[256, 1_024]);
     let single = bench.servers.broker().await?.to_owned();
     for payload_bytes in payloads {
         cases(bench, &single, *payload_bytes).await?;

@@ -1,6 +1,7 @@
 //! R8: the same load on few and on many streams, with the same bound on memory.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use kafold::clock::RandomIds;
 use kafold::{CommandHandler, IdGenerator, Log};
@@ -9,7 +10,7 @@ use crate::Failure;
 use crate::domain::{Account, Deposit};
 use crate::fill::Fill;
 use crate::harness::{Bench, Goal, Sample};
-use crate::measure::{Until, closed_loop, open_loop};
+use crate::measure::{Until, closed_loop, now, open_loop};
 use crate::ours::{deposit, index_caught_up, indexed, log_url, open};
 use crate::random::{Random, Zipf};
 use crate::rows::memory::resident_bytes;
@@ -26,9 +27,9 @@ const FEW: u64 = 1_000;
 pub async fn run(bench: &Bench) -> Result<(), Failure> {
     let sizes: &[u64] =
         bench.size.of(&[2_000], &[10_000, 100_000], &[100_000, 1_000_000, 10_000_000]);
-    let calls = bench.size.of(2_000, 8_000, 50_000);
+    let seconds = bench.size.of(1, 3, 20);
     let few = Grown::make(bench, FEW).await?;
-    let rate = few.closed(calls).await?["per_s"] / 2.0;
+    let rate = few.closed(seconds).await?["per_s"] / 2.0;
     let mut lines = [
         ("throughput".to_owned(), vec![(FEW as f64, 1.0)]),
         ("p99".to_owned(), vec![(FEW as f64, 1.0)]),
@@ -37,8 +38,8 @@ pub async fn run(bench: &Bench) -> Result<(), Failure> {
         let many = Grown::make(bench, streams).await?;
         let figures =
             [("per_s", Goal::AtLeast(THROUGHPUT_GOAL)), ("p99_us", Goal::AtMost(LATENCY_GOAL))];
-        let ours = async || many.both(calls, rate).await;
-        let baseline = async || few.both(calls, rate).await;
+        let ours = async || many.both(seconds, rate).await;
+        let baseline = async || few.both(seconds, rate).await;
         let case = format!("{streams} streams, over {FEW}");
         let compared = bench.compare("R8", case, &figures, ours, baseline).await?;
         let mib = resident_bytes()? / (1 << 20);
@@ -92,17 +93,19 @@ impl Grown {
         }
     }
 
-    async fn closed(&self, calls: u64) -> Result<Sample, Failure> {
+    async fn closed(&self, seconds: u64) -> Result<Sample, Failure> {
         let before = indexed(&self.scratch.database).await?;
-        let measured = closed_loop(CALLERS, Until::Calls(calls), self.call()).await?;
-        index_caught_up(&self.scratch.database, before, calls).await?;
+        let end = now() + Duration::from_secs(seconds);
+        let measured = closed_loop(CALLERS, Until::Time(end), self.call()).await?;
+        index_caught_up(&self.scratch.database, before, measured.latencies.count()).await?;
         Ok(measured.sample())
     }
 
     /// Throughput of the closed loop, latency of the open one.
-    async fn both(&self, calls: u64, rate_per_s: f64) -> Result<Sample, Failure> {
-        let mut sample = self.closed(calls).await?;
+    async fn both(&self, seconds: u64, rate_per_s: f64) -> Result<Sample, Failure> {
+        let mut sample = self.closed(seconds).await?;
         let before = indexed(&self.scratch.database).await?;
+        let calls = (rate_per_s * seconds as f64) as u64;
         open_loop(rate_per_s, calls, self.call()).await?.latencies.put_into(&mut sample);
         index_caught_up(&self.scratch.database, before, calls).await?;
         Ok(sample)
