@@ -22,6 +22,7 @@ const ARROWS: &[(&str, &[&str])] = &[
             "kafold-projections",
         ],
     ),
+    ("kafold-bench", &["kafold"]),
     ("kafold-chaos", &["kafold"]),
     ("kafold-cli", &["kafold"]),
     ("orders", &["kafold", "kafold-cli"]),
@@ -29,8 +30,8 @@ const ARROWS: &[(&str, &[&str])] = &[
 
 /// Foreign crates that only these crates of ours may name.
 const NAMED_ONLY_BY: &[(&str, &[&str])] = &[
-    // The campaign reads the log as a foreign consumer does.
-    ("rdkafka", &["kafold-kafka-store", "kafold-chaos"]),
+    // The campaign reads the log as a foreign consumer does, and baselines go without us.
+    ("rdkafka", &["kafold-kafka-store", "kafold-chaos", "kafold-bench"]),
     ("sqlx", &["kafold-migrations", "kafold-embedded-store", "kafold-projections"]),
     ("opentelemetry", &["kafold-core", "kafold"]),
     ("tracing-opentelemetry", &["kafold-core", "kafold"]),

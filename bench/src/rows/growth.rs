@@ -1,0 +1,121 @@
+//! R8: the same load on few and on many streams, with the same bound on memory.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use kafold::clock::RandomIds;
+use kafold::{CommandHandler, IdGenerator, Log};
+
+use crate::Failure;
+use crate::domain::{Account, Deposit};
+use crate::fill::Fill;
+use crate::harness::{Bench, Goal, Sample};
+use crate::measure::{Until, closed_loop, now, open_loop};
+use crate::ours::{deposit, index_caught_up, indexed, log_url, open};
+use crate::random::{Random, Zipf};
+use crate::rows::memory::resident_bytes;
+use crate::servers::{Scratch, remove_log};
+use crate::svg::{Chart, Scale};
+
+const PAYLOAD_BYTES: usize = 256;
+const CALLERS: usize = 64;
+const THROUGHPUT_GOAL: f64 = 0.9;
+const LATENCY_GOAL: f64 = 1.2;
+const FEW: u64 = 1_000;
+
+/// Each number of streams against a thousand.
+pub async fn run(bench: &Bench) -> Result<(), Failure> {
+    let sizes: &[u64] =
+        bench.size.of(&[2_000], &[10_000, 100_000], &[100_000, 1_000_000, 10_000_000]);
+    let seconds = bench.size.of(1, 3, 20);
+    let few = Grown::make(bench, FEW).await?;
+    let rate = few.closed(seconds).await?["per_s"] / 2.0;
+    let mut lines = [
+        ("throughput".to_owned(), vec![(FEW as f64, 1.0)]),
+        ("p99".to_owned(), vec![(FEW as f64, 1.0)]),
+    ];
+    for &streams in sizes {
+        let many = Grown::make(bench, streams).await?;
+        let figures =
+            [("per_s", Goal::AtLeast(THROUGHPUT_GOAL)), ("p99_us", Goal::AtMost(LATENCY_GOAL))];
+        let ours = async || many.both(seconds, rate).await;
+        let baseline = async || few.both(seconds, rate).await;
+        let case = format!("{streams} streams, over {FEW}");
+        let compared = bench.compare("R8", case, &figures, ours, baseline).await?;
+        let mib = resident_bytes()? / (1 << 20);
+        bench.note(format!("{rate:.0} commands/s in the open loop; {mib} MiB in memory"));
+        for (line, metric) in lines.iter_mut().zip(["per_s", "p99_us"]) {
+            line.1.push((streams as f64, compared.ratio(metric).unwrap_or_default()));
+        }
+        many.remove().await?;
+    }
+    let chart = Chart {
+        title: format!("The same load on more streams, over {FEW}"),
+        x: ("streams", Scale::Logarithmic),
+        y: ("ratio", Scale::Linear),
+        lines: lines.into(),
+    };
+    bench.draw("R8", &chart)?;
+    few.remove().await
+}
+
+/// A log with so many streams, all indexed.
+struct Grown {
+    brokers: String,
+    name: String,
+    streams: u64,
+    scratch: Scratch,
+    log: Log,
+    handler: CommandHandler<Account>,
+    command: Arc<Deposit>,
+}
+
+impl Grown {
+    async fn make(bench: &Bench, streams: u64) -> Result<Self, Failure> {
+        let brokers = bench.servers.broker().await?.to_owned();
+        let (name, scratch) = (bench.servers.new_name(), bench.servers.database().await?);
+        let (events, payload_bytes) = (streams, PAYLOAD_BYTES);
+        let fill = Fill { brokers: &brokers, name: &name, events, streams, payload_bytes };
+        fill.make(Some(&scratch.database)).await?;
+        let log = open(&log_url(&brokers, &name), &scratch.database).await?;
+        let handler = CommandHandler::new(log.store());
+        let command = Arc::new(Deposit::of_bytes(PAYLOAD_BYTES, &mut Random(7)));
+        Ok(Self { brokers, name, streams, scratch, log, handler, command })
+    }
+
+    fn call(&self) -> impl Fn(u64) -> BoxedCall + Clone + Send + 'static {
+        let (handler, command) = (self.handler.clone(), Arc::clone(&self.command));
+        let (seed, zipf) = (RandomIds.random(), Zipf::new(self.streams));
+        move |number| {
+            let rank = zipf.draw(&mut Random(seed ^ number.wrapping_mul(0x9e37_79b9)));
+            let (handler, command) = (handler.clone(), Arc::clone(&command));
+            Box::pin(async move { deposit(&handler, &rank.to_string(), &command).await.map(drop) })
+        }
+    }
+
+    async fn closed(&self, seconds: u64) -> Result<Sample, Failure> {
+        let before = indexed(&self.scratch.database).await?;
+        let end = now() + Duration::from_secs(seconds);
+        let measured = closed_loop(CALLERS, Until::Time(end), self.call()).await?;
+        index_caught_up(&self.scratch.database, before, measured.latencies.count()).await?;
+        Ok(measured.sample())
+    }
+
+    /// Throughput of the closed loop, latency of the open one.
+    async fn both(&self, seconds: u64, rate_per_s: f64) -> Result<Sample, Failure> {
+        let mut sample = self.closed(seconds).await?;
+        let before = indexed(&self.scratch.database).await?;
+        let calls = (rate_per_s * seconds as f64) as u64;
+        open_loop(rate_per_s, calls, self.call()).await?.latencies.put_into(&mut sample);
+        index_caught_up(&self.scratch.database, before, calls).await?;
+        Ok(sample)
+    }
+
+    async fn remove(self) -> Result<(), Failure> {
+        self.log.close().await;
+        self.scratch.remove().await?;
+        remove_log(&self.brokers, &self.name).await
+    }
+}
+
+type BoxedCall = futures_util::future::BoxFuture<'static, Result<(), Failure>>;

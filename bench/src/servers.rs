@@ -1,0 +1,170 @@
+//! Brokers and a database, by the scripts in `dev/`, or those that are there.
+
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use kafold::projections::sqlx::postgres::PgConnection;
+use kafold::projections::sqlx::{AssertSqlSafe, Connection, Executor};
+use kafold::{Database, Mode};
+use rdkafka::ClientConfig;
+use rdkafka::admin::{AdminClient, AdminOptions};
+use rdkafka::client::DefaultClientContext;
+use tokio::process::Command;
+use tokio::sync::OnceCell;
+
+use crate::Failure;
+use crate::proxy::Proxy;
+
+/// Partitions of every log here, as a new log has by default.
+pub const PARTITIONS: u32 = 12;
+
+/// A broker behind a proxy that counts, and where it keeps its data.
+pub struct Counted {
+    /// Its address, which is the proxy's.
+    pub brokers: String,
+    /// Counts what goes to the broker.
+    pub proxy: Proxy,
+    /// Its data.
+    pub data: PathBuf,
+}
+
+/// What is measured against; each is started when it is first asked for.
+pub struct Servers {
+    name: String,
+    single: OnceCell<String>,
+    three: OnceCell<String>,
+    counted: OnceCell<Counted>,
+    postgres: OnceCell<String>,
+    names: AtomicU32,
+}
+
+impl Servers {
+    /// Servers of our own, under names that begin so.
+    pub fn own(name: &str) -> Self {
+        Self {
+            name: name.to_owned(),
+            single: OnceCell::new(),
+            three: OnceCell::new(),
+            counted: OnceCell::new(),
+            postgres: OnceCell::new(),
+            names: AtomicU32::new(1),
+        }
+    }
+
+    /// One broker and a database that are there already.
+    pub fn given(name: &str, brokers: String, postgres: String) -> Self {
+        let (single, postgres) = (OnceCell::new_with(Some(brokers)), Some(postgres));
+        Self { single, postgres: OnceCell::new_with(postgres), ..Self::own(name) }
+    }
+
+    /// The address of one broker.
+    pub async fn broker(&self) -> Result<&str, Failure> {
+        let start =
+            async || run("kafka", &["up", "--name", &self.named("kafka"), "--nodes", "1"]).await;
+        Ok(self.single.get_or_try_init(start).await?)
+    }
+
+    /// The addresses of three brokers that replicate three times.
+    pub async fn three_brokers(&self) -> Result<&str, Failure> {
+        let start =
+            async || run("kafka", &["up", "--name", &self.named("kafka3"), "--nodes", "3"]).await;
+        Ok(self.three.get_or_try_init(start).await?)
+    }
+
+    /// One broker to which every byte is counted.
+    pub async fn counted_broker(&self) -> Result<&Counted, Failure> {
+        let start = async || {
+            let proxy = Proxy::bind().await?;
+            let (port, name) = (proxy.port.to_string(), self.named("kafka-counted"));
+            let up = ["up", "--name", &name, "--nodes", "1", "--advertise", &port];
+            proxy.forward_to(run("kafka", &up).await?.parse()?);
+            let data = repository().join("target/dev").join(&name).join("n1");
+            Ok::<_, Failure>(Counted { brokers: format!("127.0.0.1:{port}"), proxy, data })
+        };
+        self.counted.get_or_try_init(start).await
+    }
+
+    /// A new, empty database in PostgreSQL.
+    pub async fn database(&self) -> Result<Scratch, Failure> {
+        let start = async || run("postgres", &["up", "--name", &self.named("postgres")]).await;
+        let server = self.postgres.get_or_try_init(start).await?;
+        let name = self.new_name().replace('-', "_");
+        execute(server, format!("CREATE DATABASE {name}")).await?;
+        let (base, _) = server.rsplit_once('/').ok_or("the URL names no database")?;
+        let url = format!("{base}/{name}");
+        let database = Database::open(&url, Mode::Migrate).await?;
+        Ok(Scratch { database, url, name, server: server.clone() })
+    }
+
+    /// A name that nothing of this run has had.
+    pub fn new_name(&self) -> String {
+        let number = self.names.fetch_add(1, Ordering::Relaxed);
+        format!("{}-{}-{number}", self.name, std::process::id())
+    }
+
+    /// Ends what was started here and removes its data; also what an earlier run left behind.
+    pub async fn down(&self) -> Result<(), Failure> {
+        for kafka in ["kafka", "kafka3", "kafka-counted"] {
+            run("kafka", &["down", "--name", &self.named(kafka)]).await?;
+        }
+        run("postgres", &["down", "--name", &self.named("postgres")]).await.map(drop)
+    }
+
+    fn named(&self, what: &str) -> String {
+        format!("{}-{what}", self.name)
+    }
+}
+
+/// A database of its own.
+pub struct Scratch {
+    /// Open, with the toolkit's tables.
+    pub database: Database,
+    /// Its URL.
+    pub url: String,
+    name: String,
+    server: String,
+}
+
+impl Scratch {
+    /// Removes it.
+    pub async fn remove(self) -> Result<(), Failure> {
+        self.database.close().await;
+        execute(&self.server, format!("DROP DATABASE {} WITH (FORCE)", self.name)).await
+    }
+}
+
+async fn execute(server: &str, sql: String) -> Result<(), Failure> {
+    let mut connection = PgConnection::connect(server).await?;
+    // The name in it is ours.
+    connection.execute(AssertSqlSafe(sql)).await?;
+    Ok(connection.close().await?)
+}
+
+/// Removes the topics of a log.
+pub async fn remove_log(brokers: &str, name: &str) -> Result<(), Failure> {
+    let admin: AdminClient<DefaultClientContext> =
+        ClientConfig::new().set("bootstrap.servers", brokers).create()?;
+    let topics = ["events", "commands", "replies"].map(|topic| format!("{name}.{topic}"));
+    let topics: Vec<_> = topics.iter().map(String::as_str).collect();
+    // One that was never made is no failure.
+    admin.delete_topics(&topics, &AdminOptions::new()).await.map(drop)?;
+    Ok(())
+}
+
+/// The folder of the repository.
+pub fn repository() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("..")
+}
+
+/// Runs one of the scripts in `dev/` and answers the last line it printed.
+async fn run(script: &str, arguments: &[&str]) -> Result<String, Failure> {
+    let mut command = Command::new(repository().join("dev").join(script));
+    let output = command.args(arguments).stdin(Stdio::null()).output().await?;
+    let said = String::from_utf8_lossy(&output.stdout).into_owned();
+    if !output.status.success() {
+        let complained = String::from_utf8_lossy(&output.stderr);
+        return Err(format!("dev/{script} {arguments:?}: {said}{complained}").into());
+    }
+    Ok(said.lines().last().unwrap_or_default().to_owned())
+}
