@@ -57,6 +57,8 @@ pub enum Mutant {
     CheckpointWithoutState,
     /// A command is never looked for.
     DedupeOff,
+    /// A command that is older than the recent ones counts as one that never was.
+    OlderForgotten,
     /// A malformed record is skipped.
     SkipMalformed,
     /// A command handler's state keeps the events of a commit that was not appended.

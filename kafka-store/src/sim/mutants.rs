@@ -12,7 +12,7 @@ use crate::wire::{Content, LogRecord, Malformed};
 const SEEDS_MAX: u64 = 10_000;
 
 /// Those that random histories find.
-const FOUND_BY_CHANCE: [Mutant; 22] = [
+const FOUND_BY_CHANCE: [Mutant; 23] = [
     Mutant::AckOnEnqueue,
     Mutant::AckOnAnyReport,
     Mutant::AckOnConsecutiveOffsets,
@@ -34,6 +34,7 @@ const FOUND_BY_CHANCE: [Mutant; 22] = [
     Mutant::CheckpointInsideCommit,
     Mutant::CheckpointWithoutState,
     Mutant::DedupeOff,
+    Mutant::OlderForgotten,
     Mutant::PendingStateInCache,
 ];
 

@@ -72,6 +72,8 @@ pub(super) fn limits() -> WriterLimits {
         unindexed_events_max: 60,
         streams_max: 2,
         recent_commands_max: 3,
+        // That of one stream, of the one used last.
+        older_commands_bytes_max: 400,
         loads_max: 2,
         refused_commands_max: 8,
         barrier_interval: Duration::from_millis(5),

@@ -181,7 +181,7 @@ impl PartitionWriter {
             return None;
         }
         let known = stream.known()?;
-        let complete = known.complete;
+        let excluded = known.excludes(command_id);
         if let Some(found) = known.find(command_id) {
             let (version, position) = (found.version, found.position);
             return Some(Decision::Answer(Ok(Appended { version, position, duplicate: true })));
@@ -189,7 +189,7 @@ impl PartitionWriter {
         if let Some((_, seq)) = stream.pending.iter().find(|(command, _)| *command == command_id) {
             return Some(Decision::Attach(*seq));
         }
-        if complete || stream.not_found == Some(command_id) {
+        if excluded || stream.not_found == Some(command_id) {
             return None;
         }
         if stream.finding.is_none() && self.take_lookup(id, stream) {

@@ -126,7 +126,7 @@ fn hash_stream(stream: &Stream, into: &mut impl Hasher) {
     match knowledge {
         Knowledge::Unknown => 0.hash(into),
         Knowledge::Loading(since) => (1, since.len()).hash(into),
-        Knowledge::Known(known) => (2, known.version, known.complete).hash(into),
+        Knowledge::Known(known) => (2, known.version, known.older.is_some()).hash(into),
     }
     waiting.len().hash(into);
     waiting.iter().for_each(|waiting| hash_waiting(waiting, into));

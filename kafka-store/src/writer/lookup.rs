@@ -36,10 +36,12 @@ impl PartitionWriter {
         if !matches!(stream.knowledge, Knowledge::Loading(_)) {
             return;
         }
-        match head.map(|head| stream.loaded(head, recent_max)) {
-            Ok(Ok(())) => {}
-            Ok(Err(broken)) => {
-                return self.halt_at(self.reader.fold().next(), id, &broken, turn);
+        match head {
+            Ok(head) => {
+                let learned = self.streams.learn(&id, |stream| stream.loaded(head, recent_max));
+                if let Some(Err(broken)) = learned {
+                    return self.halt_at(self.reader.fold().next(), id, &broken, turn);
+                }
             }
             Err(error) => {
                 stream.knowledge = Knowledge::Unknown;

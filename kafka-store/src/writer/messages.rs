@@ -49,8 +49,13 @@ pub struct WriterLimits {
     /// Streams whose versions and recent commands are kept; the least recently used is forgotten and
     /// loaded again when needed. Default 100 000.
     pub streams_max: usize,
-    /// Recent commands kept of each stream; older ones are looked up. Default 64.
+    /// Recent commands kept of each stream with what they came to. Default 64.
     pub recent_commands_max: usize,
+    /// Bytes, about 2 to 4 a command, to know of the older commands of streams which they were: what
+    /// is none of them needs no look-up. Beyond it the streams not used for longest look up each
+    /// command, as a stream does that was longer than its recent commands when it was loaded.
+    /// Default 8 MiB.
+    pub older_commands_bytes_max: usize,
     /// Loads and look-ups in flight; more wait for their turn. Default 256.
     pub loads_max: usize,
     /// Commands remembered that the broker refused for good. Default 1 024.
@@ -88,6 +93,7 @@ impl Default for WriterLimits {
             unindexed_events_max: 20_000,
             streams_max: 100_000,
             recent_commands_max: 64,
+            older_commands_bytes_max: 8 << 20,
             loads_max: 256,
             refused_commands_max: 1_024,
             barrier_interval: Duration::from_millis(5),

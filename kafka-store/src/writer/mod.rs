@@ -10,6 +10,7 @@
 //! - `messages`: inputs, outputs, limits;
 //! - `flight`: what is produced under the current claim and not proven;
 //! - `streams`: versions and recent commands by stream, and who waits;
+//! - `older`: the commands before those, as far as memory goes;
 //! - `claim`: taking the partition over, losing it, and doubt;
 //! - `admit`: what is taken, and what is refused before anything is produced;
 //! - `lookup`: loads of streams and look-ups of commands;
@@ -24,6 +25,7 @@ mod flight;
 mod fork;
 mod lookup;
 mod messages;
+mod older;
 mod settle;
 mod streams;
 
@@ -136,7 +138,7 @@ impl PartitionWriter {
         let refused_max =
             NonZeroUsize::new(limits.refused_commands_max).unwrap_or(NonZeroUsize::MIN);
         Self {
-            streams: Streams::new(limits.streams_max),
+            streams: Streams::new(limits.streams_max, limits.older_commands_bytes_max),
             refused: LruCache::new(refused_max),
             config,
             entropy,

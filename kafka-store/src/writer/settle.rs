@@ -71,15 +71,16 @@ impl PartitionWriter {
         });
         let pending = if pending { self.pending.pop_front() } else { None };
         let recent_max = self.config.limits.recent_commands_max;
-        if let Some(stream) = self.streams.get_mut(&id) {
+        let learned = self.streams.learn(&id, |stream| {
             if pending.is_some() {
                 stream.pending.pop_front();
             } else {
                 stream.last = None;
             }
-            if let Err(broken) = stream.push(&commit.events, recent_max) {
-                return self.halt_at(first, id, &broken, turn);
-            }
+            stream.push(&commit.events, recent_max)
+        });
+        if let Some(Err(broken)) = learned {
+            return self.halt_at(first, id, &broken, turn);
         }
         let next = self.reader.fold().checkpoint();
         self.told = next.next;

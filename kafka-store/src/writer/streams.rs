@@ -4,11 +4,13 @@ use std::collections::{BTreeSet, VecDeque};
 use std::sync::Arc;
 use std::time::Instant;
 
+use kafold_core::mutant::{self, Mutant};
 use kafold_core::store::{Append, Ticket, View};
 use kafold_core::{CommandId, RecordedEvent, StreamId, Version};
 use lru::LruCache;
 
 use super::messages::{CommandOutcome, RequestId, StreamHead};
+use super::older::OlderCommands;
 
 /// A submission or confirm that cannot be decided yet.
 #[derive(Debug, Clone)]
@@ -65,8 +67,8 @@ pub(super) enum Knowledge {
 pub(super) struct Known {
     pub(super) version: Version,
     recent: VecDeque<CommandOutcome>,
-    /// `recent` holds all commands there ever were.
-    pub(super) complete: bool,
+    /// The commands before the recent ones, if they are known.
+    pub(super) older: Option<OlderCommands>,
 }
 
 /// A commit that does not continue its stream: the stream's version and the commit's first.
@@ -77,10 +79,15 @@ pub(super) struct NotGapless {
 
 impl Known {
     fn new(head: StreamHead, recent_max: usize) -> Self {
-        let mut known =
-            Self { version: head.version, recent: head.recent.into(), complete: head.complete };
+        let older = head.complete.then(OlderCommands::default);
+        let mut known = Self { version: head.version, recent: head.recent.into(), older };
         known.cut(recent_max);
         known
+    }
+
+    /// Whether a command that [`Known::find`] does not know cannot be in the stream.
+    pub(super) fn excludes(&self, command_id: CommandId) -> bool {
+        self.older.as_ref().is_some_and(|older| !older.may_hold(command_id))
     }
 
     pub(super) fn find(&self, command_id: CommandId) -> Option<&CommandOutcome> {
@@ -89,8 +96,12 @@ impl Known {
 
     fn cut(&mut self, recent_max: usize) {
         while self.recent.len() > recent_max {
-            self.recent.pop_front();
-            self.complete = false;
+            let oldest = self.recent.pop_front();
+            if let (Some(older), Some(oldest)) = (&mut self.older, oldest)
+                && !mutant::active(Mutant::OlderForgotten)
+            {
+                older.add(oldest.command_id);
+            }
         }
     }
 
@@ -157,6 +168,12 @@ impl Stream {
         Ok(())
     }
 
+    /// Memory of what is known of its older commands.
+    fn older_bytes(&self) -> usize {
+        let older = self.known().and_then(|known| known.older.as_ref());
+        older.map_or(0, OlderCommands::bytes)
+    }
+
     fn is_idle(&self) -> bool {
         self.waiting.is_empty()
             && self.pending.is_empty()
@@ -170,6 +187,9 @@ impl Stream {
 pub(super) struct Streams {
     entries: LruCache<StreamId, Stream>,
     entries_max: usize,
+    /// Memory of older commands: what there is, or more than that.
+    older_bytes: usize,
+    older_bytes_max: usize,
     /// Those where somebody waits.
     pub(super) waiting: BTreeSet<StreamId>,
     /// Loads and look-ups under way.
@@ -179,10 +199,12 @@ pub(super) struct Streams {
 }
 
 impl Streams {
-    pub(super) fn new(entries_max: usize) -> Self {
+    pub(super) fn new(entries_max: usize, older_bytes_max: usize) -> Self {
         Self {
             entries: LruCache::unbounded(),
             entries_max,
+            older_bytes: 0,
+            older_bytes_max,
             waiting: BTreeSet::new(),
             lookups: 0,
             lookup_queue: VecDeque::new(),
@@ -195,6 +217,38 @@ impl Streams {
 
     pub(super) fn get_mut(&mut self, id: &StreamId) -> Option<&mut Stream> {
         self.entries.peek_mut(id)
+    }
+
+    /// Lets the stream's entry, if there is one, learn something of its commands.
+    pub(super) fn learn<T>(
+        &mut self,
+        id: &StreamId,
+        learn: impl FnOnce(&mut Stream) -> T,
+    ) -> Option<T> {
+        let stream = self.entries.peek_mut(id)?;
+        let before = stream.older_bytes();
+        let learned = learn(stream);
+        self.older_bytes += stream.older_bytes().saturating_sub(before);
+        if self.older_bytes > self.older_bytes_max {
+            self.forget_older();
+        }
+        Some(learned)
+    }
+
+    /// Keeps what is known of the older commands of the streams used last, three quarters of the
+    /// limit: those of the others are looked up.
+    fn forget_older(&mut self) {
+        let most = self.older_bytes_max / 4 * 3;
+        self.older_bytes = 0;
+        for (_, stream) in self.entries.iter_mut() {
+            let Knowledge::Known(known) = &mut stream.knowledge else { continue };
+            let bytes = known.older.as_ref().map_or(0, OlderCommands::bytes);
+            if self.older_bytes + bytes > most {
+                known.older = None;
+            } else {
+                self.older_bytes += bytes;
+            }
+        }
     }
 
     /// For the model check.

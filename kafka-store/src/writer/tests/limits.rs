@@ -214,3 +214,29 @@ fn a_renewed_writer_begins_where_it_is_told_and_claims_above_its_old_claim() {
     bench.load(StreamHead { version: Version(1), recent, complete: true });
     assert_eq!(bench.acknowledged(again), (1, 1, true));
 }
+
+/// After `commands` commands under this owner, whether the next one, `again`, is looked up.
+fn is_looked_up(older_bytes_max: usize, commands: u64, again: u128) -> bool {
+    let mut bench = with(|limits| limits.older_commands_bytes_max = older_bytes_max);
+    let is_find = |output: &Output| matches!(output, Output::Find { .. });
+    for version in 0..commands {
+        bench.submit(exact(version), u128::from(version) + 1, 1);
+        if version == 0 {
+            bench.load_empty();
+        }
+        assert!(!bench.has(is_find), "it is new");
+        bench.settle();
+    }
+    bench.submit(exact(commands), again, 1);
+    bench.has(is_find)
+}
+
+#[test]
+fn a_stream_that_grew_here_looks_up_what_it_may_have_had() {
+    let plenty = 1 << 20;
+    assert!(!is_looked_up(plenty, 200, 201));
+    assert!(!is_looked_up(plenty, 200, 200), "a recent one");
+    assert!(is_looked_up(plenty, 200, 7));
+    assert!(!is_looked_up(0, 64, 65), "all are recent");
+    assert!(is_looked_up(0, 65, 66), "there is no memory for the first");
+}
