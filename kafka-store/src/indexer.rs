@@ -165,10 +165,9 @@ impl Indexer {
                     continue;
                 }
                 waits_since = None;
-                match self.next_batch(shared, from) {
-                    Some(batch) => self.advance(shared, tenure, batch).await,
-                    None => continue,
-                }
+                let batch = shared.tail().batch(from, self.config.limits.index_batch_events_max);
+                let Some(batch) = batch else { continue };
+                self.advance(shared, tenure, batch).await
             };
             match fed {
                 Ok(next) => {
@@ -194,6 +193,10 @@ impl Indexer {
         let full = limits.index_batch_events_max.min(limits.tail_events_max / 2);
         let tail = shared.tail();
         let offsets = tail.next().next.0.saturating_sub(from.0);
+        let label = shared.partition.to_string();
+        metrics::gauge!("kafold_tail_events", "partition" => label.clone())
+            .set(tail.events() as f64);
+        metrics::gauge!("kafold_index_lag_records", "partition" => label).set(offsets as f64);
         let at_once = tail.events() >= full
             || (tail.events() == 0 && offsets >= EMPTY_OFFSETS)
             || shared.handing_over.load(Ordering::Acquire);
@@ -203,16 +206,6 @@ impl Indexer {
             0 => Some(EMPTY_WAIT),
             _ => Some(limits.index_delay),
         }
-    }
-
-    fn next_batch(&self, shared: &Shared, from: Offset) -> Option<IndexBatch> {
-        let tail = shared.tail();
-        let label = shared.partition.to_string();
-        let lag = tail.next().next.0.saturating_sub(from.0);
-        metrics::gauge!("kafold_tail_events", "partition" => label.clone())
-            .set(tail.events() as f64);
-        metrics::gauge!("kafold_index_lag_records", "partition" => label).set(lag as f64);
-        tail.batch(from, self.config.limits.index_batch_events_max)
     }
 
     /// Where the index stands then.

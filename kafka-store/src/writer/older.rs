@@ -7,10 +7,10 @@ use kafold_core::CommandId;
 /// Bits for each command, and how many of them are set: of a thousand commands that never were, one
 /// or two are taken for one that may have been.
 const COMMAND_BITS: usize = 16;
-const HASHES: u32 = 6;
-/// Commands of the first part and of the largest; each part is twice the one before.
+const HASHES: usize = 6;
+/// Commands of the first part; each part is twice the one before, so often at most.
 const PART_COMMANDS_MIN: usize = 128;
-const PART_COMMANDS_MAX: usize = 1 << 20;
+const DOUBLINGS_MAX: usize = 13;
 
 /// A Bloom filter that grows: what it does not hold was never added.
 #[derive(Debug, Clone, Default)]
@@ -29,8 +29,7 @@ struct Part {
 impl OlderCommands {
     pub(super) fn add(&mut self, command_id: CommandId) {
         if self.parts.last().is_none_or(|part| part.room == 0) {
-            let doubled = PART_COMMANDS_MIN << self.parts.len().min(usize::BITS as usize / 2);
-            let room = doubled.min(PART_COMMANDS_MAX);
+            let room = PART_COMMANDS_MIN << self.parts.len().min(DOUBLINGS_MAX);
             self.parts.push(Part { words: vec![0; room * COMMAND_BITS / 64].into(), room });
         }
         if let Some(part) = self.parts.last_mut() {
@@ -61,7 +60,7 @@ fn bits(command_id: CommandId, words: usize) -> impl Iterator<Item = usize> {
     let hash = hasher.finish();
     let (first, step) = (hash as usize, (hash >> 32) as usize | 1);
     let mask = words * 64 - 1;
-    (0..HASHES as usize).map(move |nth| first.wrapping_add(step.wrapping_mul(nth)) & mask)
+    (0..HASHES).map(move |nth| first.wrapping_add(step.wrapping_mul(nth)) & mask)
 }
 
 #[cfg(test)]

@@ -241,12 +241,11 @@ impl Streams {
         let most = self.older_bytes_max / 4 * 3;
         self.older_bytes = 0;
         for (_, stream) in self.entries.iter_mut() {
-            let Knowledge::Known(known) = &mut stream.knowledge else { continue };
-            let bytes = known.older.as_ref().map_or(0, OlderCommands::bytes);
-            if self.older_bytes + bytes > most {
-                known.older = None;
-            } else {
+            let bytes = stream.older_bytes();
+            if self.older_bytes + bytes <= most {
                 self.older_bytes += bytes;
+            } else if let Knowledge::Known(known) = &mut stream.knowledge {
+                known.older = None;
             }
         }
     }
