@@ -442,4 +442,9 @@ fn health_and_metrics_tell_how_it_is(stack: &Stack) {
             .collect();
         (lags.len() == 5 && lags.iter().all(|line| line.ends_with(" 0"))).then_some(())
     });
+    wait_for("the index is not behind either", || {
+        let text = service.get("/metrics").text;
+        let mut lags = text.lines().filter(|line| line.starts_with("kafold_index_lag_records{"));
+        lags.all(|line| line.ends_with(" 0")).then_some(())
+    });
 }
