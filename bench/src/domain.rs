@@ -2,12 +2,11 @@
 
 use std::convert::Infallible;
 
+use fastrand::Rng;
 use kafold::projections::ReadModel;
 use kafold::{Aggregate, DomainEvent, Recorded, Row};
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
-
-use crate::random::Random;
 
 /// Payload of an event around its memo, in bytes.
 const AROUND_MEMO_BYTES: usize = r#"{"amount_cents":1234,"memo":""}"#.len();
@@ -72,18 +71,18 @@ pub struct Deposit {
 impl Deposit {
     /// One whose event has a payload of exactly so many bytes, of which at least the 31 around the
     /// memo.
-    pub fn of_bytes(payload_bytes: usize, random: &mut Random) -> Self {
+    pub fn of_bytes(payload_bytes: usize, random: &mut Rng) -> Self {
         let memo_bytes = payload_bytes.saturating_sub(AROUND_MEMO_BYTES);
         let mut memo = String::with_capacity(memo_bytes + 16);
         while memo.len() < memo_bytes {
-            match random.below(8) {
-                0 => memo.push_str(&random.below(1_000_000).to_string()),
-                _ => memo.push_str(WORDS[random.below(WORDS.len() as u64) as usize]),
+            match random.u8(..8) {
+                0 => memo.push_str(&random.u32(..1_000_000).to_string()),
+                _ => memo.push_str(WORDS[random.usize(..WORDS.len())]),
             }
             memo.push(' ');
         }
         memo.truncate(memo_bytes);
-        Self { amount_cents: 1_000 + random.below(9_000) as i64, memo }
+        Self { amount_cents: random.i64(1_000..10_000), memo }
     }
 
     /// What follows from it.
@@ -192,7 +191,7 @@ mod tests {
 
     #[test]
     fn payloads_have_the_bytes_that_were_asked_for() {
-        let mut random = Random(1);
+        let mut random = Rng::with_seed(1);
         for bytes in [64, 256, 1_024] {
             let payload = kafold::codec::encode(&Deposit::of_bytes(bytes, &mut random).event());
             assert_eq!(payload.expect("encodes").len(), bytes);

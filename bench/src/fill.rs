@@ -3,6 +3,7 @@
 
 use std::sync::Arc;
 
+use fastrand::Rng;
 use kafold::clock::{RandomIds, SystemClock};
 use kafold::index::{Advanced, IndexBatch};
 use kafold::kafka::fold::{Checkpoint, CommitReader};
@@ -23,7 +24,6 @@ use crate::Failure;
 use crate::baselines::producer::{Window, settings};
 use crate::domain::Deposit;
 use crate::ours::{log_url, source};
-use crate::random::Random;
 use crate::servers::PARTITIONS;
 
 /// Records in flight.
@@ -82,7 +82,7 @@ impl Fill<'_> {
         let mut producer = settings(self.brokers, "5");
         producer.set("queue.buffering.max.messages", "200000");
         let window = Window::start(&producer, topic.clone(), WINDOW)?;
-        let mut random = Random(11);
+        let mut random = Rng::with_seed(11);
         let payloads = (0..PAYLOADS).map(|_| payload(self.payload_bytes, &mut random));
         let payloads = payloads.collect::<Result<Vec<_>, _>>()?;
         let mut writers: Vec<_> = (0..PARTITIONS).map(|p| Writer::new(Partition(p))).collect();
@@ -114,7 +114,7 @@ impl Fill<'_> {
     }
 }
 
-fn payload(bytes: usize, random: &mut Random) -> Result<Arc<[u8]>, Failure> {
+fn payload(bytes: usize, random: &mut Rng) -> Result<Arc<[u8]>, Failure> {
     Ok(codec::encode(&Deposit::of_bytes(bytes, random).event())?.into())
 }
 

@@ -7,7 +7,7 @@
 //! - [`harness`]: pairs, their ratios, raw samples as JSON; [`svg`]: the curves;
 //! - [`measure`]: closed loops for throughput, open loops for latency;
 //! - [`servers`]: brokers and databases by the scripts in `dev/`; [`fill`]: logs made in bulk;
-//! - [`domain`]: the one aggregate and its read models; [`random`]: what is drawn, from a seed;
+//! - [`domain`]: the one aggregate and its read models; [`zipf`]: which streams are drawn;
 //! - [`ours`]: opening a log as a service does;
 //! - [`baselines`]: what somebody would write by hand instead, as carefully as we can;
 //! - [`rows`]: the benchmarks, a file a family.
@@ -21,10 +21,10 @@ pub mod harness;
 pub mod measure;
 pub mod ours;
 pub mod proxy;
-pub mod random;
 pub mod rows;
 pub mod servers;
 pub mod svg;
+pub mod zipf;
 
 /// Whatever ends a benchmark early.
 pub type Failure = Box<dyn Error + Send + Sync>;

@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::Thread;
 use std::time::Duration;
 
+use fastrand::Rng;
 use kafold::clock::{RandomIds, SystemClock};
 use kafold::kafka::partitioner::partition_of;
 use kafold::{Clock, IdGenerator, StreamId, codec};
@@ -19,8 +20,8 @@ use tokio::sync::oneshot;
 use crate::Failure;
 use crate::domain::Deposit;
 use crate::measure::now;
-use crate::random::{Random, Zipf};
 use crate::servers::PARTITIONS;
+use crate::zipf::Zipf;
 
 /// The poll thread looks this often whether it is to end; reports do not wait for it.
 const POLL: Duration = Duration::from_millis(100);
@@ -48,7 +49,7 @@ pub struct Records {
 impl Records {
     /// Records of so many streams with payloads of so many bytes, to be written to a log.
     pub fn new(log: &str, streams: u64, payload_bytes: usize) -> Result<Self, Failure> {
-        let mut random = Random(7);
+        let mut random = Rng::with_seed(7);
         let key = |rank: u64| {
             let stream = StreamId::new("account", &rank.to_string())?;
             Ok((partition_of(&stream, PARTITIONS).0 as i32, stream))
@@ -196,7 +197,7 @@ impl Window {
     /// Sends `total` records of streams drawn by Zipf's law and answers how long that took until the
     /// last report. Blocks.
     pub fn run(&self, records: &Records, total: u64, seed: u64) -> Result<Duration, Failure> {
-        let (mut random, zipf) = (Random(seed), Zipf::new(records.keys.len() as u64));
+        let (mut random, zipf) = (Rng::with_seed(seed), Zipf::new(records.keys.len() as u64));
         let began = now();
         for number in 0..total {
             let rank = zipf.draw(&mut random);

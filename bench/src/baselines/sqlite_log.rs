@@ -4,10 +4,8 @@ use std::path::Path;
 
 use kafold::Clock;
 use kafold::clock::SystemClock;
-use kafold::projections::sqlx::sqlite::{
-    SqliteConnectOptions, SqliteConnection, SqliteJournalMode, SqliteSynchronous,
-};
-use kafold::projections::sqlx::{self, ConnectOptions, Connection};
+use kafold::projections::sqlx::sqlite::SqliteConnection;
+use kafold::projections::sqlx::{self, Connection};
 use tokio::sync::Mutex;
 use uuid::Uuid;
 
@@ -21,13 +19,7 @@ pub struct SqliteLog {
 impl SqliteLog {
     /// A new file.
     pub async fn create(file: &Path) -> Result<Self, Failure> {
-        let mut connection = SqliteConnectOptions::new()
-            .filename(file)
-            .create_if_missing(true)
-            .journal_mode(SqliteJournalMode::Wal)
-            .synchronous(SqliteSynchronous::Full)
-            .connect()
-            .await?;
+        let mut connection = super::sqlite(file).await?;
         let table = "CREATE TABLE event (stream TEXT NOT NULL, version INTEGER NOT NULL, \
                      command_id BLOB NOT NULL, event_id BLOB NOT NULL, type TEXT NOT NULL, \
                      recorded_at INTEGER NOT NULL, payload BLOB NOT NULL, \

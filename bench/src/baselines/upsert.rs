@@ -6,10 +6,8 @@ use std::ops::ControlFlow;
 use std::time::Duration;
 
 use kafold::projections::sqlx::postgres::PgConnection;
-use kafold::projections::sqlx::sqlite::{
-    SqliteConnectOptions, SqliteConnection, SqliteJournalMode, SqliteSynchronous,
-};
-use kafold::projections::sqlx::{self, ConnectOptions, Connection, QueryBuilder, Sqlite};
+use kafold::projections::sqlx::sqlite::SqliteConnection;
+use kafold::projections::sqlx::{self, Connection, QueryBuilder, Sqlite};
 use rdkafka::Message;
 use rdkafka::message::BorrowedMessage;
 use serde::Deserialize;
@@ -75,13 +73,7 @@ impl Target {
 
     /// A SQLite file, as durable as ours.
     pub async fn sqlite(file: &std::path::Path) -> Result<Self, Failure> {
-        let mut connection = SqliteConnectOptions::new()
-            .filename(file)
-            .create_if_missing(true)
-            .journal_mode(SqliteJournalMode::Wal)
-            .synchronous(SqliteSynchronous::Full)
-            .connect()
-            .await?;
+        let mut connection = super::sqlite(file).await?;
         let balances = "CREATE TABLE by_hand (id TEXT PRIMARY KEY, balance_cents INTEGER NOT NULL, \
                         deposits INTEGER NOT NULL) STRICT, WITHOUT ROWID";
         let checkpoint = "CREATE TABLE by_hand_checkpoint (partition INTEGER PRIMARY KEY, \

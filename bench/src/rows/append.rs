@@ -3,6 +3,7 @@
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use fastrand::Rng;
 use kafold::clock::{RandomIds, SystemClock};
 use kafold::handler::HandlerConfig;
 use kafold::store::{Append, Ticket};
@@ -17,9 +18,9 @@ use crate::domain::{Account, Deposit};
 use crate::harness::{Bench, Goal, Sample};
 use crate::measure::{Until, closed_loop, now, per_second};
 use crate::ours::{deposit, index_caught_up, indexed, log_url, open};
-use crate::random::{Random, Zipf};
 use crate::servers::{Scratch, remove_log};
 use crate::svg::{Chart, Scale};
+use crate::zipf::Zipf;
 
 /// Streams that are appended to.
 const STREAMS: u64 = 100_000;
@@ -161,7 +162,7 @@ impl Ours {
             Ok(Mutex::new(Tip { stream, version: Version::EMPTY, ticket: None }))
         };
         let streams = (0..STREAMS).map(tip).collect::<Result<_, Failure>>()?;
-        let mut random = Random(7);
+        let mut random = Rng::with_seed(7);
         let payload = |_| {
             let event = Deposit::of_bytes(payload_bytes, &mut random).event();
             Ok(codec::encode(&event)?.into())
@@ -179,7 +180,8 @@ impl Ours {
         let before = indexed(&self.scratch.database).await?;
         let began = now();
         let measured = closed_loop(callers, Until::Calls(calls), move |number| {
-            let rank = zipf.draw(&mut Random(seed ^ number.wrapping_mul(0x9e37_79b9))) as usize;
+            let rank =
+                zipf.draw(&mut Rng::with_seed(seed ^ number.wrapping_mul(0x9e37_79b9))) as usize;
             let payload = Arc::clone(&payloads[number as usize % PAYLOADS]);
             let (store, streams) = (Arc::clone(&store), Arc::clone(&streams));
             async move { append(&*store, &streams[rank], payload).await }
@@ -283,14 +285,14 @@ async fn refused_come_again(
     index: &Database,
     seconds: u64,
 ) -> Result<Sample, Failure> {
-    let mut random = Random(RandomIds.random());
+    let mut random = Rng::with_seed(RandomIds.random());
     let commands: Vec<_> = (0..PAYLOADS).map(|_| Deposit::of_bytes(256, &mut random)).collect();
-    let (commands, zipf, seed) = (Arc::new(commands), Zipf::new(STREAMS), random.any());
+    let (commands, zipf, seed) = (Arc::new(commands), Zipf::new(STREAMS), random.u64(..));
     let before = indexed(index).await?;
     let end = now() + Duration::from_secs(seconds);
     let handler = handler.clone();
     let measured = closed_loop(SUSTAINED_CALLERS, Until::Time(end), move |number| {
-        let rank = zipf.draw(&mut Random(seed ^ number.wrapping_mul(0x9e37_79b9)));
+        let rank = zipf.draw(&mut Rng::with_seed(seed ^ number.wrapping_mul(0x9e37_79b9)));
         let (handler, commands) = (handler.clone(), Arc::clone(&commands));
         async move {
             deposit(&handler, &rank.to_string(), &commands[number as usize % PAYLOADS]).await?;

@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use fastrand::Rng;
 use kafold::CommandHandler;
 
 use crate::Failure;
@@ -9,7 +10,6 @@ use crate::domain::{Account, Deposit};
 use crate::harness::{Bench, Goal, Sample};
 use crate::measure::{Until, closed_loop};
 use crate::ours::{deposit, indexed, log_url, open};
-use crate::random::Random;
 use crate::servers::{Counted, remove_log};
 
 const PAYLOAD_BYTES: usize = 256;
@@ -40,7 +40,7 @@ async fn one(bench: &Bench, counted: &Counted, codec: &str) -> Result<Sample, Fa
     let url = format!("{url}&librdkafka.compression.codec={codec}");
     let log = open(&url, &scratch.database).await?;
     let handler = CommandHandler::<Account>::new(log.store());
-    let mut random = Random(7);
+    let mut random = Rng::with_seed(7);
     let commands: Vec<_> =
         (0..COMMANDS).map(|_| Deposit::of_bytes(PAYLOAD_BYTES, &mut random)).collect();
     let commands = std::sync::Arc::new(commands);

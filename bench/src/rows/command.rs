@@ -3,6 +3,7 @@
 
 use std::sync::Arc;
 
+use fastrand::Rng;
 use kafold::clock::RandomIds;
 use kafold::{CommandHandler, IdGenerator, Log};
 
@@ -12,7 +13,6 @@ use crate::domain::{Account, Deposit};
 use crate::harness::{Bench, Goal, Sample};
 use crate::measure::{Latencies, Measured, Until, closed_loop};
 use crate::ours::{deposit, log_url, open};
-use crate::random::Random;
 use crate::servers::{Scratch, remove_log};
 use crate::svg::{Chart, Scale};
 
@@ -48,7 +48,7 @@ impl Beside {
         let topic = format!("{}.events", names[1]);
         let producer = Arc::new(Waiting::start(&settings(&brokers, "0"), topic)?);
         let records = Arc::new(Records::new(&names[1], 1, PAYLOAD_BYTES)?);
-        let command = Arc::new(Deposit::of_bytes(PAYLOAD_BYTES, &mut Random(7)));
+        let command = Arc::new(Deposit::of_bytes(PAYLOAD_BYTES, &mut Rng::with_seed(7)));
         Ok(Self { log, scratch, handler, command, producer, records, brokers, names })
     }
 

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use fastrand::Rng;
 use kafold::clock::RandomIds;
 use kafold::{CommandHandler, IdGenerator, codec, open_log};
 
@@ -11,7 +12,6 @@ use crate::domain::{Account, Deposit};
 use crate::harness::{Bench, Goal, Sample};
 use crate::measure::{Until, closed_loop};
 use crate::ours::deposit;
-use crate::random::Random;
 use crate::rows::read_model::on_disk;
 
 const PAYLOAD_BYTES: usize = 256;
@@ -27,7 +27,7 @@ pub async fn run(bench: &Bench) -> Result<(), Failure> {
     let log = open_log(&url).await?;
     let handler = CommandHandler::<Account>::new(log.store());
     let by_hand = Arc::new(SqliteLog::create(&folder.path().join("by-hand.db")).await?);
-    let command = Arc::new(Deposit::of_bytes(PAYLOAD_BYTES, &mut Random(7)));
+    let command = Arc::new(Deposit::of_bytes(PAYLOAD_BYTES, &mut Rng::with_seed(7)));
     let payload: Arc<[u8]> = codec::encode(&command.event())?.into();
     for (callers, least) in CASES {
         let calls = bench.size.of(100, 400, 3_000) * if callers == 1 { 1 } else { 4 };

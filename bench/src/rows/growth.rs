@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use fastrand::Rng;
 use kafold::clock::RandomIds;
 use kafold::{CommandHandler, IdGenerator, Log};
 
@@ -12,10 +13,10 @@ use crate::fill::Fill;
 use crate::harness::{Bench, Goal, Sample};
 use crate::measure::{Until, closed_loop, now, open_loop};
 use crate::ours::{deposit, index_caught_up, indexed, log_url, open};
-use crate::random::{Random, Zipf};
 use crate::rows::memory::resident_bytes;
 use crate::servers::{Scratch, remove_log};
 use crate::svg::{Chart, Scale};
+use crate::zipf::Zipf;
 
 const PAYLOAD_BYTES: usize = 256;
 const CALLERS: usize = 64;
@@ -79,7 +80,7 @@ impl Grown {
         fill.make(Some(&scratch.database)).await?;
         let log = open(&log_url(&brokers, &name), &scratch.database).await?;
         let handler = CommandHandler::new(log.store());
-        let command = Arc::new(Deposit::of_bytes(PAYLOAD_BYTES, &mut Random(7)));
+        let command = Arc::new(Deposit::of_bytes(PAYLOAD_BYTES, &mut Rng::with_seed(7)));
         Ok(Self { brokers, name, streams, scratch, log, handler, command })
     }
 
@@ -87,7 +88,7 @@ impl Grown {
         let (handler, command) = (self.handler.clone(), Arc::clone(&self.command));
         let (seed, zipf) = (RandomIds.random(), Zipf::new(self.streams));
         move |number| {
-            let rank = zipf.draw(&mut Random(seed ^ number.wrapping_mul(0x9e37_79b9)));
+            let rank = zipf.draw(&mut Rng::with_seed(seed ^ number.wrapping_mul(0x9e37_79b9)));
             let (handler, command) = (handler.clone(), Arc::clone(&command));
             Box::pin(async move { deposit(&handler, &rank.to_string(), &command).await.map(drop) })
         }

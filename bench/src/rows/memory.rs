@@ -5,6 +5,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use async_trait::async_trait;
+use fastrand::Rng;
 use futures_util::FutureExt;
 use futures_util::future::ready;
 use futures_util::stream::{self, BoxStream, StreamExt};
@@ -21,7 +22,6 @@ use uuid::Uuid;
 use crate::Failure;
 use crate::domain::{Account, Deposit};
 use crate::harness::{Bench, Goal, Sample};
-use crate::random::Random;
 
 const GOAL: f64 = 1.5;
 
@@ -61,7 +61,7 @@ pub async fn measure(kept: Kept, streams: u64) -> Result<u64, Failure> {
             let hot_states_max = streams as usize;
             let config = HandlerConfig { hot_states_max, ..HandlerConfig::default() };
             let handler = CommandHandler::<Account>::new(Arc::new(Agreeing)).config(config);
-            let command = Deposit::of_bytes(64, &mut Random(7));
+            let command = Deposit::of_bytes(64, &mut Rng::with_seed(7));
             for _ in 0..streams {
                 let id = RandomIds.event_id();
                 handler.handle(&id.to_string(), &command, CommandId(id)).await?;
@@ -72,7 +72,7 @@ pub async fn measure(kept: Kept, streams: u64) -> Result<u64, Failure> {
         }
         Kept::Map => {
             let mut states: HashMap<Uuid, Account> = HashMap::new();
-            let event = Deposit::of_bytes(64, &mut Random(7)).event();
+            let event = Deposit::of_bytes(64, &mut Rng::with_seed(7)).event();
             for _ in 0..streams {
                 states.entry(RandomIds.event_id()).or_default().evolve(&event);
             }

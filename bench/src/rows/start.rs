@@ -1,6 +1,7 @@
 //! R14: from opening a log whose streams are indexed to the first answered command, with a short and a
 //! long log.
 
+use fastrand::Rng;
 use kafold::CommandHandler;
 
 use crate::Failure;
@@ -9,7 +10,6 @@ use crate::fill::Fill;
 use crate::harness::{Bench, Goal, Sample};
 use crate::measure::now;
 use crate::ours::{deposit, log_url};
-use crate::random::Random;
 use crate::servers::{Scratch, remove_log};
 
 const PAYLOAD_BYTES: usize = 256;
@@ -46,7 +46,7 @@ impl Indexed {
     }
 
     async fn first_answer(&self) -> Result<Sample, Failure> {
-        let command = Deposit::of_bytes(PAYLOAD_BYTES, &mut Random(7));
+        let command = Deposit::of_bytes(PAYLOAD_BYTES, &mut Rng::with_seed(7));
         let began = now();
         let options = kafold::LogOptions::new(log_url(&self.brokers, &self.name));
         let log = options.index(&self.scratch.database).open().await?;

@@ -6,6 +6,7 @@ use std::ops::ControlFlow;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use fastrand::Rng;
 use kafold::projections::{ProjectionWorker, Projections, ReadModel};
 use kafold::{CommandHandler, Log};
 
@@ -16,7 +17,6 @@ use crate::domain::{Account, Balances, Deposit};
 use crate::harness::{Bench, Goal, Sample};
 use crate::measure::{Latencies, Until, closed_loop, now, open_loop, per_second};
 use crate::ours::{WAIT_MAX, applied, deposit, index_caught_up, indexed, log_url, open};
-use crate::random::Random;
 use crate::servers::{Scratch, remove_log};
 use crate::svg::{Chart, Scale};
 
@@ -83,7 +83,7 @@ impl Ours {
         let worker = ProjectionWorker::new(log.source(), scratch.database.clone());
         let projections = worker.with(Balances).spawn();
         let handler = CommandHandler::new(log.store());
-        let command = Arc::new(Deposit::of_bytes(PAYLOAD_BYTES, &mut Random(7)));
+        let command = Arc::new(Deposit::of_bytes(PAYLOAD_BYTES, &mut Rng::with_seed(7)));
         Ok(Self { log, scratch, projections, handler, command })
     }
 

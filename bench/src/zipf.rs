@@ -1,29 +1,6 @@
-//! What is drawn: the same seed draws the same numbers.
+//! Draws by Zipf's law.
 
-/// SplitMix64.
-#[derive(Debug, Clone)]
-pub struct Random(pub u64);
-
-impl Random {
-    /// Any number.
-    pub fn any(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut mixed = self.0;
-        mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        mixed ^ (mixed >> 31)
-    }
-
-    /// Evenly from 0 and below `end`.
-    pub fn below(&mut self, end: u64) -> u64 {
-        self.any() % end.max(1)
-    }
-
-    /// Evenly from 0 and below 1.
-    pub fn unit(&mut self) -> f64 {
-        (self.any() >> 11) as f64 / (1_u64 << 53) as f64
-    }
-}
+use fastrand::Rng;
 
 /// Zipf's law with exponent 1 over `count` things: the first is drawn twice as often as the second.
 #[derive(Debug, Clone, Copy)]
@@ -38,13 +15,13 @@ impl Zipf {
     }
 
     /// Draws one: the logarithm evenly, rounded down, and rejected where that is too likely.
-    pub fn draw(self, random: &mut Random) -> u64 {
+    pub fn draw(self, random: &mut Rng) -> u64 {
         let span = ((self.count + 1) as f64).ln();
         loop {
-            let rank = (random.unit() * span).exp().floor().clamp(1.0, self.count as f64);
+            let rank = (random.f64() * span).exp().floor().clamp(1.0, self.count as f64);
             // What it should be over what it was, which is most for the first.
             let likely = 1.0 / (rank * (1.0 / rank).ln_1p());
-            if random.unit() * std::f64::consts::LOG2_E <= likely {
+            if random.f64() * std::f64::consts::LOG2_E <= likely {
                 return rank as u64 - 1;
             }
         }
@@ -57,7 +34,7 @@ mod tests {
 
     #[test]
     fn the_first_is_drawn_as_often_as_zipf_says() {
-        let (mut random, zipf, draws) = (Random(1), Zipf::new(1_000), 200_000);
+        let (mut random, zipf, draws) = (Rng::with_seed(1), Zipf::new(1_000), 200_000);
         let mut counts = vec![0_u32; 1_000];
         for _ in 0..draws {
             counts[zipf.draw(&mut random) as usize] += 1;
