@@ -5,9 +5,9 @@
 //! to the moment.
 
 use std::collections::{HashMap, VecDeque};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use futures_util::FutureExt;
@@ -30,6 +30,11 @@ use crate::writer::{Input, Output, PartitionWriter, ReportFailure, RequestId, St
 const RETRY_AFTER: Duration = Duration::from_secs(1);
 /// Before a record is offered again to a producer that was full.
 const FULL_RETRY: Duration = Duration::from_millis(1);
+/// Handovers of a partition to the producer without all their reports: records that come meanwhile go
+/// together with the next one.
+const HANDOVERS_MAX: usize = 2;
+/// How long they wait for that at most.
+const HANDOVER_WAIT_MAX: Duration = Duration::from_millis(5);
 /// Before a producer that could not be made is tried again.
 const PRODUCER_RETRY: Duration = Duration::from_secs(1);
 /// Messages handled before timers are looked at.
@@ -63,7 +68,8 @@ pub(crate) enum Message {
     /// For the writer, from something that was begun in the tenure.
     Input(Partition, Tenure, Input),
     ReadFailed(Partition, Tenure, ReadFailure),
-    Report(Report),
+    /// Reports lie ready.
+    Reports,
     /// End at once.
     Quit,
 }
@@ -74,6 +80,8 @@ pub(crate) struct Driver {
     messages: Sender<Message>,
     queued: Arc<AtomicUsize>,
     queued_max: usize,
+    /// Reports that the thread has not taken: it is told of the first, and takes all there are.
+    reports: Arc<Mutex<Vec<Report>>>,
     reach: Arc<Reach>,
 }
 
@@ -83,7 +91,8 @@ impl Driver {
         let (messages, inbox) = channel();
         let queued = Arc::new(AtomicUsize::new(0));
         let queued_max = config.limits.queued_submissions_max;
-        (Self { messages, queued, queued_max, reach }, inbox)
+        let reports = Arc::default();
+        (Self { messages, queued, queued_max, reports, reach }, inbox)
     }
 
     pub(crate) fn submit(&self, partition: Partition, append: Append) -> Outcome<Appended> {
@@ -126,9 +135,23 @@ impl Driver {
     }
 }
 
+impl Driver {
+    fn reports(&self) -> MutexGuard<'_, Vec<Report>> {
+        // Whole after a panic elsewhere: it is only pushed to and taken.
+        self.reports.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
 impl Sink for Driver {
     fn report(&self, report: Report) {
-        self.tell(Message::Report(report));
+        let first = {
+            let mut reports = self.reports();
+            reports.push(report);
+            reports.len() == 1
+        };
+        if first {
+            self.tell(Message::Reports);
+        }
     }
 
     fn unreachable(&self) {
@@ -140,8 +163,7 @@ impl Sink for Driver {
 pub(crate) struct Slot {
     pub(crate) writer: PartitionWriter,
     pub(crate) shared: Arc<Shared>,
-    /// Records that found the producer full, in order; later ones queue behind them.
-    blocked: VecDeque<Record>,
+    outgoing: Outgoing,
     /// Since when the log has ended below where the writer reads.
     low_since: Option<Instant>,
     /// `None` while the partition is not ours.
@@ -155,10 +177,67 @@ impl Slot {
         Self {
             writer,
             shared,
-            blocked: VecDeque::new(),
+            outgoing: Outgoing::default(),
             low_since: None,
             tenure: None,
             releasing: None,
+        }
+    }
+}
+
+/// A partition's records on their way to the producer. While some are in flight the next ones gather:
+/// a request with many records costs the broker and us hardly more than one with few, and a record that
+/// comes alone does not wait.
+#[derive(Default)]
+struct Outgoing {
+    /// In order; the producer has none of them.
+    unsent: VecDeque<Record>,
+    /// Since when the first of them waits.
+    since: Option<Instant>,
+    /// Records that the producer was given, and how many of those were reported.
+    sent: u64,
+    reported: u64,
+    /// `sent` behind each handover that is not reported whole.
+    handovers: VecDeque<u64>,
+}
+
+impl Outgoing {
+    fn push(&mut self, record: Record, now: Instant) {
+        self.since.get_or_insert(now);
+        self.unsent.push_back(record);
+    }
+
+    /// When the next handover is due at the latest.
+    fn due(&self) -> Option<Instant> {
+        self.since.map(|since| since + HANDOVER_WAIT_MAX)
+    }
+
+    fn is_due(&self, now: Instant) -> bool {
+        let free = self.handovers.len() < HANDOVERS_MAX;
+        self.due().is_some_and(|due| free || due <= now)
+    }
+
+    /// The producer has taken so many more.
+    fn handed_over(&mut self, records: u64) {
+        if records > 0 {
+            self.sent += records;
+            self.handovers.push_back(self.sent);
+        }
+        if self.unsent.is_empty() {
+            self.since = None;
+        }
+    }
+
+    fn take_unsent(&mut self) -> VecDeque<Record> {
+        self.since = None;
+        std::mem::take(&mut self.unsent)
+    }
+
+    /// A record that the producer was given has been reported.
+    fn reported(&mut self) {
+        self.reported += 1;
+        while self.handovers.front().is_some_and(|end| *end <= self.reported) {
+            self.handovers.pop_front();
         }
     }
 }
@@ -187,12 +266,16 @@ struct Thread {
     driver: Driver,
     inbox: Receiver<Message>,
     producer: Option<Producer>,
+    /// The producer had no room for a record.
+    full: bool,
     generation: u64,
     producer_retry: Option<Instant>,
     pending: HashMap<RequestId, Pending>,
     last_request: u64,
     /// Inputs that followed from outputs.
     follow_ups: VecDeque<(Partition, Input)>,
+    /// Room for what a writer says, empty between two steps.
+    outputs: Vec<Output>,
 }
 
 impl Driver {
@@ -205,11 +288,13 @@ impl Driver {
             driver: self.clone(),
             inbox,
             producer: Some(producer),
+            full: false,
             generation: 0,
             producer_retry: None,
             pending: HashMap::new(),
             last_request: 0,
             follow_ups: VecDeque::new(),
+            outputs: Vec::new(),
         };
         std::thread::Builder::new()
             .name("kafold-driver".into())
@@ -246,11 +331,13 @@ impl Thread {
 
     /// The next message, or none when a timer is due.
     fn wait(&self) -> Option<Message> {
-        let full = self.parts.slots.iter().any(|slot| !slot.blocked.is_empty());
         let now = self.parts.clock.instant();
-        let retry = (full && self.producer.is_some()).then(|| now + FULL_RETRY);
-        let timers = self.parts.slots.iter().filter_map(|slot| slot.writer.next_wake());
-        let wake = timers.chain(retry).chain(self.producer_retry).min();
+        let slots = self.parts.slots.iter();
+        let retry = self.full.then(|| now + FULL_RETRY);
+        let handovers = slots.clone().filter_map(|slot| slot.outgoing.due());
+        let handover = handovers.min().filter(|_| self.producer.is_some() && !self.full);
+        let timers = slots.filter_map(|slot| slot.writer.next_wake());
+        let wake = timers.chain(retry).chain(handover).chain(self.producer_retry).min();
         // The thread holds a sender itself, so that the channel never closes.
         match wake {
             None => self.inbox.recv().ok(),
@@ -303,7 +390,10 @@ impl Thread {
                     self.read_failed(partition, &failure);
                 }
             }
-            Message::Report(report) => self.report(report),
+            Message::Reports => {
+                let reports = std::mem::take(&mut *self.driver.reports());
+                reports.into_iter().for_each(|report| self.report(report));
+            }
             Message::Quit => {}
         }
     }
@@ -330,7 +420,7 @@ impl Thread {
         let Some(slot) = self.slot(partition) else { return };
         slot.tenure = None;
         // Records of commits that were given up, if any are left.
-        slot.blocked.clear();
+        slot.outgoing.take_unsent();
         if let Some(released) = slot.releasing.take() {
             let _ = released.send(());
         }
@@ -347,6 +437,11 @@ impl Thread {
 
     fn report(&mut self, report: Report) {
         let Report { generation, partition, tag, mut result } = report;
+        if generation == self.generation
+            && let Some(slot) = self.slot(partition)
+        {
+            slot.outgoing.reported();
+        }
         match &mut result {
             Ok(_) => self.driver.reach.found(),
             Err(failure) => {
@@ -419,16 +514,16 @@ impl Thread {
 
     fn step(&mut self, partition: Partition, input: Input) {
         let now = self.parts.clock.instant();
+        let mut outputs = std::mem::take(&mut self.outputs);
         let Some(slot) = self.slot(partition) else { return };
-        let mut outputs = Vec::new();
+        let was_owning = slot.writer.is_owning();
         slot.writer.handle(now, input, &mut outputs);
-        if outputs.is_empty() {
-            return;
+        let may_have_changed = !outputs.is_empty() && !(was_owning && slot.writer.is_owning());
+        for output in outputs.drain(..) {
+            self.output(partition, output, now);
         }
-        for output in outputs {
-            self.output(partition, output);
-        }
-        if let Some(slot) = self.slot(partition) {
+        self.outputs = outputs;
+        if may_have_changed && let Some(slot) = self.slot(partition) {
             slot.shared.standing().status = slot.writer.status();
         }
     }
@@ -477,19 +572,23 @@ impl Thread {
         for index in 0..self.parts.slots.len() {
             let slot = &self.parts.slots[index];
             let partition = slot.shared.partition;
-            if !slot.blocked.is_empty() {
-                self.unblock(partition);
-            }
             if self.parts.slots[index].writer.next_wake().is_some_and(|due| due <= now) {
                 self.input(partition, Input::Tick);
             }
         }
         self.follow_up();
+        // What was refused at once may have led to more.
+        self.hand_over(now);
+        self.follow_up();
     }
 
-    fn output(&mut self, partition: Partition, output: Output) {
+    fn output(&mut self, partition: Partition, output: Output, now: Instant) {
         match output {
-            Output::Produce(record) => self.produce(partition, record),
+            Output::Produce(record) => {
+                if let Some(slot) = self.slot(partition) {
+                    slot.outgoing.push(record, now);
+                }
+            }
             Output::Read { from, wait } => self.read(partition, from, wait),
             Output::Load { stream } => self.load(partition, stream),
             Output::Find { stream, command_id } => self.find(partition, stream, command_id),
@@ -499,8 +598,8 @@ impl Thread {
                     slot.shared.advanced.notify_one();
                 }
             }
-            Output::Appended { request, result } => self.answer_append(request, result),
-            Output::Confirmed { request, result } => self.answer_confirm(request, result),
+            Output::Appended { request, result } => self.answer_append(request, result, now),
+            Output::Confirmed { request, result } => self.answer_confirm(request, result, now),
             Output::FreshProducer => self.fresh_producer(),
             Output::Owned { claim, commands_mark } => self.owned(partition, claim, commands_mark),
             Output::CommandsSettled(mark) => {
@@ -533,35 +632,35 @@ impl Thread {
         }
     }
 
-    fn produce(&mut self, partition: Partition, record: Record) {
-        let Some(slot) = self.parts.slots.get_mut(partition.0 as usize) else { return };
-        slot.blocked.push_back(record);
-        // Only the first of them may be offered: order.
-        if slot.blocked.len() == 1 {
-            self.unblock(partition);
-        }
-    }
-
-    /// Hands over what waits, in order, until the producer is full again.
-    fn unblock(&mut self, partition: Partition) {
+    /// Hands the producer what is due of every partition, in order.
+    fn hand_over(&mut self, now: Instant) {
+        self.full = false;
         let Some(producer) = &self.producer else { return };
-        let Some(slot) = self.parts.slots.get_mut(partition.0 as usize) else { return };
-        while let Some(record) = slot.blocked.front() {
-            let now = self.parts.clock.now();
-            let encoded = wire::encode(record, &self.parts.config.name, now);
-            let (claim, seq) = (record.stamp.claim, record.stamp.seq);
-            match producer.send(partition, Tag { claim, seq }, &encoded) {
-                Sent::Queued => {}
-                Sent::Full => {
-                    metrics::counter!("kafold_producer_full_total").increment(1);
-                    return;
-                }
-                Sent::Failed(failure) => {
-                    let report = Input::Report { claim, seq, result: Err(failure) };
-                    self.follow_ups.push_back((partition, report));
-                }
+        let written_at = self.parts.clock.now();
+        for slot in &mut self.parts.slots {
+            if !slot.outgoing.is_due(now) {
+                continue;
             }
-            slot.blocked.pop_front();
+            let partition = slot.shared.partition;
+            let mut handed = 0;
+            while let Some(record) = slot.outgoing.unsent.front() {
+                let encoded = wire::encode(record, &self.parts.config.name, written_at);
+                let (claim, seq) = (record.stamp.claim, record.stamp.seq);
+                match producer.send(partition, Tag { claim, seq }, &encoded) {
+                    Sent::Queued => handed += 1,
+                    Sent::Full => {
+                        metrics::counter!("kafold_producer_full_total").increment(1);
+                        self.full = true;
+                        break;
+                    }
+                    Sent::Failed(failure) => {
+                        let report = Input::Report { claim, seq, result: Err(failure) };
+                        self.follow_ups.push_back((partition, report));
+                    }
+                }
+                slot.outgoing.unsent.pop_front();
+            }
+            slot.outgoing.handed_over(handed);
         }
     }
 
@@ -588,7 +687,7 @@ impl Thread {
         metrics::counter!("kafold_fresh_producers_total").increment(1);
         for slot in &mut self.parts.slots {
             // Records of claims that are over now, like those that were purged.
-            let unsent = std::mem::take(&mut slot.blocked);
+            let unsent = std::mem::take(&mut slot.outgoing).unsent;
             let partition = slot.shared.partition;
             for record in unsent {
                 let (claim, seq) = (record.stamp.claim, record.stamp.seq);
@@ -641,9 +740,14 @@ impl Thread {
         self.parts.loader.spawn_find(partition, stream, command_id, answer);
     }
 
-    fn answer_append(&mut self, request: RequestId, result: Result<Appended, AppendError>) {
+    fn answer_append(
+        &mut self,
+        request: RequestId,
+        result: Result<Appended, AppendError>,
+        now: Instant,
+    ) {
         let Some(Pending::Submit { since, answer }) = self.pending.remove(&request) else { return };
-        let waited = self.parts.clock.instant().saturating_duration_since(since);
+        let waited = now.saturating_duration_since(since);
         metrics::histogram!("kafold_append_seconds").record(waited);
         let outcome = match &result {
             Ok(appended) if appended.duplicate => "duplicate",
@@ -656,11 +760,16 @@ impl Thread {
         let _ = answer.send(result);
     }
 
-    fn answer_confirm(&mut self, request: RequestId, result: Result<(), AppendError>) {
+    fn answer_confirm(
+        &mut self,
+        request: RequestId,
+        result: Result<(), AppendError>,
+        now: Instant,
+    ) {
         let Some(Pending::Confirm { since, answer }) = self.pending.remove(&request) else {
             return;
         };
-        let waited = self.parts.clock.instant().saturating_duration_since(since);
+        let waited = now.saturating_duration_since(since);
         metrics::histogram!("kafold_confirm_seconds").record(waited);
         let _ = answer.send(result);
     }
@@ -668,4 +777,52 @@ impl Thread {
 
 fn not_owner(partition: Partition) -> AppendError {
     AppendError::NotOwner { partition, owner: None }
+}
+
+#[cfg(test)]
+mod tests {
+    use kafold_core::clock::SystemClock;
+
+    use super::*;
+    use crate::wire::{Body, Stamp};
+
+    fn push(outgoing: &mut Outgoing, now: Instant) {
+        outgoing.push(Record { stamp: Stamp::default(), body: Body::Barrier }, now);
+    }
+
+    /// Hands over all that waits, if it is due, and answers how many records that were.
+    fn hand_over(outgoing: &mut Outgoing, now: Instant) -> usize {
+        if !outgoing.is_due(now) {
+            return 0;
+        }
+        let handed = outgoing.take_unsent().len();
+        outgoing.handed_over(handed as u64);
+        handed
+    }
+
+    #[test]
+    fn records_that_come_while_others_are_in_flight_go_together() {
+        let (mut outgoing, now) = (Outgoing::default(), SystemClock.instant());
+        assert_eq!(hand_over(&mut outgoing, now), 0, "there is nothing");
+        for alone in [1, 2] {
+            push(&mut outgoing, now);
+            assert_eq!(hand_over(&mut outgoing, now), 1, "record {alone} does not wait");
+        }
+        (0..5).for_each(|_| push(&mut outgoing, now));
+        assert_eq!(hand_over(&mut outgoing, now), 0, "two are in flight");
+        outgoing.reported();
+        assert_eq!(hand_over(&mut outgoing, now), 5, "one of them was reported");
+    }
+
+    #[test]
+    fn no_record_waits_longer_than_the_limit_whatever_is_reported() {
+        let (mut outgoing, now) = (Outgoing::default(), SystemClock.instant());
+        for _ in 0..=HANDOVERS_MAX {
+            push(&mut outgoing, now);
+            hand_over(&mut outgoing, now);
+        }
+        assert_eq!(outgoing.due(), Some(now + HANDOVER_WAIT_MAX));
+        assert_eq!(hand_over(&mut outgoing, now + HANDOVER_WAIT_MAX), 1);
+        assert_eq!(outgoing.due(), None, "nothing waits");
+    }
 }

@@ -551,7 +551,7 @@ mod tests {
     use kafold_core::{ExpectedVersion, Offset};
 
     use super::*;
-    use crate::producer::{Report, Tag};
+    use crate::producer::{Report, Sink, Tag};
     use crate::wire::{ClaimId, Content, LogRecord};
     use crate::writer::ReportFailure;
 
@@ -598,7 +598,7 @@ mod tests {
         let tag = Tag { claim: claims[0], seq: 1 };
         let partition = Partition(0);
         let result = Err(failure);
-        store.driver.tell(Message::Report(Report { generation: 0, partition, tag, result }));
+        store.driver.report(Report { generation: 0, partition, tag, result });
         for stream in &streams {
             let second = commit(1);
             eventually("the second commit is in", async || {

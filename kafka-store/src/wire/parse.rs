@@ -181,7 +181,7 @@ fn text<'a>(name: &'static str, value: Option<&'a [u8]>) -> Result<Option<&'a st
     }
 }
 
-pub(super) fn parse_time(text: &[u8]) -> Option<DateTime<Utc>> {
+fn parse_time(text: &[u8]) -> Option<DateTime<Utc>> {
     let text = std::str::from_utf8(text).ok()?;
     DateTime::parse_from_rfc3339(text).ok().map(|time| time.with_timezone(&Utc))
 }

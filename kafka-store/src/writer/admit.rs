@@ -99,7 +99,7 @@ impl PartitionWriter {
         self.requests += 1;
         self.request_bytes += waiting.bytes;
         self.note_deadline(waiting.deadline);
-        self.streams.waiting.insert(id.clone());
+        self.asked_deadline = super::earlier(self.asked_deadline, waiting.deadline);
         self.streams.entry(id).waiting.push_back(waiting);
         self.ready.push(id.clone());
     }

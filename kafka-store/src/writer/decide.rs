@@ -18,7 +18,8 @@ impl PartitionWriter {
         while let Some(id) = self.next_ready() {
             if !matches!(self.phase, Phase::Owning(_)) {
                 // All that wait become ready with the next claim.
-                return self.ready.clear();
+                self.ready.push(id);
+                return self.list_ready();
             }
             let Some(mut stream) = self.streams.take(&id) else { continue };
             while let Some(first) = stream.waiting.pop_front() {
@@ -28,6 +29,13 @@ impl PartitionWriter {
                 }
             }
             self.streams.put(id, stream);
+        }
+    }
+
+    /// Nothing is decided now: whoever waits is found among those who wait.
+    pub(super) fn list_ready(&mut self) {
+        for id in std::mem::take(&mut self.ready) {
+            self.streams.list(&id);
         }
     }
 

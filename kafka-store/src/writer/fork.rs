@@ -38,6 +38,7 @@ impl PartitionWriter {
             requests: self.requests,
             request_bytes: self.request_bytes,
             earliest_deadline: self.earliest_deadline,
+            asked_deadline: self.asked_deadline,
             releasing: self.releasing,
             reported_base: self.reported_base,
         }
@@ -71,6 +72,7 @@ impl PartitionWriter {
             requests: _,
             request_bytes: _,
             earliest_deadline: _,
+            asked_deadline: _,
             releasing,
             reported_base,
         } = self;
@@ -122,6 +124,7 @@ fn hash_stream(stream: &Stream, into: &mut impl Hasher) {
         not_found,
         queued,
         asking,
+        listed: _,
     } = stream;
     match knowledge {
         Knowledge::Unknown => 0.hash(into),

@@ -45,9 +45,7 @@ impl PartitionWriter {
             }
             Err(error) => {
                 stream.knowledge = Knowledge::Unknown;
-                let waiting = std::mem::take(&mut stream.waiting);
-                self.streams.waiting.remove(&id);
-                for waiting in waiting {
+                for waiting in self.streams.take_waiting_of(&id) {
                     self.answer_waiting_one(waiting, &cannot_look(&error), turn);
                 }
             }

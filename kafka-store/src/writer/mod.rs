@@ -93,6 +93,8 @@ pub struct PartitionWriter {
     request_bytes: usize,
     /// No deadline lies before it.
     earliest_deadline: Option<Instant>,
+    /// The deadline of what was asked now and is not looked at yet.
+    asked_deadline: Option<Instant>,
     releasing: bool,
     /// The offset that the claim's report told, for [`Mutant::BaseFromReport`] alone.
     reported_base: Option<Offset>,
@@ -162,6 +164,7 @@ impl PartitionWriter {
             requests: 0,
             request_bytes: 0,
             earliest_deadline: None,
+            asked_deadline: None,
             releasing: false,
             reported_base: None,
         }
@@ -239,9 +242,17 @@ impl PartitionWriter {
         }
     }
 
+    /// Whether commands are decided now.
+    pub fn is_owning(&self) -> bool {
+        matches!(self.phase, Phase::Owning(_))
+    }
+
     /// What is due whatever happened.
     fn go_on(&mut self, turn: &mut Turn<'_>) {
         self.expire(turn);
+        // That looked only at those who were there before.
+        let asked = self.asked_deadline.take();
+        self.note_deadline(asked);
         self.notice_missing_report(turn);
         self.come_back_if_due(turn);
         self.claim_if_due(turn);

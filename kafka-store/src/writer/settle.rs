@@ -77,10 +77,13 @@ impl PartitionWriter {
             } else {
                 stream.last = None;
             }
-            stream.push(&commit.events, recent_max)
+            stream.push(&commit.events, recent_max)?;
+            Ok(!stream.waiting.is_empty())
         });
-        if let Some(Err(broken)) = learned {
-            return self.halt_at(first, id, &broken, turn);
+        match learned {
+            Some(Err(broken)) => return self.halt_at(first, id, &broken, turn),
+            Some(Ok(true)) => self.ready.push(id),
+            Some(Ok(false)) | None => {}
         }
         let next = self.reader.fold().checkpoint();
         self.told = next.next;
@@ -94,7 +97,6 @@ impl PartitionWriter {
                 self.answer_append(waiter.request, 0, result, turn);
             }
         }
-        self.ready.push(id);
     }
 
     /// The claim of everything pending is over, and no copy was accepted: it never will be.
@@ -307,6 +309,7 @@ impl PartitionWriter {
     /// Those of whom nothing was produced, when the writer takes nothing any more.
     pub(super) fn answer_waiting(&mut self, turn: &mut Turn<'_>) {
         let Some(refusal) = self.refusal() else { return };
+        self.list_ready();
         for waiting in self.streams.take_waiting() {
             self.answer_waiting_one(waiting, &refusal, turn);
         }

@@ -48,6 +48,8 @@ pub(super) struct Stream {
     pub(super) queued: bool,
     /// The first in the queue expects more than we have, and the log is asked whether we are stale.
     pub(super) asking: bool,
+    /// It is in [`Streams::waiting`].
+    pub(super) listed: bool,
 }
 
 /// What is known of a stream's proven events.
@@ -185,7 +187,8 @@ impl Stream {
 /// The streams that were used last.
 #[derive(Debug, Clone)]
 pub(super) struct Streams {
-    entries: LruCache<StreamId, Stream>,
+    /// `None` while it is worked on.
+    entries: LruCache<StreamId, Option<Box<Stream>>>,
     entries_max: usize,
     /// Memory of older commands: what there is, or more than that.
     older_bytes: usize,
@@ -212,11 +215,11 @@ impl Streams {
     }
 
     pub(super) fn peek(&self, id: &StreamId) -> Option<&Stream> {
-        self.entries.peek(id)
+        self.entries.peek(id)?.as_deref()
     }
 
     pub(super) fn get_mut(&mut self, id: &StreamId) -> Option<&mut Stream> {
-        self.entries.peek_mut(id)
+        self.entries.peek_mut(id)?.as_deref_mut()
     }
 
     /// Lets the stream's entry, if there is one, learn something of its commands.
@@ -225,7 +228,7 @@ impl Streams {
         id: &StreamId,
         learn: impl FnOnce(&mut Stream) -> T,
     ) -> Option<T> {
-        let stream = self.entries.peek_mut(id)?;
+        let stream = self.entries.peek_mut(id)?.as_deref_mut()?;
         let before = stream.older_bytes();
         let learned = learn(stream);
         self.older_bytes += stream.older_bytes().saturating_sub(before);
@@ -240,7 +243,7 @@ impl Streams {
     fn forget_older(&mut self) {
         let most = self.older_bytes_max / 4 * 3;
         self.older_bytes = 0;
-        for (_, stream) in self.entries.iter_mut() {
+        for stream in self.entries.iter_mut().filter_map(|(_, stream)| stream.as_deref_mut()) {
             let bytes = stream.older_bytes();
             if self.older_bytes + bytes <= most {
                 self.older_bytes += bytes;
@@ -253,34 +256,59 @@ impl Streams {
     /// For the model check.
     #[cfg(test)]
     pub(super) fn all(&self) -> impl Iterator<Item = (&StreamId, &Stream)> {
-        self.entries.iter()
+        self.entries.iter().filter_map(|(id, stream)| Some((id, stream.as_deref()?)))
     }
 
     /// The stream's entry, as the most recently used; others make room.
     pub(super) fn entry(&mut self, id: &StreamId) -> &mut Stream {
-        if !self.entries.contains(id) {
+        if self.entries.len() >= self.entries_max && !self.entries.contains(id) {
             self.make_room();
         }
-        self.entries.get_or_insert_mut(id.clone(), Stream::default)
+        let entry = self.entries.get_or_insert_mut_ref(id, Option::default);
+        entry.get_or_insert_default()
     }
 
-    /// Takes the entry out while it is worked on; [`Streams::put`] brings it back.
-    pub(super) fn take(&mut self, id: &StreamId) -> Option<Stream> {
-        self.entries.pop(id)
+    /// Takes the stream out while it is worked on, as the most recently used; [`Streams::put`] brings it
+    /// back.
+    pub(super) fn take(&mut self, id: &StreamId) -> Option<Box<Stream>> {
+        self.entries.get_mut(id)?.take()
     }
 
-    pub(super) fn put(&mut self, id: StreamId, stream: Stream) {
-        if stream.waiting.is_empty() {
-            self.waiting.remove(&id);
+    pub(super) fn put(&mut self, id: StreamId, mut stream: Box<Stream>) {
+        let listed = !stream.waiting.is_empty();
+        if listed != stream.listed {
+            stream.listed = listed;
+            match listed {
+                true => self.waiting.insert(id.clone()),
+                false => self.waiting.remove(&id),
+            };
         }
-        self.entries.push(id, stream);
+        if let Some(entry) = self.entries.peek_mut(&id) {
+            *entry = Some(stream);
+        }
+    }
+
+    /// Notes whether somebody waits there.
+    pub(super) fn list(&mut self, id: &StreamId) {
+        if let Some(stream) = self.take(id) {
+            self.put(id.clone(), stream);
+        }
+    }
+
+    /// Nobody waits there any more.
+    pub(super) fn take_waiting_of(&mut self, id: &StreamId) -> VecDeque<Waiting> {
+        self.waiting.remove(id);
+        let Some(stream) = self.get_mut(id) else { return VecDeque::new() };
+        stream.listed = false;
+        std::mem::take(&mut stream.waiting)
     }
 
     /// Everybody who waits anywhere, in the order of the streams.
     pub(super) fn take_waiting(&mut self) -> Vec<Waiting> {
         let mut all = Vec::new();
         for id in std::mem::take(&mut self.waiting) {
-            if let Some(stream) = self.entries.peek_mut(&id) {
+            if let Some(stream) = self.get_mut(&id) {
+                stream.listed = false;
                 all.extend(stream.waiting.drain(..));
             }
         }
@@ -294,7 +322,7 @@ impl Streams {
                 return;
             }
             let Some((id, stream)) = self.entries.pop_lru() else { return };
-            if !stream.is_idle() {
+            if stream.as_ref().is_some_and(|stream| !stream.is_idle()) {
                 self.entries.push(id, stream);
             }
         }
