@@ -117,7 +117,7 @@ async fn a_newer_schema_is_refused_by_name() {
     for mode in [Mode::Check, Mode::Migrate] {
         let error = Database::open(&url(&file), mode).await.expect_err("newer");
         assert!(
-            matches!(error, DatabaseError::NewerSchema { found: 9999, known: 10, .. }),
+            matches!(error, DatabaseError::NewerSchema { found: 9999, known: 11, .. }),
             "{error}"
         );
         assert!(error.to_string().contains("a.db"), "{error}");
@@ -145,7 +145,7 @@ async fn checking_creates_nothing() {
     assert!(!file.exists());
     std::fs::write(&file, "").expect("an empty file");
     let error = Database::open(&url(&file), Mode::Check).await.expect_err("no tables");
-    assert!(matches!(error, DatabaseError::NotMigrated { found: 0, known: 10, .. }), "{error}");
+    assert!(matches!(error, DatabaseError::NotMigrated { found: 0, known: 11, .. }), "{error}");
     assert_eq!(std::fs::metadata(&file).expect("there").len(), 0);
 }
 

@@ -106,13 +106,10 @@ impl StreamIndex for SqlIndex {
         stream: &StreamId,
         command_id: CommandId,
     ) -> Result<(Offset, Option<Appended>), ReadError> {
-        // One statement, so that the position is of the same snapshot as the answer.
-        let sql = "SELECT p.next_offset, e.version, e.partition, e.\"offset\" \
-                   FROM (SELECT 1 AS one) o \
-                   LEFT JOIN kafold_partition p ON p.partition = $1 \
-                   LEFT JOIN kafold_event e ON e.category = $2 AND e.stream_id = $3 \
-                     AND e.command_id = $4 \
-                   ORDER BY e.version DESC LIMIT 1";
+        let sql = match &self.database {
+            Database::Postgres(_) => postgres::FIND_COMMAND,
+            Database::Sqlite(_) => sqlite::FIND_COMMAND,
+        };
         type Found = (Option<i64>, Option<i64>, Option<i32>, Option<i64>);
         let row: Result<Found, sqlx::Error> = reading!(&self.database, pool => {
             let query = sqlx::query_as(sql).bind(partition_int(partition));

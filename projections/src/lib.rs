@@ -38,6 +38,7 @@ mod audit;
 mod checkpoint;
 pub mod config;
 pub mod control;
+mod copy;
 mod definition;
 mod desired;
 pub mod generation;

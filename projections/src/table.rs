@@ -2,14 +2,15 @@
 
 use kafold_core::row::{Column, ColumnKind, ColumnRole, Value};
 use kafold_migrations::{Identifier, SqlText};
-use sqlx::postgres::{PgArgumentBuffer, PgArguments, PgRow};
+use sqlx::postgres::{PgArguments, PgRow};
 use sqlx::sqlite::{SqliteArguments, SqliteRow};
 use sqlx::{PgConnection, SqlStr, SqliteConnection};
 
+use crate::copy::CopyRows;
 use crate::definition::Definition;
 use crate::generation::{self, Generation};
 use crate::transaction::Transaction;
-use crate::value::{add_array, add_field, add_value, from_postgres, from_sqlite};
+use crate::value::{add_array, add_value, copy_field, from_postgres, from_sqlite};
 
 /// Most rows in one statement on SQLite; with many columns its limit on bound values comes first.
 const SQLITE_ROWS_MAX: usize = 500;
@@ -19,11 +20,6 @@ const SQLITE_VALUES_MAX: usize = 32_766;
 /// New rows from which on PostgreSQL takes them by COPY: for fewer its two round trips cost more than
 /// it gives.
 const COPY_ROWS_MIN: usize = 500;
-/// Bytes of rows that are sent to PostgreSQL at a time.
-const COPY_CHUNK_BYTES: usize = 1 << 18;
-/// PostgreSQL's manual, COPY, binary format: signature, no flags, no extension.
-const COPY_HEADER: [u8; 19] = *b"PGCOPY\n\xff\r\n\0\0\0\0\0\0\0\0\0";
-const COPY_END: [u8; 2] = (-1_i16).to_be_bytes();
 
 /// One generation's table.
 #[derive(Debug, Clone)]
@@ -191,23 +187,15 @@ impl Table {
         connection: &mut PgConnection,
         rows: Vec<Vec<Value>>,
     ) -> Result<(), sqlx::Error> {
-        let mut copy = connection.copy_in_raw(self.postgres.copy.as_str()).await?;
-        let mut buffer = PgArgumentBuffer::default();
-        buffer.extend(COPY_HEADER);
         let width = i16::try_from(self.columns.len()).expect("the definition was checked");
+        let mut copy = CopyRows::begin(connection, self.postgres.copy.as_str(), width).await?;
         for row in rows {
-            buffer.extend(width.to_be_bytes());
+            copy.row().await?;
             for (column, value) in self.columns.iter().zip(row) {
-                add_field(&mut buffer, column, value)?;
-            }
-            if buffer.len() >= COPY_CHUNK_BYTES {
-                copy.send(buffer.as_slice()).await?;
-                buffer.clear();
+                copy_field(&mut copy, column, value)?;
             }
         }
-        buffer.extend(COPY_END);
-        copy.send(buffer.as_slice()).await?;
-        copy.finish().await.map(drop)
+        copy.finish().await
     }
 
     async fn upsert_postgres(

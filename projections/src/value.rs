@@ -5,10 +5,14 @@
 
 use chrono::{DateTime, NaiveDate, SecondsFormat, Utc};
 use kafold_core::row::{Column, ColumnKind, Value};
+use sqlx::encode::IsNull;
+use sqlx::error::BoxDynError;
 use sqlx::postgres::{PgArgumentBuffer, PgArguments, PgRow};
 use sqlx::sqlite::{SqliteArguments, SqliteRow};
 use sqlx::{Arguments, Encode, Postgres, Row};
 use uuid::Uuid;
+
+use crate::copy::CopyRows;
 
 /// What the bytes of a JSONB begin with.
 const JSONB_VERSION: u8 = 1;
@@ -42,38 +46,34 @@ pub(crate) fn add_array(
     added.map_err(sqlx::Error::Encode)
 }
 
-/// Appends one field of a row as COPY reads it: the length of the value, -1 of NULL, and its bytes.
-pub(crate) fn add_field(
-    buffer: &mut PgArgumentBuffer,
+/// Adds one field of a row that goes by COPY.
+pub(crate) fn copy_field(
+    copy: &mut CopyRows<'_>,
     column: &Column,
     value: Value,
 ) -> Result<(), sqlx::Error> {
-    let begin = buffer.len();
-    buffer.extend((-1_i32).to_be_bytes());
-    let encoded = match (column.kind, value) {
-        (_, Value::Null) => return Ok(()),
-        (ColumnKind::Boolean, Value::Boolean(inner)) => Encode::<Postgres>::encode(inner, buffer),
-        (ColumnKind::Integer, Value::Integer(inner)) => Encode::<Postgres>::encode(inner, buffer),
-        (ColumnKind::Real, Value::Real(inner)) => Encode::<Postgres>::encode(inner, buffer),
-        (ColumnKind::Text, Value::Text(inner) | Value::Json(inner)) => {
-            Encode::<Postgres>::encode(inner, buffer)
-        }
-        (ColumnKind::Json, Value::Text(inner) | Value::Json(inner)) => {
-            buffer.push(JSONB_VERSION);
-            Encode::<Postgres>::encode(inner, buffer)
-        }
-        (ColumnKind::Date, Value::Date(inner)) => Encode::<Postgres>::encode(inner, buffer),
-        (ColumnKind::Timestamp, Value::Timestamp(inner)) => {
-            Encode::<Postgres>::encode(inner, buffer)
-        }
-        (ColumnKind::Uuid, Value::Uuid(inner)) => Encode::<Postgres>::encode(inner, buffer),
-        (_, other) => return Err(mismatch(column, &other)),
-    };
-    encoded.map(drop).map_err(sqlx::Error::Encode)?;
-    let bytes = buffer.len() - begin - size_of::<i32>();
-    let length = i32::try_from(bytes).map_err(|error| sqlx::Error::Encode(error.into()))?;
-    buffer[begin..begin + size_of::<i32>()].copy_from_slice(&length.to_be_bytes());
-    Ok(())
+    match (column.kind, value) {
+        (_, Value::Null) => copy.field(None::<bool>),
+        (ColumnKind::Boolean, Value::Boolean(inner)) => copy.field(inner),
+        (ColumnKind::Integer, Value::Integer(inner)) => copy.field(inner),
+        (ColumnKind::Real, Value::Real(inner)) => copy.field(inner),
+        (ColumnKind::Text, Value::Text(inner) | Value::Json(inner)) => copy.field(inner),
+        (ColumnKind::Json, Value::Text(inner) | Value::Json(inner)) => copy.field(Jsonb(inner)),
+        (ColumnKind::Date, Value::Date(inner)) => copy.field(inner),
+        (ColumnKind::Timestamp, Value::Timestamp(inner)) => copy.field(inner),
+        (ColumnKind::Uuid, Value::Uuid(inner)) => copy.field(inner),
+        (_, other) => Err(mismatch(column, &other)),
+    }
+}
+
+/// JSON as the bytes of a JSONB.
+struct Jsonb(String);
+
+impl Encode<'_, Postgres> for Jsonb {
+    fn encode_by_ref(&self, buffer: &mut PgArgumentBuffer) -> Result<IsNull, BoxDynError> {
+        buffer.push(JSONB_VERSION);
+        Encode::<Postgres>::encode_by_ref(&self.0, buffer)
+    }
 }
 
 /// Binds one value on PostgreSQL.

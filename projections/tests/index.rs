@@ -129,8 +129,15 @@ async fn another_event_at_the_same_version_is_diverged(database: &TestDatabase) 
     diverged(&index, batch(1, 3, &[event("b", 1, 1), event("a", 1, 2)])).await;
     // Same place, another event: another log.
     diverged(&index, batch(0, 3, &[event("a", 1, 0)])).await;
+    // Among many, which PostgreSQL takes by COPY.
+    let mut many: Vec<_> = (1..200).map(|n| event("b", n, n)).collect();
+    many.push(event("a", 1, 200));
+    diverged(&index, batch(1, 201, &many)).await;
     assert_eq!(database.number("SELECT COUNT(*) FROM kafold_event").await, 1);
     assert_eq!(index.cursors().await.expect("readable"), [(PARTITION, cursor(1))]);
+    many.pop();
+    moved(&index, batch(1, 200, &many)).await;
+    assert_eq!(index.cursors().await.expect("readable"), [(PARTITION, cursor(200))]);
 }
 
 async fn another_event_at_the_same_offset_is_diverged(database: &TestDatabase) {
@@ -165,7 +172,8 @@ async fn two_feeders_at_once_do_no_harm(database: &TestDatabase) {
         tokio::spawn(async move {
             let mut from = 0;
             while from < 300 {
-                let to = (from + 1 + dice.roll(40)).min(300);
+                // Few and many: PostgreSQL takes them differently.
+                let to = (from + 1 + dice.roll(90)).min(300);
                 let events = &log[from as usize..to as usize];
                 let advanced = index.advance(batch(from, to, events)).await.expect("no error");
                 if advanced == Advanced::Moved {

@@ -5,13 +5,119 @@ use kafold_core::index::{Advanced, IndexBatch, IndexLoad, IndexRead};
 use kafold_core::mutant::{self, Mutant};
 use kafold_core::store::Cursor;
 use kafold_core::{Offset, RecordedEvent};
-use sqlx::{FromRow, PgConnection, PgPool, Row};
+use sqlx::postgres::PgArguments;
+use sqlx::query::Query;
+use sqlx::{FromRow, PgConnection, PgPool, Postgres, Row};
+
+use crate::copy::CopyRows;
 
 use super::{
     EventRow, More, RowError, Stored, bigint, check_stored, cursor, cut, offset_of, partition_int,
 };
 
+type PgQuery<'q> = Query<'q, Postgres, PgArguments>;
+
+/// One statement, so that the position is of the same snapshot as the answer. Commands come first on
+/// their own: without statistics the planner would rather read the whole stream.
+pub(super) const FIND_COMMAND: &str = "WITH c AS MATERIALIZED (SELECT category, stream_id, version, \
+       partition, \"offset\" FROM kafold_event WHERE command_id = $4) \
+     SELECT p.next_offset, c.version, c.partition, c.\"offset\" \
+     FROM (SELECT 1 AS one) o \
+     LEFT JOIN kafold_partition p ON p.partition = $1 \
+     LEFT JOIN c ON c.category = $2 AND c.stream_id = $3 \
+     ORDER BY c.version DESC LIMIT 1";
+/// Events from which on a batch goes by COPY: for fewer its round trips cost more than it gives.
+const COPY_EVENTS_MIN: usize = 50;
+
+/// Almost always the index stands exactly where the batch begins and has none of it. What is not so is
+/// looked at closely.
 pub(super) async fn advance(
+    pool: &PgPool,
+    batch: &IndexBatch,
+    now: DateTime<Utc>,
+) -> Result<Advanced, RowError> {
+    let appended = match batch.events.len() {
+        COPY_EVENTS_MIN.. => append_by_copy(pool, batch, now).await,
+        _ => append(pool, batch, now).await,
+    };
+    match appended {
+        Ok(true) => Ok(Advanced::Moved),
+        Ok(false) => advance_checked(pool, batch, now).await,
+        Err(error) if is_taken(&error) => advance_checked(pool, batch, now).await,
+        Err(error) => Err(error.into()),
+    }
+}
+
+fn is_taken(error: &sqlx::Error) -> bool {
+    error.as_database_error().is_some_and(|error| error.is_unique_violation())
+}
+
+/// Moves the partition to the end of the batch if it stands at its beginning.
+const MOVE: &str = "UPDATE kafold_partition SET next_offset = $3, fold_state = $4, updated_at = $5 \
+                    WHERE partition = $1 AND next_offset = $2 AND next_offset < $3";
+
+fn moved<'b>(sql: &'static str, batch: &'b IndexBatch, now: DateTime<Utc>) -> PgQuery<'b> {
+    let query = sqlx::query(sql).bind(partition_int(batch.partition)).bind(bigint(batch.from.0));
+    query.bind(bigint(batch.to.next.0)).bind(&batch.to.state).bind(now)
+}
+
+/// In one statement; false when the index stands elsewhere.
+async fn append(
+    pool: &PgPool,
+    batch: &IndexBatch,
+    now: DateTime<Utc>,
+) -> Result<bool, sqlx::Error> {
+    let sql = "WITH moved AS (UPDATE kafold_partition \
+                 SET next_offset = $3, fold_state = $4, updated_at = $5 \
+                 WHERE partition = $1 AND next_offset = $2 AND next_offset < $3 RETURNING 1), \
+               appended AS (INSERT INTO kafold_event (category, stream_id, version, partition, \
+                 \"offset\", event_id, event_type, recorded_at, command_id, metadata, payload) \
+                 SELECT * FROM UNNEST($6::text[], $7::text[], $8::int8[], $9::int4[], \
+                   $10::int8[], $11::uuid[], $12::text[], $13::timestamptz[], $14::uuid[], \
+                   $15::text[], $16::bytea[]) \
+                 WHERE EXISTS (SELECT FROM moved)) \
+               SELECT 1 FROM moved";
+    let query = with_events(moved(sql, batch, now), &batch.events);
+    Ok(query.fetch_optional(pool).await?.is_some())
+}
+
+/// False when the index stands elsewhere.
+async fn append_by_copy(
+    pool: &PgPool,
+    batch: &IndexBatch,
+    now: DateTime<Utc>,
+) -> Result<bool, sqlx::Error> {
+    let mut tx = pool.begin().await?;
+    // It locks the partition, too.
+    if moved(MOVE, batch, now).execute(&mut *tx).await?.rows_affected() == 0 {
+        tx.rollback().await?;
+        return Ok(false);
+    }
+    let sql = "COPY kafold_event (category, stream_id, version, partition, \"offset\", event_id, \
+               event_type, recorded_at, command_id, metadata, payload) \
+               FROM STDIN WITH (FORMAT binary)";
+    let mut copy = CopyRows::begin(&mut tx, sql, 11).await?;
+    for event in &batch.events {
+        copy.row().await?;
+        copy.field(event.stream.category())?;
+        copy.field(event.stream.id())?;
+        copy.field(bigint(event.version.0))?;
+        copy.field(partition_int(event.position.partition))?;
+        copy.field(bigint(event.position.offset.0))?;
+        copy.field(event.metadata.event_id)?;
+        copy.field(&*event.event_type)?;
+        copy.field(event.metadata.recorded_at)?;
+        copy.field(event.command_id.0)?;
+        copy.field(More::text_of(&event.metadata))?;
+        copy.field(&*event.payload)?;
+    }
+    copy.finish().await?;
+    tx.commit().await?;
+    Ok(true)
+}
+
+/// Whatever the index has and wherever it stands.
+async fn advance_checked(
     pool: &PgPool,
     batch: &IndexBatch,
     now: DateTime<Utc>,
@@ -72,7 +178,12 @@ async fn insert(
                SELECT * FROM UNNEST($1::text[], $2::text[], $3::int8[], $4::int4[], $5::int8[], \
                  $6::uuid[], $7::text[], $8::timestamptz[], $9::uuid[], $10::text[], $11::bytea[]) \
                ON CONFLICT DO NOTHING";
-    let query = sqlx::query(sql)
+    Ok(with_events(sqlx::query(sql), events).execute(connection).await?.rows_affected())
+}
+
+/// Binds an array for each column of `kafold_event`, in their order.
+fn with_events<'q>(query: PgQuery<'q>, events: &'q [RecordedEvent]) -> PgQuery<'q> {
+    query
         .bind(column(events, |event| event.stream.category()))
         .bind(column(events, |event| event.stream.id()))
         .bind(column(events, |event| bigint(event.version.0)))
@@ -83,8 +194,7 @@ async fn insert(
         .bind(column(events, |event| event.metadata.recorded_at))
         .bind(column(events, |event| event.command_id.0))
         .bind(column(events, |event| More::text_of(&event.metadata)))
-        .bind(column(events, |event| &*event.payload));
-    Ok(query.execute(connection).await?.rows_affected())
+        .bind(column(events, |event| &*event.payload))
 }
 
 /// What lies at the streams and versions of these events.

@@ -14,6 +14,13 @@ use super::{
 };
 use crate::table::list_places;
 
+/// One statement, so that the position is of the same snapshot as the answer. By command: the planner
+/// would rather read the whole stream.
+pub(super) const FIND_COMMAND: &str = "SELECT p.next_offset, e.version, e.partition, e.\"offset\" \
+     FROM (SELECT 1 AS one) o \
+     LEFT JOIN kafold_partition p ON p.partition = $1 \
+     LEFT JOIN kafold_event e INDEXED BY kafold_event_command ON e.category = $2 AND e.stream_id = $3 AND e.command_id = $4 \
+     ORDER BY e.version DESC LIMIT 1";
 const COLUMNS: usize = 11;
 /// Events in one statement: 11 values each, of 32 766 that SQLite takes.
 const EVENTS_MAX: usize = 500;
