@@ -25,6 +25,7 @@ use crate::baselines::producer::{Window, settings};
 use crate::domain::Deposit;
 use crate::ours::{log_url, source};
 use crate::servers::PARTITIONS;
+use crate::zipf::Zipf;
 
 /// Records in flight.
 const WINDOW: u64 = 20_000;
@@ -32,6 +33,8 @@ const WINDOW: u64 = 20_000;
 const PAYLOADS: usize = 1_024;
 /// Events of one index batch.
 const INDEX_BATCH_EVENTS: usize = 5_000;
+/// Events of one index batch of a store under load.
+const STORE_BATCH_EVENTS: usize = 2_000;
 /// Index batches that wait for the database.
 const INDEX_BATCHES_WAITING: usize = 8;
 
@@ -138,6 +141,54 @@ fn push(
         .payload(&*encoded.value)
         .headers(headers);
     window.push(record)
+}
+
+/// Index batches of streams drawn by Zipf's law, as a store hands them over.
+pub struct IndexFeed {
+    writers: Vec<Writer>,
+    /// Of each stream its partition and its version.
+    streams: Vec<(StreamId, Partition, u64)>,
+    payloads: Vec<Arc<[u8]>>,
+    zipf: Zipf,
+    random: Rng,
+}
+
+impl IndexFeed {
+    /// Nothing of so many streams.
+    pub fn new(streams: u64, payload_bytes: usize) -> Result<Self, Failure> {
+        let mut random = Rng::with_seed(13);
+        let payloads = (0..PAYLOADS).map(|_| payload(payload_bytes, &mut random));
+        let payloads = payloads.collect::<Result<_, _>>()?;
+        let stream = |number: u64| {
+            let stream = StreamId::new("account", &number.to_string())?;
+            let partition = partition_of(&stream, PARTITIONS);
+            Ok((stream, partition, 0))
+        };
+        let writers = (0..PARTITIONS).map(|p| Writer::new(Partition(p))).collect();
+        let all = (0..streams).map(stream).collect::<Result<_, Failure>>()?;
+        Ok(Self { writers, streams: all, payloads, zipf: Zipf::new(streams), random })
+    }
+
+    /// The batches of the next so many events.
+    pub fn batches(&mut self, events: u64) -> Result<Vec<IndexBatch>, Failure> {
+        let mut batches = Vec::new();
+        for number in 0..events {
+            let rank = self.zipf.draw(&mut self.random) as usize;
+            let (stream, partition, version) = &mut self.streams[rank];
+            *version += 1;
+            let writer = &mut self.writers[partition.0 as usize];
+            if writer.next == 0 {
+                writer.claim("bench")?;
+            }
+            let payload = &self.payloads[number as usize % PAYLOADS];
+            writer.event("bench", stream.clone(), Version(*version), payload)?;
+            if writer.events.len() >= STORE_BATCH_EVENTS {
+                batches.push(writer.batch());
+            }
+        }
+        batches.extend(self.writers.iter_mut().filter(|w| !w.events.is_empty()).map(Writer::batch));
+        Ok(batches)
+    }
 }
 
 /// Writes one partition under one claim: its records are at offset 0, 1, 2 …

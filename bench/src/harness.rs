@@ -35,7 +35,8 @@ impl Size {
         }
     }
 
-    fn pairs(self) -> usize {
+    /// How often each side runs.
+    pub fn pairs(self) -> usize {
         self.of(2, 4, 8)
     }
 }

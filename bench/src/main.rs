@@ -11,6 +11,11 @@ use kafold_bench::rows::{self, ROWS};
 use kafold_bench::servers::{Servers, repository};
 use tracing_subscriber::EnvFilter;
 
+/// Events are allocated on one thread and freed on another all the time, which the allocator of the C
+/// library pays dearly for; librdkafka shares this one.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 /// kafold against careful baselines; each row of docs/performance.md, or those that are named.
 #[derive(Parser)]
 #[command(version, args_conflicts_with_subcommands = true)]

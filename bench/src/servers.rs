@@ -1,5 +1,6 @@
 //! Brokers and a database, by the scripts in `dev/`, or those that are there.
 
+use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -14,10 +15,16 @@ use tokio::process::Command;
 use tokio::sync::OnceCell;
 
 use crate::Failure;
+use crate::baselines::consumer::{From, consumer, each};
+use crate::baselines::producer::{Records, Window, settings};
+use crate::fill::Fill;
 use crate::proxy::Proxy;
 
 /// Partitions of every log here, as a new log has by default.
 pub const PARTITIONS: u32 = 12;
+
+/// Events that new brokers are warmed up with.
+const WARM_UP_EVENTS: u64 = 300_000;
 
 /// A broker behind a proxy that counts, and where it keeps its data.
 pub struct Counted {
@@ -60,16 +67,37 @@ impl Servers {
 
     /// The address of one broker.
     pub async fn broker(&self) -> Result<&str, Failure> {
-        let start =
-            async || run("kafka", &["up", "--name", &self.named("kafka"), "--nodes", "1"]).await;
-        Ok(self.single.get_or_try_init(start).await?)
+        Ok(self.single.get_or_try_init(async || self.start("kafka", "1").await).await?)
     }
 
     /// The addresses of three brokers that replicate three times.
     pub async fn three_brokers(&self) -> Result<&str, Failure> {
-        let start =
-            async || run("kafka", &["up", "--name", &self.named("kafka3"), "--nodes", "3"]).await;
-        Ok(self.three.get_or_try_init(start).await?)
+        Ok(self.three.get_or_try_init(async || self.start("kafka3", "3").await).await?)
+    }
+
+    /// Brokers that have been at work for a while: in their first minute the Java machine compiles with
+    /// half of both cores.
+    async fn start(&self, what: &str, nodes: &str) -> Result<String, Failure> {
+        let brokers = run("kafka", &["up", "--name", &self.named(what), "--nodes", nodes]).await?;
+        let name = self.new_name();
+        let (events, streams) = (WARM_UP_EVENTS, WARM_UP_EVENTS / 10);
+        Fill { brokers: &brokers, name: &name, events, streams, payload_bytes: 256 }
+            .make(None)
+            .await?;
+        let (asked, topic) = (brokers.clone(), format!("{name}.events"));
+        let rest = move || {
+            let records = Records::new(&topic, streams, 256)?;
+            let window = Window::start(&settings(&asked, "0"), topic.clone(), 64)?;
+            window.run(&records, WARM_UP_EVENTS / 5, 0)?;
+            let mut left = WARM_UP_EVENTS;
+            each(&consumer(&asked, &topic, From::Beginning)?, |_| {
+                left -= 1;
+                Ok(if left == 0 { ControlFlow::Break(()) } else { ControlFlow::Continue(()) })
+            })
+        };
+        tokio::task::spawn_blocking(rest).await??;
+        remove_log(&brokers, &name).await?;
+        Ok(brokers)
     }
 
     /// One broker to which every byte is counted.

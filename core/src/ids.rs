@@ -43,6 +43,12 @@ pub enum InvalidStreamId {
 impl StreamId {
     /// The stream `category-id`.
     pub fn new(category: &str, id: &str) -> Result<Self, InvalidStreamId> {
+        let category_bytes = Self::check(category, id)?;
+        Ok(Self { text: format!("{category}-{id}").into(), category_bytes })
+    }
+
+    /// The category's length, if both are valid.
+    fn check(category: &str, id: &str) -> Result<u8, InvalidStreamId> {
         let first = category.bytes().next();
         let category_is_valid = first.is_some_and(|byte| byte.is_ascii_lowercase())
             && category.len() <= CATEGORY_BYTES_MAX
@@ -59,11 +65,8 @@ impl StreamId {
         if let Some(bad) = id.chars().find(|c| c.is_control() || *c == '/') {
             return Err(InvalidStreamId::Character(bad));
         }
-        Ok(Self {
-            text: format!("{category}-{id}").into(),
-            // At most CATEGORY_BYTES_MAX, checked above.
-            category_bytes: category.len() as u8,
-        })
+        // At most CATEGORY_BYTES_MAX, checked above.
+        Ok(category.len() as u8)
     }
 
     /// The part before the first `-`.
@@ -87,7 +90,10 @@ impl FromStr for StreamId {
 
     fn from_str(text: &str) -> Result<Self, InvalidStreamId> {
         match text.split_once('-') {
-            Some((category, id)) => Self::new(category, id),
+            Some((category, id)) => {
+                let category_bytes = Self::check(category, id)?;
+                Ok(Self { text: text.into(), category_bytes })
+            }
             None => {
                 Err(InvalidStreamId::NoSeparator(text.chars().take(CATEGORY_BYTES_MAX).collect()))
             }

@@ -36,7 +36,8 @@ pub(crate) struct Known {
 /// A stream to ask about, and a command of it if there is one to find.
 pub(crate) type Question<'a> = (&'a StreamId, Option<CommandId>);
 
-/// The answers come as one row: a row of their own each would cost more than finding them.
+/// The answers come as one row: a row of their own each would cost more than finding them. A command is
+/// looked up by its id: the planner would rather read the whole stream.
 const KNOWN: &str = r#"
 SELECT
     (SELECT coalesce(max("offset") + 1, 0) FROM kafold_event WHERE partition = 0),
@@ -44,7 +45,7 @@ SELECT
         asked.key,
         (SELECT max(version) FROM kafold_event
          WHERE category = asked.value ->> 0 AND stream_id = asked.value ->> 1),
-        (SELECT max(version) FROM kafold_event
+        (SELECT max(version) FROM kafold_event INDEXED BY kafold_event_command
          WHERE category = asked.value ->> 0 AND stream_id = asked.value ->> 1
            AND command_id = unhex(asked.value ->> 2))
     ))
@@ -92,6 +93,7 @@ pub(crate) async fn find_command(
     command_id: CommandId,
 ) -> Result<Option<Appended>, sqlx::Error> {
     let query = r#"SELECT max(version), max("offset") FROM kafold_event
+                   INDEXED BY kafold_event_command
                    WHERE category = ? AND stream_id = ? AND command_id = ?"#;
     let query = sqlx::query_as(query).bind(stream.category()).bind(stream.id());
     let (version, offset): (Option<i64>, Option<i64>) =

@@ -518,7 +518,8 @@ impl Thread {
         let Some(slot) = self.slot(partition) else { return };
         let was_owning = slot.writer.is_owning();
         slot.writer.handle(now, input, &mut outputs);
-        let may_have_changed = !outputs.is_empty() && !(was_owning && slot.writer.is_owning());
+        let still_owning = was_owning && slot.writer.is_owning();
+        let may_have_changed = !still_owning && !outputs.is_empty();
         for output in outputs.drain(..) {
             self.output(partition, output, now);
         }

@@ -150,7 +150,9 @@ impl Indexer {
         let mut waits_since = None;
         loop {
             // What the tail no longer holds is in the index, unless that has lost its place.
-            let fed = if from < shared.tail().start() {
+            let fed = if shared.index_lost.load(Ordering::Acquire) {
+                self.look_again(shared).await
+            } else if from < shared.tail().start() {
                 self.feed_again(shared).await
             } else {
                 let Some(delay) = self.delay(shared, from) else {
@@ -226,6 +228,13 @@ impl Indexer {
             }
             Advanced::Behind(cursor) => Ok(cursor.map_or(Offset(0), |cursor| cursor.next)),
         }
+    }
+
+    /// Where the index stands, which a reader has found behind.
+    async fn look_again(&self, shared: &Shared) -> Result<Offset, FeedError> {
+        let place = Self::place(&self.index.cursors().await?, shared.partition)?;
+        shared.index_lost.store(false, Ordering::Release);
+        Ok(place.next)
     }
 
     /// The index was deleted or restored: what the tail no longer holds comes from the log.

@@ -4,6 +4,7 @@
 
 use std::collections::VecDeque;
 use std::num::NonZeroUsize;
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -21,12 +22,15 @@ use tokio::sync::{Semaphore, mpsc, oneshot};
 use crate::config::Limits;
 use crate::partition::Shared;
 use crate::tail::{MergeError, TailView};
-use crate::writer::{CommandOutcome, StreamHead, WriterLimits};
+use crate::writer::{CommandOutcome, OlderCommands, StreamHead, WriterLimits};
 
 /// Questions to the index at once; loads that come meanwhile are gathered into the next one.
 const QUERIES_MAX: usize = 4;
 /// Heads of streams kept from reads for the submissions that follow them.
 const HEADS_MAX: usize = 10_000;
+/// Memory for what is known of one stream's older commands: some 16 000 of them. Those of a longer
+/// stream are looked up one by one.
+const OLDER_BYTES_MAX: usize = 32 << 10;
 /// When a caller may try again whom the index could not answer.
 const RETRY_AFTER: Duration = Duration::from_secs(1);
 
@@ -117,7 +121,7 @@ impl Loader {
         }
         let (position, found) = self.index.find_command(partition, stream, command_id).await?;
         if position < start {
-            return Err(merge_error(MergeError::IndexBehind { partition, position, start }));
+            return Err(self.lost(MergeError::IndexBehind { partition, position, start }));
         }
         Ok(found.map(|appended| Appended { duplicate: true, ..appended }))
     }
@@ -191,6 +195,20 @@ impl Loader {
     /// A stream's partition is below the number of them.
     fn shared(&self, partition: Partition) -> &Shared {
         &self.partitions[partition.0 as usize]
+    }
+
+    /// What a reader is told. An index that has lost its place is fed again from there, also where nothing
+    /// new is appended.
+    fn lost(&self, error: MergeError) -> ReadError {
+        match error {
+            MergeError::IndexBehind { partition, .. } => {
+                let shared = self.shared(partition);
+                shared.index_lost.store(true, Ordering::Release);
+                shared.advanced.notify_one();
+                ReadError::unavailable(RETRY_AFTER, error)
+            }
+            MergeError::NotGapless { .. } => ReadError::diverged("the stream index", error),
+        }
     }
 
     async fn load(&self, load: IndexLoad) -> Result<IndexRead, ReadError> {
@@ -300,7 +318,8 @@ impl Reading {
         // Between two pages of the index there is nothing of the tail.
         let rows_only = TailView { start: view.start, events: Vec::new() };
         let view = if self.done { view } else { &rows_only };
-        view.merge(partition, after, read.position, read.events).map_err(merge_error)
+        let merged = view.merge(partition, after, read.position, read.events);
+        merged.map_err(|error| self.loader.lost(error))
     }
 
     fn remember(&self, as_of: Offset) {
@@ -312,21 +331,14 @@ impl Reading {
     }
 }
 
-fn merge_error(error: MergeError) -> ReadError {
-    match error {
-        // It is fed again from where it stands.
-        MergeError::IndexBehind { .. } => ReadError::unavailable(RETRY_AFTER, error),
-        MergeError::NotGapless { .. } => ReadError::diverged("the stream index", error),
-    }
-}
-
 /// A stream's head, from its events in order.
 #[derive(Clone)]
 struct HeadBuilder {
     version: Version,
     recent: VecDeque<CommandOutcome>,
     recent_max: usize,
-    complete: bool,
+    /// The commands before the recent ones, unless the read began behind some or they are too many.
+    older: Option<OlderCommands>,
     /// Whether the version is the stream's, not only what the read began behind.
     seen: bool,
 }
@@ -338,7 +350,7 @@ impl HeadBuilder {
             version: after,
             recent: VecDeque::new(),
             recent_max,
-            complete: from_start,
+            older: from_start.then(OlderCommands::default),
             seen: from_start,
         }
     }
@@ -352,14 +364,16 @@ impl HeadBuilder {
             Some(last) if last.command_id == command_id => *last = outcome,
             _ => self.recent.push_back(outcome),
         }
-        if self.recent.len() > self.recent_max {
-            self.recent.pop_front();
-            self.complete = false;
+        if self.recent.len() > self.recent_max
+            && let Some(oldest) = self.recent.pop_front()
+        {
+            self.older.as_mut().into_iter().for_each(|older| older.add(oldest.command_id));
+            self.older.take_if(|older| older.bytes() > OLDER_BYTES_MAX);
         }
     }
 
     fn build(self) -> StreamHead {
-        StreamHead { version: self.version, recent: self.recent.into(), complete: self.complete }
+        StreamHead { version: self.version, recent: self.recent.into(), older: self.older }
     }
 }
 
@@ -445,6 +459,45 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn the_head_of_a_long_stream_tells_which_commands_it_never_had() {
+        let log = fixture();
+        let longest = 3 * WriterLimits::default().recent_commands_max as u64;
+        (1..=longest).for_each(|version| log.prove(version));
+        let head = log.loader.head(PARTITION, &log.stream).await.expect("readable");
+        let older = head.older.expect("the stream is not too long");
+        let command = |number: u64| CommandId(Uuid::from_u128(number.into()));
+        let recent: Vec<_> = head.recent.iter().map(|outcome| outcome.command_id).collect();
+        let is_known =
+            |number| recent.contains(&command(number)) || older.may_hold(command(number));
+        assert!((1..=longest).all(is_known), "a command of the stream is excluded");
+        assert!(!(longest + 1..=longest + 20).all(is_known), "nothing is excluded");
+    }
+
+    #[test]
+    fn what_a_head_knows_of_older_commands_is_bounded() {
+        let log_event = |version: u64| {
+            let new = event(version);
+            RecordedEvent {
+                stream: StreamId::new("order", "1").expect("valid"),
+                version: Version(version),
+                position: Position { partition: PARTITION, offset: Offset(version) },
+                command_id: CommandId(Uuid::from_u128(version.into())),
+                event_type: new.event_type,
+                payload: new.payload,
+                metadata: new.metadata,
+            }
+        };
+        let mut head = HeadBuilder::new(Version::EMPTY, 1);
+        let mut most = 0;
+        for version in 1.. {
+            head.add(&log_event(version));
+            let Some(older) = &head.older else { break };
+            most = most.max(older.bytes());
+        }
+        assert!((OLDER_BYTES_MAX / 4..=OLDER_BYTES_MAX).contains(&most), "{most} bytes");
+    }
+
+    #[tokio::test]
     async fn an_index_below_the_tail_is_refused() {
         let log = fixture();
         (1..=3).for_each(|version| log.prove(version));
@@ -464,7 +517,8 @@ mod tests {
         log.read().await.expect("readable");
         log.prove(4);
         let head = log.loader.known_head(PARTITION, &log.stream).expect("was read");
-        assert_eq!((head.version, head.recent.len(), head.complete), (Version(4), 4, true));
+        assert_eq!((head.version, head.recent.len()), (Version(4), 4));
+        assert_eq!(head.older, Some(OlderCommands::default()), "all are recent");
         log.feed(4, 4).await;
         assert!(log.loader.known_head(PARTITION, &log.stream).is_none(), "event 4 is not seen");
     }

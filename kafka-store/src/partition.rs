@@ -25,6 +25,8 @@ pub(crate) struct Shared {
     assigned: AtomicBool,
     /// What is in the tail is to be handed over now, without waiting for more.
     pub(crate) handing_over: AtomicBool,
+    /// The index stands below what the tail has forgotten: it is to be looked at.
+    pub(crate) index_lost: AtomicBool,
     /// The claim under which this process owns the partition, for those who handle its commands.
     pub(crate) hold: watch::Sender<Option<Hold>>,
 }
@@ -75,6 +77,7 @@ impl Shared {
             advanced: Notify::new(),
             assigned: AtomicBool::new(false),
             handing_over: AtomicBool::new(false),
+            index_lost: AtomicBool::new(false),
             hold: watch::Sender::new(None),
         }
     }

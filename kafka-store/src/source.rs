@@ -20,6 +20,7 @@ use crate::inspect::Inspector;
 use crate::membership::{Membership, Rebalance};
 use crate::reader::{Chunk, LogReader, ReadFailure};
 use crate::store::connect;
+use crate::wire::{Body, Content, LogRecord, Record};
 
 /// A read of a partition that has nothing new is asked for again after this: the answer tells the
 /// end of the log.
@@ -327,6 +328,14 @@ struct OutOfRange {
     failure: ReadFailure,
 }
 
+/// How many events become visible when the record is accepted as the last of its commit.
+fn events_of_commit(record: &LogRecord) -> usize {
+    match &record.content {
+        Content::Ours(Record { body: Body::Event(event), .. }) => event.count.into(),
+        _ => 0,
+    }
+}
+
 impl Started {
     /// Batches of whole commits, each within the limit unless one commit alone exceeds it. What comes
     /// before a contradiction is delivered: the next read begins at the contradiction itself.
@@ -341,7 +350,11 @@ impl Started {
         let mut events: Vec<RecordedEvent> = Vec::new();
         let mut diverged = None;
         for record in chunk.records {
-            let before = self.fold.fold().checkpoint();
+            // A batch that has no room for the commit ends before it: that place is behind us when the
+            // commit is whole.
+            let before = (!events.is_empty()
+                && events.len() + events_of_commit(&record) > batch_events_max)
+                .then(|| self.fold.fold().checkpoint());
             let commit = match self.fold.read(record) {
                 Ok(Read::Commit(commit)) => commit,
                 Ok(Read::Void(reason)) => {
@@ -355,7 +368,7 @@ impl Started {
                     break;
                 }
             };
-            if !events.is_empty() && events.len() + commit.events.len() > batch_events_max {
+            if let Some(before) = before {
                 batches.push(self.batch(partition, std::mem::take(&mut events), &before, end));
             }
             events.extend(commit.events.into_iter().map(Arc::unwrap_or_clone));

@@ -7,16 +7,20 @@
 use chrono::{DateTime, Utc};
 use kafold_core::store::Cursor;
 use kafold_core::{Offset, Partition};
-use kafold_migrations::{Database, micros};
+use kafold_migrations::{Database, SqlText, micros};
 use sqlx::{PgConnection, SqliteConnection};
 
 use crate::handler::Target;
 use crate::registry;
 use crate::sql::{either, reading};
+use crate::table::list_places;
 use crate::transaction::{OpenTransaction, Transaction};
 
 /// Where PostgreSQL tells other processes of progress, as `NAME/PARTITION/NEXT`.
 pub(crate) const CHANNEL: &str = "kafold_checkpoint";
+
+/// Values of one [`Step`] in a statement on SQLite.
+const STEP_VALUES: usize = 7;
 
 /// Where a partition stands, and the right to move it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -110,16 +114,18 @@ async fn take_sqlite(
 }
 
 /// Moves the checkpoints, each from where it stood under its fence. `false`: at least one was not
-/// there any more, and the transaction must be rolled back.
+/// there any more, and the transaction must be rolled back. If it is to be told, listeners of [`CHANNEL`]
+/// hear where the projection stands when the transaction commits.
 pub(crate) async fn advance(
     tx: &mut Transaction<'_>,
     target: Target<'_>,
     steps: &[Step],
+    is_told: bool,
     now: DateTime<Utc>,
 ) -> Result<bool, sqlx::Error> {
     let moved = match tx {
         Transaction::Postgres(connection) => {
-            advance_postgres(connection, target, steps, now).await?
+            advance_postgres(connection, target, steps, is_told, now).await?
         }
         Transaction::Sqlite(connection) => advance_sqlite(connection, target, steps, now).await?,
     };
@@ -145,25 +151,11 @@ pub(crate) async fn hold(
     Ok(held == 1)
 }
 
-/// Tells listeners of [`CHANNEL`] where the projection will stand when the transaction commits.
-pub(crate) async fn announce(
-    tx: &mut Transaction<'_>,
-    target: Target<'_>,
-    steps: &[Step],
-) -> Result<(), sqlx::Error> {
-    let Transaction::Postgres(connection) = tx else { return Ok(()) };
-    let payloads: Vec<String> = steps
-        .iter()
-        .map(|step| format!("{}/{}/{}", target.name, step.partition, step.to.next))
-        .collect();
-    let sql = "SELECT pg_notify($1, payload) FROM UNNEST($2::text[]) AS payload";
-    sqlx::query(sql).bind(CHANNEL).bind(payloads).execute(&mut **connection).await.map(drop)
-}
-
 async fn advance_postgres(
     connection: &mut PgConnection,
     target: Target<'_>,
     steps: &[Step],
+    is_told: bool,
     now: DateTime<Utc>,
 ) -> Result<u64, sqlx::Error> {
     let sql = "UPDATE kafold_checkpoint c \
@@ -173,7 +165,9 @@ async fn advance_postgres(
                            $8::int8[], $9::timestamptz[]) \
                  AS s (partition, base, fence, next, state, log_end, event_at) \
                WHERE c.projection = $1 AND c.generation = $2 AND c.partition = s.partition \
-                 AND c.next_offset = s.base AND c.fence = s.fence";
+                 AND c.next_offset = s.base AND c.fence = s.fence \
+               RETURNING CASE WHEN $11 THEN \
+                 pg_notify($12, c.projection || '/' || c.partition || '/' || c.next_offset)::text END";
     let column = |value: fn(&Step) -> i64| steps.iter().map(value).collect::<Vec<i64>>();
     let query = sqlx::query(sql)
         .bind(target.name)
@@ -185,7 +179,9 @@ async fn advance_postgres(
         .bind(steps.iter().map(|step| step.to.state.as_str()).collect::<Vec<_>>())
         .bind(column(|step| bigint(step.end)))
         .bind(steps.iter().map(|step| step.last_event_at).collect::<Vec<_>>())
-        .bind(now);
+        .bind(now)
+        .bind(is_told)
+        .bind(CHANNEL);
     Ok(query.execute(connection).await?.rows_affected())
 }
 
@@ -195,27 +191,34 @@ async fn advance_sqlite(
     steps: &[Step],
     now: DateTime<Utc>,
 ) -> Result<u64, sqlx::Error> {
-    let sql = "UPDATE kafold_checkpoint \
-               SET next_offset = $6, fold_state = $7, end_offset = $8, \
-                   last_event_at = COALESCE($9, last_event_at), updated_at = $10 \
-               WHERE projection = $1 AND generation = $2 AND partition = $3 \
-                 AND next_offset = $4 AND fence = $5";
-    let mut moved = 0;
+    let mut sql =
+        SqlText::new("WITH s (partition, base, fence, next, state, log_end, event_at) AS (VALUES ");
+    sql.list(", ", 0..steps.len(), |sql, row| {
+        let values = 4 + row * STEP_VALUES..4 + (row + 1) * STEP_VALUES;
+        sql.text("(");
+        list_places(sql, values).text(")");
+    });
+    sql.text(
+        ") UPDATE kafold_checkpoint AS c \
+         SET next_offset = s.next, fold_state = s.state, end_offset = s.log_end, \
+             last_event_at = COALESCE(s.event_at, c.last_event_at), updated_at = $3 \
+         FROM s \
+         WHERE c.projection = $1 AND c.generation = $2 AND c.partition = s.partition \
+           AND c.next_offset = s.base AND c.fence = s.fence",
+    );
+    let query = sqlx::query(sql.finish()).bind(target.name).bind(target.generation.int());
+    let mut query = query.bind(micros::to_micros(now));
     for step in steps {
-        let query = sqlx::query(sql)
-            .bind(target.name)
-            .bind(target.generation.int())
+        query = query
             .bind(int(step.partition))
             .bind(bigint(step.from))
             .bind(step.fence)
             .bind(bigint(step.to.next))
             .bind(step.to.state.as_str())
             .bind(bigint(step.end))
-            .bind(step.last_event_at.map(micros::to_micros))
-            .bind(micros::to_micros(now));
-        moved += query.execute(&mut *connection).await?.rows_affected();
+            .bind(step.last_event_at.map(micros::to_micros));
     }
-    Ok(moved)
+    Ok(query.execute(connection).await?.rows_affected())
 }
 
 /// Where all partitions of the projection stand now, whoever holds them.

@@ -21,9 +21,11 @@ pub struct ProjectionConfig {
     /// The same on SQLite, where a transaction holds up the log's own writer. Default 1 000.
     pub sqlite_batch_events_max: usize,
     /// How long one transaction on SQLite may hold the write gate: batches shrink when one took
-    /// longer, and grow again when there is room. Default 20 ms.
+    /// longer, and grow again when there is room. Ten times that where the log is on Kafka, so that only
+    /// other projections wait. Default 20 ms.
     pub sqlite_transaction_max: Duration,
-    /// Payload bytes after which a batch is closed, however few its events. Default 16 MiB.
+    /// Payload bytes after which a batch is closed, however few its events, and about as many are read
+    /// ahead meanwhile. Default 16 MiB.
     pub batch_bytes_max: usize,
     /// How long a transaction may take at most before its connection is given up as dead and the
     /// batch tried again. Default 60 s.

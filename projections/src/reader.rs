@@ -3,23 +3,61 @@
 
 use std::collections::VecDeque;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use kafold_core::store::{Batch, Cursor, ReadError, SourceMessage, Subscription};
 use kafold_core::{Clock, Partition};
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{Notify, mpsc, oneshot};
 use tokio::task::JoinHandle;
 
 use crate::projection::ProjectionBatch;
 
-/// Messages read ahead of the worker.
-const READ_AHEAD_MESSAGES_MAX: usize = 8;
+/// Messages read ahead of the worker: with batches of 500 events as many as a rebuild takes in one
+/// transaction.
+const READ_AHEAD_MESSAGES_MAX: usize = 40;
 /// Shortest wait before an unavailable source is asked again.
 const SOURCE_WAIT_MIN: Duration = Duration::from_millis(10);
 /// Longest wait before an unavailable source is asked again, whatever it says.
 const SOURCE_WAIT_MAX: Duration = Duration::from_secs(1);
 
 type Received = Result<SourceMessage, ReadError>;
+
+/// Payload bytes that were read ahead of the worker.
+#[derive(Default)]
+struct Ahead {
+    bytes: AtomicUsize,
+    taken: Notify,
+}
+
+impl Ahead {
+    fn add(&self, message: &Received) {
+        self.bytes.fetch_add(bytes_of(message), Ordering::AcqRel);
+    }
+
+    fn take(&self, message: &Received) {
+        self.bytes.fetch_sub(bytes_of(message), Ordering::AcqRel);
+        self.taken.notify_one();
+    }
+
+    /// Returns when they are fewer. Cancel-safe.
+    async fn below(&self, bytes_max: usize) {
+        while self.bytes.load(Ordering::Acquire) >= bytes_max {
+            self.taken.notified().await;
+        }
+    }
+}
+
+fn bytes_of(message: &Received) -> usize {
+    match message {
+        Ok(SourceMessage::Batch(batch)) => payload_bytes(batch),
+        _ => 0,
+    }
+}
+
+fn payload_bytes(batch: &Batch) -> usize {
+    batch.events.iter().map(|event| event.payload.len()).sum()
+}
 
 /// What the worker asks of the pump.
 enum Request {
@@ -52,6 +90,7 @@ pub(crate) struct RoundLimit {
 /// The worker's end of the pump. Dropped, it ends the subscription.
 pub(crate) struct Reader {
     received: mpsc::Receiver<Received>,
+    ahead: Arc<Ahead>,
     requests: mpsc::Sender<Request>,
     pump: JoinHandle<()>,
     clock: Arc<dyn Clock>,
@@ -71,13 +110,20 @@ impl Drop for Reader {
 }
 
 impl Reader {
-    pub(crate) fn new(subscription: Box<dyn Subscription>, clock: Arc<dyn Clock>) -> Self {
+    /// Reads ahead of the worker until about so many bytes of payloads wait for it.
+    pub(crate) fn new(
+        subscription: Box<dyn Subscription>,
+        bytes_max: usize,
+        clock: Arc<dyn Clock>,
+    ) -> Self {
         let (sender, received) = mpsc::channel(READ_AHEAD_MESSAGES_MAX);
         let (requests, asked) = mpsc::channel(1);
-        let pump = Pump { subscription, requests: asked };
+        let ahead = Arc::new(Ahead::default());
+        let pump = Pump { subscription, requests: asked, ahead: ahead.clone(), bytes_max };
         let pump = tokio::spawn(pump.run(sender, clock.clone()));
         Self {
             received,
+            ahead,
             requests,
             pump,
             clock,
@@ -109,7 +155,7 @@ impl Reader {
             // An ended pump delivers nothing either.
             drop(answered.await);
         }
-        while let Ok(message) = self.received.try_recv() {
+        while let Some(message) = self.try_recv() {
             self.waiting.push_back(message);
         }
         let is_stopped = |batch: &Batch| partitions.contains(&batch.partition);
@@ -145,7 +191,10 @@ impl Reader {
                 Some(Err(error)) => return Err(error),
                 Some(batch) => self.waiting.push_front(batch),
                 None => match self.wait(limit.idle).await {
-                    Waited::Received(message) => self.waiting.push_back(message),
+                    Waited::Received(message) => {
+                        self.ahead.take(&message);
+                        self.waiting.push_back(message);
+                    }
                     Waited::Idle => return Ok(self.close_round()),
                     Waited::Closed => return Ok(Message::Closed),
                 },
@@ -153,17 +202,22 @@ impl Reader {
         }
     }
 
+    fn try_recv(&mut self) -> Option<Received> {
+        let message = self.received.try_recv().ok()?;
+        self.ahead.take(&message);
+        Some(message)
+    }
+
     /// Moves batches that are there already into the round, up to the limit or the first message of
     /// another kind.
     fn gather(&mut self, limit: RoundLimit) {
-        let bytes = |batch: &Batch| batch.events.iter().map(|e| e.payload.len()).sum::<usize>();
-        let mut size: usize = self.round.batches().iter().map(bytes).sum();
+        let mut size: usize = self.round.batches().iter().map(payload_bytes).sum();
         let mut count = self.round.count();
         while count < limit.events_max && size < limit.bytes_max {
-            let next = self.waiting.pop_front().or_else(|| self.received.try_recv().ok());
+            let next = self.waiting.pop_front().or_else(|| self.try_recv());
             match next {
                 Some(Ok(SourceMessage::Batch(batch))) => {
-                    size += bytes(&batch);
+                    size += payload_bytes(&batch);
                     count += batch.events.len();
                     self.round.batches_mut().push(batch);
                 }
@@ -204,6 +258,8 @@ enum Waited {
 struct Pump {
     subscription: Box<dyn Subscription>,
     requests: mpsc::Receiver<Request>,
+    ahead: Arc<Ahead>,
+    bytes_max: usize,
 }
 
 impl Pump {
@@ -216,6 +272,7 @@ impl Pump {
     async fn run(mut self, messages: mpsc::Sender<Received>, clock: Arc<dyn Clock>) {
         loop {
             let read = async {
+                self.ahead.below(self.bytes_max).await;
                 let permit = messages.reserve().await.ok()?;
                 Some((permit, self.subscription.next().await))
             };
@@ -240,6 +297,7 @@ impl Pump {
                 Err(ReadError::Unavailable { retry_after, .. }) => (Some(*retry_after), false),
                 Err(ReadError::Diverged { .. }) => return permit.send(message),
             };
+            self.ahead.add(&message);
             permit.send(message);
             if is_change && !self.settle().await {
                 return;

@@ -312,7 +312,8 @@ impl Runner {
                     self.is_shared = subscription.is_shared();
                     self.consumer = subscription.consumer();
                     self.retake_at = None;
-                    return Ok(Reader::new(subscription, self.context.clock.clone()));
+                    let Context { config, clock, .. } = &self.context;
+                    return Ok(Reader::new(subscription, config.batch_bytes_max, clock.clone()));
                 }
                 Err(error) => {
                     attempt += 1;

@@ -4,17 +4,21 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use fastrand::Rng;
+use futures_util::stream::{self, StreamExt, TryStreamExt};
 use kafold::clock::{RandomIds, SystemClock};
 use kafold::handler::HandlerConfig;
+use kafold::index::Advanced;
+use kafold::projections::SqlIndex;
 use kafold::store::{Append, Ticket};
 use kafold::{
     Clock, CommandHandler, CommandId, Commit, Database, EventStore, ExpectedVersion, IdGenerator,
-    Log, Metadata, NewEvent, StreamId, Version, codec,
+    Log, Metadata, NewEvent, StreamId, StreamIndex, Version, codec,
 };
 
 use crate::Failure;
 use crate::baselines::producer::{Records, Window, settings};
 use crate::domain::{Account, Deposit};
+use crate::fill::IndexFeed;
 use crate::harness::{Bench, Goal, Sample};
 use crate::measure::{Until, closed_loop, now, per_second};
 use crate::ours::{deposit, index_caught_up, indexed, log_url, open};
@@ -31,6 +35,8 @@ const GOAL: f64 = 0.85;
 const LINGERS_MS: [&str; 3] = ["0", "1", "5"];
 /// Payloads made beforehand.
 const PAYLOADS: usize = 1_024;
+/// Batches of the index under way at once, as in a store.
+const INDEX_BATCHES: usize = 4;
 /// Callers of the sustained load.
 const SUSTAINED_CALLERS: usize = 1_024;
 
@@ -42,6 +48,7 @@ pub async fn run(bench: &Bench) -> Result<(), Failure> {
         cases(bench, &single, *payload_bytes).await?;
     }
     if bench.size > crate::harness::Size::Test {
+        index_alone(bench).await?;
         sustained(bench, &single).await?;
         let three = bench.servers.three_brokers().await?.to_owned();
         for payload_bytes in bench.size.of(&payloads[..1], &payloads[..1], payloads) {
@@ -248,6 +255,33 @@ async fn append(
         tip.ticket = None;
     }
     Ok(())
+}
+
+/// What PostgreSQL takes of the same events with nothing else to do: no store whose index is there can
+/// sustain more.
+async fn index_alone(bench: &Bench) -> Result<(), Failure> {
+    let events = bench.size.of(12_000, 120_000, 600_000);
+    let scratch = bench.servers.database().await?;
+    let mut samples = Vec::new();
+    let mut feed = IndexFeed::new(STREAMS, 256)?;
+    for _ in 0..bench.size.pairs() {
+        let batches = feed.batches(events)?;
+        let began = now();
+        let index = SqlIndex::new(scratch.database.clone());
+        let advance = |batch| {
+            let index = index.clone();
+            async move { index.advance(batch).await.map_err(Failure::from) }
+        };
+        let mut feeding = stream::iter(batches).map(advance).buffered(INDEX_BATCHES);
+        while let Some(advanced) = feeding.try_next().await? {
+            if advanced != Advanced::Moved {
+                return Err("the index is not where it was left".into());
+            }
+        }
+        samples.push(Sample::from([("per_s", per_second(events, now() - began))]));
+    }
+    bench.keep("R1", "256 B, the index alone", &[("per_s", Goal::Stated)], samples, Vec::new());
+    scratch.remove().await
 }
 
 /// The rate that the index keeps up with: callers who are refused come again, as a client does that

@@ -47,7 +47,7 @@ impl Beside {
         drop(crate::ours::source(&log_url(&brokers, &names[1])).await?);
         let topic = format!("{}.events", names[1]);
         let producer = Arc::new(Waiting::start(&settings(&brokers, "0"), topic)?);
-        let records = Arc::new(Records::new(&names[1], 1, PAYLOAD_BYTES)?);
+        let records = Arc::new(Records::new(&names[1], STREAMS, PAYLOAD_BYTES)?);
         let command = Arc::new(Deposit::of_bytes(PAYLOAD_BYTES, &mut Rng::with_seed(7)));
         Ok(Self { log, scratch, handler, command, producer, records, brokers, names })
     }
@@ -74,7 +74,7 @@ impl Beside {
         let (producer, records) = (Arc::clone(&self.producer), Arc::clone(&self.records));
         closed_loop(1, Until::Calls(calls), move |number| {
             let (producer, records) = (Arc::clone(&producer), Arc::clone(&records));
-            async move { producer.produce(&records, 0, number as usize).await.map(drop) }
+            async move { producer.produce(&records, number % STREAMS, number as usize).await.map(drop) }
         })
         .await
     }

@@ -189,6 +189,8 @@ impl<A: Aggregate> Slot<A> {
         }
         if self.pending.is_empty() {
             self.head = None;
+            // Most streams are not written for long: what the queue took is not theirs to keep.
+            self.pending = VecDeque::new();
         }
     }
 
@@ -287,6 +289,10 @@ impl RecentCommands {
         if self.commands.len() == self.commands_max {
             self.commands.pop_front();
             self.is_complete = false;
+        }
+        if self.commands.len() == self.commands.capacity() {
+            // Most streams have few: room for one, two, four …
+            self.commands.reserve_exact(self.commands.len().max(1));
         }
         self.commands.push_back((command_id, version, position));
     }

@@ -27,6 +27,11 @@ mod sales_by_sku;
 mod serve;
 mod service;
 
+/// Events are allocated on one thread and freed on another all the time, which the allocator of the C
+/// library pays dearly for; librdkafka shares this one.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 /// Takes orders over HTTP and reports on them.
 ///
 /// Without any argument it serves on http://127.0.0.1:8080 and keeps everything in the file orders.db

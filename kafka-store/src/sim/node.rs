@@ -15,7 +15,9 @@ use super::reference::{PARTITION, Violation};
 use crate::fold::Checkpoint;
 use crate::tail::{MergeError, Tail, TailView};
 use crate::wire::ClaimId;
-use crate::writer::{CommandOutcome, PartitionWriter, StreamHead, WriterConfig, WriterLimits};
+use crate::writer::{
+    CommandOutcome, OlderCommands, PartitionWriter, StreamHead, WriterConfig, WriterLimits,
+};
 
 pub(super) struct Node {
     pub(super) incarnation: usize,
@@ -208,8 +210,15 @@ fn head(events: &[RecordedEvent]) -> StreamHead {
             _ => recent.push(outcome),
         }
     }
-    let complete = recent.len() <= HEAD_COMMANDS_MAX;
     let cut = recent.len().saturating_sub(HEAD_COMMANDS_MAX);
+    let newest = recent.split_off(cut);
     let version = events.last().map_or(Version::EMPTY, |last| last.version);
-    StreamHead { version, recent: recent.split_off(cut), complete }
+    // Of some longer streams they are not known.
+    let is_known = cut == 0 || version.0.is_multiple_of(2);
+    let older = is_known.then(|| {
+        let mut older = OlderCommands::default();
+        recent.iter().for_each(|outcome| older.add(outcome.command_id));
+        older
+    });
+    StreamHead { version, recent: newest, older }
 }

@@ -28,7 +28,7 @@ impl PartitionWriter {
                     break;
                 }
             }
-            self.streams.put(id, stream);
+            self.streams.put(&id, stream);
         }
     }
 

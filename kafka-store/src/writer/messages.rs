@@ -12,6 +12,8 @@ use kafold_core::{
 use crate::fold::Checkpoint;
 use crate::wire::{ClaimId, LogRecord, Record};
 
+use super::older::OlderCommands;
+
 /// Names a submission or a confirm until its answer; chosen by the driver, never used twice.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct RequestId(pub u64);
@@ -280,8 +282,8 @@ pub struct StreamHead {
     pub version: Version,
     /// Its most recent commands, oldest first.
     pub recent: Vec<CommandOutcome>,
-    /// Whether these are all commands the stream ever had.
-    pub complete: bool,
+    /// The commands before those; `None` when they are not known.
+    pub older: Option<OlderCommands>,
 }
 
 /// What a command came to.

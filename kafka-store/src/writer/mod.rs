@@ -46,6 +46,8 @@ use flight::{Flight, Judgement};
 use settle::{PendingCommit, PendingConfirm};
 use streams::Streams;
 
+pub use older::OlderCommands;
+
 pub use messages::{
     CommandOutcome, Input, Output, Proven, ReportFailure, RequestId, Status, StreamHead,
     WriterConfig, WriterLimits,

@@ -13,12 +13,12 @@ const PART_COMMANDS_MIN: usize = 128;
 const DOUBLINGS_MAX: usize = 13;
 
 /// A Bloom filter that grows: what it does not hold was never added.
-#[derive(Debug, Clone, Default)]
-pub(super) struct OlderCommands {
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct OlderCommands {
     parts: Vec<Part>,
 }
 
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 struct Part {
     /// Their number is a power of two.
     words: Box<[u64]>,
@@ -27,7 +27,8 @@ struct Part {
 }
 
 impl OlderCommands {
-    pub(super) fn add(&mut self, command_id: CommandId) {
+    /// Adds a command.
+    pub fn add(&mut self, command_id: CommandId) {
         if self.parts.last().is_none_or(|part| part.room == 0) {
             let room = PART_COMMANDS_MIN << self.parts.len().min(DOUBLINGS_MAX);
             self.parts.push(Part { words: vec![0; room * COMMAND_BITS / 64].into(), room });
@@ -40,7 +41,8 @@ impl OlderCommands {
         }
     }
 
-    pub(super) fn may_hold(&self, command_id: CommandId) -> bool {
+    /// Whether the command may have been added; `false` is certain.
+    pub fn may_hold(&self, command_id: CommandId) -> bool {
         let is_in = |part: &Part| {
             let mut bits = bits(command_id, part.words.len());
             bits.all(|bit| part.words[bit / 64] & (1 << (bit % 64)) != 0)
@@ -48,7 +50,8 @@ impl OlderCommands {
         self.parts.iter().any(is_in)
     }
 
-    pub(super) fn bytes(&self) -> usize {
+    /// Its memory.
+    pub fn bytes(&self) -> usize {
         self.parts.iter().map(|part| size_of_val(&*part.words)).sum()
     }
 }

@@ -396,7 +396,7 @@ impl PartitionWriter {
                 }
             }
         }
-        self.streams.put(id.clone(), stream);
+        self.streams.put(id, stream);
         self.ready.push(id.clone());
     }
 

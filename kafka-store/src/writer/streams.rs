@@ -81,8 +81,8 @@ pub(super) struct NotGapless {
 
 impl Known {
     fn new(head: StreamHead, recent_max: usize) -> Self {
-        let older = head.complete.then(OlderCommands::default);
-        let mut known = Self { version: head.version, recent: head.recent.into(), older };
+        let StreamHead { version, recent, older } = head;
+        let mut known = Self { version, recent: recent.into(), older };
         known.cut(recent_max);
         known
     }
@@ -274,16 +274,16 @@ impl Streams {
         self.entries.get_mut(id)?.take()
     }
 
-    pub(super) fn put(&mut self, id: StreamId, mut stream: Box<Stream>) {
+    pub(super) fn put(&mut self, id: &StreamId, mut stream: Box<Stream>) {
         let listed = !stream.waiting.is_empty();
         if listed != stream.listed {
             stream.listed = listed;
             match listed {
                 true => self.waiting.insert(id.clone()),
-                false => self.waiting.remove(&id),
+                false => self.waiting.remove(id),
             };
         }
-        if let Some(entry) = self.entries.peek_mut(&id) {
+        if let Some(entry) = self.entries.peek_mut(id) {
             *entry = Some(stream);
         }
     }
@@ -291,7 +291,7 @@ impl Streams {
     /// Notes whether somebody waits there.
     pub(super) fn list(&mut self, id: &StreamId) {
         if let Some(stream) = self.take(id) {
-            self.put(id.clone(), stream);
+            self.put(id, stream);
         }
     }
 

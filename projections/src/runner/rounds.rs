@@ -18,6 +18,9 @@ use crate::status::ProjectionState;
 use crate::transaction::OpenTransaction;
 use crate::worker::Context;
 
+/// How many times longer transactions on SQLite may take where the log is on Kafka.
+const LOG_ELSEWHERE: u32 = 10;
+
 impl Runner {
     /// Applies a round, in halves when it fails, down to the batch at fault.
     pub(super) async fn work_off(&mut self, round: ProjectionBatch) -> Result<(), Ended> {
@@ -201,8 +204,11 @@ impl Runner {
         let steps = self.steps(round);
         let mut open = OpenTransaction::begin(database).await?;
         let begun = clock.instant();
+        // What the next generation has applied, queries do not see.
+        let is_told = self.role == Role::Live && (has_events || !aside.is_empty());
         // First, so that a worker that takes the partition now waits for this transaction.
-        let moved = checkpoint::advance(&mut open.lend(), target, &steps, clock.now()).await?;
+        let tx = &mut open.lend();
+        let moved = checkpoint::advance(tx, target, &steps, is_told, clock.now()).await?;
         if !moved && !mutant::active(Mutant::NoFence) {
             open.rollback().await?;
             return Err(Failed::Superseded);
@@ -216,10 +222,6 @@ impl Runner {
             work.apply(target, tx).await.map_err(sorted)?;
         }
         self.insert_parked(tx, aside).await?;
-        // What the next generation has applied, queries do not see.
-        if self.role == Role::Live && (has_events || !aside.is_empty()) {
-            checkpoint::announce(tx, target, &steps).await?;
-        }
         open.commit().await?;
         Ok((steps, clock.instant().saturating_duration_since(begun)))
     }
@@ -263,12 +265,16 @@ impl Runner {
         }
     }
 
-    /// Keeps transactions on SQLite within their time: the log's writer waits for them.
+    /// Keeps transactions on SQLite within their time: the log's writer waits for them, if the log is in
+    /// the file, else other projections only.
     fn adapt(&mut self, held: Duration) {
         if matches!(self.context.database, Database::Postgres(_)) {
             return;
         }
-        let limit = self.context.config.sqlite_transaction_max;
+        let limit = match &self.consumer {
+            None => self.context.config.sqlite_transaction_max,
+            Some(_) => self.context.config.sqlite_transaction_max * LOG_ELSEWHERE,
+        };
         if held > limit {
             self.events_max = (self.events_max / 2).max(1);
         } else if held < limit / 2 {

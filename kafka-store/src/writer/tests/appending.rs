@@ -231,7 +231,7 @@ fn a_command_sent_again_is_applied_once_whatever_it_expects() {
 fn beyond_the_window_a_command_is_looked_up() {
     let mut bench = Bench::owning();
     let request = bench.submit(ExpectedVersion::Any, 1, 1);
-    bench.load(StreamHead { version: Version(9), recent: Vec::new(), complete: false });
+    bench.load(StreamHead { version: Version(9), recent: Vec::new(), older: None });
     assert!(bench.has(|output| matches!(output, Output::Find { .. })));
     assert!(bench.produced.is_empty());
     let position = Position { partition: PARTITION, offset: Offset(4) };

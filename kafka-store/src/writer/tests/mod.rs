@@ -175,7 +175,7 @@ impl Bench {
 
     /// The stream is empty, and all that were asked about it are answered so.
     fn load_empty(&mut self) {
-        self.load(StreamHead { complete: true, ..StreamHead::default() });
+        self.load(StreamHead { older: Some(OlderCommands::default()), ..StreamHead::default() });
     }
 
     fn load(&mut self, head: StreamHead) {
