@@ -100,7 +100,7 @@ async fn processes_that_migrate_at_once_make_one_set_of_tables() {
         .fetch_one(database.readers())
         .await
         .expect("reads");
-    assert_eq!(applied, 10);
+    assert_eq!(applied, 11);
 }
 
 #[tokio::test]
