@@ -380,8 +380,13 @@ impl Thread {
                 if !self.is_of(partition, tenure) {
                     return;
                 }
-                if matches!(input, Input::Records { .. }) {
+                if let Input::Records { records, .. } = &input {
                     self.note_progress(partition, &input);
+                    // A partition that is written is read no more until it is quiet again: a fetch that
+                    // waits would be answered for every record.
+                    if !records.is_empty() {
+                        self.stop_watching(partition);
+                    }
                 }
                 self.input(partition, input);
             }
@@ -464,6 +469,12 @@ impl Thread {
         standing.end = *end;
         if let Some(last) = records.last() {
             standing.read = last.offset.plus(1);
+        }
+    }
+
+    fn stop_watching(&mut self, partition: Partition) {
+        if self.slot(partition).is_some_and(|slot| slot.writer.is_owning()) {
+            self.parts.watcher.forget(partition);
         }
     }
 
