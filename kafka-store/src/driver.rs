@@ -133,9 +133,7 @@ impl Driver {
     pub(crate) fn tell(&self, message: Message) {
         let _ = self.messages.send(message);
     }
-}
 
-impl Driver {
     fn reports(&self) -> MutexGuard<'_, Vec<Report>> {
         // Whole after a panic elsewhere: it is only pushed to and taken.
         self.reports.lock().unwrap_or_else(PoisonError::into_inner)

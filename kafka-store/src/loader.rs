@@ -473,24 +473,13 @@ mod tests {
         assert!(!(longest + 1..=longest + 20).all(is_known), "nothing is excluded");
     }
 
-    #[test]
-    fn what_a_head_knows_of_older_commands_is_bounded() {
-        let log_event = |version: u64| {
-            let new = event(version);
-            RecordedEvent {
-                stream: StreamId::new("order", "1").expect("valid"),
-                version: Version(version),
-                position: Position { partition: PARTITION, offset: Offset(version) },
-                command_id: CommandId(Uuid::from_u128(version.into())),
-                event_type: new.event_type,
-                payload: new.payload,
-                metadata: new.metadata,
-            }
-        };
+    #[tokio::test]
+    async fn what_a_head_knows_of_older_commands_is_bounded() {
+        let log = fixture();
         let mut head = HeadBuilder::new(Version::EMPTY, 1);
         let mut most = 0;
         for version in 1.. {
-            head.add(&log_event(version));
+            head.add(&log.event(version));
             let Some(older) = &head.older else { break };
             most = most.max(older.bytes());
         }

@@ -545,11 +545,8 @@ impl EventStore for KafkaStore {
 
 #[cfg(test)]
 mod tests {
-    use futures_util::TryStreamExt;
     use kafold_core::clock::{RandomIds, SystemClock};
-    use kafold_core::index::{Advanced, IndexBatch, IndexLoad, IndexRead};
     use kafold_core::memory::MemoryIndex;
-    use kafold_core::store::Cursor;
     use kafold_core::testing::{commit, eventually, new_stream, read_gapless};
     use kafold_core::{ExpectedVersion, Offset};
 
@@ -570,81 +567,6 @@ mod tests {
             _ => None,
         });
         claims.expect("it was claimed")
-    }
-
-    /// An index that can be lost.
-    #[derive(Default)]
-    struct Losing(Mutex<Arc<MemoryIndex>>);
-
-    impl Losing {
-        fn now(&self) -> Arc<MemoryIndex> {
-            Arc::clone(&self.0.lock().expect("not poisoned"))
-        }
-
-        fn lose(&self) {
-            *self.0.lock().expect("not poisoned") = Arc::default();
-        }
-    }
-
-    #[async_trait]
-    impl StreamIndex for Losing {
-        async fn cursors(&self) -> Result<Vec<(Partition, Cursor)>, ReadError> {
-            self.now().cursors().await
-        }
-
-        async fn advance(&self, batch: IndexBatch) -> Result<Advanced, ReadError> {
-            self.now().advance(batch).await
-        }
-
-        async fn load(
-            &self,
-            requests: &[IndexLoad],
-            limit: usize,
-        ) -> Result<Vec<IndexRead>, ReadError> {
-            self.now().load(requests, limit).await
-        }
-
-        async fn find_command(
-            &self,
-            partition: Partition,
-            stream: &StreamId,
-            command_id: CommandId,
-        ) -> Result<(Offset, Option<Appended>), ReadError> {
-            self.now().find_command(partition, stream, command_id).await
-        }
-    }
-
-    #[tokio::test(flavor = "multi_thread")]
-    async fn an_index_that_is_lost_while_nothing_is_appended_is_fed_again_for_a_reader() {
-        let Ok(brokers) = std::env::var("KAFOLD_TEST_KAFKA") else {
-            eprintln!("skipped an_index_that_is_lost: KAFOLD_TEST_KAFKA names no broker");
-            return;
-        };
-        let name = format!("lost-{}", RandomIds.event_id());
-        let config = format!("kafka://{brokers}/{name}?partitions=1").parse().expect("valid");
-        let clock: Arc<dyn Clock> = Arc::new(SystemClock);
-        let owner = Owner { name: "lost".into(), address: String::new(), started_at: clock.now() };
-        let index = Arc::new(Losing::default());
-        let store = KafkaStore::open(config, index.clone(), owner, clock, Arc::new(RandomIds))
-            .await
-            .expect("opened");
-        eventually("it is ready", async || store.health() == Health::Ready).await;
-        let stream = new_stream();
-        store.append(&stream, ExpectedVersion::NoStream, commit(3)).await.expect("is new");
-        let shared = &store.partitions[0];
-        let is_indexed = || shared.tail().events() == 0 && shared.tail().start() > Offset(3);
-        eventually("the index has it all", async || is_indexed()).await;
-
-        index.lose();
-        let read = async || {
-            let events = store.read(&stream, Version::EMPTY);
-            events.map_ok(|event| event.version.0).try_collect::<Vec<_>>().await
-        };
-        let refused = read().await.expect_err("the index has nothing");
-        assert!(matches!(refused, ReadError::Unavailable { .. }), "{refused}");
-        eventually("it is fed again", async || read().await.is_ok_and(|read| read == [1, 2, 3]))
-            .await;
-        store.shutdown().await;
     }
 
     #[tokio::test(flavor = "multi_thread")]

@@ -7,10 +7,13 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use async_trait::async_trait;
+use futures_util::TryStreamExt;
 use kafold_core::index::{Advanced, IndexBatch, IndexLoad, IndexRead};
 use kafold_core::memory::MemoryIndex;
 use kafold_core::store::{Appended, Cursor, Health};
-use kafold_core::testing::{commit, commit_of, exact, new_command, read_gapless, submit};
+use kafold_core::testing::{
+    commit, commit_of, eventually, exact, new_command, read_gapless, submit,
+};
 use kafold_core::{
     AppendError, CommandId, EventStore, ExpectedVersion, Offset, Partition, ReadError, StreamId,
     StreamIndex, Version,
@@ -227,6 +230,30 @@ async fn a_lost_index_is_fed_again_from_the_log() {
     assert_eq!(appended.version, Version(51));
     wait_indexed(&index, 51).await;
     read_gapless(&store, &stream("l"), 51).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_index_that_is_lost_while_nothing_is_appended_is_fed_again_for_a_reader() {
+    let Some(brokers) = support::brokers("an_index_that_is_lost_while_nothing") else { return };
+    let config = support::config(&brokers, &support::new_name("idle-lost"), "partitions=1");
+    let index = Arc::new(TestIndex::default());
+    let store = support::open_with(config, index.clone(), "idle-lost").await;
+    support::ready(&store).await;
+    store.append(&stream("l"), ExpectedVersion::NoStream, commit(3)).await.expect("is new");
+    wait_indexed(&index, 3).await;
+    let read = async || {
+        let events = store.read(&stream("l"), Version::EMPTY);
+        events.map_ok(|event| event.version.0).try_collect::<Vec<_>>().await
+    };
+    index.down.store(true, Ordering::SeqCst);
+    eventually("nothing is left in the tail", async || read().await.is_err()).await;
+    index.lose_everything();
+    index.down.store(false, Ordering::SeqCst);
+
+    let refused = read().await.expect_err("the index has nothing");
+    assert!(matches!(refused, ReadError::Unavailable { .. }), "{refused}");
+    eventually("it is fed again", async || read().await.is_ok_and(|read| read == [1, 2, 3])).await;
+    store.shutdown().await;
 }
 
 #[expect(clippy::disallowed_methods, reason = "a deadline for a condition")]
