@@ -10,6 +10,13 @@ use crate::Failure;
 use crate::servers::Servers;
 use crate::svg::Chart;
 
+/// Where the figures are in the page.
+const FIGURES_BEGIN: &str = "<!-- figures, as dev/bench writes them -->";
+const FIGURES_END: &str = "<!-- end of the figures -->";
+const FIGURES_HEAD: &str = "\
+| row | case | figure | ratio | quartiles | all | ours | baseline | goal | |
+|---|---|---|---|---|---|---|---|---|---|";
+
 /// What one run came to, by the name of what was measured. Names of durations end with their unit;
 /// `per_s` is a rate.
 pub type Sample = BTreeMap<&'static str, f64>;
@@ -21,7 +28,7 @@ pub enum Size {
     Test,
     /// A first look: minutes for all rows.
     Quick,
-    /// The table in `docs/performance.md`: hours.
+    /// The table in `docs/performance.md`: an hour or more.
     Full,
 }
 
@@ -63,14 +70,12 @@ impl Goal {
         }
     }
 
-    fn shown(self, ratio: f64) -> String {
-        let (sign, bound) = match self {
-            Self::AtLeast(least) => ('≥', least),
-            Self::AtMost(most) => ('≤', most),
-            Self::Stated => return "stated".to_owned(),
-        };
-        let met = if self.is_met(ratio) == Some(true) { "met" } else { "NOT MET" };
-        format!("goal {sign} {bound}: {met}")
+    fn shown(self) -> String {
+        match self {
+            Self::AtLeast(least) => format!("≥ {least}"),
+            Self::AtMost(most) => format!("≤ {most}"),
+            Self::Stated => "stated".to_owned(),
+        }
     }
 }
 
@@ -161,22 +166,40 @@ impl Comparison {
         Figure { metric, goal, ratio, ours, baseline, met }
     }
 
+    /// Its lines in the table of figures.
+    fn lines(&self) -> impl Iterator<Item = String> {
+        self.figures.iter().map(|figure| {
+            let Figure { metric, goal, ratio, ours, baseline, met } = figure;
+            let (median_ratio, quartiles, all) = match ratio {
+                Some(Spread { min, q1, median, q3, max }) => {
+                    (format!("{median:.2}"), format!("{q1:.2}–{q3:.2}"), format!("{min:.2}–{max:.2}"))
+                }
+                None => Default::default(),
+            };
+            let (ours, baseline) = (median(*ours), median(*baseline));
+            let (goal, met) = (goal.shown(), met.map_or("", met_or_not));
+            let (row, case) = (self.row, &self.case);
+            format!(
+                "| {row} | {case} | {metric} | {median_ratio} | {quartiles} | {all} | {ours} | {baseline} \
+                 | {goal} | {met} |"
+            )
+        })
+    }
+
     #[expect(clippy::print_stdout, reason = "the benchmark's own output")]
     fn print(&self) {
         for figure in &self.figures {
-            let Figure { metric, goal, ratio, ours, baseline, .. } = figure;
-            let absolute = |spread: &Option<Spread>| spread.map(|s| number(s.median));
-            let ours = absolute(ours).unwrap_or_default();
-            let shown = match (ratio, absolute(baseline)) {
-                (Some(ratio), Some(baseline)) => {
-                    let Spread { min, q1, median, q3, max } = ratio;
-                    let goal = goal.shown(*median);
+            let Figure { metric, goal, ratio, ours, baseline, met } = figure;
+            let (ours, goal) = (median(*ours), goal.shown());
+            let shown = match ratio {
+                Some(Spread { min, q1, median: ratio, q3, max }) => {
+                    let (baseline, met) = (median(*baseline), met.map_or("", met_or_not));
                     format!(
-                        "ratio {median:.3} (quartiles {q1:.3}–{q3:.3}, all {min:.3}–{max:.3})  \
-                         ours {ours}  baseline {baseline}  {goal}"
+                        "ratio {ratio:.3} (quartiles {q1:.3}–{q3:.3}, all {min:.3}–{max:.3})  \
+                         ours {ours}  baseline {baseline}  goal {goal} {met}"
                     )
                 }
-                _ => format!("ours {ours}"),
+                None => format!("ours {ours}"),
             };
             println!("{:<4} {:<48} {metric:<14} {shown}", self.row, self.case);
         }
@@ -186,8 +209,33 @@ impl Comparison {
     }
 }
 
+/// The page with these figures of a row in the place of those it had.
+fn with_figures(page: &str, row: &str, compared: &[Comparison]) -> Result<String, Failure> {
+    let parts = page.split_once(FIGURES_BEGIN).and_then(|(before, rest)| {
+        let (figures, after) = rest.split_once(FIGURES_END)?;
+        Some((before, figures, after))
+    });
+    let (before, figures, after) = parts.ok_or("the page has no place for the figures")?;
+    let row_of = |line: &str| line.split('|').nth(1).map(|row| row.trim().to_owned());
+    let number_of = |line: &str| row_of(line)?.strip_prefix('R')?.parse::<u32>().ok();
+    let is_kept = |line: &&str| number_of(line).is_some() && row_of(line).as_deref() != Some(row);
+    let mut lines: Vec<_> = figures.lines().filter(is_kept).map(str::to_owned).collect();
+    lines.extend(compared.iter().flat_map(Comparison::lines));
+    lines.sort_by_key(|line| number_of(line));
+    let lines = lines.join("\n");
+    Ok(format!("{before}{FIGURES_BEGIN}\n{FIGURES_HEAD}\n{lines}\n{FIGURES_END}{after}"))
+}
+
 fn values(samples: &[Sample], metric: &str) -> Vec<f64> {
     samples.iter().filter_map(|sample| sample.get(metric).copied()).collect()
+}
+
+fn median(spread: Option<Spread>) -> String {
+    spread.map(|spread| number(spread.median)).unwrap_or_default()
+}
+
+fn met_or_not(met: bool) -> &'static str {
+    if met { "met" } else { "NOT MET" }
 }
 
 fn number(value: f64) -> String {
@@ -211,7 +259,7 @@ pub struct Bench {
     pub servers: Servers,
     /// Where raw samples and curves go.
     folder: PathBuf,
-    /// Where curves go as well, when they are to be kept.
+    /// Where curves go as well, when they are to be kept; the page of the same name has the figures.
     kept: Option<PathBuf>,
     done: Mutex<Vec<Comparison>>,
 }
@@ -275,11 +323,18 @@ impl Bench {
         self.done().iter().filter(|comparison| comparison.row == row).cloned().collect()
     }
 
-    /// Writes the raw samples of a row.
+    /// Writes the raw samples of a row, and its figures into the page if they are to be kept.
     pub fn write(&self, row: &str) -> Result<(), Failure> {
         std::fs::create_dir_all(&self.folder)?;
         let path = self.folder.join(format!("{row}.json"));
-        Ok(std::fs::write(path, serde_json::to_vec_pretty(&self.compared(row))?)?)
+        let compared = self.compared(row);
+        std::fs::write(path, serde_json::to_vec_pretty(&compared)?)?;
+        if let Some(kept) = &self.kept {
+            let page = kept.with_extension("md");
+            let shown = with_figures(&std::fs::read_to_string(&page)?, row, &compared)?;
+            std::fs::write(page, shown)?;
+        }
+        Ok(())
     }
 
     /// Draws a curve.
@@ -308,6 +363,31 @@ mod tests {
         assert_eq!((min, q1, median, q3, max), (1.0, 2.0, 3.0, 4.0, 5.0));
         assert_eq!(Spread::of([1.0, 2.0]).map(|spread| spread.median), Some(1.5));
         assert_eq!(Spread::of([]), None);
+    }
+
+    #[test]
+    fn figures_of_a_row_take_the_place_of_those_it_had() {
+        let old =
+            "| R1 | old | per_s | 0.50 | | | 1 | 2 | | |\n| R10 | kept | per_s | 9 | | | | | | |";
+        let page = format!("# Title\n{FIGURES_BEGIN}\n{FIGURES_HEAD}\n{old}\n{FIGURES_END}\nRest");
+        let sample = |per_s| Sample::from([("per_s", per_s)]);
+        let (ours, baseline) = (vec![sample(3.0), sample(1.0)], vec![sample(4.0), sample(4.0)]);
+        let figures = [("per_s", Goal::AtLeast(0.4))];
+        let bench = Bench::new(Size::Test, Servers::own("none"), Path::new("none"), None);
+        let compared = |row| bench.keep(row, "new", &figures, ours.clone(), baseline.clone());
+        let page = with_figures(&page, "R1", &[compared("R1")]).expect("there is a place");
+        let page = with_figures(&page, "R2", &[compared("R2")]).expect("there is a place");
+        let line = |row| {
+            format!(
+                "| {row} | new | per_s | 0.50 | 0.38–0.62 | 0.25–0.75 | 2.000 | 4.000 | ≥ 0.4 | met |"
+            )
+        };
+        let kept = "| R10 | kept | per_s | 9 | | | | | | |";
+        let figures = [line("R1").as_str(), &line("R2"), kept].join("\n");
+        let expected =
+            format!("# Title\n{FIGURES_BEGIN}\n{FIGURES_HEAD}\n{figures}\n{FIGURES_END}\nRest");
+        assert_eq!(page, expected);
+        assert!(with_figures("no place", "R1", &[]).is_err());
     }
 
     #[test]

@@ -119,6 +119,12 @@ impl Target {
         }
     }
 
+    /// Applies one event, which is the `offset`th of the first partition.
+    pub async fn add(&mut self, offset: u64) -> Result<(), Failure> {
+        let (id, offset) = (offset.to_string(), offset as i64);
+        self.write(vec![Event { partition: 0, offset, id, amount_cents: 1 }]).await
+    }
+
     async fn write(&mut self, batch: Vec<Event>) -> Result<(), Failure> {
         // From where to where each partition is read.
         let mut moved: HashMap<i32, (i64, i64)> = HashMap::new();

@@ -128,14 +128,19 @@ async fn one(
 /// run, and has caught up before the next.
 fn calls(bench: &Bench, callers: usize) -> u64 {
     match callers {
-        1 => bench.size.of(300, 1_000, 3_000),
-        2..64 => bench.size.of(1_000, 4_000, 20_000),
-        64..1_024 => bench.size.of(3_000, 15_000, 60_000),
-        _ => bench.size.of(5_000, 40_000, 100_000),
+        1 => bench.size.of(300, 1_000, 2_000),
+        2..64 => bench.size.of(1_000, 4_000, 10_000),
+        64..1_024 => bench.size.of(3_000, 15_000, 30_000),
+        _ => bench.size.of(5_000, 40_000, 60_000),
     }
 }
 
-async fn raw(window: &Arc<Window>, records: &Arc<Records>, calls: u64) -> Result<Sample, Failure> {
+/// So many records by a raw producer.
+pub(crate) async fn raw(
+    window: &Arc<Window>,
+    records: &Arc<Records>,
+    calls: u64,
+) -> Result<Sample, Failure> {
     let (window, records) = (Arc::clone(window), Arc::clone(records));
     let seed = RandomIds.random();
     let took = tokio::task::spawn_blocking(move || window.run(&records, calls, seed)).await??;
@@ -285,9 +290,10 @@ async fn index_alone(bench: &Bench) -> Result<(), Failure> {
 }
 
 /// The rate that the index keeps up with: callers who are refused come again, as a client does that
-/// gets a 503, for so long that the tails are full all the time.
+/// gets a 503, all pairs into one log without a pause but the baseline's turn. What counts is how many
+/// events are acknowledged and in the index, by when the last one is there.
 async fn sustained(bench: &Bench, brokers: &str) -> Result<(), Failure> {
-    let seconds = bench.size.of(1, 15, 180);
+    let seconds = bench.size.of(1, 8, 30);
     let scratch = bench.servers.database().await?;
     let (ours, name) = (bench.servers.new_name(), bench.servers.new_name());
     let log = open(&log_url(brokers, &ours), &scratch.database).await?;
@@ -300,14 +306,15 @@ async fn sustained(bench: &Bench, brokers: &str) -> Result<(), Failure> {
     let window = Arc::new(window);
 
     let (mut of_ours, mut of_baseline) = (Vec::new(), Vec::new());
-    for _ in 0..bench.size.of(1, 2, 3) {
+    for _ in 0..bench.size.pairs() {
         of_ours.push(refused_come_again(&handler, &scratch.database, seconds).await?);
         let probe = raw(&window, &records, 50_000).await?;
         let calls = (probe["per_s"] * seconds as f64 / 4.0) as u64;
         of_baseline.push(raw(&window, &records, calls.max(50_000)).await?);
     }
     let case = format!("sustained, {SUSTAINED_CALLERS} callers, {seconds} s, indexed");
-    bench.keep("R1", case, &[("per_s", Goal::AtLeast(GOAL))], of_ours, of_baseline);
+    let figures = [("per_s", Goal::AtLeast(GOAL)), ("index_lag_events", Goal::Stated)];
+    bench.keep("R1", case, &figures, of_ours, of_baseline);
     log.close().await;
     scratch.remove().await?;
     remove_log(brokers, &ours).await?;
@@ -323,7 +330,8 @@ async fn refused_come_again(
     let commands: Vec<_> = (0..PAYLOADS).map(|_| Deposit::of_bytes(256, &mut random)).collect();
     let (commands, zipf, seed) = (Arc::new(commands), Zipf::new(STREAMS), random.u64(..));
     let before = indexed(index).await?;
-    let end = now() + Duration::from_secs(seconds);
+    let began = now();
+    let end = began + Duration::from_secs(seconds);
     let handler = handler.clone();
     let measured = closed_loop(SUSTAINED_CALLERS, Until::Time(end), move |number| {
         let rank = zipf.draw(&mut Rng::with_seed(seed ^ number.wrapping_mul(0x9e37_79b9)));
@@ -335,8 +343,7 @@ async fn refused_come_again(
     })
     .await?;
     let lag = measured.latencies.count().saturating_sub(indexed(index).await? - before);
-    let mut sample = measured.sample();
     index_caught_up(index, before, measured.latencies.count()).await?;
-    sample.insert("index_lag_events", lag as f64);
-    Ok(sample)
+    let per_s = per_second(measured.latencies.count(), now() - began);
+    Ok(Sample::from([("per_s", per_s), ("index_lag_events", lag as f64)]))
 }

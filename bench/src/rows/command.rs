@@ -8,17 +8,20 @@ use kafold::clock::RandomIds;
 use kafold::{CommandHandler, IdGenerator, Log};
 
 use crate::Failure;
-use crate::baselines::producer::{Records, Waiting, settings};
+use crate::baselines::producer::{Records, Waiting, Window, settings};
 use crate::domain::{Account, Deposit};
 use crate::harness::{Bench, Goal, Sample};
 use crate::measure::{Latencies, Measured, Until, closed_loop};
 use crate::ours::{deposit, log_url, open};
+use crate::rows::append::raw;
 use crate::servers::{Scratch, remove_log};
 use crate::svg::{Chart, Scale};
 
 const PAYLOAD_BYTES: usize = 256;
 const ROUND_TRIP_GOAL: f64 = 1.3;
 const HOT_STREAM_GOAL: f64 = 50.0;
+/// In flight of the raw producer beside R3.
+const RAW_IN_FLIGHT: u64 = 1_024;
 /// The stream of R3.
 const HOT: &str = "0";
 /// Streams of R2, in turn: none gets so long that its older commands have to be looked up.
@@ -149,6 +152,15 @@ pub async fn hot_stream(bench: &Bench) -> Result<(), Failure> {
         lines: vec![("commands".into(), ours), ("one report at a time".into(), baseline)],
     };
     bench.draw("R3", &chart)?;
+    // No conditional append to one partition is faster than this.
+    let topic = format!("{}.events", beside.names[1]);
+    let window = Window::start(&settings(&beside.brokers, "0"), topic, RAW_IN_FLIGHT)?;
+    let (window, records) =
+        (Arc::new(window), Arc::new(Records::new(&beside.names[1], 1, PAYLOAD_BYTES)?));
+    let unconditional = async || raw(&window, &records, calls).await;
+    let waited = async || Ok(beside.round_trips(alone).await?.sample());
+    let case = format!("without kafold: raw producer, {RAW_IN_FLIGHT} in flight, one stream");
+    bench.compare("R3", case, &[("per_s", Goal::Stated)], unconditional, waited).await?;
     checked(&beside).await?;
     beside.close().await
 }

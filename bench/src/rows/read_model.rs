@@ -18,6 +18,7 @@ use crate::fill::Fill;
 use crate::harness::{Bench, Goal, Sample};
 use crate::measure::{now, per_second, until};
 use crate::ours::{LONG_WAIT_MAX, applied, log_url, source};
+use crate::rows::replay::counted;
 use crate::servers::{Scratch, remove_log};
 
 const PAYLOAD_BYTES: usize = 256;
@@ -95,7 +96,7 @@ impl Topic {
 
 /// R4.
 pub async fn postgres(bench: &Bench) -> Result<(), Failure> {
-    let (events, streams) = bench.size.of((20_000, 5_000), (150_000, 50_000), (1_000_000, 100_000));
+    let (events, streams) = bench.size.of((20_000, 5_000), (150_000, 50_000), (500_000, 100_000));
     let topic = Topic::fill(bench, events, streams).await?;
     let ours = async || {
         let scratch = bench.servers.database().await?;
@@ -163,6 +164,16 @@ pub async fn rebuild(bench: &Bench) -> Result<(), Failure> {
     let ours = async || rebuilt(&topic, &scratch, &projections).await;
     let copy = async || copied(&topic, pool(&scratch)?, &rows).await;
     bench.compare("R6", "into PostgreSQL, a row an event", &figures, ours, copy).await?;
+    // What any rebuild does, with nothing in between.
+    let beside = async || {
+        let began = now();
+        let read = counted(&topic.brokers, &topic.name, events);
+        futures_util::try_join!(read, copied(&topic, pool(&scratch)?, &rows))?;
+        Ok(Sample::from([("per_s", per_second(events, now() - began))]))
+    };
+    let copy = async || copied(&topic, pool(&scratch)?, &rows).await;
+    let case = "without kafold: one COPY while a raw consumer reads the log";
+    bench.compare("R6", case, &[("per_s", Goal::Stated)], beside, copy).await?;
     projections.shutdown().await;
     scratch.remove().await?;
     topic.remove().await

@@ -66,7 +66,8 @@ async fn replayed(brokers: &str, name: &str, events: u64, streams: u64) -> Resul
     Ok(Sample::from([("per_s", per_second(events, took))]))
 }
 
-async fn counted(brokers: &str, name: &str, events: u64) -> Result<Sample, Failure> {
+/// So many events by a raw consumer.
+pub(crate) async fn counted(brokers: &str, name: &str, events: u64) -> Result<Sample, Failure> {
     let (brokers, topic) = (brokers.to_owned(), format!("{name}.events"));
     let counting = move || {
         let began = now();

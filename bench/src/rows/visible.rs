@@ -13,6 +13,7 @@ use kafold::{CommandHandler, Log};
 use crate::Failure;
 use crate::baselines::consumer::{From, consumer, each};
 use crate::baselines::producer::{Records, Waiting, settings};
+use crate::baselines::upsert::Target;
 use crate::domain::{Account, Balances, Deposit};
 use crate::harness::{Bench, Goal, Sample};
 use crate::measure::{Latencies, Until, closed_loop, now, open_loop, per_second};
@@ -29,13 +30,16 @@ const WATCHED_EVERY: u64 = 8;
 /// Nothing is told more exactly.
 const LEAST: Duration = Duration::from_micros(1);
 
+/// One after another, on an idle server.
+const BY_HAND: &str = "without kafold: one row and its checkpoint in a transaction by hand";
+
 /// At half of what index and read model keep up with.
 pub async fn run(bench: &Bench) -> Result<(), Failure> {
     let brokers = bench.servers.broker().await?.to_owned();
     let names = [bench.servers.new_name(), bench.servers.new_name()];
     let ours = Ours::open(bench, &brokers, &names[0]).await?;
-    let load = ours.load(bench.size.of(2_000, 20_000, 100_000)).await? / 2.0;
-    let seconds = bench.size.of(1.0, 3.0, 20.0);
+    let load = ours.load(bench.size.of(2_000, 20_000, 40_000)).await? / 2.0;
+    let seconds = bench.size.of(1.0, 3.0, 8.0);
     let calls = (load * seconds) as u64;
     drop(crate::ours::source(&log_url(&brokers, &names[1])).await?);
     let raw = Raw::open(&brokers, &names[1])?;
@@ -44,6 +48,13 @@ pub async fn run(bench: &Bench) -> Result<(), Failure> {
     let visible = async || sampled(&ours.visible(load, calls).await?, &mut all_ours);
     let polled = async || sampled(&raw.polled(load, calls).await?, &mut all_raw);
     bench.compare("R9", format!("{load:.0} events/s"), &figures, visible, polled).await?;
+    bench.keep(
+        "R9",
+        BY_HAND,
+        &figures.map(|(p, _)| (p, Goal::Stated)),
+        commits(bench).await?,
+        vec![],
+    );
     let chart = Chart {
         title: format!("After the acknowledgement, {load:.0} events/s"),
         x: ("percentile", Scale::Percentile),
@@ -66,6 +77,29 @@ fn sampled(latencies: &Latencies, all: &mut Latencies) -> Result<Sample, Failure
     let mut sample = Sample::new();
     latencies.put_into(&mut sample);
     Ok(sample)
+}
+
+/// How long a transaction takes from its beginning to its commit.
+async fn commits(bench: &Bench) -> Result<Vec<Sample>, Failure> {
+    let scratch = bench.servers.database().await?;
+    let mut target = Target::postgres(&scratch.url, false).await?;
+    let mut samples = Vec::new();
+    let mut next = 0;
+    for _ in 0..bench.size.pairs() {
+        let mut latencies = Latencies::default();
+        for _ in 0..bench.size.of(20, 200, 1_000) {
+            let began = now();
+            target.add(next).await?;
+            latencies.add(now() - began);
+            next += 1;
+        }
+        let mut sample = Sample::new();
+        latencies.put_into(&mut sample);
+        samples.push(sample);
+    }
+    drop(target);
+    scratch.remove().await?;
+    Ok(samples)
 }
 
 struct Ours {
