@@ -13,7 +13,7 @@ use futures_util::{StreamExt, TryStreamExt};
 use kafold_core::index::{IndexLoad, IndexRead};
 use kafold_core::store::Appended;
 use kafold_core::{
-    CommandId, Offset, Partition, ReadError, RecordedEvent, StreamId, StreamIndex, Version,
+    CommandId, Filter, Offset, Partition, ReadError, RecordedEvent, StreamId, StreamIndex, Version,
 };
 use lru::LruCache;
 use tokio::runtime::Handle;
@@ -22,7 +22,7 @@ use tokio::sync::{Semaphore, mpsc, oneshot};
 use crate::config::Limits;
 use crate::partition::Shared;
 use crate::tail::{MergeError, TailView};
-use crate::writer::{CommandOutcome, OlderCommands, StreamHead, WriterLimits};
+use crate::writer::{CommandOutcome, StreamHead, WriterLimits};
 
 /// Questions to the index at once; loads that come meanwhile are gathered into the next one.
 const QUERIES_MAX: usize = 4;
@@ -338,7 +338,7 @@ struct HeadBuilder {
     recent: VecDeque<CommandOutcome>,
     recent_max: usize,
     /// The commands before the recent ones, unless the read began behind some or they are too many.
-    older: Option<OlderCommands>,
+    older: Option<Filter>,
     /// Whether the version is the stream's, not only what the read began behind.
     seen: bool,
 }
@@ -350,7 +350,7 @@ impl HeadBuilder {
             version: after,
             recent: VecDeque::new(),
             recent_max,
-            older: from_start.then(OlderCommands::default),
+            older: from_start.then(Filter::default),
             seen: from_start,
         }
     }
@@ -367,7 +367,7 @@ impl HeadBuilder {
         if self.recent.len() > self.recent_max
             && let Some(oldest) = self.recent.pop_front()
         {
-            self.older.as_mut().into_iter().for_each(|older| older.add(oldest.command_id));
+            self.older.as_mut().into_iter().for_each(|older| older.add(&oldest.command_id));
             self.older.take_if(|older| older.bytes() > OLDER_BYTES_MAX);
         }
     }
@@ -468,7 +468,7 @@ mod tests {
         let command = |number: u64| CommandId(Uuid::from_u128(number.into()));
         let recent: Vec<_> = head.recent.iter().map(|outcome| outcome.command_id).collect();
         let is_known =
-            |number| recent.contains(&command(number)) || older.may_hold(command(number));
+            |number| recent.contains(&command(number)) || older.may_hold(&command(number));
         assert!((1..=longest).all(is_known), "a command of the stream is excluded");
         assert!(!(longest + 1..=longest + 20).all(is_known), "nothing is excluded");
     }
@@ -507,7 +507,7 @@ mod tests {
         log.prove(4);
         let head = log.loader.known_head(PARTITION, &log.stream).expect("was read");
         assert_eq!((head.version, head.recent.len()), (Version(4), 4));
-        assert_eq!(head.older, Some(OlderCommands::default()), "all are recent");
+        assert_eq!(head.older, Some(Filter::default()), "all are recent");
         log.feed(4, 4).await;
         assert!(log.loader.known_head(PARTITION, &log.stream).is_none(), "event 4 is not seen");
     }

@@ -193,21 +193,19 @@ async fn advance_sqlite(
 ) -> Result<u64, sqlx::Error> {
     let mut sql =
         SqlText::new("WITH s (partition, base, fence, next, state, log_end, event_at) AS (VALUES ");
-    sql.list(", ", 0..steps.len(), |sql, row| {
-        let values = 4 + row * STEP_VALUES..4 + (row + 1) * STEP_VALUES;
+    sql.list(", ", 0..steps.len(), |sql, _| {
         sql.text("(");
-        list_places(sql, values).text(")");
+        list_places(sql, STEP_VALUES).text(")");
     });
     sql.text(
         ") UPDATE kafold_checkpoint AS c \
          SET next_offset = s.next, fold_state = s.state, end_offset = s.log_end, \
-             last_event_at = COALESCE(s.event_at, c.last_event_at), updated_at = $3 \
+             last_event_at = COALESCE(s.event_at, c.last_event_at), updated_at = ? \
          FROM s \
-         WHERE c.projection = $1 AND c.generation = $2 AND c.partition = s.partition \
+         WHERE c.projection = ? AND c.generation = ? AND c.partition = s.partition \
            AND c.next_offset = s.base AND c.fence = s.fence",
     );
-    let query = sqlx::query(sql.finish()).bind(target.name).bind(target.generation.int());
-    let mut query = query.bind(micros::to_micros(now));
+    let mut query = sqlx::query(sql.finish());
     for step in steps {
         query = query
             .bind(int(step.partition))
@@ -218,6 +216,7 @@ async fn advance_sqlite(
             .bind(bigint(step.end))
             .bind(step.last_event_at.map(micros::to_micros));
     }
+    let query = query.bind(micros::to_micros(now)).bind(target.name).bind(target.generation.int());
     Ok(query.execute(connection).await?.rows_affected())
 }
 

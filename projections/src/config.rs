@@ -27,6 +27,10 @@ pub struct ProjectionConfig {
     /// Payload bytes after which a batch is closed, however few its events, and about as many are read
     /// ahead meanwhile. Default 16 MiB.
     pub batch_bytes_max: usize,
+    /// Rows of one [`ReadModel`](crate::ReadModel) that are kept in memory, of those that events change
+    /// again and again, so that they need not be read for it; only of models that are not
+    /// [`SHARED`](crate::ReadModel::SHARED). Default 100 000.
+    pub remembered_rows_max: usize,
     /// How long a transaction may take at most before its connection is given up as dead and the
     /// batch tried again. Default 60 s.
     pub transaction_timeout: Duration,
@@ -68,6 +72,7 @@ impl Default for ProjectionConfig {
             sqlite_batch_events_max: 1_000,
             sqlite_transaction_max: Duration::from_millis(20),
             batch_bytes_max: 16 << 20,
+            remembered_rows_max: 100_000,
             transaction_timeout: Duration::from_secs(60),
             fault_attempts_max: 5,
             fault_policy: FaultPolicy::Park,

@@ -1,14 +1,15 @@
 //! What the worker runs: read models and projections behind one seam.
 
 use std::any::Any;
+use std::collections::HashSet;
 use std::fmt;
 
 use async_trait::async_trait;
-use kafold_core::{Position, RecordedEvent};
+use kafold_core::{Partition, Position, RecordedEvent};
 
 use crate::definition::Definition;
 use crate::generation::Generation;
-use crate::projection::ProjectionBatch;
+use crate::projection::{Part, ProjectionBatch};
 use crate::transaction::Transaction;
 
 /// A read model or a projection.
@@ -23,14 +24,36 @@ pub(crate) trait Handler: Send + Sync + 'static {
         tx: &mut Transaction<'_>,
     ) -> Result<(), ApplyError>;
 
+    /// Decodes a batch before its turn comes, on the reader's task. By default there is nothing to do.
+    fn decode_ahead(&self, part: &Part) {
+        let _ = part;
+    }
+
     /// Whatever can be done before the transaction is open.
-    fn prepare<'w>(&'w self, batch: &'w ProjectionBatch) -> Result<Box<dyn Work + 'w>, Fault>;
+    fn prepare<'w>(&'w self, round: &'w ProjectionBatch) -> Result<Box<dyn Work + 'w>, Fault>;
+
+    /// What its work will remember of rows between transactions, at first nothing; `None` if it
+    /// remembers nothing at all. Of the partitions `from_start` there are no rows yet.
+    fn memory(&self, from_start: HashSet<Partition>, rows_max: usize) -> Option<Memory> {
+        let _ = (from_start, rows_max);
+        None
+    }
 }
 
-/// One prepared batch. May be applied again after a rollback.
+/// What a handler remembers of rows; see [`Handler::memory`].
+pub(crate) type Memory = Box<dyn Any + Send + Sync>;
+
+/// One prepared round. May be applied again after a rollback.
 #[async_trait]
 pub(crate) trait Work: Send + Sync {
-    async fn apply(&self, target: Target<'_>, tx: &mut Transaction<'_>) -> Result<(), ApplyError>;
+    /// Writes what it does to the rows into the memory as well: whoever does not see the transaction
+    /// commit must drop that.
+    async fn apply(
+        &self,
+        target: Target<'_>,
+        tx: &mut Transaction<'_>,
+        memory: Option<&mut Memory>,
+    ) -> Result<(), ApplyError>;
 }
 
 /// Which build of the tables a batch goes into.

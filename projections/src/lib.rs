@@ -45,6 +45,7 @@ pub mod generation;
 pub mod handle;
 mod handler;
 pub mod index;
+mod memory;
 pub mod overview;
 mod parked;
 pub mod projection;

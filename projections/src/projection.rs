@@ -1,7 +1,9 @@
 //! [`Projection`]: events to rows by hand.
 
+use std::any::Any;
 use std::error::Error;
 use std::panic::AssertUnwindSafe;
+use std::sync::{Arc, OnceLock};
 
 use async_trait::async_trait;
 use futures_util::FutureExt;
@@ -11,7 +13,7 @@ use kafold_core::{DomainEvent, Recorded, RecordedEvent};
 
 use crate::definition::Definition;
 use crate::generation::Generation;
-use crate::handler::{ApplyError, Fault, Handler, Target, Work, panic_text};
+use crate::handler::{ApplyError, Fault, Handler, Memory, Target, Work, panic_text};
 use crate::transaction::{Transaction, WrongDatabase};
 
 /// Whatever went wrong in a handler: any error converts with `?`.
@@ -67,18 +69,50 @@ pub trait Projection: Send + Sync + 'static {
 /// Events of one or several partitions; within a partition in log order and whole commits.
 #[derive(Debug, Clone, Default)]
 pub struct ProjectionBatch {
-    batches: Vec<Batch>,
+    parts: Vec<Part>,
+}
+
+/// One batch of the source, and what its handler has made of it.
+#[derive(Debug, Clone)]
+pub(crate) struct Part {
+    batch: Batch,
+    decoded: OnceLock<Arc<dyn Any + Send + Sync>>,
+}
+
+impl Part {
+    /// What the handler makes of it, which needs nothing but the batch: made once, by the reader while
+    /// the transaction before is under way, or when it is needed.
+    pub(crate) fn decoded<T: Any + Send + Sync>(&self, decode: impl FnOnce(&Batch) -> T) -> &T {
+        let decoded = self.decoded.get_or_init(|| Arc::new(decode(&self.batch)));
+        decoded.downcast_ref().expect("a batch is for one handler")
+    }
+
+    pub(crate) fn batch(&self) -> &Batch {
+        &self.batch
+    }
+
+    /// To change it.
+    pub(crate) fn batch_mut(&mut self) -> &mut Batch {
+        self.decoded.take();
+        &mut self.batch
+    }
+}
+
+impl From<Batch> for Part {
+    fn from(batch: Batch) -> Self {
+        Self { batch, decoded: OnceLock::new() }
+    }
 }
 
 impl ProjectionBatch {
     /// Every event, whatever aggregate it belongs to.
     pub fn events(&self) -> impl Iterator<Item = &RecordedEvent> {
-        self.batches.iter().flat_map(|batch| &batch.events)
+        self.batches().flat_map(|batch| &batch.events)
     }
 
     /// How many events there are.
     pub fn count(&self) -> usize {
-        self.batches.iter().map(|batch| batch.events.len()).sum()
+        self.batches().map(|batch| batch.events.len()).sum()
     }
 
     /// The events that are `E`'s, decoded; those of other aggregates are left out. An event that
@@ -87,17 +121,21 @@ impl ProjectionBatch {
         self.events().filter_map(|event| decode(event).transpose()).collect()
     }
 
-    pub(crate) fn batches(&self) -> &[Batch] {
-        &self.batches
+    pub(crate) fn batches(&self) -> impl ExactSizeIterator<Item = &Batch> {
+        self.parts.iter().map(Part::batch)
+    }
+
+    pub(crate) fn parts(&self) -> &[Part] {
+        &self.parts
     }
 
     /// Keeps the first `count` batches and answers the others.
     pub(crate) fn split_off(&mut self, count: usize) -> Self {
-        Self { batches: self.batches.split_off(count) }
+        Self { parts: self.parts.split_off(count) }
     }
 
-    pub(crate) fn batches_mut(&mut self) -> &mut Vec<Batch> {
-        &mut self.batches
+    pub(crate) fn parts_mut(&mut self) -> &mut Vec<Part> {
+        &mut self.parts
     }
 }
 
@@ -151,8 +189,8 @@ impl<P: Projection> Handler for ProjectionHandler<P> {
         caught(self.projection.setup(generation, tx)).await
     }
 
-    fn prepare<'w>(&'w self, batch: &'w ProjectionBatch) -> Result<Box<dyn Work + 'w>, Fault> {
-        Ok(Box::new(ProjectionWork { projection: &self.projection, batch }))
+    fn prepare<'w>(&'w self, round: &'w ProjectionBatch) -> Result<Box<dyn Work + 'w>, Fault> {
+        Ok(Box::new(ProjectionWork { projection: &self.projection, batch: round }))
     }
 }
 
@@ -163,7 +201,12 @@ struct ProjectionWork<'w, P> {
 
 #[async_trait]
 impl<P: Projection> Work for ProjectionWork<'_, P> {
-    async fn apply(&self, target: Target<'_>, tx: &mut Transaction<'_>) -> Result<(), ApplyError> {
+    async fn apply(
+        &self,
+        target: Target<'_>,
+        tx: &mut Transaction<'_>,
+        _memory: Option<&mut Memory>,
+    ) -> Result<(), ApplyError> {
         caught(self.projection.apply(self.batch, target.generation, tx)).await
     }
 }

@@ -1,18 +1,21 @@
 //! [`ReadModel`]: rows folded by key.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{HashMap, HashSet};
 use std::marker::PhantomData;
+use std::num::NonZeroUsize;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use async_trait::async_trait;
 use kafold_core::mutant::{self, Mutant};
-use kafold_core::row::{ColumnValue, Row, Value};
-use kafold_core::{DomainEvent, Position, Recorded};
+use kafold_core::row::{ColumnValue, Row};
+use kafold_core::store::Batch;
+use kafold_core::{DomainEvent, Partition, Position, Recorded, RecordedEvent};
 
 use crate::definition::Definition;
 use crate::generation::Generation;
-use crate::handler::{ApplyError, Fault, Handler, Target, Work, panic_text};
-use crate::projection::{ProjectionBatch, decode};
+use crate::handler::{ApplyError, Fault, Handler, Memory, Target, Work, panic_text};
+use crate::memory::RowMemory;
+use crate::projection::{Part, ProjectionBatch, decode};
 use crate::table::Table;
 use crate::transaction::Transaction;
 
@@ -35,7 +38,10 @@ pub trait ReadModel: Send + Sync + 'static {
 
     /// Whether one row may be touched by events of several partitions, as the sales of a day are.
     /// Such rows are written under a lock, and their fold must not depend on the order between
-    /// partitions. A model whose key is the stream's own id, or follows from it alone, sets `false`.
+    /// partitions. A model whose key is the stream's own id, or follows from it alone, sets `false`: its
+    /// rows are written by one worker each, which remembers them
+    /// ([`remembered_rows_max`](crate::ProjectionConfig::remembered_rows_max)). Whoever mends such a row by hand
+    /// pauses the projection first.
     const SHARED: bool = true;
 
     /// The events it reads. Events of other aggregates pass it by.
@@ -84,78 +90,182 @@ impl<M: ReadModel> Handler for ModelHandler<M> {
         Ok(table(&self.definition, generation).create(tx).await?)
     }
 
-    fn prepare<'w>(&'w self, batch: &'w ProjectionBatch) -> Result<Box<dyn Work + 'w>, Fault> {
-        Ok(Box::new(ModelWork::<M>::new(&self.definition, batch)?))
+    fn decode_ahead(&self, part: &Part) {
+        part.decoded(touched::<M>);
+    }
+
+    fn prepare<'w>(&'w self, round: &'w ProjectionBatch) -> Result<Box<dyn Work + 'w>, Fault> {
+        Ok(Box::new(ModelWork::<M>::new(&self.definition, round)?))
+    }
+
+    fn memory(&self, from_start: HashSet<Partition>, rows_max: usize) -> Option<Memory> {
+        let rows_max = NonZeroUsize::new(rows_max).filter(|_| !M::SHARED)?;
+        Some(Box::new(RowMemory::<M::Row>::new(from_start, rows_max)))
     }
 }
 
-/// A batch of one model, decoded.
+/// A round of one model, decoded.
 struct ModelWork<'w, M: ReadModel> {
     definition: &'w Definition,
-    events: Vec<Touched<M>>,
+    /// By key, and those of one key in the order of the log.
+    touches: Vec<Touch<'w, M>>,
 }
 
-/// An event and the rows it touches.
+/// An event, and one row that it touches.
+type Touch<'w, M> = (&'w Key<M>, &'w Recorded<<M as ReadModel>::Event>);
+
+/// An event and the rows it touches, each once.
 struct Touched<M: ReadModel> {
     event: Recorded<M::Event>,
-    keys: BTreeSet<Key<M>>,
+    keys: Vec<Key<M>>,
 }
 
-/// What a batch does to the table.
-#[derive(Debug, PartialEq)]
+/// What a round does to the table.
 struct Changes<R: Row> {
     inserts: Vec<R>,
     updates: Vec<R>,
     deletes: Vec<R::Key>,
 }
 
-impl<'w, M: ReadModel> ModelWork<'w, M> {
-    fn new(definition: &'w Definition, batch: &ProjectionBatch) -> Result<Self, Fault> {
-        let mut events = Vec::new();
-        for recorded in batch.events() {
-            let decoded = decode::<M::Event>(recorded);
-            if decoded.is_err() && mutant::active(Mutant::SkipUnreadable) {
-                continue;
-            }
-            let decoded = decoded.map_err(|unreadable| Fault::at(recorded, unreadable.error))?;
-            let Some(event) = decoded else { continue };
-            // A panic leaves nothing behind: `keys` has only a shared borrow.
-            let keys = catch_unwind(AssertUnwindSafe(|| M::keys(&event)));
-            let keys = keys.map_err(|panic| Fault::at(recorded, panic_text(&*panic)))?;
-            if !keys.is_empty() {
-                events.push(Touched { event, keys: keys.into_iter().collect() });
-            }
-        }
-        Ok(Self { definition, events })
+impl<R: Row> Changes<R> {
+    fn remember(&self, memory: &mut RowMemory<R>) {
+        self.inserts.iter().for_each(|row| memory.inserted(row));
+        self.updates.iter().for_each(|row| memory.updated(row));
+        self.deletes.iter().for_each(|key| memory.deleted(key));
     }
 
-    fn keys(&self) -> Vec<Value> {
-        let all: BTreeSet<_> = self.events.iter().flat_map(|touched| &touched.keys).collect();
-        all.into_iter().map(|key| key.clone().into_value()).collect()
+    async fn write(self, table: &Table, tx: &mut Transaction<'_>) -> Result<(), sqlx::Error> {
+        let values = |rows: Vec<R>| rows.into_iter().map(Row::into_values).collect();
+        table.write(tx, values(self.inserts), values(self.updates)).await?;
+        table.delete(tx, self.deletes.into_iter().map(ColumnValue::into_value).collect()).await
     }
 }
 
-#[async_trait]
-impl<M: ReadModel> Work for ModelWork<'_, M> {
-    async fn apply(&self, target: Target<'_>, tx: &mut Transaction<'_>) -> Result<(), ApplyError> {
-        if self.events.is_empty() {
-            return Ok(());
+impl<'w, M: ReadModel> ModelWork<'w, M> {
+    fn new(definition: &'w Definition, round: &'w ProjectionBatch) -> Result<Self, Fault> {
+        let mut touches = Vec::with_capacity(round.count());
+        for part in round.parts() {
+            let events = part.decoded(touched::<M>).as_ref().map_err(Fault::clone)?;
+            for Touched { event, keys } in events {
+                touches.extend(keys.iter().map(|key| (key, event)));
+            }
         }
-        let table = table(self.definition, target.generation);
-        if M::SHARED && !mutant::active(Mutant::SharedRowsUnlocked) {
-            lock(target, tx).await?;
+        touches.sort_by_key(|(key, _)| *key);
+        Ok(Self { definition, touches })
+    }
+
+    /// What touches one row, row by row.
+    fn rows(&self) -> impl Iterator<Item = &[Touch<'w, M>]> {
+        self.touches.chunk_by(|(one, _), (other, _)| one == other)
+    }
+
+    /// Each row as it is now, if it is there: what is not remembered is read.
+    async fn load(
+        &self,
+        table: &Table,
+        target: Target<'_>,
+        tx: &mut Transaction<'_>,
+        mut memory: Option<&mut RowMemory<M::Row>>,
+    ) -> Result<Vec<Option<M::Row>>, ApplyError> {
+        let (mut rows, mut unknown) = (Vec::new(), Vec::new());
+        for touches in self.rows() {
+            let (key, event) = touches[0];
+            let recall =
+                |memory: &mut RowMemory<M::Row>| memory.recall(event.position.partition, key);
+            let recalled = memory.as_deref_mut().and_then(recall);
+            if recalled.is_none() {
+                unknown.push((rows.len(), key));
+            }
+            rows.push(recalled.flatten());
         }
-        let mut loaded = BTreeMap::new();
-        for values in table.load(tx, self.keys()).await? {
+        if unknown.is_empty() {
+            return Ok(rows);
+        }
+        let keys = unknown.iter().map(|(_, key)| (*key).clone().into_value()).collect();
+        let mut loaded = HashMap::with_capacity(unknown.len());
+        for values in table.load(tx, keys).await? {
             let row = M::Row::from_values(values);
             let row = row.map_err(|bad| Fault::somewhere(format!("{}: {bad}", target.name)))?;
             loaded.insert(row.key(), row);
         }
-        let Changes { inserts, updates, deletes } = fold::<M>(&self.events, &loaded)?;
-        let values = |rows: Vec<M::Row>| rows.into_iter().map(Row::into_values).collect();
-        table.write(tx, values(inserts), values(updates)).await?;
-        let deletes = deletes.into_iter().map(ColumnValue::into_value).collect();
-        Ok(table.delete(tx, deletes).await?)
+        for (nth, key) in unknown {
+            rows[nth] = loaded.remove(key);
+        }
+        Ok(rows)
+    }
+
+    /// What becomes of the rows, given in the order of [`rows`](Self::rows).
+    fn fold(&self, before: Vec<Option<M::Row>>) -> Result<Changes<M::Row>, Fault> {
+        let mut changes = Changes { inserts: Vec::new(), updates: Vec::new(), deletes: Vec::new() };
+        for (touches, before) in self.rows().zip(before) {
+            let mut row = before.clone();
+            for (key, event) in touches {
+                // The row is gone after a panic, and with it the whole round.
+                let folded = catch_unwind(AssertUnwindSafe(|| M::fold(key, row.take(), event)));
+                row = folded.map_err(|panic| fault_at(event, &panic_text(&*panic)))?;
+                if row.as_ref().is_some_and(|row| row.key() != **key) {
+                    return Err(fault_at(event, "fold gave a row of another key"));
+                }
+            }
+            match (before, row) {
+                (None, Some(row)) => changes.inserts.push(row),
+                (Some(before), Some(row)) if before != row => changes.updates.push(row),
+                (Some(before), None) => changes.deletes.push(before.key()),
+                _ => {}
+            }
+        }
+        Ok(changes)
+    }
+}
+
+/// The events of a batch with the rows they touch, up to the first that cannot be read.
+fn touched<M: ReadModel>(batch: &Batch) -> Result<Vec<Touched<M>>, Fault> {
+    let mut events = Vec::with_capacity(batch.events.len());
+    for recorded in &batch.events {
+        // A panic leaves nothing behind: all it has is a shared borrow.
+        let read = catch_unwind(AssertUnwindSafe(|| touched_by::<M>(recorded)));
+        let read = read.unwrap_or_else(|panic| Err(Fault::at(recorded, panic_text(&*panic))));
+        match read {
+            Err(_) if mutant::active(Mutant::SkipUnreadable) => {}
+            read => events.extend(read?),
+        }
+    }
+    Ok(events)
+}
+
+/// `None` when it touches no row.
+fn touched_by<M: ReadModel>(recorded: &RecordedEvent) -> Result<Option<Touched<M>>, Fault> {
+    let decoded = decode::<M::Event>(recorded);
+    let decoded = decoded.map_err(|unreadable| Fault::at(recorded, unreadable.error))?;
+    let Some(event) = decoded else { return Ok(None) };
+    let mut keys = M::keys(&event);
+    keys.sort_unstable();
+    keys.dedup();
+    Ok((!keys.is_empty()).then_some(Touched { event, keys }))
+}
+
+#[async_trait]
+impl<M: ReadModel> Work for ModelWork<'_, M> {
+    async fn apply(
+        &self,
+        target: Target<'_>,
+        tx: &mut Transaction<'_>,
+        memory: Option<&mut Memory>,
+    ) -> Result<(), ApplyError> {
+        if self.touches.is_empty() {
+            return Ok(());
+        }
+        let mut memory = memory.and_then(|memory| memory.downcast_mut::<RowMemory<M::Row>>());
+        let table = table(self.definition, target.generation);
+        if M::SHARED && !mutant::active(Mutant::SharedRowsUnlocked) {
+            lock(target, tx).await?;
+        }
+        let before = self.load(&table, target, tx, memory.as_deref_mut()).await?;
+        let changes = self.fold(before)?;
+        if let Some(memory) = memory {
+            changes.remember(memory);
+        }
+        Ok(changes.write(&table, tx).await?)
     }
 }
 
@@ -171,35 +281,6 @@ async fn lock(target: Target<'_>, tx: &mut Transaction<'_>) -> Result<(), sqlx::
     let name = format!("kafold/{}/{}", target.name, target.generation);
     let lock = sqlx::query("SELECT pg_advisory_xact_lock(hashtextextended($1, 0))").bind(name);
     lock.execute(&mut **connection).await.map(drop)
-}
-
-fn fold<M: ReadModel>(
-    events: &[Touched<M>],
-    loaded: &BTreeMap<Key<M>, M::Row>,
-) -> Result<Changes<M::Row>, Fault> {
-    let mut rows: BTreeMap<&Key<M>, Option<M::Row>> = BTreeMap::new();
-    for Touched { event, keys } in events {
-        for key in keys {
-            let row = rows.entry(key).or_insert_with(|| loaded.get(key).cloned());
-            let before = row.take();
-            // The row is gone after a panic, and with it the whole batch.
-            let folded = catch_unwind(AssertUnwindSafe(|| M::fold(key, before, event)));
-            *row = folded.map_err(|panic| fault_at(event, &panic_text(&*panic)))?;
-            if row.as_ref().is_some_and(|row| row.key() != *key) {
-                return Err(fault_at(event, "fold gave a row of another key"));
-            }
-        }
-    }
-    let mut changes = Changes { inserts: Vec::new(), updates: Vec::new(), deletes: Vec::new() };
-    for (key, row) in rows {
-        match (loaded.get(key), row) {
-            (None, Some(row)) => changes.inserts.push(row),
-            (Some(before), Some(row)) if *before != row => changes.updates.push(row),
-            (Some(_), None) => changes.deletes.push(key.clone()),
-            _ => {}
-        }
-    }
-    Ok(changes)
 }
 
 fn fault_at<E: DomainEvent>(event: &Recorded<E>, reason: &str) -> Fault {

@@ -11,7 +11,8 @@ use kafold_core::{Clock, Partition};
 use tokio::sync::{Notify, mpsc, oneshot};
 use tokio::task::JoinHandle;
 
-use crate::projection::ProjectionBatch;
+use crate::handler::Handler;
+use crate::projection::{Part, ProjectionBatch};
 
 /// Messages read ahead of the worker: with batches of 500 events as many as a rebuild takes in one
 /// transaction.
@@ -21,7 +22,14 @@ const SOURCE_WAIT_MIN: Duration = Duration::from_millis(10);
 /// Longest wait before an unavailable source is asked again, whatever it says.
 const SOURCE_WAIT_MAX: Duration = Duration::from_secs(1);
 
-type Received = Result<SourceMessage, ReadError>;
+/// A message of the source on its way through the pump.
+enum Passed {
+    Assigned(Vec<Partition>),
+    Revoked(Vec<Partition>),
+    Batch(Part),
+}
+
+type Received = Result<Passed, ReadError>;
 
 /// Payload bytes that were read ahead of the worker.
 #[derive(Default)]
@@ -50,7 +58,7 @@ impl Ahead {
 
 fn bytes_of(message: &Received) -> usize {
     match message {
-        Ok(SourceMessage::Batch(batch)) => payload_bytes(batch),
+        Ok(Passed::Batch(part)) => payload_bytes(part.batch()),
         _ => 0,
     }
 }
@@ -110,16 +118,17 @@ impl Drop for Reader {
 }
 
 impl Reader {
-    /// Reads ahead of the worker until about so many bytes of payloads wait for it.
+    /// Reads ahead of the worker, and decodes for it, until about so many bytes of payloads wait.
     pub(crate) fn new(
         subscription: Box<dyn Subscription>,
+        handler: Arc<dyn Handler>,
         bytes_max: usize,
         clock: Arc<dyn Clock>,
     ) -> Self {
         let (sender, received) = mpsc::channel(READ_AHEAD_MESSAGES_MAX);
         let (requests, asked) = mpsc::channel(1);
         let ahead = Arc::new(Ahead::default());
-        let pump = Pump { subscription, requests: asked, ahead: ahead.clone(), bytes_max };
+        let pump = Pump { subscription, handler, requests: asked, ahead: ahead.clone(), bytes_max };
         let pump = tokio::spawn(pump.run(sender, clock.clone()));
         Self {
             received,
@@ -159,9 +168,9 @@ impl Reader {
             self.waiting.push_back(message);
         }
         let is_stopped = |batch: &Batch| partitions.contains(&batch.partition);
-        self.round.batches_mut().retain(|batch| !is_stopped(batch));
+        self.round.parts_mut().retain(|part| !is_stopped(part.batch()));
         self.waiting.retain(|message| match message {
-            Ok(SourceMessage::Batch(batch)) => !is_stopped(batch),
+            Ok(Passed::Batch(part)) => !is_stopped(part.batch()),
             _ => true,
         });
     }
@@ -175,16 +184,16 @@ impl Reader {
         self.is_unsettled = false;
         loop {
             self.gather(limit);
-            let ended = !self.waiting.is_empty() && !self.round.batches().is_empty();
+            let ended = !self.waiting.is_empty() && !self.round.parts().is_empty();
             if self.round.count() > 0 || ended {
                 return Ok(self.close_round());
             }
             match self.waiting.pop_front() {
-                Some(Ok(SourceMessage::Assigned(partitions))) => {
+                Some(Ok(Passed::Assigned(partitions))) => {
                     self.is_unsettled = true;
                     return Ok(Message::Assigned(partitions));
                 }
-                Some(Ok(SourceMessage::Revoked(partitions))) => {
+                Some(Ok(Passed::Revoked(partitions))) => {
                     self.is_unsettled = true;
                     return Ok(Message::Revoked(partitions));
                 }
@@ -211,15 +220,15 @@ impl Reader {
     /// Moves batches that are there already into the round, up to the limit or the first message of
     /// another kind.
     fn gather(&mut self, limit: RoundLimit) {
-        let mut size: usize = self.round.batches().iter().map(payload_bytes).sum();
+        let mut size: usize = self.round.batches().map(payload_bytes).sum();
         let mut count = self.round.count();
         while count < limit.events_max && size < limit.bytes_max {
             let next = self.waiting.pop_front().or_else(|| self.try_recv());
             match next {
-                Some(Ok(SourceMessage::Batch(batch))) => {
-                    size += payload_bytes(&batch);
-                    count += batch.events.len();
-                    self.round.batches_mut().push(batch);
+                Some(Ok(Passed::Batch(part))) => {
+                    size += payload_bytes(part.batch());
+                    count += part.batch().events.len();
+                    self.round.parts_mut().push(part);
                 }
                 Some(other) => return self.waiting.push_front(other),
                 None => return,
@@ -234,7 +243,7 @@ impl Reader {
 
     async fn wait(&mut self, idle: Duration) -> Waited {
         let received = |message: Option<Received>| message.map_or(Waited::Closed, Waited::Received);
-        if self.round.batches().is_empty() {
+        if self.round.parts().is_empty() {
             return received(self.received.recv().await);
         }
         let now = self.clock.instant();
@@ -257,6 +266,7 @@ enum Waited {
 /// The reading side, a task of its own.
 struct Pump {
     subscription: Box<dyn Subscription>,
+    handler: Arc<dyn Handler>,
     requests: mpsc::Receiver<Request>,
     ahead: Arc<Ahead>,
     bytes_max: usize,
@@ -292,8 +302,9 @@ impl Pump {
                     None => return,
                 },
             };
+            let message = message.map(|message| self.pass(message));
             let (pause, is_change) = match &message {
-                Ok(message) => (None, !matches!(message, SourceMessage::Batch(_))),
+                Ok(message) => (None, !matches!(message, Passed::Batch(_))),
                 Err(ReadError::Unavailable { retry_after, .. }) => (Some(*retry_after), false),
                 Err(ReadError::Diverged { .. }) => return permit.send(message),
             };
@@ -305,6 +316,18 @@ impl Pump {
             if let Some(pause) = pause {
                 // An answer of "at once" must not become a busy loop.
                 clock.sleep(pause.clamp(SOURCE_WAIT_MIN, SOURCE_WAIT_MAX)).await;
+            }
+        }
+    }
+
+    fn pass(&self, message: SourceMessage) -> Passed {
+        match message {
+            SourceMessage::Assigned(partitions) => Passed::Assigned(partitions),
+            SourceMessage::Revoked(partitions) => Passed::Revoked(partitions),
+            SourceMessage::Batch(batch) => {
+                let part = Part::from(batch);
+                self.handler.decode_ahead(&part);
+                Passed::Batch(part)
             }
         }
     }

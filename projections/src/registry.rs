@@ -133,8 +133,8 @@ pub(crate) async fn standing(
     }))
 }
 
-/// Makes the tables of a generation that was asked for, if that has not been done. `false`: it is not
-/// wanted any more, or another definition builds it.
+/// Makes the tables of a generation that was asked for, if that has not been done; others may have
+/// built and switched to it meanwhile. `false`: it is not wanted any more, or another definition builds it.
 pub(crate) async fn begin_build(
     database: &Database,
     handler: &dyn Handler,
@@ -149,9 +149,12 @@ pub(crate) async fn begin_build(
         let by_others = builder.is_some_and(|builder| *builder != definition.fingerprint);
         found.next() == Some(next) && !by_others
     };
-    if !find(tx, &definition.name).await?.as_ref().is_some_and(is_ours) {
+    let is_live =
+        |found: &Found| found.live() == next && found.fingerprint == definition.fingerprint;
+    let found = find(tx, &definition.name).await?;
+    if !found.as_ref().is_some_and(is_ours) {
         open.rollback().await?;
-        return Ok(false);
+        return Ok(found.as_ref().is_some_and(is_live));
     }
     if definition.tables.is_empty() {
         return Err(refused(no_tables(&definition.name)));

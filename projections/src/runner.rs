@@ -26,7 +26,7 @@ use self::parking::Parked;
 use crate::checkpoint::{self, Place};
 use crate::desired::{AllDesired, Desired};
 use crate::generation::Generation;
-use crate::handler::{ApplyError, Fault, Handler, Target, panic_text};
+use crate::handler::{ApplyError, Fault, Handler, Memory, Target, panic_text};
 use crate::parked;
 use crate::reader::{Message, Reader, RoundLimit};
 use crate::registry;
@@ -102,6 +102,8 @@ pub(crate) struct Runner {
     role: Role,
     generation: Generation,
     places: HashMap<Partition, Place>,
+    /// Of the rows of these partitions; valid as long as every transaction that touches them commits.
+    memory: Option<Memory>,
     /// What is set aside of each held partition.
     parked: HashMap<Partition, Parked>,
     /// The event that is being parked, and why.
@@ -170,6 +172,7 @@ impl Runner {
             role,
             generation,
             places: HashMap::new(),
+            memory: None,
             parked: HashMap::new(),
             parking: None,
             desired: None,
@@ -313,7 +316,12 @@ impl Runner {
                     self.consumer = subscription.consumer();
                     self.retake_at = None;
                     let Context { config, clock, .. } = &self.context;
-                    return Ok(Reader::new(subscription, config.batch_bytes_max, clock.clone()));
+                    return Ok(Reader::new(
+                        subscription,
+                        self.handler.clone(),
+                        config.batch_bytes_max,
+                        clock.clone(),
+                    ));
                 }
                 Err(error) => {
                     attempt += 1;
@@ -381,6 +389,11 @@ impl Runner {
         }
         self.show_parked();
         self.is_asked = true;
+        // Others may have changed the rows of these partitions since they were held last.
+        let from_start = places.iter().filter(|place| place.cursor().is_none());
+        let from_start = from_start.map(|place| place.partition).collect();
+        let rows_max = self.context.config.remembered_rows_max;
+        self.memory = self.handler.memory(from_start, rows_max);
         for place in places {
             let partition = place.partition;
             if !self.is_paused {

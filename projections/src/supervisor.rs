@@ -98,6 +98,7 @@ impl Supervisor {
 
     async fn supervise(&mut self) {
         let clock = self.context.clock.clone();
+        let mut status = self.status.watch();
         loop {
             let desired = self.all_desired.borrow_and_update().get(self.status.name()).cloned();
             self.follow(desired.as_ref());
@@ -106,6 +107,7 @@ impl Supervisor {
                 self.tell().await;
                 self.tidy().await;
             }
+            let is_behind = next_is_behind(&status.borrow_and_update());
             tokio::select! {
                 biased;
                 Some(ended) = self.runners.join_next() => {
@@ -115,6 +117,9 @@ impl Supervisor {
                     }
                 }
                 Ok(()) = self.all_desired.changed() => {}
+                // At once when it has caught up. One that never was behind may not be told yet what
+                // there is to read.
+                Ok(_) = status.wait_for(|status| !next_is_behind(status)), if is_behind => {}
                 () = clock.sleep(TICK) => {}
             }
         }
@@ -282,6 +287,11 @@ impl Supervisor {
             }
         }
     }
+}
+
+fn next_is_behind(status: &ProjectionStatus) -> bool {
+    let is_behind = |next: &ProjectionStatus| next.lag_records() > SWITCH_LAG_MAX;
+    status.next.as_deref().is_some_and(is_behind)
 }
 
 /// Whether it is worth a look at the tables.

@@ -255,7 +255,7 @@ impl Table {
     ) -> Result<sqlx::query::Query<'static, sqlx::Sqlite, SqliteArguments>, sqlx::Error> {
         let often = keys.len() == 1 || keys.len() == SQLITE_ROWS_MAX;
         sql.text(" WHERE ").name(&self.names[self.key]).text(" IN (");
-        list_places(sql, 1..=keys.len()).text(")");
+        list_places(sql, keys.len()).text(")");
         let mut arguments = SqliteArguments::default();
         for key in keys {
             add_value(&mut arguments, key)?;
@@ -275,10 +275,9 @@ impl Table {
             let mut sql = SqlText::new("INSERT INTO ");
             sql.name(&self.table).text(" (");
             list_names(&mut sql, &self.names).text(") VALUES ");
-            sql.list(", ", 0..chunk.len(), |sql, row| {
-                let values = row * width + 1..=(row + 1) * width;
+            sql.list(", ", 0..chunk.len(), |sql, _| {
                 sql.text("(");
-                list_places(sql, values).text(")");
+                list_places(sql, width).text(")");
             });
             on_conflict(&mut sql, &self.names, self.key);
             let mut arguments = SqliteArguments::default();
@@ -328,13 +327,11 @@ fn list_names<'s>(sql: &'s mut SqlText, names: &[Identifier]) -> &'s mut SqlText
     })
 }
 
-/// Adds the places of these bound values with commas between them.
-pub(crate) fn list_places(
-    sql: &mut SqlText,
-    places: impl IntoIterator<Item = usize>,
-) -> &mut SqlText {
-    sql.list(", ", places, |sql, nth| {
-        sql.placeholder(nth);
+/// Adds the places of so many bound values on SQLite, with commas between them. They have no numbers:
+/// to SQLite `$1` is a name, which sqlx looks up in the list of all names, for each value.
+pub(crate) fn list_places(sql: &mut SqlText, count: usize) -> &mut SqlText {
+    sql.list(", ", 0..count, |sql, _| {
+        sql.text("?");
     })
 }
 

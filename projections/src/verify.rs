@@ -281,7 +281,7 @@ impl Verifying<'_> {
 
     async fn apply(&self, batch: Batch) -> Result<(), VerifyError> {
         let mut round = ProjectionBatch::default();
-        round.batches_mut().push(batch);
+        round.parts_mut().push(batch.into());
         let name = &self.definition().name;
         let failed = |reason: String| VerifyError::Handler { projection: name.clone(), reason };
         if round.count() == 0 {
@@ -290,7 +290,7 @@ impl Verifying<'_> {
         let work = self.handler.prepare(&round).map_err(|fault| failed(fault.reason))?;
         let mut open = OpenTransaction::begin(&self.context.database).await?;
         let target = Target { name, generation: FRESH };
-        work.apply(target, &mut open.lend()).await.map_err(|error| match error {
+        work.apply(target, &mut open.lend(), None).await.map_err(|error| match error {
             ApplyError::Database(error) => error.into(),
             ApplyError::Fault(fault) => failed(fault.reason),
         })?;

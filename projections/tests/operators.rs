@@ -6,7 +6,9 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use common::domain::{CustomerTotals, Ledger, OrderDetails, Orders, POISON_CENTS, Poisoned, Total};
+use common::domain::{
+    CustomerTotals, Ledger, OrderDetails, Orders, POISON_CENTS, Poisoned, StreamTotals, Total,
+};
 use common::{Dice, TestDatabase};
 use kafold_core::testing::eventually;
 use kafold_core::{Position, StreamId};
@@ -26,6 +28,8 @@ on_both!(
     a_statement_that_the_database_refuses_stops_the_projection,
     no_more_streams_are_parked_than_may_be,
     a_paused_projection_applies_nothing_until_it_is_resumed,
+    rows_that_an_operator_mended_are_read_again,
+    rows_that_a_retry_wrote_are_read_again,
     what_stopped_goes_on_when_it_is_resumed,
     a_position_that_stops_a_projection_can_be_skipped,
     a_rebuild_takes_the_place_of_the_live_rows_while_writes_go_on,
@@ -315,6 +319,40 @@ async fn a_paused_projection_applies_nothing_until_it_is_resumed(database: &Test
     assert!(control.resume(CustomerTotals::NAME, ME).await.expect("asked"));
     applied(&second, &orders, CustomerTotals::NAME).await;
     orders.assert_equals_fold::<CustomerTotals>(&database.database).await;
+}
+
+async fn rows_that_an_operator_mended_are_read_again(database: &TestDatabase) {
+    let orders = Orders::new(1);
+    let projections = worker(&orders, database).with(StreamTotals).spawn();
+    for _ in 0..2 {
+        orders.place("1", "c1", 10).await;
+        applied(&projections, &orders, StreamTotals::NAME).await;
+    }
+    let control = control(database);
+    assert!(control.pause(StreamTotals::NAME, ME).await.expect("asked"));
+    in_state(&projections, StreamTotals::NAME, "paused").await;
+    database.run("UPDATE stream_totals__g1 SET cents = cents + 100").await;
+    assert!(control.resume(StreamTotals::NAME, ME).await.expect("asked"));
+    orders.place("1", "c1", 10).await;
+    applied(&projections, &orders, StreamTotals::NAME).await;
+    assert_eq!(totals::<StreamTotals>(database).await["1"], 130);
+}
+
+async fn rows_that_a_retry_wrote_are_read_again(database: &TestDatabase) {
+    let orders = Orders::new(1);
+    let projections = worker(&orders, database).with(StreamTotals).spawn();
+    for cents in [1, 10, POISON_CENTS, 100] {
+        orders.place("1", "c1", cents).await;
+        applied(&projections, &orders, StreamTotals::NAME).await;
+    }
+    control(database).skip_parked(None, &stream("order-1"), ME).await.expect("it is parked");
+    eventually("it is parked no more", async || {
+        status(&projections, StreamTotals::NAME).parked_streams == 0
+    })
+    .await;
+    orders.place("1", "c1", 1_000).await;
+    applied(&projections, &orders, StreamTotals::NAME).await;
+    assert_eq!(totals::<StreamTotals>(database).await["1"], 1_111);
 }
 
 async fn what_stopped_goes_on_when_it_is_resumed(database: &TestDatabase) {

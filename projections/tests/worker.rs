@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use common::domain::{
     CustomerTotals, Ledger, NewerOrderEvent, OrderDetails, OrderEvent, Orders, POISON_CENTS,
-    Poisoned, placed,
+    Poisoned, StreamTotals, placed,
 };
 use common::source::{Alone, Switched};
 use common::{Dice, TestDatabase, a_while};
@@ -24,6 +24,8 @@ on_both!(
     a_model_equals_the_fold_of_the_log,
     killed_at_any_moment_it_counts_every_event_once,
     rows_shared_by_many_partitions_are_exact,
+    rows_that_are_remembered_are_exact,
+    rows_that_another_worker_wrote_are_read_again,
     the_older_of_two_workers_is_fenced_and_totals_are_exact,
     a_lost_fence_rolls_the_rows_back,
     workers_of_one_projection_share_its_partitions_and_take_over,
@@ -161,6 +163,44 @@ async fn rows_shared_by_many_partitions_are_exact(database: &TestDatabase) {
     let row = Query::<CustomerTotals>::new(database.database.clone());
     let row = row.get(&"everyone".to_owned()).await.expect("readable").expect("there");
     assert_eq!((row.orders, row.cents), (1_500, 1_500));
+}
+
+async fn rows_that_are_remembered_are_exact(database: &TestDatabase) {
+    let (orders, mut dice) = (Orders::new(4), Dice::new(11));
+    // Fewer than there are streams: some are remembered, some were and some are new.
+    let config = ProjectionConfig { remembered_rows_max: 20, ..quick() };
+    let spawn = || worker(&orders, database).config(config.clone()).with(StreamTotals).spawn();
+    for _ in 0..3 {
+        // Begins where there are rows already, but for the first time.
+        let projections = spawn();
+        for _ in 0..20 {
+            for _ in 0..dice.roll(40) {
+                orders.append_random(&mut dice).await;
+            }
+            let gone = [placed("c1", 5), OrderEvent::Cancelled { customer: "c1".into(), cents: 5 }];
+            orders.append("order-gone", &gone).await;
+            orders.place("hot", "c1", 1).await;
+            applied(&projections, &orders, StreamTotals::NAME).await;
+        }
+        orders.assert_equals_fold::<StreamTotals>(&database.database).await;
+        projections.shutdown().await;
+    }
+}
+
+async fn rows_that_another_worker_wrote_are_read_again(database: &TestDatabase) {
+    let orders = Orders::new(1);
+    let config = ProjectionConfig { retake_delay: Duration::from_millis(100), ..quick() };
+    let projections = worker(&orders, database).config(config).with(StreamTotals).spawn();
+    for _ in 0..2 {
+        orders.place("1", "c1", 10).await;
+        applied(&projections, &orders, StreamTotals::NAME).await;
+    }
+    // It took the partition, wrote, and is gone.
+    database.run("UPDATE kafold_checkpoint SET fence = fence + 1").await;
+    database.run("UPDATE stream_totals__g1 SET cents = cents + 100").await;
+    orders.place("1", "c1", 10).await;
+    applied(&projections, &orders, StreamTotals::NAME).await;
+    assert_eq!(database.number("SELECT cents FROM stream_totals").await, 130);
 }
 
 async fn the_older_of_two_workers_is_fenced_and_totals_are_exact(database: &TestDatabase) {

@@ -6,15 +6,15 @@ use std::time::{Duration, Instant};
 
 use chrono::DateTime;
 use kafold_core::store::Owner;
-use kafold_core::{Offset, RecordedEvent, Version};
+use kafold_core::{Filter, Offset, RecordedEvent, Version};
 
 use super::mixer::Mixer;
 use crate::fold::Checkpoint;
 use crate::sim::reference::PARTITION;
 use crate::wire::ClaimId;
 use crate::writer::{
-    CommandOutcome, Entropy, Input, OlderCommands, Output, PartitionWriter, Status, StreamHead,
-    WriterConfig, WriterLimits,
+    CommandOutcome, Entropy, Input, Output, PartitionWriter, Status, StreamHead, WriterConfig,
+    WriterLimits,
 };
 
 pub(super) struct Node {
@@ -149,7 +149,7 @@ impl Node {
             recent.retain(|outcome| outcome.command_id != command_id);
             recent.push(CommandOutcome { command_id, version, position });
         }
-        StreamHead { version: self.version(), recent, older: Some(OlderCommands::default()) }
+        StreamHead { version: self.version(), recent, older: Some(Filter::default()) }
     }
 }
 

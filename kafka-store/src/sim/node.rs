@@ -6,7 +6,9 @@ use std::time::{Duration, Instant};
 use chrono::{DateTime, Utc};
 use kafold_core::index::IndexBatch;
 use kafold_core::store::{Appended, Owner};
-use kafold_core::{CommandHandler, CommandId, Offset, ReadError, RecordedEvent, StreamId, Version};
+use kafold_core::{
+    CommandHandler, CommandId, Filter, Offset, ReadError, RecordedEvent, StreamId, Version,
+};
 
 use super::handlers::{self, Count, SharedInbox, SimClock};
 use super::index::Index;
@@ -15,9 +17,7 @@ use super::reference::{PARTITION, Violation};
 use crate::fold::Checkpoint;
 use crate::tail::{MergeError, Tail, TailView};
 use crate::wire::ClaimId;
-use crate::writer::{
-    CommandOutcome, OlderCommands, PartitionWriter, StreamHead, WriterConfig, WriterLimits,
-};
+use crate::writer::{CommandOutcome, PartitionWriter, StreamHead, WriterConfig, WriterLimits};
 
 pub(super) struct Node {
     pub(super) incarnation: usize,
@@ -216,8 +216,8 @@ fn head(events: &[RecordedEvent]) -> StreamHead {
     // Of some longer streams they are not known.
     let is_known = cut == 0 || version.0.is_multiple_of(2);
     let older = is_known.then(|| {
-        let mut older = OlderCommands::default();
-        recent.iter().for_each(|outcome| older.add(outcome.command_id));
+        let mut older = Filter::default();
+        recent.iter().for_each(|outcome| older.add(&outcome.command_id));
         older
     });
     StreamHead { version, recent: newest, older }

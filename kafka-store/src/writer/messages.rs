@@ -5,14 +5,12 @@ use std::time::Duration;
 
 use kafold_core::store::{Append, Appended, Cause, Owner, View};
 use kafold_core::{
-    AppendError, CommandId, Offset, Partition, Position, ReadError, RecordedEvent, StreamId,
-    Version,
+    AppendError, CommandId, Filter, Offset, Partition, Position, ReadError, RecordedEvent,
+    StreamId, Version,
 };
 
 use crate::fold::Checkpoint;
 use crate::wire::{ClaimId, LogRecord, Record};
-
-use super::older::OlderCommands;
 
 /// Names a submission or a confirm until its answer; chosen by the driver, never used twice.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -283,7 +281,7 @@ pub struct StreamHead {
     /// Its most recent commands, oldest first.
     pub recent: Vec<CommandOutcome>,
     /// The commands before those; `None` when they are not known.
-    pub older: Option<OlderCommands>,
+    pub older: Option<Filter>,
 }
 
 /// What a command came to.

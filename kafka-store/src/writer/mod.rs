@@ -10,7 +10,6 @@
 //! - `messages`: inputs, outputs, limits;
 //! - `flight`: what is produced under the current claim and not proven;
 //! - `streams`: versions and recent commands by stream, and who waits;
-//! - `older`: the commands before those, as far as memory goes;
 //! - `claim`: taking the partition over, losing it, and doubt;
 //! - `admit`: what is taken, and what is refused before anything is produced;
 //! - `lookup`: loads of streams and look-ups of commands;
@@ -25,7 +24,6 @@ mod flight;
 mod fork;
 mod lookup;
 mod messages;
-mod older;
 mod settle;
 mod streams;
 
@@ -45,8 +43,6 @@ use crate::wire::{ClaimId, LogRecord, Stamp};
 use flight::{Flight, Judgement};
 use settle::{PendingCommit, PendingConfirm};
 use streams::Streams;
-
-pub use older::OlderCommands;
 
 pub use messages::{
     CommandOutcome, Input, Output, Proven, ReportFailure, RequestId, Status, StreamHead,

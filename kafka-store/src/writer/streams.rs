@@ -6,11 +6,10 @@ use std::time::Instant;
 
 use kafold_core::mutant::{self, Mutant};
 use kafold_core::store::{Append, Ticket, View};
-use kafold_core::{CommandId, RecordedEvent, StreamId, Version};
+use kafold_core::{CommandId, Filter, RecordedEvent, StreamId, Version};
 use lru::LruCache;
 
 use super::messages::{CommandOutcome, RequestId, StreamHead};
-use super::older::OlderCommands;
 
 /// A submission or confirm that cannot be decided yet.
 #[derive(Debug, Clone)]
@@ -70,7 +69,7 @@ pub(super) struct Known {
     pub(super) version: Version,
     recent: VecDeque<CommandOutcome>,
     /// The commands before the recent ones, if they are known.
-    pub(super) older: Option<OlderCommands>,
+    pub(super) older: Option<Filter>,
 }
 
 /// A commit that does not continue its stream: the stream's version and the commit's first.
@@ -89,7 +88,7 @@ impl Known {
 
     /// Whether a command that [`Known::find`] does not know cannot be in the stream.
     pub(super) fn excludes(&self, command_id: CommandId) -> bool {
-        self.older.as_ref().is_some_and(|older| !older.may_hold(command_id))
+        self.older.as_ref().is_some_and(|older| !older.may_hold(&command_id))
     }
 
     pub(super) fn find(&self, command_id: CommandId) -> Option<&CommandOutcome> {
@@ -102,7 +101,7 @@ impl Known {
             if let (Some(older), Some(oldest)) = (&mut self.older, oldest)
                 && !mutant::active(Mutant::OlderForgotten)
             {
-                older.add(oldest.command_id);
+                older.add(&oldest.command_id);
             }
         }
     }
@@ -173,7 +172,7 @@ impl Stream {
     /// Memory of what is known of its older commands.
     fn older_bytes(&self) -> usize {
         let older = self.known().and_then(|known| known.older.as_ref());
-        older.map_or(0, OlderCommands::bytes)
+        older.map_or(0, Filter::bytes)
     }
 
     fn is_idle(&self) -> bool {

@@ -87,10 +87,9 @@ async fn insert(
         "INSERT INTO kafold_event (category, stream_id, version, partition, \"offset\", event_id, \
          event_type, recorded_at, command_id, metadata, payload) VALUES ",
     );
-    sql.list(", ", 0..events.len(), |sql, row| {
-        let values = row * COLUMNS + 1..=(row + 1) * COLUMNS;
+    sql.list(", ", 0..events.len(), |sql, _| {
         sql.text("(");
-        list_places(sql, values).text(")");
+        list_places(sql, COLUMNS).text(")");
     });
     sql.text(" ON CONFLICT DO NOTHING");
     let often = events.len() == 1 || events.len() == EVENTS_MAX;

@@ -69,6 +69,8 @@ impl Runner {
         if self.is_paused {
             reader.stop(held).await;
         } else {
+            // Operators may have mended rows meanwhile.
+            self.memory = None;
             for partition in held {
                 if let Some(place) = self.places.get(&partition).cloned() {
                     self.start(reader, &place).await?;

@@ -15,7 +15,7 @@ use crate::checkpoint;
 use crate::handler::{Fault, Target};
 use crate::index::RowError;
 use crate::parked::{self, ParkedEvent};
-use crate::projection::ProjectionBatch;
+use crate::projection::{Part, ProjectionBatch};
 use crate::transaction::{OpenTransaction, Transaction};
 
 /// Events of a parked stream that are applied in one transaction, unless one commit has more.
@@ -108,13 +108,12 @@ impl Runner {
             let place = self.places.get(&event.position.partition);
             place.is_some_and(|place| event.position.offset >= place.next)
         });
-        for batch in round.batches_mut() {
-            self.skip(batch);
-            let Some(parked) = self.parked.get(&batch.partition) else { continue };
+        for part in round.parts_mut() {
+            self.skip(part);
+            let Some(parked) = self.parked.get(&part.batch().partition) else { continue };
             if !parked.streams.is_empty() {
-                aside.extend(
-                    batch.events.extract_if(.., |e| parked.streams.contains_key(&e.stream)),
-                );
+                let events = &mut part.batch_mut().events;
+                aside.extend(events.extract_if(.., |e| parked.streams.contains_key(&e.stream)));
             }
         }
         if aside.is_empty() {
@@ -137,13 +136,13 @@ impl Runner {
     }
 
     /// Leaves out the commits of which an operator skips an event.
-    fn skip(&self, batch: &mut Batch) {
+    fn skip(&self, part: &mut Part) {
         let Some(desired) = self.desired.as_ref().filter(|desired| !desired.skips.is_empty())
         else {
             return;
         };
         let is_skipped = |at| desired.skips.contains(&(self.generation, at));
-        let skipped = parked::leave_out(&mut batch.events, is_skipped);
+        let skipped = parked::leave_out(&mut part.batch_mut().events, is_skipped);
         if !skipped.is_empty() {
             tracing::warn!(projection = self.status.name(), ?skipped, "commits are skipped");
         }
@@ -192,6 +191,8 @@ impl Runner {
         stream: &StreamId,
     ) -> Result<(), Ended> {
         let (mut attempt, mut events_max, mut is_begun) = (0, RETRY_EVENTS_MAX, false);
+        // Its rows change beside what rounds remember.
+        self.memory = None;
         while self.places.contains_key(&partition) {
             let retrying = self.retry_part(partition, stream, events_max, is_begun);
             match until_asked(&mut self.shutdown.clone(), retrying).await? {
@@ -249,7 +250,7 @@ impl Runner {
         let batch = batch_of(partition, head.events);
         if batch.count() > 0 {
             let work = self.handler.prepare(&batch).map_err(Failed::Fault)?;
-            work.apply(self.target(), tx).await.map_err(sorted)?;
+            work.apply(self.target(), tx, None).await.map_err(sorted)?;
         }
         parked::delete(tx, self.target(), stream, last).await?;
         open.commit().await?;
@@ -334,7 +335,7 @@ fn batch_of(partition: Partition, events: Vec<ParkedEvent>) -> ProjectionBatch {
     let from = events.first().map_or(Offset(0), |event| event.position.offset);
     let next = Cursor { next: from, state: String::new() };
     let mut batch = ProjectionBatch::default();
-    batch.batches_mut().push(Batch { partition, from, events, next, end: from });
+    batch.parts_mut().push(Batch { partition, from, events, next, end: from }.into());
     batch
 }
 

@@ -1,6 +1,6 @@
 //! Rounds of batches into the database: the transaction, and what follows when it fails.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::time::Duration;
 
 use kafold_core::mutant::{self, Mutant};
@@ -12,7 +12,7 @@ use tracing::{Instrument, Span};
 use super::{Ended, Failed, Role, Runner, sorted};
 use crate::checkpoint::{self, Step};
 use crate::config::FaultPolicy;
-use crate::handler::{Fault, Target};
+use crate::handler::{Fault, Memory, Target};
 use crate::projection::ProjectionBatch;
 use crate::status::ProjectionState;
 use crate::transaction::OpenTransaction;
@@ -26,7 +26,11 @@ impl Runner {
     pub(super) async fn work_off(&mut self, round: ProjectionBatch) -> Result<(), Ended> {
         let mut todo = vec![round];
         while let Some(mut round) = todo.pop() {
-            let Some(fault) = self.apply(&mut round).await? else { continue };
+            let Some(fault) = self.apply(&mut round).await? else {
+                // Freed by another thread, while this one is at the next round.
+                drop(tokio::spawn(async move { drop(round) }));
+                continue;
+            };
             tracing::warn!(projection = self.status.name(), fault.reason, "a batch failed");
             let count = round.batches().len();
             if count > 1 {
@@ -42,7 +46,7 @@ impl Runner {
     /// One batch of the source fails. If it holds more than one commit it is read again a commit at
     /// a time; one commit is tried again a few times.
     async fn narrow(&mut self, mut round: ProjectionBatch, fault: Fault) -> Result<(), Ended> {
-        let Some(batch) = round.batches().first() else { return Ok(()) };
+        let Some(batch) = round.batches().next() else { return Ok(()) };
         if !is_one_commit(batch) && self.careful_until.is_empty() {
             self.careful_until.insert(batch.partition, batch.next.next);
             return Err(Ended::Again);
@@ -85,7 +89,7 @@ impl Runner {
         let mut aside = Vec::new();
         loop {
             self.prune(round)?;
-            if round.batches().is_empty() {
+            if round.parts().is_empty() {
                 return Ok(None);
             }
             self.set_aside(round, &mut aside)?;
@@ -144,7 +148,8 @@ impl Runner {
     fn prune(&self, round: &mut ProjectionBatch) -> Result<(), Ended> {
         let mut expected: HashMap<Partition, Offset> = HashMap::new();
         let mut gap = None;
-        round.batches_mut().retain(|batch| {
+        round.parts_mut().retain(|part| {
+            let batch = part.batch();
             let Some(place) = self.places.get(&batch.partition) else { return false };
             let at = expected.entry(batch.partition).or_insert(place.next);
             if batch.next.next <= *at {
@@ -172,15 +177,20 @@ impl Runner {
         let Context { clock, config, .. } = &self.context;
         let (clock, timeout) = (clock.clone(), config.transaction_timeout);
         let begun = clock.instant();
+        // Only what is committed is remembered.
+        let rows_max = config.remembered_rows_max;
+        let memory = self.memory.take();
+        let mut memory = memory.or_else(|| self.handler.memory(HashSet::new(), rows_max));
         let (steps, held) = tokio::select! {
             biased;
-            done = self.commit(round, aside) => done?,
+            done = self.commit(round, aside, memory.as_mut()) => done?,
             () = clock.sleep(timeout) => {
                 let reason = format!("a transaction was not through within {timeout:?}");
                 return Err(Failed::Unavailable(reason));
             }
         };
         let took = clock.instant().saturating_duration_since(begun);
+        self.memory = memory;
         self.have_parked(aside);
         self.advanced(steps);
         self.status.measure(round.count(), took, clock.now());
@@ -193,6 +203,7 @@ impl Runner {
         &self,
         round: &ProjectionBatch,
         aside: &[RecordedEvent],
+        memory: Option<&mut Memory>,
     ) -> Result<(Vec<Step>, Duration), Failed> {
         let Context { database, clock, .. } = &self.context;
         let target = self.target();
@@ -219,7 +230,7 @@ impl Runner {
         }
         let tx = &mut open.lend();
         if let Some(work) = work {
-            work.apply(target, tx).await.map_err(sorted)?;
+            work.apply(target, tx, memory).await.map_err(sorted)?;
         }
         self.insert_parked(tx, aside).await?;
         open.commit().await?;

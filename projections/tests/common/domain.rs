@@ -168,6 +168,24 @@ impl ReadModel for Poisoned {
     }
 }
 
+/// The same a stream, so that each row is one worker's alone.
+pub(crate) struct StreamTotals;
+
+impl ReadModel for StreamTotals {
+    const NAME: &'static str = "stream_totals";
+    const SHARED: bool = false;
+    type Event = OrderEvent;
+    type Row = Total;
+
+    fn keys(event: &Recorded<OrderEvent>) -> Vec<String> {
+        vec![event.stream.id().to_owned()]
+    }
+
+    fn fold(key: &String, row: Option<Total>, event: &Recorded<OrderEvent>) -> Option<Total> {
+        Poisoned::fold(key, row, event)
+    }
+}
+
 /// Writes one row an event with plain INSERTs: an event applied twice breaks its key.
 #[derive(Clone, Default)]
 pub(crate) struct Ledger {

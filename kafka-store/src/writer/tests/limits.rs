@@ -107,7 +107,7 @@ fn loads_wait_for_their_turn_and_none_is_forgotten() {
             })
             .collect();
         assert_eq!(loads.len(), round, "one at a time");
-        let head = StreamHead { older: Some(OlderCommands::default()), ..StreamHead::default() };
+        let head = StreamHead { older: Some(Filter::default()), ..StreamHead::default() };
         bench.give(Input::Loaded { stream: loads[round - 1].clone(), head: Ok(head) });
     }
     bench.settle();
@@ -211,7 +211,7 @@ fn a_renewed_writer_begins_where_it_is_told_and_claims_above_its_old_claim() {
         version: Version(1),
         position: Position { partition: PARTITION, offset: Offset(1) },
     }];
-    bench.load(StreamHead { version: Version(1), recent, older: Some(OlderCommands::default()) });
+    bench.load(StreamHead { version: Version(1), recent, older: Some(Filter::default()) });
     assert_eq!(bench.acknowledged(again), (1, 1, true));
 }
 

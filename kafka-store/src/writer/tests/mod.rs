@@ -13,8 +13,8 @@ use chrono::{DateTime, TimeDelta, Utc};
 use kafold_core::clock::SystemClock;
 use kafold_core::store::{Append, Appended, Owner, Ticket, View};
 use kafold_core::{
-    AppendError, Clock, CommandId, Commit, ExpectedVersion, Metadata, NewEvent, Offset, Partition,
-    Position, RecordedEvent, StreamId, Version,
+    AppendError, Clock, CommandId, Commit, ExpectedVersion, Filter, Metadata, NewEvent, Offset,
+    Partition, Position, RecordedEvent, StreamId, Version,
 };
 use uuid::Uuid;
 
@@ -175,7 +175,7 @@ impl Bench {
 
     /// The stream is empty, and all that were asked about it are answered so.
     fn load_empty(&mut self) {
-        self.load(StreamHead { older: Some(OlderCommands::default()), ..StreamHead::default() });
+        self.load(StreamHead { older: Some(Filter::default()), ..StreamHead::default() });
     }
 
     fn load(&mut self, head: StreamHead) {
