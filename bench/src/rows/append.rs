@@ -130,8 +130,8 @@ fn calls(bench: &Bench, callers: usize) -> u64 {
     match callers {
         1 => bench.size.of(300, 1_000, 2_000),
         2..64 => bench.size.of(1_000, 4_000, 10_000),
-        64..1_024 => bench.size.of(3_000, 15_000, 30_000),
-        _ => bench.size.of(5_000, 40_000, 60_000),
+        64..1_024 => bench.size.of(3_000, 15_000, 20_000),
+        _ => bench.size.of(5_000, 40_000, 40_000),
     }
 }
 
@@ -293,7 +293,7 @@ async fn index_alone(bench: &Bench) -> Result<(), Failure> {
 /// gets a 503, all pairs into one log without a pause but the baseline's turn. What counts is how many
 /// events are acknowledged and in the index, by when the last one is there.
 async fn sustained(bench: &Bench, brokers: &str) -> Result<(), Failure> {
-    let seconds = bench.size.of(1, 8, 30);
+    let seconds = bench.size.of(1, 8, 20);
     let scratch = bench.servers.database().await?;
     let (ours, name) = (bench.servers.new_name(), bench.servers.new_name());
     let log = open(&log_url(brokers, &ours), &scratch.database).await?;

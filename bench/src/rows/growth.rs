@@ -28,7 +28,7 @@ const FEW: u64 = 1_000;
 pub async fn run(bench: &Bench) -> Result<(), Failure> {
     let sizes: &[u64] =
         bench.size.of(&[2_000], &[10_000, 100_000], &[100_000, 1_000_000, 10_000_000]);
-    let seconds = bench.size.of(1, 3, 5);
+    let seconds = bench.size.of(1, 3, 4);
     let few = Grown::make(bench, FEW).await?;
     let rate = few.closed(seconds).await?["per_s"] / 2.0;
     let mut lines = [

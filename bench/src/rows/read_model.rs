@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::TryStreamExt;
+use futures_util::future::try_join;
 use kafold::projections::sqlx::postgres::{PgPool, PgPoolCopyExt};
 use kafold::projections::sqlx::{self, Row};
 use kafold::projections::{By, Control, Generation, ProjectionWorker, Projections, ReadModel};
@@ -168,7 +169,7 @@ pub async fn rebuild(bench: &Bench) -> Result<(), Failure> {
     let beside = async || {
         let began = now();
         let read = counted(&topic.brokers, &topic.name, events);
-        futures_util::try_join!(read, copied(&topic, pool(&scratch)?, &rows))?;
+        try_join(read, copied(&topic, pool(&scratch)?, &rows)).await?;
         Ok(Sample::from([("per_s", per_second(events, now() - began))]))
     };
     let copy = async || copied(&topic, pool(&scratch)?, &rows).await;

@@ -39,7 +39,7 @@ pub async fn run(bench: &Bench) -> Result<(), Failure> {
     let names = [bench.servers.new_name(), bench.servers.new_name()];
     let ours = Ours::open(bench, &brokers, &names[0]).await?;
     let load = ours.load(bench.size.of(2_000, 20_000, 40_000)).await? / 2.0;
-    let seconds = bench.size.of(1.0, 3.0, 8.0);
+    let seconds = bench.size.of(1.0, 3.0, 6.0);
     let calls = (load * seconds) as u64;
     drop(crate::ours::source(&log_url(&brokers, &names[1])).await?);
     let raw = Raw::open(&brokers, &names[1])?;
