@@ -4,6 +4,7 @@ use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
 
 use kafold::projections::sqlx::postgres::PgConnection;
 use kafold::projections::sqlx::{AssertSqlSafe, Connection, Executor};
@@ -18,6 +19,7 @@ use crate::Failure;
 use crate::baselines::consumer::{From, consumer, each};
 use crate::baselines::producer::{Records, Window, settings};
 use crate::fill::Fill;
+use crate::measure::until;
 use crate::proxy::Proxy;
 
 /// Partitions of every log here, as a new log has by default.
@@ -144,6 +146,9 @@ impl Servers {
     }
 }
 
+/// How long the server's vacuum may keep a database from being dropped.
+const DROP_WAIT_MAX: Duration = Duration::from_secs(120);
+
 /// A database of its own.
 pub struct Scratch {
     /// Open, with the toolkit's tables.
@@ -158,7 +163,10 @@ impl Scratch {
     /// Removes it.
     pub async fn remove(self) -> Result<(), Failure> {
         self.database.close().await;
-        execute(&self.server, format!("DROP DATABASE {} WITH (FORCE)", self.name)).await
+        let drop = format!("DROP DATABASE {} WITH (FORCE)", self.name);
+        // The server's own vacuum may be in it, and cannot be forced out.
+        let dropped = async || Ok(execute(&self.server, drop.clone()).await.ok());
+        until("a database is dropped", DROP_WAIT_MAX, dropped).await
     }
 }
 

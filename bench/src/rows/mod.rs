@@ -36,7 +36,7 @@ pub const ROWS: &[(&str, &str)] = &[
 
 /// Runs one row and writes what came of it.
 pub async fn run(bench: &Bench, row: &str) -> Result<(), Failure> {
-    match row {
+    let measured = match row {
         "R1" => append::run(bench).await,
         "R2" => command::round_trip(bench).await,
         "R3" => command::hot_stream(bench).await,
@@ -52,6 +52,8 @@ pub async fn run(bench: &Bench, row: &str) -> Result<(), Failure> {
         "R14" => start::run(bench).await,
         "R13" => bytes::run(bench).await,
         other => Err(format!("there is no row {other}").into()),
-    }?;
-    bench.write(row)
+    };
+    // What came before a failure was measured, too.
+    bench.write(row)?;
+    measured
 }
