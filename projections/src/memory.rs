@@ -27,7 +27,10 @@ pub(crate) struct RowMemory<R: Row> {
 impl<R: Row> RowMemory<R> {
     /// Of the partitions `from_start` there is no row yet.
     pub(crate) fn new(from_start: HashSet<Partition>, rows_max: NonZeroUsize) -> Self {
-        Self { rows: LruCache::new(rows_max), from_start, written: Filter::default() }
+        // Grows with what is remembered: one that is made with a limit takes memory for all of it.
+        let mut rows = LruCache::unbounded();
+        rows.resize(rows_max);
+        Self { rows, from_start, written: Filter::default() }
     }
 
     /// The row of this key, which events of the partition touch, or that there is none; `None` when
@@ -73,7 +76,6 @@ impl<R: Row> RowMemory<R> {
 mod tests {
     use super::*;
 
-    // The derive writes `::kafold_core::…`, which is there in this crate.
     #[derive(Debug, Clone, PartialEq, Row)]
     struct Count {
         #[row(key)]

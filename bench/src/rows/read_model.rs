@@ -164,7 +164,7 @@ pub async fn rebuild(bench: &Bench) -> Result<(), Failure> {
     let figures = [("per_s", Goal::AtLeast(REBUILD_GOAL))];
     let ours = async || rebuilt(&topic, &scratch, &projections).await;
     let copy = async || copied(&topic, pool(&scratch)?, &rows).await;
-    bench.compare("R6", "into PostgreSQL, a row an event", &figures, ours, copy).await?;
+    bench.compare("R6", "into PostgreSQL, a row an event", &figures, ours, &copy).await?;
     // What any rebuild does, with nothing in between.
     let beside = async || {
         let began = now();
@@ -172,7 +172,6 @@ pub async fn rebuild(bench: &Bench) -> Result<(), Failure> {
         try_join(read, copied(&topic, pool(&scratch)?, &rows)).await?;
         Ok(Sample::from([("per_s", per_second(events, now() - began))]))
     };
-    let copy = async || copied(&topic, pool(&scratch)?, &rows).await;
     let case = "without kafold: one COPY while a raw consumer reads the log";
     bench.compare("R6", case, &[("per_s", Goal::Stated)], beside, copy).await?;
     projections.shutdown().await;
