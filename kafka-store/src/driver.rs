@@ -1,13 +1,16 @@
-//! Joins the writers of all partitions to one producer, on a thread of its own.
+//! Joins the writers of all partitions to one producer.
 //!
-//! Everything that happens comes in on one channel on which the thread blocks: submissions, delivery
-//! reports, records read, loads. There is no polling on the way of a command; timers are waited for
-//! to the moment.
+//! Everything that happens comes in on one channel: submissions, delivery reports, records read, loads.
+//! A thread works it off, in large portions while much is in flight. While little is, whoever brings a
+//! message works it off where they are, so that a command on an idle log changes threads no oftener than
+//! a bare produce does. There is no polling on its way; timers are waited for to the moment.
 
 use std::collections::{HashMap, VecDeque};
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicIsize, AtomicUsize, Ordering, fence};
 use std::sync::mpsc::{Receiver, Sender, channel};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, TryLockError};
+use std::thread::Thread;
 use std::time::{Duration, Instant};
 
 use futures_util::FutureExt;
@@ -37,8 +40,13 @@ const HANDOVERS_MAX: usize = 2;
 const HANDOVER_WAIT_MAX: Duration = Duration::from_millis(5);
 /// Before a producer that could not be made is tried again.
 const PRODUCER_RETRY: Duration = Duration::from_secs(1);
-/// Messages handled before timers are looked at.
+/// Messages that the thread handles before timers are looked at.
 const BURST: usize = 1_024;
+/// Messages that somebody else handles at most: they have work of their own.
+const BROUGHT_MAX: usize = 16;
+/// Records in flight from which on messages are left to the thread: then more come together than one at a
+/// time.
+const IN_FLIGHT_FEW: usize = 4;
 
 /// Counts how often a partition was assigned: what was asked for in an earlier tenure is not answered
 /// into a later one.
@@ -47,7 +55,7 @@ pub(crate) struct Tenure(pub(crate) u64);
 
 type Answer<T> = oneshot::Sender<Result<T, AppendError>>;
 
-/// What the thread is told.
+/// What the driver is told.
 pub(crate) enum Message {
     Submit {
         partition: Partition,
@@ -74,25 +82,67 @@ pub(crate) enum Message {
     Quit,
 }
 
-/// The handle to the driver's thread.
+/// The handle to the driver.
 #[derive(Clone)]
 pub(crate) struct Driver {
     messages: Sender<Message>,
+    desk: Arc<Desk>,
     queued: Arc<AtomicUsize>,
     queued_max: usize,
-    /// Reports that the thread has not taken: it is told of the first, and takes all there are.
+    /// Reports that were not taken: there is a message for the first, and all there are are taken.
     reports: Arc<Mutex<Vec<Report>>>,
     reach: Arc<Reach>,
 }
 
+/// Where messages are worked off, by one at a time.
+#[derive(Default)]
+struct Desk {
+    /// `None` before the start and after the end.
+    work: Mutex<Option<Work>>,
+    /// Messages that were sent and not taken; below 0 for a moment when one is taken before it is counted.
+    waiting: AtomicIsize,
+    /// Records without their report.
+    in_flight: AtomicUsize,
+    thread: OnceLock<Thread>,
+}
+
+impl Desk {
+    fn lock(&self) -> MutexGuard<'_, Option<Work>> {
+        // No panic leaves `serve`.
+        self.work.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// `None` while another works.
+    fn try_lock(&self) -> Option<MutexGuard<'_, Option<Work>>> {
+        match self.work.try_lock() {
+            Ok(work) => Some(work),
+            Err(TryLockError::Poisoned(poisoned)) => Some(poisoned.into_inner()),
+            Err(TryLockError::WouldBlock) => None,
+        }
+    }
+
+    /// Whether a message waits that nobody has looked for since it was counted: whoever brought it may
+    /// have found the desk taken, and went.
+    fn has_more(&self) -> bool {
+        fence(Ordering::SeqCst);
+        self.waiting.load(Ordering::SeqCst) > 0
+    }
+
+    fn wake_thread(&self) {
+        if let Some(thread) = self.thread.get() {
+            thread.unpark();
+        }
+    }
+}
+
 impl Driver {
-    /// The handle, and what a thread needs to serve it.
+    /// The handle, and what is needed to start it.
     pub(crate) fn new(config: &KafkaConfig, reach: Arc<Reach>) -> (Self, Receiver<Message>) {
         let (messages, inbox) = channel();
         let queued = Arc::new(AtomicUsize::new(0));
         let queued_max = config.limits.queued_submissions_max;
-        let reports = Arc::default();
-        (Self { messages, queued, queued_max, reports, reach }, inbox)
+        let (desk, reports) = Default::default();
+        (Self { messages, desk, queued, queued_max, reports, reach }, inbox)
     }
 
     pub(crate) fn submit(&self, partition: Partition, append: Append) -> Outcome<Appended> {
@@ -106,7 +156,7 @@ impl Driver {
         self.hand_over(closed, |answer| Message::Confirm { partition, view, answer })
     }
 
-    /// Sends what waits for an answer; `abandoned` is the answer when the thread ends before.
+    /// Sends what waits for an answer; `abandoned` is the answer when the driver ends before.
     fn hand_over<T: Send + 'static>(
         &self,
         abandoned: AppendError,
@@ -123,15 +173,74 @@ impl Driver {
             return refuse(format!("{} submissions wait for the writer", self.queued_max));
         }
         let (answer, outcome) = oneshot::channel();
-        if self.messages.send(message(answer)).is_err() {
+        if !self.bring(message(answer)) {
             return refuse("the store is closed".into());
         }
         outcome.map(move |answered| answered.unwrap_or(Err(abandoned))).boxed()
     }
 
-    /// Tells the thread something; after its end nobody needs to know.
+    /// Tells the driver something; after its end nobody needs to know. No lock may be held that the
+    /// driver takes: those of [`Shared`].
     pub(crate) fn tell(&self, message: Message) {
-        let _ = self.messages.send(message);
+        self.bring(message);
+    }
+
+    /// Sends a message and sees to it that it is handled. `false` after the driver's end.
+    fn bring(&self, message: Message) -> bool {
+        if self.messages.send(message).is_err() {
+            return false;
+        }
+        self.desk.waiting.fetch_add(1, Ordering::SeqCst);
+        fence(Ordering::SeqCst);
+        if self.desk.in_flight.load(Ordering::Relaxed) < IN_FLIGHT_FEW {
+            self.work_here();
+        } else {
+            self.desk.wake_thread();
+        }
+        true
+    }
+
+    /// Works off what waits, unless another does, who then looks for more.
+    fn work_here(&self) {
+        let Some(mut desk) = self.desk.try_lock() else { return };
+        let Some(work) = &mut *desk else { return };
+        if !work.go_on(BROUGHT_MAX) {
+            *desk = None;
+            drop(desk);
+            return self.desk.wake_thread();
+        }
+        let wake = work.next_wake();
+        let until = work.thread_until;
+        let sooner = wake.is_some_and(|wake| until.is_none_or(|until| wake < until));
+        if sooner {
+            work.thread_until = wake;
+        }
+        drop(desk);
+        if sooner || self.desk.has_more() {
+            self.desk.wake_thread();
+        }
+    }
+
+    /// The thread: works off what is left to it, and what timers ask for.
+    fn serve(&self) {
+        loop {
+            let mut desk = self.desk.lock();
+            let Some(work) = &mut *desk else { return };
+            if !work.go_on(BURST) {
+                *desk = None;
+                return;
+            }
+            let (now, wake) = (work.parts.clock.instant(), work.next_wake());
+            work.thread_until = wake;
+            drop(desk);
+            if self.desk.has_more() {
+                continue;
+            }
+            match wake {
+                None => std::thread::park(),
+                Some(wake) => std::thread::park_timeout(wake.saturating_duration_since(now)),
+            }
+        }
     }
 
     fn reports(&self) -> MutexGuard<'_, Vec<Report>> {
@@ -157,7 +266,7 @@ impl Sink for Driver {
     }
 }
 
-/// One partition on the driver's thread.
+/// One partition of the driver's.
 pub(crate) struct Slot {
     pub(crate) writer: PartitionWriter,
     pub(crate) shared: Arc<Shared>,
@@ -245,7 +354,7 @@ enum Pending {
     Confirm { since: Instant, answer: Answer<()> },
 }
 
-/// What the driver's thread works with.
+/// What the driver works with.
 pub(crate) struct Parts {
     pub(crate) config: KafkaConfig,
     /// The topic's `max.message.bytes`.
@@ -259,13 +368,18 @@ pub(crate) struct Parts {
     pub(crate) clock: Arc<dyn Clock>,
 }
 
-struct Thread {
+/// The driver's state.
+struct Work {
     parts: Parts,
     driver: Driver,
     inbox: Receiver<Message>,
+    /// When the thread looks again by itself.
+    thread_until: Option<Instant>,
     producer: Option<Producer>,
     /// The producer had no room for a record.
     full: bool,
+    /// Records that a producer was given and that are not reported.
+    in_flight: usize,
     generation: u64,
     producer_retry: Option<Instant>,
     pending: HashMap<RequestId, Pending>,
@@ -281,12 +395,14 @@ impl Driver {
     pub(crate) fn start(&self, inbox: Receiver<Message>, parts: Parts) -> KafkaResult<()> {
         let sink = Arc::new(self.clone());
         let producer = Producer::start(&parts.config, parts.record_bytes_max, 0, sink)?;
-        let thread = Thread {
+        let work = Work {
             parts,
             driver: self.clone(),
             inbox,
+            thread_until: None,
             producer: Some(producer),
             full: false,
+            in_flight: 0,
             generation: 0,
             producer_retry: None,
             pending: HashMap::new(),
@@ -294,53 +410,57 @@ impl Driver {
             follow_ups: VecDeque::new(),
             outputs: Vec::new(),
         };
-        std::thread::Builder::new()
+        *self.desk.lock() = Some(work);
+        let driver = self.clone();
+        let thread = std::thread::Builder::new()
             .name("kafold-driver".into())
-            .spawn(move || thread.run())
+            .spawn(move || driver.serve())
             .map_err(|error| KafkaError::ClientCreation(error.to_string()))?;
+        // Nobody else sets it. It looks once before it first parks.
+        let _ = self.desk.thread.set(thread.thread().clone());
+        self.desk.wake_thread();
         Ok(())
     }
 }
 
-impl Drop for Thread {
+impl Drop for Work {
     fn drop(&mut self) {
         self.driver.reach.close();
     }
 }
 
-impl Thread {
-    fn run(mut self) {
-        loop {
-            match self.wait() {
-                Some(Message::Quit) => return,
-                Some(message) => self.handle(message),
-                None => {}
-            }
-            for _ in 0..BURST {
-                match self.inbox.try_recv() {
-                    Ok(Message::Quit) => return,
-                    Ok(message) => self.handle(message),
-                    Err(_) => break,
-                }
-            }
-            self.tick();
-        }
+impl Work {
+    /// Handles up to so many messages, then what is due. `false` when that was the end: it was asked
+    /// for, or a panic left a state that nobody may go on with.
+    fn go_on(&mut self, most: usize) -> bool {
+        let gone_on = catch_unwind(AssertUnwindSafe(|| self.take_messages(most)));
+        gone_on.unwrap_or_else(|_| {
+            tracing::error!("the driver has panicked: the store is closed");
+            false
+        })
     }
 
-    /// The next message, or none when a timer is due.
-    fn wait(&self) -> Option<Message> {
-        let now = self.parts.clock.instant();
+    fn take_messages(&mut self, most: usize) -> bool {
+        for _ in 0..most {
+            let Ok(message) = self.inbox.try_recv() else { break };
+            self.driver.desk.waiting.fetch_sub(1, Ordering::SeqCst);
+            match message {
+                Message::Quit => return false,
+                message => self.handle(message),
+            }
+        }
+        self.tick();
+        true
+    }
+
+    /// When a timer is due.
+    fn next_wake(&self) -> Option<Instant> {
         let slots = self.parts.slots.iter();
-        let retry = self.full.then(|| now + FULL_RETRY);
+        let retry = self.full.then(|| self.parts.clock.instant() + FULL_RETRY);
         let handovers = slots.clone().filter_map(|slot| slot.outgoing.due());
         let handover = handovers.min().filter(|_| self.producer.is_some() && !self.full);
         let timers = slots.filter_map(|slot| slot.writer.next_wake());
-        let wake = timers.chain(retry).chain(handover).chain(self.producer_retry).min();
-        // The thread holds a sender itself, so that the channel never closes.
-        match wake {
-            None => self.inbox.recv().ok(),
-            Some(wake) => self.inbox.recv_timeout(wake.saturating_duration_since(now)).ok(),
-        }
+        timers.chain(retry).chain(handover).chain(self.producer_retry).min()
     }
 
     fn handle(&mut self, message: Message) {
@@ -440,6 +560,7 @@ impl Thread {
 
     fn report(&mut self, report: Report) {
         let Report { generation, partition, tag, mut result } = report;
+        self.count_in_flight(self.in_flight.saturating_sub(1));
         if generation == self.generation
             && let Some(slot) = self.slot(partition)
         {
@@ -456,6 +577,11 @@ impl Thread {
         }
         let Tag { claim, seq } = tag;
         self.input(partition, Input::Report { claim, seq, result });
+    }
+
+    fn count_in_flight(&mut self, records: usize) {
+        self.in_flight = records;
+        self.driver.desk.in_flight.store(records, Ordering::Relaxed);
     }
 
     fn note_progress(&mut self, partition: Partition, input: &Input) {
@@ -645,6 +771,7 @@ impl Thread {
     /// Hands the producer what is due of every partition, in order.
     fn hand_over(&mut self, now: Instant) {
         self.full = false;
+        let mut in_flight = self.in_flight;
         let Some(producer) = &self.producer else { return };
         let written_at = self.parts.clock.now();
         for slot in &mut self.parts.slots {
@@ -671,7 +798,9 @@ impl Thread {
                 slot.outgoing.unsent.pop_front();
             }
             slot.outgoing.handed_over(handed);
+            in_flight += handed as usize;
         }
+        self.count_in_flight(in_flight);
     }
 
     /// Replaces the producer. The old one's reports still come, and say what they say.

@@ -16,6 +16,9 @@ use crate::url;
 pub const CONNECTIONS_MAX: u32 = 10;
 /// How long opening and a wait for a free connection may take; then the database is unavailable.
 pub const ACQUIRE_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long a connection must have been idle to be tried before it is used. One that broke sooner fails
+/// what it is used for, as one does that breaks during it: as transient.
+const TRIED_AFTER_IDLE: Duration = Duration::from_secs(1);
 /// How long one statement may run; then it fails as transient. Above any batch written here.
 pub const STATEMENT_TIMEOUT: Duration = Duration::from_secs(60);
 /// How long a statement may wait for a lock; then it fails as transient.
@@ -59,6 +62,16 @@ impl PostgresDatabase {
         let pool = PgPoolOptions::new()
             .max_connections(CONNECTIONS_MAX)
             .acquire_timeout(ACQUIRE_TIMEOUT)
+            // A round trip each time, while the connection is in use all the time.
+            .test_before_acquire(false)
+            .before_acquire(|connection, about| {
+                Box::pin(async move {
+                    if about.idle_for >= TRIED_AFTER_IDLE {
+                        connection.ping().await?;
+                    }
+                    Ok(true)
+                })
+            })
             .connect_lazy_with(options);
         Ok(Self { pool, url: shown.into() })
     }
