@@ -920,10 +920,81 @@ fn not_owner(partition: Partition) -> AppendError {
 
 #[cfg(test)]
 mod tests {
+    use std::cell::RefCell;
+
     use kafold_core::clock::SystemClock;
+    use kafold_core::memory::MemoryIndex;
+    use kafold_core::testing::eventually;
+    use tokio::sync::oneshot::error::TryRecvError;
 
     use super::*;
+    use crate::client::Inquirer;
     use crate::wire::{Body, Stamp};
+
+    /// One without partitions, whose clients find no broker.
+    fn start() -> Driver {
+        let config: KafkaConfig = "kafka://127.0.0.1:1/nowhere".parse().expect("valid");
+        let clock: Arc<dyn Clock> = Arc::new(SystemClock);
+        let inquirer = Arc::new(Inquirer::new(&config).expect("a client"));
+        let reader = || {
+            let (inquirer, clock) = (Arc::clone(&inquirer), Arc::clone(&clock));
+            LogReader::start(&config, config.events_topic(), Duration::ZERO, inquirer, clock)
+                .expect("a reader")
+        };
+        let index = Arc::new(MemoryIndex::new());
+        let (loader, _) = Loader::new(index, Vec::new(), &config.limits);
+        let (reader, watcher) = (reader(), reader());
+        let (driver, inbox) = Driver::new(&config, Arc::new(Reach::default()));
+        let record_bytes_max = 1 << 20;
+        let slots = Vec::new();
+        let parts = Parts { config, record_bytes_max, slots, reader, watcher, loader, clock };
+        driver.start(inbox, parts).expect("started");
+        driver
+    }
+
+    /// Waits for something that takes no time, on the processor.
+    fn spin_until(what: &str, done: impl Fn() -> bool) {
+        let deadline = SystemClock.instant() + Duration::from_secs(10);
+        for spins in 1_u64.. {
+            if done() {
+                return;
+            }
+            // Yields seldom, so that two who wait for each other go on at the same moment.
+            match spins % 10_000 {
+                0 => std::thread::yield_now(),
+                _ => std::hint::spin_loop(),
+            }
+            assert!(SystemClock.instant() < deadline, "{what}: not within 10 s");
+        }
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn whoever_works_every_message_is_handled() {
+        let driver = start();
+        // Messages are worked off by those who bring them, then left to the thread.
+        for in_flight in [0, IN_FLIGHT_FEW] {
+            driver.desk.lock().as_mut().expect("it runs").count_in_flight(in_flight);
+            let arrived = AtomicUsize::new(0);
+            let bring = || {
+                for number in 1..=20_000 {
+                    let (released, waiting) = oneshot::channel();
+                    let waiting = RefCell::new(waiting);
+                    // Two at the same time and no third, with which a forgotten one would be found.
+                    arrived.fetch_add(1, Ordering::SeqCst);
+                    spin_until("both", || arrived.load(Ordering::SeqCst) >= 2 * number);
+                    // It lets go at once of a partition that it does not have.
+                    driver.tell(Message::Release(Partition(0), released));
+                    let dropped = || waiting.borrow_mut().try_recv() == Err(TryRecvError::Closed);
+                    spin_until("the message is handled", dropped);
+                }
+            };
+            std::thread::scope(|scope| [bring, bring].map(|bring| drop(scope.spawn(bring))));
+        }
+        assert_eq!(driver.reach.down(), None, "it still runs");
+        driver.tell(Message::Quit);
+        eventually("nothing is taken any more", async || !driver.bring(Message::Reports)).await;
+        assert!(driver.reach.down().is_some(), "it has ended");
+    }
 
     fn push(outgoing: &mut Outgoing, now: Instant) {
         outgoing.push(Record { stamp: Stamp::default(), body: Body::Barrier }, now);

@@ -124,6 +124,9 @@ impl OpenFile {
             .max_connections(1)
             .after_release(|connection, _| {
                 Box::pin(async move {
+                    if !connection.is_in_transaction() {
+                        return Ok(true);
+                    }
                     // A rollback may still be on its way to the connection's thread; behind it, a
                     // transaction that is still open is one that SQLite itself has ended, as it does
                     // when the disk is full: the connection must not be used again.
