@@ -730,8 +730,10 @@ impl Work {
             Output::Find { stream, command_id } => self.find(partition, stream, command_id),
             Output::Proven(proven) => {
                 if let Some(slot) = self.slot(partition) {
-                    slot.shared.tail().push(proven);
-                    slot.shared.advanced.notify_one();
+                    let is_waited_for = slot.shared.tail().push(proven);
+                    if is_waited_for {
+                        slot.shared.advanced.notify_one();
+                    }
                 }
             }
             Output::Appended { request, result } => self.answer_append(request, result, now),

@@ -189,11 +189,11 @@ impl Indexer {
     }
 
     /// How long what the tail has from an offset on may wait for more to go with it; `None` when it
-    /// has nothing.
+    /// has nothing. What ends the wait before is told meanwhile, and nothing else.
     fn delay(&self, shared: &Shared, from: Offset) -> Option<Duration> {
         let limits = &self.config.limits;
         let full = limits.index_batch_events_max.min(limits.tail_events_max / 2);
-        let tail = shared.tail();
+        let mut tail = shared.tail();
         let offsets = tail.next().next.0.saturating_sub(from.0);
         let label = shared.partition.to_string();
         metrics::gauge!("kafold_tail_events", "partition" => label.clone())
@@ -202,6 +202,8 @@ impl Indexer {
         let at_once = tail.events() >= full
             || (tail.events() == 0 && offsets >= EMPTY_OFFSETS)
             || shared.handing_over.load(Ordering::Acquire);
+        let wake_at = if offsets > 0 && tail.events() > 0 { full } else { 0 };
+        tail.wake_at(wake_at);
         match tail.events() {
             _ if offsets == 0 => None,
             _ if at_once => Some(Duration::ZERO),

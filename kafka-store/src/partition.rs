@@ -19,7 +19,7 @@ pub(crate) struct Shared {
     pub(crate) partition: Partition,
     tail: Mutex<Tail>,
     standing: Mutex<Standing>,
-    /// The tail has grown, or the writer began.
+    /// The tail has as much as is waited for, or what it has is not to wait any longer.
     pub(crate) advanced: Notify,
     /// Whether this process is to own it. A hint for routing: the writer has the last word.
     assigned: AtomicBool,

@@ -24,6 +24,8 @@ pub struct Tail {
     streams: HashMap<StreamId, VecDeque<Arc<RecordedEvent>>>,
     events: usize,
     bytes: usize,
+    /// With so many events whoever feeds the index wants to know of more.
+    wake_at: usize,
 }
 
 /// What the tail holds of one stream at one moment.
@@ -75,14 +77,15 @@ impl Tail {
             streams: HashMap::new(),
             events: 0,
             bytes: 0,
+            wake_at: 0,
         }
     }
 
-    /// Adds what is proven, in the order of the log.
-    pub fn push(&mut self, proven: Proven) {
+    /// Adds what is proven, in the order of the log. Whether who feeds the index wants to know.
+    pub fn push(&mut self, proven: Proven) -> bool {
         self.next = proven.next.clone();
         if proven.events.is_empty() {
-            return;
+            return self.events >= self.wake_at;
         }
         self.events += proven.events.len();
         self.bytes += bytes_of(&proven.events);
@@ -90,6 +93,12 @@ impl Tail {
             self.streams.entry(event.stream.clone()).or_default().push_back(Arc::clone(event));
         }
         self.commits.push_back(proven);
+        self.events >= self.wake_at
+    }
+
+    /// Who feeds the index waits until the tail has so many events.
+    pub fn wake_at(&mut self, events: usize) {
+        self.wake_at = events;
     }
 
     /// Forgets the commits that an index at `position` has.
@@ -267,6 +276,17 @@ mod tests {
         assert_eq!(batch(3, 10), Some((7, 2)), "and the log's end without events");
         assert_eq!(batch(5, 10), Some((7, 0)));
         assert_eq!(batch(7, 10), None);
+    }
+
+    #[test]
+    fn it_says_when_there_is_as_much_as_is_waited_for() {
+        let mut tail = Tail::new(Partition(0), Checkpoint::default());
+        assert!(tail.push(proven(Vec::new(), 1)), "anything is waited for at first");
+        tail.wake_at(2);
+        assert!(!tail.push(proven(vec![event("a-1", 1, 1, 1)], 2)));
+        assert!(!tail.push(proven(Vec::new(), 3)), "the log alone has advanced");
+        assert!(tail.push(proven(vec![event("a-1", 2, 3, 2)], 4)));
+        assert!(tail.push(proven(vec![event("a-1", 3, 4, 3)], 5)), "as long as there is as much");
     }
 
     #[test]
