@@ -15,7 +15,7 @@ use kafold::{
 use crate::Failure;
 use crate::domain::{Account, Deposit};
 use crate::measure::{now, sleep, until};
-use crate::servers::PARTITIONS;
+use crate::servers::{PARTITIONS, node_count};
 
 /// How long anything may take that is waited for.
 pub const WAIT_MAX: Duration = Duration::from_secs(120);
@@ -24,7 +24,7 @@ pub const LONG_WAIT_MAX: Duration = Duration::from_secs(3_600);
 
 /// The URL of a log.
 pub fn log_url(brokers: &str, name: &str) -> String {
-    let replication = brokers.split(',').count();
+    let replication = node_count(brokers);
     format!("kafka://{brokers}/{name}?partitions={PARTITIONS}&replication={replication}")
 }
 

@@ -146,6 +146,11 @@ impl Servers {
     }
 }
 
+/// How many brokers an address names.
+pub fn node_count(brokers: &str) -> usize {
+    brokers.split(',').count()
+}
+
 /// How long the server's vacuum may keep a database from being dropped.
 const DROP_WAIT_MAX: Duration = Duration::from_secs(120);
 
@@ -165,8 +170,16 @@ impl Scratch {
         self.database.close().await;
         let drop = format!("DROP DATABASE {} WITH (FORCE)", self.name);
         // The server's own vacuum may be in it, and cannot be forced out.
-        let dropped = async || Ok(execute(&self.server, drop.clone()).await.ok());
-        until("a database is dropped", DROP_WAIT_MAX, dropped).await
+        let mut refused = None;
+        let dropped = async || {
+            let result = execute(&self.server, drop.clone()).await;
+            Ok(result.map_err(|failure| refused = Some(failure)).ok())
+        };
+        let done = until("a database is dropped", DROP_WAIT_MAX, dropped).await;
+        done.map_err(|late| match refused {
+            Some(failure) => format!("{late}: {failure}").into(),
+            None => late,
+        })
     }
 }
 

@@ -22,7 +22,7 @@ use crate::fill::IndexFeed;
 use crate::harness::{Bench, Goal, Sample};
 use crate::measure::{Until, closed_loop, now, per_second};
 use crate::ours::{deposit, index_caught_up, indexed, log_url, open};
-use crate::servers::{Scratch, remove_log};
+use crate::servers::{Scratch, node_count, remove_log};
 use crate::svg::{Chart, Scale};
 use crate::zipf::Zipf;
 
@@ -60,7 +60,7 @@ pub async fn run(bench: &Bench) -> Result<(), Failure> {
 
 /// One curve: all numbers of callers.
 async fn cases(bench: &Bench, brokers: &str, payload_bytes: usize) -> Result<(), Failure> {
-    let nodes = brokers.split(',').count();
+    let nodes = node_count(brokers);
     let all: &[usize] = &[1, 8, 64, 1_024, 8_192];
     let callers = bench.size.of(&[64][..], &[1, 64, 1_024, 8_192], all);
     let mut lines =
@@ -95,7 +95,7 @@ async fn one(
     let records = Arc::new(Records::new(&name, STREAMS, payload_bytes)?);
     let topic = format!("{name}.events");
     // Several brokers, on the same cores, take several times as long.
-    let calls = calls(bench, callers) / brokers.split(',').count() as u64;
+    let calls = calls(bench, callers) / node_count(brokers) as u64;
     let window = |linger: &str| {
         Window::start(&settings(brokers, linger), topic.clone(), callers as u64).map(Arc::new)
     };
