@@ -46,7 +46,8 @@ impl Database {
     }
 
     /// Waits for what is under way and closes the connections. On SQLite other handles on the same
-    /// file stay open.
+    /// file stay open; what was committed is then in the file itself, not in the log beside it
+    /// (unless somebody is just reading an older state).
     pub async fn close(self) {
         match self {
             Self::Postgres(database) => database.close().await,

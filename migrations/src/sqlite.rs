@@ -87,11 +87,23 @@ impl SqliteDatabase {
         Ok(Self { file: shared(path, url) })
     }
 
-    /// Closes the connections when this is the last handle on the file in this process.
+    /// Leaves the file whole without SQLite's log beside it, and closes the connections when this is
+    /// the last handle on the file in this process.
     pub(crate) async fn close(self) {
-        if let Some(file) = Arc::into_inner(self.file) {
-            file.writer.close().await;
-            file.readers.close().await;
+        match Arc::try_unwrap(self.file) {
+            Ok(file) => {
+                // SQLite moves its log into the file when the last connection closes, but not when
+                // the last two close at once, as readers may: the one writer goes last.
+                file.readers.close().await;
+                file.writer.close().await;
+            }
+            Err(file) => {
+                let moved = sqlx::query("PRAGMA wal_checkpoint(PASSIVE)").execute(&file.writer);
+                if let Err(error) = moved.await {
+                    let database = &file.url;
+                    tracing::warn!(%error, database, "its newest commits are in the -wal beside it still: copy both");
+                }
+            }
         }
     }
 }

@@ -293,13 +293,46 @@ async fn a_closed_handle_leaves_the_others_open() {
     let folder = folder();
     let file = folder.path().join("a.db");
     let (one, two) = (open(&file).await, open(&file).await);
+    let mut write = one.write().await.expect("a turn");
+    sqlx::query("UPDATE kafold_log SET log_id = 'b'").execute(&mut *write).await.expect("writes");
+    write.commit().await.expect("commits");
     Database::Sqlite(one).close().await;
+    let copy = folder.path().join("copy.db");
+    std::fs::copy(&file, &copy).expect("copies");
+    assert_eq!(log_id(&open(&copy).await).await, "b", "a copy of the file has it");
+
     two.write().await.expect("a turn").commit().await.expect("commits");
     Database::Sqlite(two).close().await;
     assert!(!folder.path().join("a.db-wal").exists(), "the last one tidies up");
 }
 
 /// Everything here must be usable from a spawned task.
+/// Whoever copies the file of a stopped service has all of it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_closed_file_is_whole_without_its_log() {
+    let folder = folder();
+    for round in 0..100 {
+        let file = folder.path().join(format!("{round}.db"));
+        let database = open(&file).await;
+        let mut write = database.write().await.expect("a turn");
+        sqlx::query("UPDATE kafold_log SET log_id = log_id")
+            .execute(&mut *write)
+            .await
+            .expect("writes");
+        write.commit().await.expect("commits");
+        let mut readers = Vec::new();
+        for _ in 0..database.readers().options().get_max_connections() {
+            let mut reader = database.readers().acquire().await.expect("a reader");
+            sqlx::query("SELECT * FROM kafold_log").fetch_one(&mut *reader).await.expect("reads");
+            readers.push(reader);
+        }
+        // Connections that are on their way back close all at once.
+        drop(readers);
+        Database::Sqlite(database).close().await;
+        assert!(!folder.path().join(format!("{round}.db-wal")).exists(), "round {round}");
+    }
+}
+
 #[tokio::test]
 async fn opening_and_writing_can_be_spawned() {
     let folder = folder();
