@@ -4,6 +4,7 @@
 pub mod consumer;
 pub mod producer;
 pub mod server;
+pub mod service;
 pub mod sqlite_log;
 pub mod upsert;
 

@@ -1,5 +1,6 @@
-//! A consumer that writes a read model by hand: sums are added in the statement, so that no row is read
-//! first; rows and checkpoint in one transaction.
+//! A consumer that writes a read model by hand, rows and checkpoint in one transaction: sums are added in
+//! the statement, so that no row is read first; or rows are read and written whole, as a fold of any kind
+//! must.
 
 use std::collections::HashMap;
 use std::ops::ControlFlow;
@@ -27,8 +28,7 @@ const SQLITE_ROWS: usize = 500;
 
 /// Where the rows go.
 pub enum Target {
-    /// PostgreSQL, by `UNNEST`; `loading` reads the rows first and writes them whole, as a fold of any
-    /// kind must.
+    /// PostgreSQL, by `UNNEST`.
     Postgres {
         /// The database.
         connection: PgConnection,
@@ -36,7 +36,12 @@ pub enum Target {
         loading: bool,
     },
     /// SQLite, by many rows in a statement.
-    Sqlite(SqliteConnection),
+    Sqlite {
+        /// The file.
+        connection: SqliteConnection,
+        /// Whether rows are read first.
+        loading: bool,
+    },
 }
 
 /// An event as far as the rows need it.
@@ -72,7 +77,7 @@ impl Target {
     }
 
     /// A SQLite file, as durable as ours.
-    pub async fn sqlite(file: &std::path::Path) -> Result<Self, Failure> {
+    pub async fn sqlite(file: &std::path::Path, loading: bool) -> Result<Self, Failure> {
         let mut connection = super::sqlite(file).await?;
         let balances = "CREATE TABLE by_hand (id TEXT PRIMARY KEY, balance_cents INTEGER NOT NULL, \
                         deposits INTEGER NOT NULL) STRICT, WITHOUT ROWID";
@@ -84,7 +89,7 @@ impl Target {
             let place = sqlx::query("INSERT INTO by_hand_checkpoint VALUES ($1, 0)");
             place.bind(partition as i32).execute(&mut connection).await?;
         }
-        Ok(Self::Sqlite(connection))
+        Ok(Self::Sqlite { connection, loading })
     }
 
     /// Applies the first `events` events of a topic, `batch_events` in one transaction, and answers how
@@ -140,7 +145,9 @@ impl Target {
             Self::Postgres { connection, loading } => {
                 write_postgres(connection, *loading, sums, moved).await
             }
-            Self::Sqlite(connection) => write_sqlite(connection, sums, moved).await,
+            Self::Sqlite { connection, loading } => {
+                write_sqlite(connection, *loading, sums, moved).await
+            }
         }
     }
 
@@ -150,7 +157,7 @@ impl Target {
             Self::Postgres { connection, .. } => {
                 sqlx::query_scalar(sql).fetch_one(connection).await?
             }
-            Self::Sqlite(connection) => {
+            Self::Sqlite { connection, .. } => {
                 let sql = "SELECT sum(deposits) FROM by_hand";
                 sqlx::query_scalar(sql).fetch_one(connection).await?
             }
@@ -198,14 +205,7 @@ async fn write_postgres(
     if loading {
         let ids: Vec<_> = sums.keys().cloned().collect();
         let sql = "SELECT id, balance_cents, deposits FROM by_hand WHERE id = ANY($1)";
-        let rows: Vec<(String, i64, i64)> =
-            sqlx::query_as(sql).bind(ids).fetch_all(&mut *tx).await?;
-        for (id, balance_cents, deposits) in rows {
-            if let Some(sum) = sums.get_mut(&id) {
-                sum.0 += balance_cents;
-                sum.1 += deposits;
-            }
-        }
+        add_rows(&mut sums, sqlx::query_as(sql).bind(ids).fetch_all(&mut *tx).await?);
     }
     let (mut ids, mut amounts, mut counts) = (Vec::new(), Vec::new(), Vec::new());
     for (id, (amount, count)) in sums {
@@ -242,12 +242,37 @@ async fn write_postgres(
     Ok(tx.commit().await?)
 }
 
+/// Adds what is in the table, so that the sums are what is to be there.
+fn add_rows(sums: &mut Sums, rows: Vec<(String, i64, i64)>) {
+    for (id, balance_cents, deposits) in rows {
+        if let Some(sum) = sums.get_mut(&id) {
+            sum.0 += balance_cents;
+            sum.1 += deposits;
+        }
+    }
+}
+
 async fn write_sqlite(
     connection: &mut SqliteConnection,
-    sums: Sums,
+    loading: bool,
+    mut sums: Sums,
     moved: HashMap<i32, (i64, i64)>,
 ) -> Result<(), Failure> {
     let mut tx = connection.begin_with("BEGIN IMMEDIATE").await?;
+    if loading {
+        let ids: Vec<_> = sums.keys().cloned().collect();
+        for ids in ids.chunks(SQLITE_ROWS) {
+            let mut sql = QueryBuilder::<Sqlite>::new(
+                "SELECT id, balance_cents, deposits FROM by_hand WHERE id IN (",
+            );
+            let mut places = sql.separated(", ");
+            for id in ids {
+                places.push_bind(id);
+            }
+            sql.push(")");
+            add_rows(&mut sums, sql.build_query_as().fetch_all(&mut *tx).await?);
+        }
+    }
     let mut rows: Vec<_> = sums.into_iter().collect();
     // In the order of the table, which it is written in faster.
     rows.sort_unstable();
@@ -256,11 +281,14 @@ async fn write_sqlite(
         sql.push_values(rows, |mut row, (id, (amount, count))| {
             row.push_bind(id).push_bind(amount).push_bind(count);
         });
-        sql.push(
+        sql.push(if loading {
+            " ON CONFLICT (id) DO UPDATE SET balance_cents = excluded.balance_cents, \
+             deposits = excluded.deposits"
+        } else {
             " ON CONFLICT (id) DO UPDATE SET \
              balance_cents = balance_cents + excluded.balance_cents, \
-             deposits = deposits + excluded.deposits",
-        );
+             deposits = deposits + excluded.deposits"
+        });
         sql.build().execute(&mut *tx).await?;
     }
     for (partition, (first, next)) in moved {

@@ -5,14 +5,16 @@ use std::time::Duration;
 
 use fastrand::Rng;
 use kafold::clock::RandomIds;
-use kafold::{CommandHandler, IdGenerator, Log};
+use kafold::handler::HandlerConfig;
+use kafold::{CommandHandler, Database, IdGenerator, Log};
 
 use crate::Failure;
+use crate::baselines::service::Service;
 use crate::domain::{Account, Deposit};
 use crate::fill::Fill;
-use crate::harness::{Bench, Goal, Sample};
+use crate::harness::{Bench, Goal, Sample, Size};
 use crate::measure::{Until, closed_loop, now, open_loop};
-use crate::ours::{deposit, index_caught_up, indexed, log_url, open};
+use crate::ours::{deposit, index_caught_up, indexed, log_url, open, source};
 use crate::rows::memory::resident_bytes;
 use crate::servers::{Scratch, remove_log};
 use crate::svg::{Chart, Scale};
@@ -47,6 +49,16 @@ pub async fn run(bench: &Bench) -> Result<(), Failure> {
         bench.note(format!("{rate:.0} commands/s in the open loop; {mib} MiB in memory"));
         for (line, metric) in lines.iter_mut().zip(["per_s", "p99_us"]) {
             line.1.push((streams as f64, compared.ratio(metric).unwrap_or_default()));
+        }
+        if bench.size > Size::Test {
+            let (on_many, on_few) = (many.by_hand(bench).await?, few.by_hand(bench).await?);
+            let figures = [("per_s", Goal::Stated), ("p99_us", Goal::Stated)];
+            let case = format!("without kafold: {streams} streams, over {FEW}");
+            let run_many = async || on_many.run(seconds).await;
+            let run_few = async || on_few.run(seconds).await;
+            bench.compare("R8", case, &figures, run_many, run_few).await?;
+            on_many.remove().await?;
+            on_few.remove().await?;
         }
         many.remove().await?;
     }
@@ -86,12 +98,24 @@ impl Grown {
 
     fn call(&self) -> impl Fn(u64) -> BoxedCall + Clone + Send + 'static {
         let (handler, command) = (self.handler.clone(), Arc::clone(&self.command));
-        let (seed, zipf) = (RandomIds.random(), Zipf::new(self.streams));
-        move |number| {
-            let rank = zipf.draw(&mut Rng::with_seed(seed ^ number.wrapping_mul(0x9e37_79b9)));
+        drawn(self.streams, move |id| {
             let (handler, command) = (handler.clone(), Arc::clone(&command));
-            Box::pin(async move { deposit(&handler, &rank.to_string(), &command).await.map(drop) })
-        }
+            Box::pin(async move { deposit(&handler, &id, &command).await.map(drop) })
+        })
+    }
+
+    /// A service by hand that reads the states of the same streams and writes a log of its own.
+    async fn by_hand(&self, bench: &Bench) -> Result<ByHand, Failure> {
+        let Database::Postgres(database) = &self.scratch.database else {
+            return Err("PostgreSQL is measured".into());
+        };
+        let (brokers, name) = (self.brokers.clone(), bench.servers.new_name());
+        // Makes the topics as ours are.
+        drop(source(&log_url(&brokers, &name)).await?);
+        let (index, kept) = (database.pool().clone(), HandlerConfig::default().hot_states_max);
+        let service = Arc::new(Service::start(&brokers, &name, index, kept)?);
+        let (streams, command) = (self.streams, Arc::clone(&self.command));
+        Ok(ByHand { brokers, name, streams, service, command })
     }
 
     async fn closed(&self, seconds: u64) -> Result<Sample, Failure> {
@@ -116,6 +140,43 @@ impl Grown {
         self.log.close().await;
         self.scratch.remove().await?;
         remove_log(&self.brokers, &self.name).await
+    }
+}
+
+/// What serves the same without kafold.
+struct ByHand {
+    brokers: String,
+    name: String,
+    streams: u64,
+    service: Arc<Service>,
+    command: Arc<Deposit>,
+}
+
+impl ByHand {
+    async fn run(&self, seconds: u64) -> Result<Sample, Failure> {
+        let end = now() + Duration::from_secs(seconds);
+        let (service, command) = (Arc::clone(&self.service), Arc::clone(&self.command));
+        let call = drawn(self.streams, move |id| {
+            let (service, command) = (Arc::clone(&service), Arc::clone(&command));
+            Box::pin(async move { service.deposit(&id, &command).await })
+        });
+        Ok(closed_loop(CALLERS, Until::Time(end), call).await?.sample())
+    }
+
+    async fn remove(self) -> Result<(), Failure> {
+        remove_log(&self.brokers, &self.name).await
+    }
+}
+
+/// A call on a stream that is drawn by Zipf's law.
+fn drawn(
+    streams: u64,
+    call: impl Fn(String) -> BoxedCall + Clone + Send + 'static,
+) -> impl Fn(u64) -> BoxedCall + Clone + Send + 'static {
+    let (seed, zipf) = (RandomIds.random(), Zipf::new(streams));
+    move |number| {
+        let rank = zipf.draw(&mut Rng::with_seed(seed ^ number.wrapping_mul(0x9e37_79b9)));
+        call(rank.to_string())
     }
 }
 

@@ -2,6 +2,7 @@
 //! a process of its own, as what the process has more after than before.
 
 use std::collections::HashMap;
+use std::num::NonZeroUsize;
 use std::sync::Arc;
 
 use async_trait::async_trait;
@@ -16,7 +17,9 @@ use kafold::{
     Aggregate, CommandHandler, CommandId, EventStore, ExpectedVersion, IdGenerator, Offset,
     Partition, Position, ReadError, RecordedEvent, StreamId, Version,
 };
+use lru::LruCache;
 use tokio::process::Command;
+use tokio::sync::Mutex;
 use uuid::Uuid;
 
 use crate::Failure;
@@ -32,6 +35,17 @@ pub enum Kept {
     Handler,
     /// States by their id in a map.
     Map,
+    /// What a handler by hand needs of each stream, the one used longest ago first to go.
+    ByHand,
+}
+
+/// A stream as [`Kept::ByHand`] keeps it: commands of one stream take turns, a version is expected, and
+/// a command that is sent again is answered.
+#[derive(Default)]
+struct Stream {
+    state: Account,
+    version: Version,
+    commands: Vec<(CommandId, Version, Position)>,
 }
 
 /// One command on each stream.
@@ -40,8 +54,11 @@ pub async fn run(bench: &Bench) -> Result<(), Failure> {
     let figures = [("bytes", Goal::AtMost(GOAL))];
     let ours = async || measured("handler", streams).await;
     let map = async || measured("map", streams).await;
-    bench.compare("R12", format!("a stream, {streams} of them"), &figures, ours, map).await?;
+    bench.compare("R12", format!("a stream, {streams} of them"), &figures, ours, &map).await?;
     bench.note("the handler alone: a writer keeps versions of the streams in use beside it");
+    let by_hand = async || measured("by-hand", streams).await;
+    let case = "without kafold: least recently used, with lock, version and command";
+    bench.compare("R12", case, &[("bytes", Goal::Stated)], by_hand, map).await?;
     Ok(())
 }
 
@@ -78,6 +95,26 @@ pub async fn measure(kept: Kept, streams: u64) -> Result<u64, Failure> {
             }
             let after = resident_bytes()?;
             assert_eq!(states.len() as u64, streams);
+            Ok(after - before)
+        }
+        Kept::ByHand => {
+            let limit = NonZeroUsize::new(streams as usize).unwrap_or(NonZeroUsize::MIN);
+            let mut kept = LruCache::<StreamId, Arc<Mutex<Stream>>>::new(limit);
+            let event = Deposit::of_bytes(64, &mut Rng::with_seed(7)).event();
+            for _ in 0..streams {
+                let id = RandomIds.event_id();
+                let name = StreamId::new(Account::CATEGORY, &id.to_string())?;
+                let stream = Arc::clone(kept.get_or_insert(name, Arc::default));
+                let mut stream = stream.lock().await;
+                stream.state.evolve(&event);
+                stream.version = stream.version.plus(1);
+                let position = Position { partition: Partition(0), offset: Offset(0) };
+                let command = (CommandId(id), stream.version, position);
+                stream.commands.reserve_exact(1);
+                stream.commands.push(command);
+            }
+            let after = resident_bytes()?;
+            assert_eq!(kept.len() as u64, streams);
             Ok(after - before)
         }
     }

@@ -16,7 +16,7 @@ use crate::Failure;
 use crate::baselines::upsert::Target;
 use crate::domain::{Balances, Movements};
 use crate::fill::Fill;
-use crate::harness::{Bench, Goal, Sample};
+use crate::harness::{Bench, Goal, Sample, Size};
 use crate::measure::{now, per_second, until};
 use crate::ours::{LONG_WAIT_MAX, applied, log_url, source};
 use crate::rows::replay::counted;
@@ -113,15 +113,27 @@ pub async fn postgres(bench: &Bench) -> Result<(), Failure> {
         scratch.remove().await?;
         Ok(sample)
     };
-    let figures = [("per_s", Goal::AtLeast(GOAL))];
-    let case = "into PostgreSQL, by hand adding sums";
-    bench.compare("R4", case, &figures, ours, async || by_hand(false).await).await?;
-    if bench.size > crate::harness::Size::Test {
-        let figures = [("per_s", Goal::Stated)];
-        let case = "into PostgreSQL, by hand reading rows first";
-        bench.compare("R4", case, &figures, ours, async || by_hand(true).await).await?;
-    }
+    compare_both(bench, "R4", "into PostgreSQL", ours, by_hand).await?;
     topic.remove().await
+}
+
+/// Against sums that are added in the statement, and against rows that are read first.
+async fn compare_both(
+    bench: &Bench,
+    row: &'static str,
+    case: &str,
+    mut ours: impl AsyncFnMut() -> Result<Sample, Failure>,
+    mut by_hand: impl AsyncFnMut(bool) -> Result<Sample, Failure>,
+) -> Result<(), Failure> {
+    let figures = [("per_s", Goal::AtLeast(GOAL))];
+    let adding = format!("{case}, by hand adding sums");
+    bench.compare(row, adding, &figures, &mut ours, async || by_hand(false).await).await?;
+    if bench.size > Size::Test {
+        let figures = [("per_s", Goal::Stated)];
+        let reading = format!("{case}, by hand reading rows first");
+        bench.compare(row, reading, &figures, &mut ours, async || by_hand(true).await).await?;
+    }
+    Ok(())
 }
 
 /// R5.
@@ -136,13 +148,12 @@ pub async fn sqlite(bench: &Bench) -> Result<(), Failure> {
         database.close().await;
         Ok(sample)
     };
-    let by_hand = async || {
+    let by_hand = async |loading| {
         let folder = tempfile::tempdir_in(on_disk()?)?;
-        let mut target = Target::sqlite(&folder.path().join("by-hand.db")).await?;
+        let mut target = Target::sqlite(&folder.path().join("by-hand.db"), loading).await?;
         topic.by_hand(&mut target, SQLITE_BATCH).await
     };
-    let figures = [("per_s", Goal::AtLeast(GOAL))];
-    bench.compare("R5", "into SQLite", &figures, ours, by_hand).await?;
+    compare_both(bench, "R5", "into SQLite", ours, by_hand).await?;
     topic.remove().await
 }
 
