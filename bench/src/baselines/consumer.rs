@@ -1,7 +1,8 @@
 //! A raw consumer of the events topic, with the settings of our readers.
 
+use std::collections::HashMap;
 use std::ops::ControlFlow;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rdkafka::ClientConfig;
 use rdkafka::consumer::{BaseConsumer, Consumer};
@@ -17,6 +18,9 @@ const SILENCE_MAX: Duration = Duration::from_secs(60);
 
 /// How long a broker may take to answer.
 const ANSWER_MAX: Duration = Duration::from_secs(10);
+
+/// When the record at a partition and an offset was there.
+pub type Moments = HashMap<(i32, i64), Instant>;
 
 /// Where a consumer begins.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

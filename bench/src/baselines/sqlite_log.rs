@@ -2,24 +2,69 @@
 
 use std::path::Path;
 
-use kafold::Clock;
 use kafold::clock::SystemClock;
 use kafold::projections::sqlx::sqlite::SqliteConnection;
 use kafold::projections::sqlx::{self, Connection};
+use kafold::{Clock, Database, Mode};
 use tokio::sync::Mutex;
 use uuid::Uuid;
 
 use crate::Failure;
 
+/// Which table the log is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Table {
+    /// As few indexes as the promises need.
+    Least,
+    /// The one of kafold, in which events have an order and a place as well.
+    Ours,
+}
+
 /// The log; callers wait for each other, as SQLite has them do.
 pub struct SqliteLog {
     connection: Mutex<SqliteConnection>,
+    statements: Statements,
 }
+
+/// The statements on one table, with the same values.
+struct Statements {
+    known: &'static str,
+    version: &'static str,
+    insert: &'static str,
+    count: &'static str,
+}
+
+const LEAST: Statements = Statements {
+    known: "SELECT count(*) FROM event WHERE stream = $1 AND command_id = $2",
+    version: "SELECT coalesce(max(version), 0) FROM event WHERE stream = $1",
+    insert: "INSERT INTO event VALUES ($1, $2, $3, $3, $4, $5, $6)",
+    count: "SELECT count(*) FROM event",
+};
+
+const OURS: Statements = Statements {
+    known: "SELECT count(*) FROM kafold_event INDEXED BY kafold_event_command \
+            WHERE category = 'account' AND stream_id = $1 AND command_id = $2",
+    version: "SELECT coalesce(max(version), 0) FROM kafold_event \
+              WHERE category = 'account' AND stream_id = $1",
+    insert: "INSERT INTO kafold_event (category, stream_id, version, partition, \"offset\", event_id, \
+               event_type, recorded_at, command_id, payload) \
+             SELECT 'account', $1, $2, 0, \
+               (SELECT coalesce(max(\"offset\") + 1, 0) FROM kafold_event WHERE partition = 0), \
+               $3, $4, $5, $3, $6",
+    count: "SELECT count(*) FROM kafold_event",
+};
 
 impl SqliteLog {
     /// A new file.
-    pub async fn create(file: &Path) -> Result<Self, Failure> {
+    pub async fn create(file: &Path, table: Table) -> Result<Self, Failure> {
+        if table == Table::Ours {
+            let url = format!("sqlite://{}", file.display());
+            Database::open(&url, Mode::Migrate).await?.close().await;
+        }
         let mut connection = super::sqlite(file).await?;
+        if table == Table::Ours {
+            return Ok(Self { connection: Mutex::new(connection), statements: OURS });
+        }
         let table = "CREATE TABLE event (stream TEXT NOT NULL, version INTEGER NOT NULL, \
                      command_id BLOB NOT NULL, event_id BLOB NOT NULL, type TEXT NOT NULL, \
                      recorded_at INTEGER NOT NULL, payload BLOB NOT NULL, \
@@ -27,7 +72,7 @@ impl SqliteLog {
         sqlx::query(table).execute(&mut connection).await?;
         let index = "CREATE INDEX event_command ON event (stream, command_id)";
         sqlx::query(index).execute(&mut connection).await?;
-        Ok(Self { connection: Mutex::new(connection) })
+        Ok(Self { connection: Mutex::new(connection), statements: LEAST })
     }
 
     /// Appends one event to a stream whose version must be this, unless the command is there already.
@@ -39,18 +84,16 @@ impl SqliteLog {
         command_id: Uuid,
         payload: &[u8],
     ) -> Result<bool, Failure> {
+        let Statements { known, version: newest, insert, .. } = self.statements;
         let mut connection = self.connection.lock().await;
         let mut tx = connection.begin_with("BEGIN IMMEDIATE").await?;
-        let known = "SELECT count(*) FROM event WHERE stream = $1 AND command_id = $2";
         let known: i64 =
             sqlx::query_scalar(known).bind(stream).bind(command_id).fetch_one(&mut *tx).await?;
-        let at = "SELECT coalesce(max(version), 0) FROM event WHERE stream = $1";
-        let at: i64 = sqlx::query_scalar(at).bind(stream).fetch_one(&mut *tx).await?;
+        let at: i64 = sqlx::query_scalar(newest).bind(stream).fetch_one(&mut *tx).await?;
         if known > 0 || at != version {
             tx.rollback().await?;
             return Ok(false);
         }
-        let insert = "INSERT INTO event VALUES ($1, $2, $3, $3, $4, $5, $6)";
         sqlx::query(insert)
             .bind(stream)
             .bind(version + 1)
@@ -67,6 +110,6 @@ impl SqliteLog {
     /// How many events there are.
     pub async fn count(&self) -> Result<i64, Failure> {
         let mut connection = self.connection.lock().await;
-        Ok(sqlx::query_scalar("SELECT count(*) FROM event").fetch_one(&mut *connection).await?)
+        Ok(sqlx::query_scalar(self.statements.count).fetch_one(&mut *connection).await?)
     }
 }

@@ -10,12 +10,13 @@ use kafold::projections::sqlx::postgres::PgConnection;
 use kafold::projections::sqlx::sqlite::SqliteConnection;
 use kafold::projections::sqlx::{self, Connection, QueryBuilder, Sqlite};
 use rdkafka::Message;
+use rdkafka::consumer::BaseConsumer;
 use rdkafka::message::BorrowedMessage;
 use serde::Deserialize;
 use tokio::sync::mpsc;
 
 use crate::Failure;
-use crate::baselines::consumer::{From, consumer, each};
+use crate::baselines::consumer::{From, Moments, consumer, each};
 use crate::measure::now;
 use crate::servers::PARTITIONS;
 
@@ -124,10 +125,33 @@ impl Target {
         }
     }
 
-    /// Applies one event, which is the `offset`th of the first partition.
-    pub async fn add(&mut self, offset: u64) -> Result<(), Failure> {
-        let (id, offset) = (offset.to_string(), offset as i64);
-        self.write(vec![Event { partition: 0, offset, id, amount_cents: 1 }]).await
+    /// Applies the next `events` events of a consumer, all that have come in one transaction, and
+    /// answers when each was committed.
+    pub async fn follow(
+        &mut self,
+        consumer: BaseConsumer,
+        events: u64,
+    ) -> Result<Moments, Failure> {
+        let (come, mut read) = mpsc::channel(CHUNK_EVENTS * CHUNKS_AHEAD);
+        let reading = tokio::task::spawn_blocking(move || {
+            let mut seen = 0;
+            each(&consumer, |message| {
+                if let Some(event) = event(message)? {
+                    come.blocking_send(event).map_err(|_| "nobody takes the events")?;
+                    seen += 1;
+                }
+                Ok(if seen == events { ControlFlow::Break(()) } else { ControlFlow::Continue(()) })
+            })
+        });
+        let (mut moments, mut batch) = (Moments::new(), Vec::new());
+        while read.recv_many(&mut batch, CHUNK_EVENTS).await > 0 {
+            let places: Vec<_> = batch.iter().map(|e: &Event| (e.partition, e.offset)).collect();
+            self.write(std::mem::take(&mut batch)).await?;
+            let committed = now();
+            moments.extend(places.into_iter().map(|place| (place, committed)));
+        }
+        reading.await??;
+        Ok(moments)
     }
 
     async fn write(&mut self, batch: Vec<Event>) -> Result<(), Failure> {

@@ -7,9 +7,9 @@ use kafold::clock::RandomIds;
 use kafold::{CommandHandler, IdGenerator, codec, open_log};
 
 use crate::Failure;
-use crate::baselines::sqlite_log::SqliteLog;
+use crate::baselines::sqlite_log::{SqliteLog, Table};
 use crate::domain::{Account, Deposit};
-use crate::harness::{Bench, Goal, Sample};
+use crate::harness::{Bench, Goal, Sample, Size};
 use crate::measure::{Until, closed_loop};
 use crate::ours::deposit;
 use crate::rows::read_model::on_disk;
@@ -26,7 +26,8 @@ pub async fn run(bench: &Bench) -> Result<(), Failure> {
     let url = format!("sqlite://{}", folder.path().join("ours.db").display());
     let log = open_log(&url).await?;
     let handler = CommandHandler::<Account>::new(log.store());
-    let by_hand = Arc::new(SqliteLog::create(&folder.path().join("by-hand.db")).await?);
+    let by_hand = SqliteLog::create(&folder.path().join("by-hand.db"), Table::Least).await?;
+    let by_hand = Arc::new(by_hand);
     let command = Arc::new(Deposit::of_bytes(PAYLOAD_BYTES, &mut Rng::with_seed(7)));
     let payload: Arc<[u8]> = codec::encode(&command.event())?.into();
     for (callers, least) in CASES {
@@ -39,6 +40,16 @@ pub async fn run(bench: &Bench) -> Result<(), Failure> {
         bench.compare("R10", format!("{callers} caller(s)"), &goal, ours, baseline).await?;
     }
     log.close().await;
+    if bench.size > Size::Test {
+        let on_ours = SqliteLog::create(&folder.path().join("on-ours.db"), Table::Ours).await?;
+        let on_ours = Arc::new(on_ours);
+        let calls = bench.size.of(100, 400, 3_000);
+        let ours = async || appends(&on_ours, &payload, 1, calls).await;
+        let baseline = async || appends(&by_hand, &payload, 1, calls).await;
+        let figures = [("per_s", Goal::Stated), ("p99_us", Goal::Stated)];
+        let case = "without kafold: 1 caller, by hand into kafold's table";
+        bench.compare("R10", case, &figures, ours, baseline).await?;
+    }
     Ok(())
 }
 

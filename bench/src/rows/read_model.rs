@@ -2,6 +2,7 @@
 //! a read model, against one COPY of its rows.
 
 use std::path::Path;
+use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -19,7 +20,7 @@ use crate::fill::Fill;
 use crate::harness::{Bench, Goal, Sample, Size};
 use crate::measure::{now, per_second, until};
 use crate::ours::{LONG_WAIT_MAX, applied, log_url, source};
-use crate::rows::replay::counted;
+use crate::rows::replay::{counted, replayed_by_hand};
 use crate::servers::{Scratch, remove_log};
 
 const PAYLOAD_BYTES: usize = 256;
@@ -36,6 +37,7 @@ struct Topic {
     brokers: String,
     name: String,
     events: u64,
+    streams: u64,
     offsets: u64,
 }
 
@@ -46,7 +48,7 @@ impl Topic {
         let payload_bytes = PAYLOAD_BYTES;
         let fill = Fill { brokers: &brokers, name: &name, events, streams, payload_bytes };
         let offsets = fill.make(None).await?;
-        Ok(Self { brokers, name, events, offsets })
+        Ok(Self { brokers, name, events, streams, offsets })
     }
 
     /// Runs a read model of ours over all of it.
@@ -176,15 +178,22 @@ pub async fn rebuild(bench: &Bench) -> Result<(), Failure> {
     let ours = async || rebuilt(&topic, &scratch, &projections).await;
     let copy = async || copied(&topic, pool(&scratch)?, &rows).await;
     bench.compare("R6", "into PostgreSQL, a row an event", &figures, ours, &copy).await?;
-    // What any rebuild does, with nothing in between.
-    let beside = async || {
+    // What any rebuild does: with nothing in between, and with what it must read of an event.
+    let (brokers, name) = (topic.brokers.as_str(), topic.name.as_str());
+    let beside = async |read: Pin<Box<dyn Future<Output = Result<Sample, Failure>> + Send>>| {
         let began = now();
-        let read = counted(&topic.brokers, &topic.name, events);
         try_join(read, copied(&topic, pool(&scratch)?, &rows)).await?;
         Ok(Sample::from([("per_s", per_second(events, now() - began))]))
     };
+    let figures = [("per_s", Goal::Stated)];
+    let counting = async || beside(Box::pin(counted(brokers, name, events))).await;
     let case = "without kafold: one COPY while a raw consumer reads the log";
-    bench.compare("R6", case, &[("per_s", Goal::Stated)], beside, copy).await?;
+    bench.compare("R6", case, &figures, counting, &copy).await?;
+    let streams = topic.streams;
+    let replaying =
+        async || beside(Box::pin(replayed_by_hand(brokers, name, events, streams))).await;
+    let case = "without kafold: one COPY while the log is replayed by hand";
+    bench.compare("R6", case, &figures, replaying, copy).await?;
     projections.shutdown().await;
     scratch.remove().await?;
     topic.remove().await

@@ -77,7 +77,7 @@ async fn replayed(brokers: &str, name: &str, events: u64, streams: u64) -> Resul
 }
 
 /// The same by a consumer that trusts the log: it reads of each record what an event has, and folds it.
-async fn replayed_by_hand(
+pub(crate) async fn replayed_by_hand(
     brokers: &str,
     name: &str,
     events: u64,
