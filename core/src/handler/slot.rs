@@ -1,6 +1,6 @@
 //! What is known of one stream: proven events, and those submitted on top of them.
 
-use std::collections::VecDeque;
+use std::collections::{VecDeque, vec_deque};
 use std::future::Future;
 use std::pin::Pin;
 use std::task::{Context, Poll};
@@ -42,12 +42,18 @@ impl Future for SharedOutcome {
 pub(super) struct Slot<A: Aggregate> {
     /// `None` until it is loaded, and again when it cannot be relied on.
     proven: Option<Proven<A>>,
+    /// `None` while nothing is pending: most streams are not written for long.
+    unproven: Option<Box<Unproven<A>>>,
+    /// The version that a conflict told of, if it is beyond the proven one.
+    moved_to: Version,
+}
+
+/// What was submitted on top of what is proven, at least one commit.
+struct Unproven<A: Aggregate> {
     /// Submitted in this order, each behind the one before.
     pending: VecDeque<Pending<A>>,
     /// The proven state with all pending events; made when it is needed.
     head: Option<A>,
-    /// The version that a conflict told of, if it is beyond the proven one.
-    moved_to: Version,
 }
 
 /// A commit that was submitted.
@@ -74,7 +80,7 @@ pub(super) struct Proven<A> {
 
 impl<A: Aggregate> Default for Slot<A> {
     fn default() -> Self {
-        Self { proven: None, pending: VecDeque::new(), head: None, moved_to: Version::EMPTY }
+        Self { proven: None, unproven: None, moved_to: Version::EMPTY }
     }
 }
 
@@ -86,8 +92,7 @@ impl<A: Aggregate> Slot<A> {
     /// [`Slot::set_proven`], or not at all when reading fails. What is pending may be read as well,
     /// so it must not be taken over a second time from here.
     pub(super) fn take_to_read_on(&mut self) -> Option<Proven<A>> {
-        self.pending.clear();
-        self.head = None;
+        self.unproven = None;
         self.proven.take()
     }
 
@@ -115,15 +120,15 @@ impl<A: Aggregate> Slot<A> {
 
     /// With all pending events.
     pub(super) fn version(&self) -> Version {
-        self.pending.back().map_or_else(|| self.proven_version(), |last| last.version)
+        self.pending().next_back().map_or_else(|| self.proven_version(), |last| last.version)
     }
 
     pub(super) fn last_ticket(&self) -> Option<Ticket> {
-        self.pending.back().map(|last| last.ticket)
+        self.pending().next_back().map(|last| last.ticket)
     }
 
     pub(super) fn last(&self) -> Last {
-        match self.pending.back() {
+        match self.pending().next_back() {
             Some(last) => Last::Pending(last.outcome.clone()),
             None => Last::Proven(self.proven.as_ref().expect(LOADED).last),
         }
@@ -132,25 +137,29 @@ impl<A: Aggregate> Slot<A> {
     /// The state to decide on: the newest, with all pending events.
     pub(super) fn head(&mut self) -> &A {
         let proven = &self.proven.as_ref().expect(LOADED).state;
-        if self.pending.is_empty() {
-            return proven;
-        }
-        let events = self.pending.iter().flat_map(|pending| &pending.events);
-        self.head.get_or_insert_with(|| {
+        let Some(unproven) = &mut self.unproven else { return proven };
+        let events = unproven.pending.iter().flat_map(|pending| &pending.events);
+        unproven.head.get_or_insert_with(|| {
             let mut head = proven.clone();
             events.for_each(|event| head.evolve(event));
             head
         })
     }
 
+    fn pending(&self) -> vec_deque::Iter<'_, Pending<A>> {
+        self.unproven.as_ref().map(|unproven| unproven.pending.iter()).unwrap_or_default()
+    }
+
     pub(super) fn push(&mut self, pending: Pending<A>) {
+        let empty = || Box::new(Unproven { pending: VecDeque::new(), head: None });
+        let unproven = self.unproven.get_or_insert_with(empty);
         // If evolve panics, the head is gone and made anew next time.
-        let head = self.head.take().map(|mut head| {
+        let head = unproven.head.take().map(|mut head| {
             pending.events.iter().for_each(|event| head.evolve(event));
             head
         });
-        self.head = head;
-        self.pending.push_back(pending);
+        unproven.head = head;
+        unproven.pending.push_back(pending);
     }
 
     /// Where a command stands that was sent before: recent or pending.
@@ -159,7 +168,7 @@ impl<A: Aggregate> Slot<A> {
         if let Some(appended) = proven.recent.find(command_id) {
             return Some(Step::Known(appended));
         }
-        let pending = self.pending.iter().find(|pending| pending.command_id == command_id)?;
+        let pending = self.pending().find(|pending| pending.command_id == command_id)?;
         Some(Step::Shared(pending.outcome.clone()))
     }
 
@@ -170,34 +179,35 @@ impl<A: Aggregate> Slot<A> {
 
     /// Waits until fewer than `pending_max` commits are pending.
     pub(super) async fn make_room(&mut self, pending_max: usize) {
-        while self.pending.len() >= pending_max.max(1) {
+        while self.pending().len() >= pending_max.max(1)
+            && let Some(first) = self.pending().next()
+        {
             // settle() takes the result; here it is only waited for.
-            let _ = self.pending[0].outcome.clone().await;
+            let _ = first.outcome.clone().await;
             self.settle();
         }
     }
 
     /// Takes over the outcomes that are known, in order.
     pub(super) fn settle(&mut self) {
-        while let Some(result) = self.pending.front().and_then(|first| first.outcome.known()) {
+        while let Some(first) = self.pending().next()
+            && let Some(result) = first.outcome.known()
+        {
+            let ticket = first.ticket;
             match result {
                 Ok(appended) if !appended.duplicate => self.prove_first(appended),
                 // Its events are not the ones at the end of the stream.
                 Ok(appended) => self.lost_first(appended.version),
-                Err(failure) => self.failed(self.pending[0].ticket, &failure),
+                Err(failure) => self.failed(ticket, &failure),
             }
-        }
-        if self.pending.is_empty() {
-            self.head = None;
-            // Most streams are not written for long: what the queue took is not theirs to keep.
-            self.pending = VecDeque::new();
         }
     }
 
     fn prove_first(&mut self, appended: Appended) {
+        let first = self.unproven.as_mut().and_then(|unproven| unproven.pending.pop_front());
+        self.unproven.take_if(|unproven| unproven.pending.is_empty());
         // Taken out: if evolve panics, or the store says what cannot be, the stream is loaded again.
-        let (first, proven) = (self.pending.pop_front(), self.proven.take());
-        if let (Some(first), Some(mut proven)) = (first, proven) {
+        if let (Some(first), Some(mut proven)) = (first, self.proven.take()) {
             let follows = proven.version.plus(first.events.len() as u64) == appended.version;
             proven.append(&first, appended);
             self.proven = follows.then_some(proven);
@@ -206,22 +216,26 @@ impl<A: Aggregate> Slot<A> {
 
     /// The first pending commit was in the stream already, at `version`.
     fn lost_first(&mut self, version: Version) {
-        self.pending.clear();
-        self.head = None;
+        self.unproven = None;
         self.moved_to = self.moved_to.max(version);
     }
 
     /// A submission was not appended, or is not known to be: it and all behind it are no part of
     /// the head any more. A no-op if that was found already, by one that it was behind.
     pub(super) fn failed(&mut self, ticket: Ticket, failure: &AppendError) {
-        if let Some(index) = self.pending.iter().position(|pending| pending.ticket == ticket) {
+        let is_it = |pending: &Pending<A>| pending.ticket == ticket;
+        if let Some(unproven) = &mut self.unproven
+            && let Some(index) = unproven.pending.iter().position(is_it)
+        {
             if mutant::active(Mutant::PendingStateInCache)
-                && let (Some(proven), Some(pending)) = (&mut self.proven, self.pending.get(index))
+                && let (Some(proven), Some(pending)) =
+                    (&mut self.proven, unproven.pending.get(index))
             {
                 pending.events.iter().for_each(|event| proven.state.evolve(event));
             }
-            self.pending.truncate(index);
-            self.head = None;
+            unproven.pending.truncate(index);
+            unproven.head = None;
+            self.unproven.take_if(|unproven| unproven.pending.is_empty());
             self.unconfirmed(failure);
         }
     }
