@@ -77,7 +77,7 @@ async fn replayed(brokers: &str, name: &str, events: u64, streams: u64) -> Resul
 }
 
 /// The same by a consumer that trusts the log: it reads of each record what an event has, and folds it.
-pub(crate) async fn replayed_by_hand(
+async fn replayed_by_hand(
     brokers: &str,
     name: &str,
     events: u64,
@@ -120,15 +120,17 @@ struct ByHand {
 }
 
 /// What a replay by hand reads of a record.
-struct Recorded {
-    event: AccountEvent,
-    version: u64,
-    id: Uuid,
+pub(crate) struct Recorded {
+    pub(crate) event: AccountEvent,
+    pub(crate) version: u64,
+    pub(crate) id: Uuid,
     recorded_at: DateTime<Utc>,
 }
 
 /// The stream's id and the event; `None` of a claim.
-fn recorded<'m>(message: &'m BorrowedMessage<'_>) -> Result<Option<(&'m str, Recorded)>, Failure> {
+pub(crate) fn recorded<'m>(
+    message: &'m BorrowedMessage<'_>,
+) -> Result<Option<(&'m str, Recorded)>, Failure> {
     let Some(Ok(key)) = message.key_view::<str>() else { return Err("a key is no text".into()) };
     let Some(id) = key.strip_prefix("account-") else { return Ok(None) };
     let (mut version, mut event_id, mut recorded_at, mut event_type) = (None, None, None, None);
