@@ -34,6 +34,7 @@ const REBUILD_GOAL: f64 = 0.6;
 /// Events of one transaction, of ours by default and of the baseline.
 const POSTGRES_BATCH: usize = 5_000;
 const SQLITE_BATCH: usize = 1_000;
+const REBUILD_BATCH: usize = 20_000;
 /// Bytes that one part of a COPY has.
 const COPY_PART_BYTES: usize = 1 << 20;
 /// Parts that a rebuild by hand makes ahead.
@@ -320,7 +321,7 @@ fn encode(
         part.next.insert(message.partition(), message.offset() + 1);
         part.rows += 1;
         seen += 1;
-        if part.rows == POSTGRES_BATCH || seen == events {
+        if part.rows == REBUILD_BATCH || seen == events {
             made.blocking_send(std::mem::take(&mut part)).map_err(|_| "nobody takes the rows")?;
         }
         Ok(if seen == events { ControlFlow::Break(()) } else { ControlFlow::Continue(()) })
