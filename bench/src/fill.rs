@@ -23,7 +23,7 @@ use tokio::sync::mpsc;
 use crate::Failure;
 use crate::baselines::producer::{Window, settings};
 use crate::domain::Deposit;
-use crate::ours::{log_url, source};
+use crate::ours::make_log;
 use crate::servers::PARTITIONS;
 use crate::zipf::Zipf;
 
@@ -57,8 +57,7 @@ impl Fill<'_> {
     /// Makes it, and the index in the database if there is one. Answers how many offsets it has in
     /// all partitions together.
     pub async fn make(self, index: Option<&Database>) -> Result<u64, Failure> {
-        // Makes the topics as ours are.
-        drop(source(&log_url(self.brokers, self.name)).await?);
+        make_log(self.brokers, self.name).await?;
         let (batches, mut to_index) = mpsc::channel(INDEX_BATCHES_WAITING);
         let (brokers, name) = (self.brokers.to_owned(), self.name.to_owned());
         let is_indexed = index.is_some();

@@ -41,6 +41,11 @@ pub async fn ready(log: &Log) -> Result<(), Failure> {
     until("the log is ready", WAIT_MAX, ready).await
 }
 
+/// Makes the topics of a log as ours are, for whoever writes them by hand.
+pub async fn make_log(brokers: &str, name: &str) -> Result<(), Failure> {
+    source(&log_url(brokers, name)).await.map(drop)
+}
+
 /// A reader of the whole log that shares it with nobody.
 pub async fn source(url: &str) -> Result<KafkaSource, Failure> {
     let mut config: KafkaConfig = url.parse()?;

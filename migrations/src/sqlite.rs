@@ -90,19 +90,20 @@ impl SqliteDatabase {
     /// Leaves the file whole without SQLite's log beside it, and closes the connections when this is
     /// the last handle on the file in this process.
     pub(crate) async fn close(self) {
-        match Arc::try_unwrap(self.file) {
-            Ok(file) => {
-                // SQLite moves its log into the file when the last connection closes, but not when
-                // the last two close at once, as readers may: the one writer goes last.
-                file.readers.close().await;
-                file.writer.close().await;
-            }
-            Err(file) => {
-                let moved = sqlx::query("PRAGMA wal_checkpoint(PASSIVE)").execute(&file.writer);
-                if let Err(error) = moved.await {
-                    let database = &file.url;
-                    tracing::warn!(%error, database, "its newest commits are in the -wal beside it still: copy both");
-                }
+        let (writer, url) = (self.file.writer.clone(), self.file.url.clone());
+        // Of handles that are closed at once exactly one is the last.
+        if let Some(file) = Arc::into_inner(self.file) {
+            // SQLite moves its log into the file when the last connection closes, but not when the
+            // last two close at once, as readers may: the one writer goes last.
+            file.readers.close().await;
+            file.writer.close().await;
+            return;
+        }
+        match sqlx::query("PRAGMA wal_checkpoint(PASSIVE)").execute(&writer).await {
+            // Closed by the last handle meanwhile.
+            Ok(_) | Err(sqlx::Error::PoolClosed) => {}
+            Err(error) => {
+                tracing::warn!(%error, database = url, "the newest commits are in its -wal still: copy both");
             }
         }
     }

@@ -306,7 +306,6 @@ async fn a_closed_handle_leaves_the_others_open() {
     assert!(!folder.path().join("a.db-wal").exists(), "the last one tidies up");
 }
 
-/// Everything here must be usable from a spawned task.
 /// Whoever copies the file of a stopped service has all of it.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_closed_file_is_whole_without_its_log() {
@@ -333,6 +332,7 @@ async fn a_closed_file_is_whole_without_its_log() {
     }
 }
 
+/// Everything here must be usable from a spawned task.
 #[tokio::test]
 async fn opening_and_writing_can_be_spawned() {
     let folder = folder();

@@ -2,7 +2,9 @@
 //! partitions and settings of the client.
 
 pub mod consumer;
+pub mod copy;
 pub mod producer;
+pub mod replay;
 pub mod server;
 pub mod service;
 pub mod sqlite_log;

@@ -1,7 +1,7 @@
 //! A raw idempotent producer: no check of any version, nothing read back.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::thread::Thread;
 use std::time::Duration;
 
@@ -92,7 +92,7 @@ impl Records {
     }
 
     /// The headers of a record of ours.
-    pub fn headers(&self, variant: usize) -> OwnedHeaders {
+    fn headers(&self, variant: usize) -> OwnedHeaders {
         let (id, time, kf) = &self.variants[variant % VARIANTS];
         OwnedHeaders::new_with_capacity(7)
             .insert(Header { key: "ce_specversion", value: Some("1.0") })
@@ -301,21 +301,32 @@ impl Waiting {
         self.polled.inner.send(record).map_err(|(error, _)| error)?;
         Ok(report.await??)
     }
+}
 
-    /// Produces any record of a stream and answers where it is.
-    pub async fn produce_any(
-        &self,
-        stream: &StreamId,
-        headers: OwnedHeaders,
-        payload: &[u8],
-    ) -> Result<(i32, i64), Failure> {
+/// Produces events of any stream, with the headers of a record of ours.
+pub struct Events {
+    waiting: Waiting,
+    records: Records,
+    number: AtomicUsize,
+}
+
+impl Events {
+    /// A producer to the events topic of a log that is there.
+    pub fn start(brokers: &str, log: &str) -> Result<Self, Failure> {
+        let waiting = Waiting::start(&settings(brokers, "0"), format!("{log}.events"))?;
+        Ok(Self { waiting, records: Records::new(log, 1, 64)?, number: AtomicUsize::new(0) })
+    }
+
+    /// Produces one and answers where it is.
+    pub async fn produce(&self, stream: &StreamId, payload: &[u8]) -> Result<(i32, i64), Failure> {
+        let headers = self.records.headers(self.number.fetch_add(1, Ordering::Relaxed));
         let (answer, report) = oneshot::channel();
-        let record = BaseRecord::with_opaque_to(&self.topic, Box::new(answer))
+        let record = BaseRecord::with_opaque_to(&self.waiting.topic, Box::new(answer))
             .partition(partition_of(stream, PARTITIONS).0 as i32)
             .key(stream.as_str().as_bytes())
             .payload(payload)
             .headers(headers);
-        self.polled.inner.send(record).map_err(|(error, _)| error)?;
+        self.waiting.polled.inner.send(record).map_err(|(error, _)| error)?;
         Ok(report.await??)
     }
 }

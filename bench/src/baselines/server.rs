@@ -2,7 +2,6 @@
 //! nothing is decided, nothing is read.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 
 use axum::extract::{Path, State};
 use axum::http::StatusCode;
@@ -15,13 +14,7 @@ use serde_json::{Value, json};
 use tokio::net::TcpListener;
 
 use crate::Failure;
-use crate::baselines::producer::{Records, Waiting, settings};
-
-struct App {
-    producer: Waiting,
-    records: Records,
-    number: AtomicUsize,
-}
+use crate::baselines::producer::Events;
 
 #[derive(Serialize, Deserialize)]
 struct Line {
@@ -46,13 +39,11 @@ type Answer = Result<(StatusCode, Json<Value>), (StatusCode, String)>;
 
 /// Serves for ever, producing to the events topic of a log that is there.
 pub async fn serve(brokers: &str, log: &str, listen: &str) -> Result<(), Failure> {
-    let producer = Waiting::start(&settings(brokers, "0"), format!("{log}.events"))?;
-    let (records, number) = (Records::new(log, 1, 64)?, AtomicUsize::new(0));
     let router = Router::new()
         .route("/orders", post(place))
         .route("/orders/{id}/payment", post(pay))
         .route("/health/ready", get(async || "ready"))
-        .with_state(Arc::new(App { producer, records, number }));
+        .with_state(Arc::new(Events::start(brokers, log)?));
     let listener = TcpListener::bind(listen).await?.tap_io(|connection| {
         // As the order service does.
         drop(connection.set_nodelay(true));
@@ -60,28 +51,34 @@ pub async fn serve(brokers: &str, log: &str, listen: &str) -> Result<(), Failure
     Ok(axum::serve(listener, router).await?)
 }
 
-async fn place(State(app): State<Arc<App>>, Json(order): Json<Place>) -> Answer {
+async fn place(State(producer): State<Arc<Events>>, Json(order): Json<Place>) -> Answer {
     let Place { order_id, customer, lines } = order;
     let placed_at = "2024-02-29T12:00:00Z";
     let event = json!({ "customer": customer, "lines": lines, "placed_at": placed_at });
-    app.produce(&order_id, StatusCode::CREATED, 1, &event).await
+    produced(&producer, &order_id, StatusCode::CREATED, 1, &event).await
 }
 
-async fn pay(State(app): State<Arc<App>>, Path(id): Path<String>, Json(pay): Json<Pay>) -> Answer {
+async fn pay(
+    State(producer): State<Arc<Events>>,
+    Path(id): Path<String>,
+    Json(pay): Json<Pay>,
+) -> Answer {
     let event = json!({ "customer": "c1", "amount_cents": pay.amount_cents });
-    app.produce(&id, StatusCode::OK, 2, &event).await
+    produced(&producer, &id, StatusCode::OK, 2, &event).await
 }
 
-impl App {
-    async fn produce(&self, id: &str, code: StatusCode, version: u64, event: &Value) -> Answer {
-        let failed = |error: Failure| (StatusCode::SERVICE_UNAVAILABLE, error.to_string());
-        let stream = StreamId::new("order", id).map_err(|error| failed(error.into()))?;
-        let payload = serde_json::to_vec(event).map_err(|error| failed(error.into()))?;
-        let headers = self.records.headers(self.number.fetch_add(1, Ordering::Relaxed));
-        let place = self.producer.produce_any(&stream, headers, &payload).await;
-        let (partition, offset) = place.map_err(failed)?;
-        let position = format!("{partition}:{offset}");
-        let answer = json!({ "order_id": id, "version": version, "position": position });
-        Ok((code, Json(answer)))
-    }
+async fn produced(
+    producer: &Events,
+    id: &str,
+    code: StatusCode,
+    version: u64,
+    event: &Value,
+) -> Answer {
+    let failed = |error: Failure| (StatusCode::SERVICE_UNAVAILABLE, error.to_string());
+    let stream = StreamId::new("order", id).map_err(|error| failed(error.into()))?;
+    let payload = serde_json::to_vec(event).map_err(|error| failed(error.into()))?;
+    let (partition, offset) = producer.produce(&stream, &payload).await.map_err(failed)?;
+    let position = format!("{partition}:{offset}");
+    let answer = json!({ "order_id": id, "version": version, "position": position });
+    Ok((code, Json(answer)))
 }

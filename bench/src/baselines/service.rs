@@ -3,7 +3,6 @@
 
 use std::collections::HashMap;
 use std::num::NonZeroUsize;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use kafold::projections::sqlx::{self, PgPool};
@@ -12,7 +11,7 @@ use lru::LruCache;
 use tokio::sync::{mpsc, oneshot};
 
 use crate::Failure;
-use crate::baselines::producer::{Records, Waiting, settings};
+use crate::baselines::producer::Events;
 use crate::domain::{Account, AccountEvent, Deposit};
 
 /// Streams that one query looks up at most, and as many wait for it.
@@ -25,9 +24,7 @@ type Wanted = (String, oneshot::Sender<Result<Account, String>>);
 
 /// The service.
 pub struct Service {
-    producer: Waiting,
-    records: Records,
-    number: AtomicUsize,
+    producer: Events,
     kept: Mutex<LruCache<String, Account>>,
     wanted: mpsc::Sender<Wanted>,
 }
@@ -38,9 +35,7 @@ impl Service {
         let (wanted, waiting) = mpsc::channel(LOOK_UPS_MAX);
         tokio::spawn(look_up(index, waiting));
         Ok(Self {
-            producer: Waiting::start(&settings(brokers, "0"), format!("{log}.events"))?,
-            records: Records::new(log, 1, 64)?,
-            number: AtomicUsize::new(0),
+            producer: Events::start(brokers, log)?,
             kept: Mutex::new(LruCache::new(NonZeroUsize::new(kept).unwrap_or(NonZeroUsize::MIN))),
             wanted,
         })
@@ -59,9 +54,8 @@ impl Service {
         };
         for event in account.decide(command)? {
             account.evolve(&event);
-            let headers = self.records.headers(self.number.fetch_add(1, Ordering::Relaxed));
             let stream = StreamId::new(Account::CATEGORY, id)?;
-            self.producer.produce_any(&stream, headers, &codec::encode(&event)?).await?;
+            self.producer.produce(&stream, &codec::encode(&event)?).await?;
         }
         self.kept().put(id.to_owned(), account);
         Ok(())

@@ -11,15 +11,6 @@ use uuid::Uuid;
 
 use crate::Failure;
 
-/// Which table the log is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Table {
-    /// As few indexes as the promises need.
-    Least,
-    /// The one of kafold, in which events have an order and a place as well.
-    Ours,
-}
-
 /// The log; callers wait for each other, as SQLite has them do.
 pub struct SqliteLog {
     connection: Mutex<SqliteConnection>,
@@ -55,16 +46,9 @@ const OURS: Statements = Statements {
 };
 
 impl SqliteLog {
-    /// A new file.
-    pub async fn create(file: &Path, table: Table) -> Result<Self, Failure> {
-        if table == Table::Ours {
-            let url = format!("sqlite://{}", file.display());
-            Database::open(&url, Mode::Migrate).await?.close().await;
-        }
+    /// A new file with as few indexes as the promises need.
+    pub async fn create(file: &Path) -> Result<Self, Failure> {
         let mut connection = super::sqlite(file).await?;
-        if table == Table::Ours {
-            return Ok(Self { connection: Mutex::new(connection), statements: OURS });
-        }
         let table = "CREATE TABLE event (stream TEXT NOT NULL, version INTEGER NOT NULL, \
                      command_id BLOB NOT NULL, event_id BLOB NOT NULL, type TEXT NOT NULL, \
                      recorded_at INTEGER NOT NULL, payload BLOB NOT NULL, \
@@ -73,6 +57,14 @@ impl SqliteLog {
         let index = "CREATE INDEX event_command ON event (stream, command_id)";
         sqlx::query(index).execute(&mut connection).await?;
         Ok(Self { connection: Mutex::new(connection), statements: LEAST })
+    }
+
+    /// A new file with kafold's table, in which events have an order and a place as well.
+    pub async fn with_our_table(file: &Path) -> Result<Self, Failure> {
+        let url = format!("sqlite://{}", file.display());
+        Database::open(&url, Mode::Migrate).await?.close().await;
+        let connection = super::sqlite(file).await?;
+        Ok(Self { connection: Mutex::new(connection), statements: OURS })
     }
 
     /// Appends one event to a stream whose version must be this, unless the command is there already.

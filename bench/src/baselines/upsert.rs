@@ -28,21 +28,17 @@ const CHUNKS_AHEAD: usize = 16;
 const SQLITE_ROWS: usize = 500;
 
 /// Where the rows go.
-pub enum Target {
-    /// PostgreSQL, by `UNNEST`.
-    Postgres {
-        /// The database.
-        connection: PgConnection,
-        /// Whether rows are read first.
-        loading: bool,
-    },
-    /// SQLite, by many rows in a statement.
-    Sqlite {
-        /// The file.
-        connection: SqliteConnection,
-        /// Whether rows are read first.
-        loading: bool,
-    },
+pub struct Target {
+    tables: Tables,
+    /// Whether rows are read first.
+    loading: bool,
+}
+
+enum Tables {
+    /// By `UNNEST`.
+    Postgres(PgConnection),
+    /// By many rows in a statement.
+    Sqlite(SqliteConnection),
 }
 
 /// An event as far as the rows need it.
@@ -74,7 +70,7 @@ impl Target {
         sqlx::query(balances).execute(&mut connection).await?;
         sqlx::query(checkpoint).execute(&mut connection).await?;
         sqlx::query(places).bind(PARTITIONS as i32 - 1).execute(&mut connection).await?;
-        Ok(Self::Postgres { connection, loading })
+        Ok(Self { tables: Tables::Postgres(connection), loading })
     }
 
     /// A SQLite file, as durable as ours.
@@ -90,7 +86,7 @@ impl Target {
             let place = sqlx::query("INSERT INTO by_hand_checkpoint VALUES ($1, 0)");
             place.bind(partition as i32).execute(&mut connection).await?;
         }
-        Ok(Self::Sqlite { connection, loading })
+        Ok(Self { tables: Tables::Sqlite(connection), loading })
     }
 
     /// Applies the first `events` events of a topic, `batch_events` in one transaction, and answers how
@@ -165,23 +161,19 @@ impl Target {
             sum.0 += event.amount_cents;
             sum.1 += 1;
         }
-        match self {
-            Self::Postgres { connection, loading } => {
-                write_postgres(connection, *loading, sums, moved).await
+        match &mut self.tables {
+            Tables::Postgres(connection) => {
+                write_postgres(connection, self.loading, sums, moved).await
             }
-            Self::Sqlite { connection, loading } => {
-                write_sqlite(connection, *loading, sums, moved).await
-            }
+            Tables::Sqlite(connection) => write_sqlite(connection, self.loading, sums, moved).await,
         }
     }
 
     async fn deposits(&mut self) -> Result<i64, Failure> {
         let sql = "SELECT CAST(sum(deposits) AS BIGINT) FROM by_hand";
-        Ok(match self {
-            Self::Postgres { connection, .. } => {
-                sqlx::query_scalar(sql).fetch_one(connection).await?
-            }
-            Self::Sqlite { connection, .. } => {
+        Ok(match &mut self.tables {
+            Tables::Postgres(connection) => sqlx::query_scalar(sql).fetch_one(connection).await?,
+            Tables::Sqlite(connection) => {
                 let sql = "SELECT sum(deposits) FROM by_hand";
                 sqlx::query_scalar(sql).fetch_one(connection).await?
             }

@@ -21,7 +21,7 @@ use crate::domain::{Account, Deposit};
 use crate::fill::IndexFeed;
 use crate::harness::{Bench, Goal, Sample};
 use crate::measure::{Until, closed_loop, now, per_second};
-use crate::ours::{deposit, index_caught_up, indexed, log_url, open};
+use crate::ours::{deposit, index_caught_up, indexed, log_url, make_log, open};
 use crate::servers::{Scratch, node_count, remove_log};
 use crate::svg::{Chart, Scale};
 use crate::zipf::Zipf;
@@ -90,8 +90,7 @@ async fn one(
 ) -> Result<(f64, f64), Failure> {
     let ours = Ours::open(bench, brokers, payload_bytes).await?;
     let name = bench.servers.new_name();
-    // Makes the topics as ours are.
-    drop(crate::ours::source(&log_url(brokers, &name)).await?);
+    make_log(brokers, &name).await?;
     let records = Arc::new(Records::new(&name, STREAMS, payload_bytes)?);
     let topic = format!("{name}.events");
     // Several brokers, on the same cores, take several times as long.
@@ -300,7 +299,7 @@ async fn sustained(bench: &Bench, brokers: &str) -> Result<(), Failure> {
     let log = open(&log_url(brokers, &ours), &scratch.database).await?;
     let config = HandlerConfig { hot_states_max: STREAMS as usize, ..HandlerConfig::default() };
     let handler = CommandHandler::<Account>::new(log.store()).config(config);
-    drop(crate::ours::source(&log_url(brokers, &name)).await?);
+    make_log(brokers, &name).await?;
     let records = Arc::new(Records::new(&name, STREAMS, 256)?);
     let topic = format!("{name}.events");
     let window = Window::start(&settings(brokers, "0"), topic, SUSTAINED_CALLERS as u64)?;

@@ -12,7 +12,7 @@ use crate::baselines::producer::{Records, Waiting, Window, settings};
 use crate::domain::{Account, Deposit};
 use crate::harness::{Bench, Goal, Sample};
 use crate::measure::{Latencies, Measured, Until, closed_loop};
-use crate::ours::{deposit, log_url, open};
+use crate::ours::{deposit, log_url, make_log, open};
 use crate::rows::append::raw;
 use crate::servers::{Scratch, remove_log};
 use crate::svg::{Chart, Scale};
@@ -46,8 +46,7 @@ impl Beside {
         let scratch = bench.servers.database().await?;
         let log = open(&log_url(&brokers, &names[0]), &scratch.database).await?;
         let handler = CommandHandler::new(log.store());
-        // Makes the topics as ours are.
-        drop(crate::ours::source(&log_url(&brokers, &names[1])).await?);
+        make_log(&brokers, &names[1]).await?;
         let topic = format!("{}.events", names[1]);
         let producer = Arc::new(Waiting::start(&settings(&brokers, "0"), topic)?);
         let records = Arc::new(Records::new(&names[1], STREAMS, PAYLOAD_BYTES)?);

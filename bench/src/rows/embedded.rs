@@ -7,7 +7,7 @@ use kafold::clock::RandomIds;
 use kafold::{CommandHandler, IdGenerator, codec, open_log};
 
 use crate::Failure;
-use crate::baselines::sqlite_log::{SqliteLog, Table};
+use crate::baselines::sqlite_log::SqliteLog;
 use crate::domain::{Account, Deposit};
 use crate::harness::{Bench, Goal, Sample, Size};
 use crate::measure::{Until, closed_loop};
@@ -26,8 +26,7 @@ pub async fn run(bench: &Bench) -> Result<(), Failure> {
     let url = format!("sqlite://{}", folder.path().join("ours.db").display());
     let log = open_log(&url).await?;
     let handler = CommandHandler::<Account>::new(log.store());
-    let by_hand = SqliteLog::create(&folder.path().join("by-hand.db"), Table::Least).await?;
-    let by_hand = Arc::new(by_hand);
+    let by_hand = Arc::new(SqliteLog::create(&folder.path().join("by-hand.db")).await?);
     let command = Arc::new(Deposit::of_bytes(PAYLOAD_BYTES, &mut Rng::with_seed(7)));
     let payload: Arc<[u8]> = codec::encode(&command.event())?.into();
     for (callers, least) in CASES {
@@ -41,8 +40,8 @@ pub async fn run(bench: &Bench) -> Result<(), Failure> {
     }
     log.close().await;
     if bench.size > Size::Test {
-        let on_ours = SqliteLog::create(&folder.path().join("on-ours.db"), Table::Ours).await?;
-        let on_ours = Arc::new(on_ours);
+        let file = folder.path().join("with-our-table.db");
+        let on_ours = Arc::new(SqliteLog::with_our_table(&file).await?);
         let calls = bench.size.of(100, 400, 3_000);
         let ours = async || appends(&on_ours, &payload, 1, calls).await;
         let baseline = async || appends(&by_hand, &payload, 1, calls).await;

@@ -14,7 +14,7 @@ use crate::domain::{Account, Deposit};
 use crate::fill::Fill;
 use crate::harness::{Bench, Goal, Sample, Size};
 use crate::measure::{Until, closed_loop, now, open_loop};
-use crate::ours::{deposit, index_caught_up, indexed, log_url, open, source};
+use crate::ours::{deposit, index_caught_up, indexed, log_url, make_log, open};
 use crate::rows::memory::resident_bytes;
 use crate::servers::{Scratch, remove_log};
 use crate::svg::{Chart, Scale};
@@ -110,8 +110,7 @@ impl Grown {
             return Err("PostgreSQL is measured".into());
         };
         let (brokers, name) = (self.brokers.clone(), bench.servers.new_name());
-        // Makes the topics as ours are.
-        drop(source(&log_url(&brokers, &name)).await?);
+        make_log(&brokers, &name).await?;
         let (index, kept) = (database.pool().clone(), HandlerConfig::default().hot_states_max);
         let service = Arc::new(Service::start(&brokers, &name, index, kept)?);
         let (streams, command) = (self.streams, Arc::clone(&self.command));

@@ -14,7 +14,7 @@ use tokio::process::{Child, Command};
 use crate::Failure;
 use crate::harness::{Bench, Goal, Sample};
 use crate::measure::{Until, closed_loop, until};
-use crate::ours::{WAIT_MAX, log_url, source};
+use crate::ours::{WAIT_MAX, log_url, make_log};
 use crate::servers::remove_log;
 
 const CONNECTIONS: usize = 64;
@@ -30,8 +30,7 @@ pub async fn run(bench: &Bench) -> Result<(), Failure> {
     let mut orders = Command::new(here.with_file_name("orders"));
     orders.args(["serve", "--log", &url, "--database", &scratch.url]);
     let ours = Server::start(orders).await?;
-    // Makes the topics as ours are.
-    drop(source(&log_url(brokers, &names[1])).await?);
+    make_log(brokers, &names[1]).await?;
     let mut bare = Command::new(&here);
     bare.args(["serve", "--brokers", brokers, "--log", &names[1]]);
     let bare = Server::start(bare).await?;

@@ -1,31 +1,26 @@
 //! R4, R5: a full topic into a read model, against a consumer that writes it by hand. R6: the rebuild of
 //! a read model, against one COPY of its rows.
 
-use std::collections::HashMap;
-use std::io::Write;
-use std::ops::ControlFlow;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::future::try_join;
 use futures_util::stream::TryStreamExt;
-use kafold::projections::sqlx::postgres::{PgPool, PgPoolCopyExt};
+use kafold::projections::sqlx::postgres::PgPool;
 use kafold::projections::sqlx::{self, Row};
 use kafold::projections::{By, Control, Generation, ProjectionWorker, Projections, ReadModel};
 use kafold::{Database, Mode};
-use rdkafka::Message;
-use tokio::sync::mpsc;
 
 use crate::Failure;
-use crate::baselines::consumer::{From, consumer, each};
+use crate::baselines::copy;
 use crate::baselines::upsert::Target;
-use crate::domain::{AccountEvent, Balances, Movements};
+use crate::domain::{Balances, Movements};
 use crate::fill::Fill;
 use crate::harness::{Bench, Goal, Sample, Size};
 use crate::measure::{now, per_second, until};
 use crate::ours::{LONG_WAIT_MAX, applied, log_url, source};
-use crate::rows::replay::{counted, recorded};
+use crate::rows::replay::counted;
 use crate::servers::{Scratch, remove_log};
 
 const PAYLOAD_BYTES: usize = 256;
@@ -37,8 +32,6 @@ const SQLITE_BATCH: usize = 1_000;
 const REBUILD_BATCH: usize = 20_000;
 /// Bytes that one part of a COPY has.
 const COPY_PART_BYTES: usize = 1 << 20;
-/// Parts that a rebuild by hand makes ahead.
-const PARTS_AHEAD: usize = 4;
 
 /// A topic full of events.
 struct Topic {
@@ -97,6 +90,10 @@ impl Topic {
             return Err(format!("{rows} of {} events were applied", self.events).into());
         }
         Ok(Sample::from([("per_s", per_second(self.events, took))]))
+    }
+
+    fn copied(&self, (rows, took): (u64, Duration)) -> Result<Sample, Failure> {
+        self.rate(rows as i64, took)
     }
 
     async fn remove(self) -> Result<(), Failure> {
@@ -183,19 +180,24 @@ pub async fn rebuild(bench: &Bench) -> Result<(), Failure> {
     let rows = rows_as_text(&scratch, events).await?;
     let figures = [("per_s", Goal::AtLeast(REBUILD_GOAL))];
     let ours = async || rebuilt(&topic, &scratch, &projections).await;
-    let copy = async || copied(&topic, pool(&scratch)?, &rows).await;
+    let copy = async || topic.copied(copy::once(pool(&scratch)?, &rows).await?);
     bench.compare("R6", "into PostgreSQL, a row an event", &figures, ours, &copy).await?;
     // What any rebuild does: with nothing in between, and with rows made of events.
     let figures = [("per_s", Goal::Stated)];
     let beside = async || {
         let began = now();
         let read = counted(&topic.brokers, &topic.name, events);
-        try_join(read, copied(&topic, pool(&scratch)?, &rows)).await?;
-        Ok(Sample::from([("per_s", per_second(events, now() - began))]))
+        let (_, (rows, _)) = try_join(read, copy::once(pool(&scratch)?, &rows)).await?;
+        topic.copied((rows, now() - began))
     };
     let case = "without kafold: one COPY while a raw consumer reads the log";
     bench.compare("R6", case, &figures, beside, &copy).await?;
-    let by_hand = async || rebuilt_by_hand(&topic, pool(&scratch)?).await;
+    let events_topic = format!("{}.events", topic.name);
+    let by_hand = async || {
+        let (brokers, pool) = (&topic.brokers, pool(&scratch)?);
+        let copied = copy::rebuild(brokers, &events_topic, events, REBUILD_BATCH, pool).await?;
+        topic.copied(copied)
+    };
     let case = "without kafold: by hand, a COPY and the checkpoint in a transaction";
     bench.compare("R6", case, &figures, by_hand, copy).await?;
     projections.shutdown().await;
@@ -244,86 +246,4 @@ async fn rows_as_text(scratch: &Scratch, events: u64) -> Result<Vec<Vec<u8>>, Fa
     }
     parts.push(part);
     if count == events { Ok(parts) } else { Err(format!("{count} rows of {events} events").into()) }
-}
-
-/// A table like the read model's.
-const BY_COPY: &str = "CREATE TABLE by_copy (id UUID PRIMARY KEY, account TEXT COLLATE \"C\" NOT NULL, \
-                       amount_cents BIGINT NOT NULL, version BIGINT NOT NULL)";
-const COPY: &str = "COPY by_copy FROM STDIN";
-
-/// One COPY.
-async fn copied(topic: &Topic, pool: &PgPool, parts: &[Vec<u8>]) -> Result<Sample, Failure> {
-    sqlx::query(BY_COPY).execute(pool).await?;
-    let began = now();
-    let mut copy = pool.copy_in_raw(COPY).await?;
-    for part in parts {
-        copy.send(part.as_slice()).await?;
-    }
-    let rows = copy.finish().await?;
-    let took = now() - began;
-    sqlx::query("DROP TABLE by_copy").execute(pool).await?;
-    topic.rate(rows as i64, took)
-}
-
-/// Rows of events, and where each partition goes on behind them.
-#[derive(Default)]
-struct Part {
-    lines: Vec<u8>,
-    rows: usize,
-    next: HashMap<i32, i64>,
-}
-
-/// A rebuild by hand that can be interrupted, as ours: rows and checkpoint of as many events as ours
-/// takes are a transaction, and the next ones are read, decoded and encoded meanwhile.
-async fn rebuilt_by_hand(topic: &Topic, pool: &PgPool) -> Result<Sample, Failure> {
-    let checkpoint = "CREATE TABLE by_copy_checkpoint (partition INTEGER PRIMARY KEY, \
-                      next_offset BIGINT NOT NULL)";
-    sqlx::query(BY_COPY).execute(pool).await?;
-    sqlx::query(checkpoint).execute(pool).await?;
-    let began = now();
-    let (made, mut parts) = mpsc::channel(PARTS_AHEAD);
-    let (brokers, name) = (topic.brokers.clone(), format!("{}.events", topic.name));
-    let events = topic.events;
-    let making = tokio::task::spawn_blocking(move || encode(&brokers, &name, events, &made));
-    let mut rows = 0;
-    while let Some(Part { lines, next, .. }) = parts.recv().await {
-        let mut tx = pool.begin().await?;
-        let mut copy = tx.copy_in_raw(COPY).await?;
-        copy.send(lines).await?;
-        rows += copy.finish().await?;
-        let (partitions, next): (Vec<_>, Vec<_>) = next.into_iter().unzip();
-        let moved = "INSERT INTO by_copy_checkpoint SELECT * FROM UNNEST($1::int4[], $2::int8[]) \
-                     ON CONFLICT (partition) DO UPDATE SET next_offset = excluded.next_offset";
-        sqlx::query(moved).bind(partitions).bind(next).execute(&mut *tx).await?;
-        tx.commit().await?;
-    }
-    making.await??;
-    let took = now() - began;
-    sqlx::query("DROP TABLE by_copy, by_copy_checkpoint").execute(pool).await?;
-    topic.rate(rows as i64, took)
-}
-
-/// Blocks.
-fn encode(
-    brokers: &str,
-    topic: &str,
-    events: u64,
-    made: &mpsc::Sender<Part>,
-) -> Result<(), Failure> {
-    let consumer = consumer(brokers, topic, From::Beginning)?;
-    let (mut part, mut seen) = (Part::default(), 0);
-    each(&consumer, |message| {
-        let Some((account, event)) = recorded(message)? else {
-            return Ok(ControlFlow::Continue(()));
-        };
-        let AccountEvent::Deposited { amount_cents, .. } = event.event;
-        writeln!(part.lines, "{}\t{account}\t{amount_cents}\t{}", event.id, event.version)?;
-        part.next.insert(message.partition(), message.offset() + 1);
-        part.rows += 1;
-        seen += 1;
-        if part.rows == REBUILD_BATCH || seen == events {
-            made.blocking_send(std::mem::take(&mut part)).map_err(|_| "nobody takes the rows")?;
-        }
-        Ok(if seen == events { ControlFlow::Break(()) } else { ControlFlow::Continue(()) })
-    })
 }

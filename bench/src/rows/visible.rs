@@ -20,7 +20,7 @@ use crate::baselines::upsert::Target;
 use crate::domain::{Account, Balances, Deposit};
 use crate::harness::{Bench, Goal, Sample};
 use crate::measure::{Latencies, Until, closed_loop, now, open_loop, per_second};
-use crate::ours::{WAIT_MAX, applied, deposit, index_caught_up, indexed, log_url, open};
+use crate::ours::{WAIT_MAX, applied, deposit, index_caught_up, indexed, log_url, make_log, open};
 use crate::servers::{Scratch, remove_log};
 use crate::svg::{Chart, Scale};
 
@@ -41,18 +41,17 @@ pub async fn run(bench: &Bench) -> Result<(), Failure> {
     let load = ours.load(bench.size.of(2_000, 20_000, 40_000)).await? / 2.0;
     let seconds = bench.size.of(1.0, 3.0, 6.0);
     let calls = (load * seconds) as u64;
-    drop(crate::ours::source(&log_url(&brokers, &names[1])).await?);
+    make_log(&brokers, &names[1]).await?;
     let raw = Raw::open(&brokers, &names[1])?;
     let (mut all_ours, mut all_raw, mut all_written) = Default::default();
     let figures = [("p99_us", Goal::AtMost(GOAL)), ("p50_us", Goal::Stated)];
     let visible = async || sampled(&ours.visible(load, calls).await?, &mut all_ours);
-    let polled = async || sampled(&raw.polled(load, calls).await?, &mut all_raw);
-    bench.compare("R9", format!("{load:.0} events/s"), &figures, visible, polled).await?;
+    let mut polled = async || sampled(&raw.polled(load, calls).await?, &mut all_raw);
+    bench.compare("R9", format!("{load:.0} events/s"), &figures, visible, &mut polled).await?;
     // The same records, as the raw consumer's: nothing is decided, nothing is indexed.
     let by_hand = bench.servers.database().await?;
     let target = Arc::new(AsyncMutex::new(Target::postgres(&by_hand.url, false).await?));
     let written = async || sampled(&raw.written(load, calls, &target).await?, &mut all_written);
-    let polled = async || sampled(&raw.polled(load, calls).await?, &mut Latencies::default());
     let figures = figures.map(|(metric, _)| (metric, Goal::Stated));
     let case = "without kafold: rows by hand at the same rate";
     bench.compare("R9", case, &figures, written, polled).await?;
