@@ -347,9 +347,11 @@ impl Started {
     ) -> Result<Vec<Batch>, LogDiverged> {
         let end = chunk.end;
         let mut batches = Vec::new();
-        let mut events: Vec<RecordedEvent> = Vec::new();
+        let room = |records: usize| Vec::with_capacity(records.min(batch_events_max));
+        let mut events: Vec<RecordedEvent> = room(chunk.records.len());
         let mut diverged = None;
-        for record in chunk.records {
+        let mut records = chunk.records.into_iter();
+        while let Some(record) = records.next() {
             // A batch that has no room for the commit ends before it: that place is behind us when the
             // commit is whole.
             let before = (!events.is_empty()
@@ -369,7 +371,8 @@ impl Started {
                 }
             };
             if let Some(before) = before {
-                batches.push(self.batch(partition, std::mem::take(&mut events), &before, end));
+                let full = std::mem::replace(&mut events, room(records.len() + 1));
+                batches.push(self.batch(partition, full, &before, end));
             }
             events.extend(commit.events.into_iter().map(Arc::unwrap_or_clone));
         }

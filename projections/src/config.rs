@@ -16,7 +16,9 @@ pub enum FaultPolicy {
 #[derive(Debug, Clone)]
 pub struct ProjectionConfig {
     /// Most events in one transaction on PostgreSQL, except that a commit is never split. Reached
-    /// only by a worker that is behind: an idle one applies each event as it comes. Default 5 000.
+    /// only by a worker that is behind: an idle one applies each event as it comes. Batches begin with
+    /// 500, grow while transactions are short, and shrink when one took longer than an
+    /// eighth of [`transaction_timeout`](Self::transaction_timeout). Default 5 000.
     pub batch_events_max: usize,
     /// The same on SQLite, where a transaction holds up the log's own writer. Default 1 000.
     pub sqlite_batch_events_max: usize,
@@ -45,9 +47,10 @@ pub struct ProjectionConfig {
     /// Most events of one partition that are parked; then the projection stops until some are retried
     /// or skipped. Default 100 000.
     pub parked_events_max: u64,
-    /// How often it is looked up what operators ask. Default 300 ms.
+    /// How often it is looked up what operators ask, in one short statement. Default 100 ms.
     pub control_poll_interval: Duration,
-    /// Most events in one transaction of a rebuild on PostgreSQL. Default 20 000.
+    /// Most events in one transaction of a rebuild on PostgreSQL, and about as many are read ahead
+    /// meanwhile. Default 50 000.
     pub rebuild_batch_events_max: usize,
     /// The first wait after a failure; it doubles, with jitter. Default 100 ms.
     pub retry_delay: Duration,
@@ -78,8 +81,8 @@ impl Default for ProjectionConfig {
             fault_policy: FaultPolicy::Park,
             parked_streams_max: 1_000,
             parked_events_max: 100_000,
-            control_poll_interval: Duration::from_millis(300),
-            rebuild_batch_events_max: 20_000,
+            control_poll_interval: Duration::from_millis(100),
+            rebuild_batch_events_max: 50_000,
             retry_delay: Duration::from_millis(100),
             retry_delay_max: Duration::from_secs(5),
             idle_checkpoint_interval: Duration::from_secs(1),

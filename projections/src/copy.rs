@@ -5,7 +5,7 @@ use sqlx::postgres::{PgArgumentBuffer, PgCopyIn};
 use sqlx::{Encode, PgConnection, Postgres};
 
 /// Bytes of rows that are sent at a time.
-const CHUNK_BYTES: usize = 1 << 18;
+const CHUNK_BYTES: usize = 1 << 16;
 /// PostgreSQL's manual, COPY, binary format: signature, no flags, no extension.
 const HEADER: [u8; 19] = *b"PGCOPY\n\xff\r\n\0\0\0\0\0\0\0\0\0";
 const END: [u8; 2] = (-1_i16).to_be_bytes();
@@ -63,5 +63,10 @@ impl<'c> CopyRows<'c> {
         self.buffer.extend(END);
         self.copy.send(self.buffer.as_slice()).await?;
         self.copy.finish().await.map(drop)
+    }
+
+    /// Gives it up; the transaction can only be rolled back.
+    pub(crate) async fn abort(self) -> Result<(), sqlx::Error> {
+        self.copy.abort("given up").await
     }
 }

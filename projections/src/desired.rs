@@ -64,13 +64,45 @@ pub(crate) async fn poll(context: Context, told: watch::Sender<AllDesired>) {
     }
 }
 
-type Row = (String, i32, Option<i32>, Option<String>, Option<String>, String, i64);
+#[derive(sqlx::FromRow)]
+struct AskedRow {
+    name: String,
+    live_generation: i32,
+    next_generation: Option<i32>,
+    next_fingerprint: Option<String>,
+    next_reason: Option<String>,
+    desired_state: String,
+    resumptions: i64,
+    /// Of any projection, as is the next.
+    has_retries: bool,
+    has_skips: bool,
+}
 
 async fn all(database: &Database) -> Result<HashMap<String, Desired>, sqlx::Error> {
+    // Most of the time this is all there is to ask.
     let sql = "SELECT name, live_generation, next_generation, next_fingerprint, next_reason, \
-                 desired_state, resumptions FROM kafold_projection";
-    let rows: Vec<Row> = reading!(database, pool => sqlx::query_as(sql).fetch_all(pool).await?);
+                 desired_state, resumptions, \
+                 EXISTS (SELECT 1 FROM kafold_parked_event WHERE retry) AS has_retries, \
+                 EXISTS (SELECT 1 FROM kafold_skipped_event) AS has_skips \
+               FROM kafold_projection";
+    let rows: Vec<AskedRow> =
+        reading!(database, pool => sqlx::query_as(sql).fetch_all(pool).await?);
+    let has_retries = rows.first().is_some_and(|row| row.has_retries);
+    let has_skips = rows.first().is_some_and(|row| row.has_skips);
     let mut all: HashMap<_, _> = rows.into_iter().map(desired).collect();
+    if has_retries {
+        add_retries(database, &mut all).await?;
+    }
+    if has_skips {
+        add_skips(database, &mut all).await?;
+    }
+    Ok(all)
+}
+
+async fn add_retries(
+    database: &Database,
+    all: &mut HashMap<String, Desired>,
+) -> Result<(), sqlx::Error> {
     let sql = "SELECT DISTINCT projection, generation, partition, category, stream_id \
                FROM kafold_parked_event WHERE retry \
                ORDER BY projection, generation, partition, category, stream_id LIMIT $1";
@@ -82,6 +114,13 @@ async fn all(database: &Database) -> Result<HashMap<String, Desired>, sqlx::Erro
         let retry = (Generation::of(generation), Partition(partition.unsigned_abs()), stream);
         all.entry(name).and_modify(|desired| desired.retries.push(retry));
     }
+    Ok(())
+}
+
+async fn add_skips(
+    database: &Database,
+    all: &mut HashMap<String, Desired>,
+) -> Result<(), sqlx::Error> {
     let sql = "SELECT s.projection, s.generation, s.partition, s.\"offset\" \
                FROM kafold_skipped_event s \
                JOIN kafold_checkpoint c ON c.projection = s.projection \
@@ -95,20 +134,19 @@ async fn all(database: &Database) -> Result<HashMap<String, Desired>, sqlx::Erro
         let skip = (Generation::of(generation), position);
         all.entry(name).and_modify(|desired| desired.skips.extend([skip]));
     }
-    Ok(all)
+    Ok(())
 }
 
-fn desired(row: Row) -> (String, Desired) {
-    let (name, live, next, next_fingerprint, next_reason, state, resumptions) = row;
+fn desired(row: AskedRow) -> (String, Desired) {
     let desired = Desired {
-        live: Generation::of(live),
-        next: next.map(Generation::of),
-        next_fingerprint,
-        next_reason,
-        is_paused: state == State::Paused.text(),
-        resumptions,
+        live: Generation::of(row.live_generation),
+        next: row.next_generation.map(Generation::of),
+        next_fingerprint: row.next_fingerprint,
+        next_reason: row.next_reason,
+        is_paused: row.desired_state == State::Paused.text(),
+        resumptions: row.resumptions,
         retries: Vec::new(),
         skips: BTreeSet::new(),
     };
-    (name, desired)
+    (row.name, desired)
 }

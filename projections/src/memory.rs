@@ -12,7 +12,9 @@ use lru::LruCache;
 
 /// Memory for the keys that were ever written: some eight million of them. When there are more, rows
 /// that may be there are read again.
-const WRITTEN_BYTES_MAX: usize = 16 << 20;
+const WRITTEN_BYTES_MAX: usize = 32 << 20;
+/// Keys that there is memory for from the first one on.
+const WRITTEN_EXPECTED: usize = 1 << 16;
 
 /// See the module.
 pub(crate) struct RowMemory<R: Row> {
@@ -30,7 +32,7 @@ impl<R: Row> RowMemory<R> {
         // Grows with what is remembered: one that is made with a limit takes memory for all of it.
         let mut rows = LruCache::unbounded();
         rows.resize(rows_max);
-        Self { rows, from_start, written: Filter::default() }
+        Self { rows, from_start, written: Filter::expecting(WRITTEN_EXPECTED) }
     }
 
     /// The row of this key, which events of the partition touch, or that there is none; `None` when
@@ -50,7 +52,7 @@ impl<R: Row> RowMemory<R> {
             self.written.add(&key);
             if self.written.bytes() > WRITTEN_BYTES_MAX {
                 self.from_start.clear();
-                self.written = Filter::default();
+                self.written = Filter::expecting(WRITTEN_EXPECTED);
             }
         }
         if self.rows.len() < self.rows.cap().get() {

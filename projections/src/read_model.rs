@@ -114,30 +114,31 @@ struct ModelWork<'w, M: ReadModel> {
 /// An event, and one row that it touches.
 type Touch<'w, M> = (&'w Key<M>, &'w Recorded<<M as ReadModel>::Event>);
 
+/// Some of a round's rows, each with its place among them, in their order.
+type Placed<T> = Vec<(usize, T)>;
+
 /// An event and the rows it touches, each once.
 struct Touched<M: ReadModel> {
     event: Recorded<M::Event>,
     keys: Vec<Key<M>>,
 }
 
-/// What a round does to the table.
-struct Changes<R: Row> {
-    inserts: Vec<R>,
-    updates: Vec<R>,
-    deletes: Vec<R::Key>,
+/// What a round does to one row.
+enum Change<R: Row> {
+    Insert(R),
+    Update(R),
+    Delete(R::Key),
+    Nothing,
 }
 
-impl<R: Row> Changes<R> {
+impl<R: Row> Change<R> {
     fn remember(&self, memory: &mut RowMemory<R>) {
-        self.inserts.iter().for_each(|row| memory.inserted(row));
-        self.updates.iter().for_each(|row| memory.updated(row));
-        self.deletes.iter().for_each(|key| memory.deleted(key));
-    }
-
-    async fn write(self, table: &Table, tx: &mut Transaction<'_>) -> Result<(), sqlx::Error> {
-        let values = |rows: Vec<R>| rows.into_iter().map(Row::into_values).collect();
-        table.write(tx, values(self.inserts), values(self.updates)).await?;
-        table.delete(tx, self.deletes.into_iter().map(ColumnValue::into_value).collect()).await
+        match self {
+            Self::Insert(row) => memory.inserted(row),
+            Self::Update(row) => memory.updated(row),
+            Self::Delete(key) => memory.deleted(key),
+            Self::Nothing => {}
+        }
     }
 }
 
@@ -159,27 +160,17 @@ impl<'w, M: ReadModel> ModelWork<'w, M> {
         self.touches.chunk_by(|(one, _), (other, _)| one == other)
     }
 
-    /// Each row as it is now, if it is there: what is not remembered is read.
+    /// The rows that are there now: what is not remembered is read.
     async fn load(
         &self,
         table: &Table,
         target: Target<'_>,
         tx: &mut Transaction<'_>,
-        mut memory: Option<&mut RowMemory<M::Row>>,
-    ) -> Result<Vec<Option<M::Row>>, ApplyError> {
-        let (mut rows, mut unknown) = (Vec::new(), Vec::new());
-        for touches in self.rows() {
-            let (key, event) = touches[0];
-            let recall =
-                |memory: &mut RowMemory<M::Row>| memory.recall(event.position.partition, key);
-            let recalled = memory.as_deref_mut().and_then(recall);
-            if recalled.is_none() {
-                unknown.push((rows.len(), key));
-            }
-            rows.push(recalled.flatten());
-        }
+        memory: Option<&mut RowMemory<M::Row>>,
+    ) -> Result<Placed<M::Row>, ApplyError> {
+        let (mut there, unknown) = self.recall(memory);
         if unknown.is_empty() {
-            return Ok(rows);
+            return Ok(there);
         }
         let keys = unknown.iter().map(|(_, key)| (*key).clone().into_value()).collect();
         let mut loaded = HashMap::with_capacity(unknown.len());
@@ -188,60 +179,117 @@ impl<'w, M: ReadModel> ModelWork<'w, M> {
             let row = row.map_err(|bad| Fault::somewhere(format!("{}: {bad}", target.name)))?;
             loaded.insert(row.key(), row);
         }
-        for (nth, key) in unknown {
-            rows[nth] = loaded.remove(key);
-        }
-        Ok(rows)
+        there.extend(unknown.into_iter().filter_map(|(nth, key)| Some((nth, loaded.remove(key)?))));
+        there.sort_unstable_by_key(|(nth, _)| *nth);
+        Ok(there)
     }
 
-    /// What becomes of the rows, given in the order of [`rows`](Self::rows).
-    fn fold(&self, before: Vec<Option<M::Row>>) -> Result<Changes<M::Row>, Fault> {
-        let mut changes = Changes { inserts: Vec::new(), updates: Vec::new(), deletes: Vec::new() };
-        for (touches, before) in self.rows().zip(before) {
-            let mut row = before.clone();
-            for (key, event) in touches {
-                // The row is gone after a panic, and with it the whole round.
-                let folded = catch_unwind(AssertUnwindSafe(|| M::fold(key, row.take(), event)));
-                row = folded.map_err(|panic| fault_at(event, &panic_text(&*panic)))?;
-                if row.as_ref().is_some_and(|row| row.key() != **key) {
-                    return Err(fault_at(event, "fold gave a row of another key"));
-                }
-            }
-            match (before, row) {
-                (None, Some(row)) => changes.inserts.push(row),
-                (Some(before), Some(row)) if before != row => changes.updates.push(row),
-                (Some(before), None) => changes.deletes.push(before.key()),
-                _ => {}
+    /// The rows that are remembered to be there, and the keys of those of which nothing is known.
+    fn recall(&self, memory: Option<&mut RowMemory<M::Row>>) -> (Placed<M::Row>, Placed<&Key<M>>) {
+        let keys = self.rows().map(|touches| touches[0]).enumerate();
+        let Some(memory) = memory else {
+            return (Vec::new(), keys.map(|(nth, (key, _))| (nth, key)).collect());
+        };
+        let (mut there, mut unknown) = (Vec::new(), Vec::new());
+        for (nth, (key, event)) in keys {
+            match memory.recall(event.position.partition, key) {
+                Some(row) => there.extend(row.map(|row| (nth, row))),
+                None => unknown.push((nth, key)),
             }
         }
-        Ok(changes)
+        (there, unknown)
     }
+
+    /// Folds the rows, of which those are there, and writes them.
+    async fn write(
+        &self,
+        table: &Table,
+        tx: &mut Transaction<'_>,
+        there: Placed<M::Row>,
+        mut memory: Option<&mut RowMemory<M::Row>>,
+    ) -> Result<(), ApplyError> {
+        let new = self.rows().count() - there.len();
+        let mut inserts = table.inserts(tx, new).await?;
+        let (mut updates, mut deletes) = (Vec::new(), Vec::new());
+        let mut there = there.into_iter().peekable();
+        for (nth, touches) in self.rows().enumerate() {
+            let before = there.next_if(|(place, _)| *place == nth).map(|(_, row)| row);
+            let change = match fold::<M>(touches, before) {
+                Ok(change) => change,
+                Err(fault) => {
+                    inserts.abort().await?;
+                    return Err(fault.into());
+                }
+            };
+            if let Some(memory) = memory.as_deref_mut() {
+                change.remember(memory);
+            }
+            match change {
+                Change::Insert(row) => inserts.add(row.into_values()).await?,
+                Change::Update(row) => updates.push(row.into_values()),
+                Change::Delete(key) => deletes.push(key.into_value()),
+                Change::Nothing => {}
+            }
+        }
+        let mut rows = inserts.finish().await?;
+        rows.append(&mut updates);
+        table.upsert(tx, rows).await?;
+        Ok(table.delete(tx, deletes).await?)
+    }
+}
+
+/// What becomes of a row.
+fn fold<M: ReadModel>(
+    touches: &[Touch<'_, M>],
+    before: Option<M::Row>,
+) -> Result<Change<M::Row>, Fault> {
+    let mut row = before.clone();
+    for (key, event) in touches {
+        // The row is gone after a panic, and with it the whole round.
+        let folded = catch_unwind(AssertUnwindSafe(|| M::fold(key, row.take(), event)));
+        row = folded.map_err(|panic| fault_at(event, &panic_text(&*panic)))?;
+        if row.as_ref().is_some_and(|row| row.key() != **key) {
+            return Err(fault_at(event, "fold gave a row of another key"));
+        }
+    }
+    Ok(match (before, row) {
+        (None, Some(row)) => Change::Insert(row),
+        (Some(before), Some(row)) if before != row => Change::Update(row),
+        (Some(before), None) => Change::Delete(before.key()),
+        _ => Change::Nothing,
+    })
 }
 
 /// The events of a batch with the rows they touch, up to the first that cannot be read.
 fn touched<M: ReadModel>(batch: &Batch) -> Result<Vec<Touched<M>>, Fault> {
     let mut events = Vec::with_capacity(batch.events.len());
     for recorded in &batch.events {
-        // A panic leaves nothing behind: all it has is a shared borrow.
-        let read = catch_unwind(AssertUnwindSafe(|| touched_by::<M>(recorded)));
+        // A panic leaves nothing behind: an event is added whole, as the last thing done.
+        let read = catch_unwind(AssertUnwindSafe(|| touch(recorded, &mut events)));
         let read = read.unwrap_or_else(|panic| Err(Fault::at(recorded, panic_text(&*panic))));
         match read {
             Err(_) if mutant::active(Mutant::SkipUnreadable) => {}
-            read => events.extend(read?),
+            read => read?,
         }
     }
     Ok(events)
 }
 
-/// `None` when it touches no row.
-fn touched_by<M: ReadModel>(recorded: &RecordedEvent) -> Result<Option<Touched<M>>, Fault> {
+/// Adds the event, if it touches a row.
+fn touch<M: ReadModel>(
+    recorded: &RecordedEvent,
+    events: &mut Vec<Touched<M>>,
+) -> Result<(), Fault> {
     let decoded = decode::<M::Event>(recorded);
     let decoded = decoded.map_err(|unreadable| Fault::at(recorded, unreadable.error))?;
-    let Some(event) = decoded else { return Ok(None) };
+    let Some(event) = decoded else { return Ok(()) };
     let mut keys = M::keys(&event);
     keys.sort_unstable();
     keys.dedup();
-    Ok((!keys.is_empty()).then_some(Touched { event, keys }))
+    if !keys.is_empty() {
+        events.push(Touched { event, keys });
+    }
+    Ok(())
 }
 
 #[async_trait]
@@ -260,12 +308,8 @@ impl<M: ReadModel> Work for ModelWork<'_, M> {
         if M::SHARED && !mutant::active(Mutant::SharedRowsUnlocked) {
             lock(target, tx).await?;
         }
-        let before = self.load(&table, target, tx, memory.as_deref_mut()).await?;
-        let changes = self.fold(before)?;
-        if let Some(memory) = memory {
-            changes.remember(memory);
-        }
-        Ok(changes.write(&table, tx).await?)
+        let there = self.load(&table, target, tx, memory.as_deref_mut()).await?;
+        self.write(&table, tx, there, memory).await
     }
 }
 

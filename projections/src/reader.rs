@@ -14,9 +14,8 @@ use tokio::task::JoinHandle;
 use crate::handler::Handler;
 use crate::projection::{Part, ProjectionBatch};
 
-/// Messages read ahead of the worker: with batches of 500 events as many as a rebuild takes in one
-/// transaction.
-const READ_AHEAD_MESSAGES_MAX: usize = 40;
+/// Messages read ahead of the worker at least.
+const READ_AHEAD_MESSAGES_MIN: usize = 40;
 /// Shortest wait before an unavailable source is asked again.
 const SOURCE_WAIT_MIN: Duration = Duration::from_millis(10);
 /// Longest wait before an unavailable source is asked again, whatever it says.
@@ -118,14 +117,15 @@ impl Drop for Reader {
 }
 
 impl Reader {
-    /// Reads ahead of the worker, and decodes for it, until about so many bytes of payloads wait.
+    /// Reads ahead of the worker, and decodes for it, until so many messages or about so many bytes of
+    /// payloads wait.
     pub(crate) fn new(
         subscription: Box<dyn Subscription>,
         handler: Arc<dyn Handler>,
-        bytes_max: usize,
+        (messages_max, bytes_max): (usize, usize),
         clock: Arc<dyn Clock>,
     ) -> Self {
-        let (sender, received) = mpsc::channel(READ_AHEAD_MESSAGES_MAX);
+        let (sender, received) = mpsc::channel(messages_max.max(READ_AHEAD_MESSAGES_MIN));
         let (requests, asked) = mpsc::channel(1);
         let ahead = Arc::new(Ahead::default());
         let pump = Pump { subscription, handler, requests: asked, ahead: ahead.clone(), bytes_max };

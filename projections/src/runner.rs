@@ -297,11 +297,9 @@ impl Runner {
             Database::Postgres(_) => SOURCE_BATCH_EVENTS,
             Database::Sqlite(_) => SOURCE_BATCH_EVENTS_SQLITE,
         };
-        let batch_events_max = source_max.min(self.configured_events_max());
-        self.events_max = match self.context.database {
-            Database::Postgres(_) => self.configured_events_max(),
-            Database::Sqlite(_) => batch_events_max,
-        };
+        let round_events_max = self.configured_events_max();
+        let batch_events_max = source_max.min(round_events_max);
+        self.events_max = batch_events_max;
         let mut attempt = 0;
         loop {
             // A generation has readers of its own: the next one begins where the log begins.
@@ -316,12 +314,10 @@ impl Runner {
                     self.consumer = subscription.consumer();
                     self.retake_at = None;
                     let Context { config, clock, .. } = &self.context;
-                    return Ok(Reader::new(
-                        subscription,
-                        self.handler.clone(),
-                        config.batch_bytes_max,
-                        clock.clone(),
-                    ));
+                    // What the next round may take.
+                    let ahead = (round_events_max / batch_events_max, config.batch_bytes_max);
+                    let (handler, clock) = (self.handler.clone(), clock.clone());
+                    return Ok(Reader::new(subscription, handler, ahead, clock));
                 }
                 Err(error) => {
                     attempt += 1;

@@ -20,6 +20,8 @@ const TICK: Duration = Duration::from_millis(500);
 
 /// How far behind the end of the log a generation is that can catch up while the live one waits.
 const SWITCH_LAG_MAX: u64 = 10_000;
+/// One that comes as near as this is switched to at once, not at the next attempt.
+const SWITCH_LAG_NEAR: u64 = 1_000;
 
 /// A runner under way.
 struct Running {
@@ -117,8 +119,7 @@ impl Supervisor {
                     }
                 }
                 Ok(()) = self.all_desired.changed() => {}
-                // At once when it has caught up. One that never was behind may not be told yet what
-                // there is to read.
+                // One that never was behind may not be told yet what there is to read.
                 Ok(_) = status.wait_for(|status| !next_is_behind(status)), if is_behind => {}
                 () = clock.sleep(TICK) => {}
             }
@@ -290,7 +291,7 @@ impl Supervisor {
 }
 
 fn next_is_behind(status: &ProjectionStatus) -> bool {
-    let is_behind = |next: &ProjectionStatus| next.lag_records() > SWITCH_LAG_MAX;
+    let is_behind = |next: &ProjectionStatus| next.lag_records() > SWITCH_LAG_NEAR;
     status.next.as_deref().is_some_and(is_behind)
 }
 

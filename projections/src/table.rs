@@ -109,26 +109,37 @@ impl Table {
         }
     }
 
+    /// Takes about so many rows that are not there yet; on PostgreSQL many, as a worker that is behind
+    /// has them, go by COPY while the next ones are made.
+    pub(crate) async fn inserts<'t>(
+        &'t self,
+        tx: &'t mut Transaction<'_>,
+        about: usize,
+    ) -> Result<Inserts<'t>, sqlx::Error> {
+        match tx {
+            Transaction::Postgres(connection) if about >= COPY_ROWS_MIN => {
+                let width = i16::try_from(self.columns.len()).expect("the definition was checked");
+                let sql = self.postgres.copy.as_str();
+                let copy = CopyRows::begin(connection, sql, width).await?;
+                Ok(Inserts::Copy(copy, self.columns))
+            }
+            _ => Ok(Inserts::Kept(Vec::with_capacity(about))),
+        }
+    }
+
     /// Inserts the rows that are not there and replaces those that are, in as few statements as can
-    /// be; on PostgreSQL many new ones, as a worker that is behind has them, by COPY.
-    pub(crate) async fn write(
+    /// be.
+    pub(crate) async fn upsert(
         &self,
         tx: &mut Transaction<'_>,
-        mut inserts: Vec<Vec<Value>>,
-        updates: Vec<Vec<Value>>,
+        rows: Vec<Vec<Value>>,
     ) -> Result<(), sqlx::Error> {
-        if let Transaction::Postgres(connection) = tx
-            && inserts.len() >= COPY_ROWS_MIN
-        {
-            self.copy(connection, std::mem::take(&mut inserts)).await?;
-        }
-        inserts.extend(updates);
-        if inserts.is_empty() {
+        if rows.is_empty() {
             return Ok(());
         }
         match tx {
-            Transaction::Postgres(connection) => self.upsert_postgres(connection, inserts).await,
-            Transaction::Sqlite(connection) => self.upsert_sqlite(connection, inserts).await,
+            Transaction::Postgres(connection) => self.upsert_postgres(connection, rows).await,
+            Transaction::Sqlite(connection) => self.upsert_sqlite(connection, rows).await,
         }
     }
 
@@ -179,23 +190,6 @@ impl Table {
     pub(crate) fn sqlite_values(&self, row: &SqliteRow) -> Result<Vec<Value>, sqlx::Error> {
         let columns = self.columns.iter().enumerate();
         columns.map(|(index, column)| from_sqlite(row, index, column)).collect()
-    }
-
-    /// Inserts rows of which none is there.
-    async fn copy(
-        &self,
-        connection: &mut PgConnection,
-        rows: Vec<Vec<Value>>,
-    ) -> Result<(), sqlx::Error> {
-        let width = i16::try_from(self.columns.len()).expect("the definition was checked");
-        let mut copy = CopyRows::begin(connection, self.postgres.copy.as_str(), width).await?;
-        for row in rows {
-            copy.row().await?;
-            for (column, value) in self.columns.iter().zip(row) {
-                copy_field(&mut copy, column, value)?;
-            }
-        }
-        copy.finish().await
     }
 
     async fn upsert_postgres(
@@ -288,6 +282,44 @@ impl Table {
             query.execute(&mut *connection).await?;
         }
         Ok(())
+    }
+}
+
+/// Rows on their way into a table that has none of them. They are there when it is finished.
+pub(crate) enum Inserts<'t> {
+    Copy(CopyRows<'t>, &'static [Column]),
+    /// Too few for COPY, or there is none.
+    Kept(Vec<Vec<Value>>),
+}
+
+impl Inserts<'_> {
+    pub(crate) async fn add(&mut self, row: Vec<Value>) -> Result<(), sqlx::Error> {
+        match self {
+            Self::Kept(rows) => rows.push(row),
+            Self::Copy(copy, columns) => {
+                copy.row().await?;
+                for (column, value) in columns.iter().zip(row) {
+                    copy_field(copy, column, value)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Answers the rows that are still to be written.
+    pub(crate) async fn finish(self) -> Result<Vec<Vec<Value>>, sqlx::Error> {
+        match self {
+            Self::Kept(rows) => Ok(rows),
+            Self::Copy(copy, _) => copy.finish().await.map(|()| Vec::new()),
+        }
+    }
+
+    /// Gives them up; the transaction can only be rolled back.
+    pub(crate) async fn abort(self) -> Result<(), sqlx::Error> {
+        match self {
+            Self::Kept(_) => Ok(()),
+            Self::Copy(copy, _) => copy.abort().await,
+        }
     }
 }
 

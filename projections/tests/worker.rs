@@ -37,6 +37,7 @@ on_both!(
     a_source_that_is_away_is_waited_for,
     another_log_under_the_same_name_is_refused,
     a_backlog_is_applied_in_large_batches,
+    batches_grow_while_transactions_are_short,
     what_was_waited_for_is_always_there,
     a_wait_sees_the_progress_of_another_process,
     a_wait_for_nothing_ends,
@@ -346,12 +347,17 @@ async fn everything_before_the_event_at_fault_is_applied(database: &TestDatabase
     for n in 0..300 {
         orders.place(&format!("later{n}"), "c1", 1).await;
     }
-    let projections = worker(&orders, database).with(Poisoned).spawn();
-    let reason = stopped(&projections, Poisoned::NAME).await;
+    // One row, and a row a stream, many of them new in one batch.
+    let projections = worker(&orders, database).with(Poisoned).with(StreamTotals).spawn();
     assert_eq!(last.offset, Offset(779));
-    assert!(reason.contains("event 0:778 "), "{reason}");
+    for name in [Poisoned::NAME, StreamTotals::NAME] {
+        let reason = stopped(&projections, name).await;
+        assert!(reason.contains("event 0:778 "), "{reason}");
+    }
     assert_eq!(database.number("SELECT orders FROM poisoned").await, 777);
-    assert_eq!(database.number("SELECT next_offset FROM kafold_checkpoint").await, 777);
+    assert_eq!(database.number("SELECT COUNT(*) FROM stream_totals").await, 777);
+    let elsewhere = "SELECT COUNT(*) FROM kafold_checkpoint WHERE next_offset <> 777";
+    assert_eq!(database.number(elsewhere).await, 0);
 }
 
 async fn a_handler_that_fails_for_a_while_is_tried_again(database: &TestDatabase) {
@@ -433,6 +439,27 @@ async fn a_backlog_is_applied_in_large_batches(database: &TestDatabase) {
     orders.place("last", "c1", 1).await;
     applied(&projections, &orders, "ledger").await;
     assert_eq!(*ledger.batches(), [1]);
+}
+
+async fn batches_grow_while_transactions_are_short(database: &TestDatabase) {
+    let orders = Orders::new(1);
+    for n in 0..5_000 {
+        orders.place(&n.to_string(), "c1", 1).await;
+    }
+    let config = ProjectionConfig {
+        sqlite_batch_events_max: 5_000,
+        // An eighth of it is the most on PostgreSQL.
+        transaction_timeout: Duration::from_secs(2),
+        sqlite_transaction_max: Duration::from_millis(250),
+        ..quick()
+    };
+    // A thousand take 200 ms at least, and more than half of the time: no batch is larger after that.
+    let ledger = Ledger { event_takes: Duration::from_micros(200), ..Ledger::default() };
+    let projections = worker(&orders, database).config(config);
+    let projections = projections.with_projection(ledger.clone()).spawn();
+    applied(&projections, &orders, "ledger").await;
+    let batches = std::mem::take(&mut *ledger.batches());
+    assert!(batches.iter().all(|count| *count <= 1_000), "{batches:?}");
 }
 
 async fn what_was_waited_for_is_always_there(database: &TestDatabase) {

@@ -29,7 +29,7 @@ const REBUILD_GOAL: f64 = 0.6;
 /// Events of one transaction, of ours by default and of the baseline.
 const POSTGRES_BATCH: usize = 5_000;
 const SQLITE_BATCH: usize = 1_000;
-const REBUILD_BATCH: usize = 20_000;
+const REBUILD_BATCH: usize = 50_000;
 /// Bytes that one part of a COPY has.
 const COPY_PART_BYTES: usize = 1 << 20;
 

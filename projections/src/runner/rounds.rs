@@ -20,6 +20,8 @@ use crate::worker::Context;
 
 /// How many times longer transactions on SQLite may take where the log is on Kafka.
 const LOG_ELSEWHERE: u32 = 10;
+/// Which part of their timeout transactions on PostgreSQL may take.
+const TIMEOUT_SHARE: u32 = 8;
 
 impl Runner {
     /// Applies a round, in halves when it fails, down to the batch at fault.
@@ -276,20 +278,25 @@ impl Runner {
         }
     }
 
-    /// Keeps transactions on SQLite within their time: the log's writer waits for them, if the log is in
-    /// the file, else other projections only.
+    /// Keeps transactions within their time: rounds shrink when one took longer, and grow while there is
+    /// room.
     fn adapt(&mut self, held: Duration) {
-        if matches!(self.context.database, Database::Postgres(_)) {
-            return;
-        }
-        let limit = match &self.consumer {
-            None => self.context.config.sqlite_transaction_max,
-            Some(_) => self.context.config.sqlite_transaction_max * LOG_ELSEWHERE,
-        };
+        let limit = self.transaction_max();
         if held > limit {
             self.events_max = (self.events_max / 2).max(1);
         } else if held < limit / 2 {
             self.events_max = (self.events_max * 2).min(self.configured_events_max());
+        }
+    }
+
+    /// On SQLite the log's writer waits for transactions, if the log is in the file, else other
+    /// projections only. On PostgreSQL nobody does, but a round that times out would do so again.
+    fn transaction_max(&self) -> Duration {
+        let config = &self.context.config;
+        match (&self.context.database, &self.consumer) {
+            (Database::Postgres(_), _) => config.transaction_timeout / TIMEOUT_SHARE,
+            (Database::Sqlite(_), None) => config.sqlite_transaction_max,
+            (Database::Sqlite(_), Some(_)) => config.sqlite_transaction_max * LOG_ELSEWHERE,
         }
     }
 

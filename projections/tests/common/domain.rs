@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::fmt::Debug;
 use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::Duration;
 
 use async_trait::async_trait;
 use chrono::{DateTime, NaiveDate, Utc};
@@ -22,7 +23,7 @@ use kafold_projections::{
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
-use super::Dice;
+use super::{Dice, a_while};
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, DomainEvent)]
 pub(crate) enum OrderEvent {
@@ -193,6 +194,8 @@ pub(crate) struct Ledger {
     pub(crate) failures: Arc<AtomicU32>,
     /// How many events each batch had.
     pub(crate) batches: Arc<Mutex<Vec<usize>>>,
+    /// How long an event takes at least.
+    pub(crate) event_takes: Duration,
 }
 
 impl Ledger {
@@ -238,6 +241,7 @@ impl Projection for Ledger {
         tx: &mut Transaction<'_>,
     ) -> Result<(), HandlerError> {
         self.batches().push(batch.count());
+        a_while(self.event_takes * batch.count() as u32).await;
         let table = generation.table("ledger");
         let sql = format!("INSERT INTO {table} (position, type) VALUES ($1, $2)");
         for event in batch.events() {
