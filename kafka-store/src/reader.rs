@@ -240,7 +240,7 @@ impl<T: Decode> Reading<T> {
     fn run(mut self, inbox: &Receiver<Command<T>>) {
         let mut more = false;
         while self.take_commands(inbox, more) {
-            more = self.fetch();
+            more = self.is_asked() && self.fetch();
             self.answer();
             self.let_go_of_idle();
         }
@@ -346,6 +346,12 @@ impl<T: Decode> Reading<T> {
         if let Err(error) = self.consumer.incremental_unassign(&list) {
             tracing::debug!(%partition, %error, "unassign");
         }
+    }
+
+    /// Whether somebody waits for records that are not here yet. Else they stay with the client, which
+    /// fetches no more than it has room for; what is taken from it beyond the room here is fetched again.
+    fn is_asked(&self) -> bool {
+        self.partitions.values().any(|fetching| fetching.request.is_some())
     }
 
     /// Takes what the client has fetched; whether there may be more.
