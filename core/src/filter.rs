@@ -2,11 +2,12 @@
 
 use std::hash::{DefaultHasher, Hash, Hasher};
 
-/// Bits for each item, and how many of them are set: of a million that were never added, a few are
-/// taken for one that may have been.
-const ITEM_BITS: usize = 32;
-const HASHES: usize = 12;
-/// Items of the first part, unless many are expected; each part is twice the one before, up to a size.
+/// Bits for each item of a small filter: of a thousand that were never added, one or two are taken for
+/// one that may have been.
+const ITEM_BITS: usize = 16;
+/// And of one for many items: a few of a million are.
+const MANY_ITEM_BITS: usize = 32;
+/// Items of the first part of a small one; each part is twice the one before, up to a size.
 const PART_ITEMS_MIN: usize = 128;
 const PART_ITEMS_MAX: usize = PART_ITEMS_MIN << 16;
 
@@ -14,13 +15,15 @@ const PART_ITEMS_MAX: usize = PART_ITEMS_MIN << 16;
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Filter {
     parts: Vec<Part>,
+    item_bits: usize,
     /// Items of the next part.
     next_items: usize,
 }
 
+/// A small one, which is seldom wrong.
 impl Default for Filter {
     fn default() -> Self {
-        Self::expecting(PART_ITEMS_MIN)
+        Self { parts: Vec::new(), item_bits: ITEM_BITS, next_items: PART_ITEMS_MIN }
     }
 }
 
@@ -38,18 +41,18 @@ struct Part {
 struct Line([u64; 8]);
 
 impl Filter {
-    /// Empty, and with memory for about so many items as soon as there is one: look-ups in fewer parts
-    /// are faster.
-    pub fn expecting(items: usize) -> Self {
+    /// One that is hardly ever wrong, and has memory for about so many items as soon as there is one:
+    /// look-ups in few parts are faster.
+    pub fn of_many(items: usize) -> Self {
         let next_items = items.clamp(PART_ITEMS_MIN, PART_ITEMS_MAX).next_power_of_two();
-        Self { parts: Vec::new(), next_items }
+        Self { parts: Vec::new(), item_bits: MANY_ITEM_BITS, next_items }
     }
 
     /// Adds an item.
     pub fn add(&mut self, item: &impl Hash) {
         if self.parts.last().is_none_or(|part| part.room == 0) {
             let room = self.next_items;
-            let lines = room * ITEM_BITS / (size_of::<Line>() * 8);
+            let lines = room * self.item_bits / (size_of::<Line>() * 8);
             self.parts.push(Part { lines: vec![Line::default(); lines].into(), room });
             self.next_items = (2 * room).min(PART_ITEMS_MAX);
         }
@@ -57,7 +60,7 @@ impl Filter {
             part.room -= 1;
             let hash = hash_of(item);
             let nth = part.nth_line(hash);
-            for (word, bit) in bits(hash) {
+            for (word, bit) in bits(hash, self.item_bits) {
                 part.lines[nth].0[word] |= bit;
             }
         }
@@ -68,7 +71,7 @@ impl Filter {
         let hash = hash_of(item);
         self.parts.iter().any(|part| {
             let Line(words) = &part.lines[part.nth_line(hash)];
-            bits(hash).all(|(word, bit)| words[word] & bit != 0)
+            bits(hash, self.item_bits).all(|(word, bit)| words[word] & bit != 0)
         })
     }
 
@@ -91,13 +94,13 @@ fn hash_of(item: &impl Hash) -> u64 {
     hasher.finish()
 }
 
-/// The bits of an item in its line: word and bit within it. They depend on all of the hash, so that few
-/// of the items of one line share them.
-fn bits(hash: u64) -> impl Iterator<Item = (usize, u64)> {
+/// The bits of an item in its line, about as many as are best: word and bit within it. They depend on
+/// all of the hash, so that few of the items of one line share them.
+fn bits(hash: u64, item_bits: usize) -> impl Iterator<Item = (usize, u64)> {
     // Knuth's generator; its upper bits are the good ones.
     let step = |state: &u64| Some(state.wrapping_mul(0x5851_f42d_4c95_7f2d).wrapping_add(1));
     let states = std::iter::successors(step(&hash), step);
-    states.take(HASHES).map(|state| ((state >> 61) as usize, 1 << (state >> 55 & 63)))
+    states.take(item_bits * 3 / 8).map(|state| ((state >> 61) as usize, 1 << (state >> 55 & 63)))
 }
 
 #[cfg(test)]
@@ -114,14 +117,17 @@ mod tests {
 
     #[test]
     fn nothing_that_was_added_is_missed_and_little_else_is_taken_for_it() {
-        let mut filter = Filter::default();
-        assert!(!filter.may_hold(&command(0)) && filter.bytes() == 0);
-        for n in 0..20_000 {
-            filter.add(&command(n));
+        let few = (Filter::default(), 1_500, 20_000 * 4);
+        let many = (Filter::of_many(1_000), 10, 20_000 * 8);
+        for (mut filter, wrong_max, bytes_max) in [few, many] {
+            assert!(!filter.may_hold(&command(0)) && filter.bytes() == 0);
+            for n in 0..20_000 {
+                filter.add(&command(n));
+            }
+            assert!((0..20_000).all(|n| filter.may_hold(&command(n))));
+            let wrong = (20_000..120_000).filter(|n| filter.may_hold(&command(*n))).count();
+            assert!(wrong < wrong_max, "{wrong} of 100 000");
+            assert!(filter.bytes() < bytes_max, "{} bytes", filter.bytes());
         }
-        assert!((0..20_000).all(|n| filter.may_hold(&command(n))));
-        let wrong = (20_000..120_000).filter(|n| filter.may_hold(&command(*n))).count();
-        assert!(wrong < 10, "{wrong} of 100 000");
-        assert!(filter.bytes() < 20_000 * 8, "{} bytes", filter.bytes());
     }
 }

@@ -32,7 +32,7 @@ impl<R: Row> RowMemory<R> {
         // Grows with what is remembered: one that is made with a limit takes memory for all of it.
         let mut rows = LruCache::unbounded();
         rows.resize(rows_max);
-        Self { rows, from_start, written: Filter::expecting(WRITTEN_EXPECTED) }
+        Self { rows, from_start, written: Filter::of_many(WRITTEN_EXPECTED) }
     }
 
     /// The row of this key, which events of the partition touch, or that there is none; `None` when
@@ -52,7 +52,7 @@ impl<R: Row> RowMemory<R> {
             self.written.add(&key);
             if self.written.bytes() > WRITTEN_BYTES_MAX {
                 self.from_start.clear();
-                self.written = Filter::expecting(WRITTEN_EXPECTED);
+                self.written = Filter::of_many(WRITTEN_EXPECTED);
             }
         }
         if self.rows.len() < self.rows.cap().get() {
