@@ -232,7 +232,7 @@ impl<'w, M: ReadModel> ModelWork<'w, M> {
             }
         }
         let mut rows = inserts.finish().await?;
-        rows.append(&mut updates);
+        rows.extend(updates);
         table.upsert(tx, rows).await?;
         Ok(table.delete(tx, deletes).await?)
     }

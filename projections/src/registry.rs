@@ -24,7 +24,7 @@ const SWITCH_HOLD_MAX: Duration = Duration::from_secs(2);
 const SWITCH_POLL: Duration = Duration::from_millis(10);
 /// How many records of a partition a build may be behind the live generation for it to be held up, or
 /// behind the end of the log to take the place of one that has stopped.
-const SWITCH_LAG_MAX: i64 = 1_000;
+pub(crate) const SWITCH_LAG_MAX: i64 = 1_000;
 /// How long a change of views or tables waits for queries that are under way; then it is tried again.
 const SWITCH_LOCK_TIMEOUT: &str = "SET LOCAL lock_timeout = '2s'";
 
