@@ -5,9 +5,17 @@ use sqlx::postgres::{PgArgumentBuffer, PgCopyIn};
 use sqlx::{Encode, PgConnection, Postgres};
 
 /// Bytes of rows that are sent at a time.
-const CHUNK_BYTES: usize = 1 << 16;
-/// PostgreSQL's manual, COPY, binary format: signature, no flags, no extension.
+const PART_BYTES: usize = 1 << 17;
+/// Least bytes of the last part, more than any segment has.
+///
+/// Behind it only a few bytes tell the end, and sqlx 0.9.0 leaves Nagle's algorithm on
+/// (transact-rs/sqlx#4335): they stay back until the server has acknowledged the part, which a part of
+/// less than a segment is only 40 ms later.
+const LAST_BYTES_MIN: usize = 1 << 16;
+/// PostgreSQL's manual, COPY, binary format: signature, no flags, an extension of no bytes.
 const HEADER: [u8; 19] = *b"PGCOPY\n\xff\r\n\0\0\0\0\0\0\0\0\0";
+/// Where the header tells the length of its extension, which the server skips.
+const EXTENSION: std::ops::Range<usize> = 15..19;
 const END: [u8; 2] = (-1_i16).to_be_bytes();
 /// The length of NULL.
 const NULL: [u8; 4] = (-1_i32).to_be_bytes();
@@ -34,9 +42,9 @@ impl<'c> CopyRows<'c> {
 
     /// Begins a row; its fields follow in the order of the columns.
     pub(crate) async fn row(&mut self) -> Result<(), sqlx::Error> {
-        if self.buffer.len() >= CHUNK_BYTES {
-            self.copy.send(self.buffer.as_slice()).await?;
-            self.buffer.clear();
+        if self.buffer.len() >= PART_BYTES + LAST_BYTES_MIN {
+            self.copy.send(&self.buffer[..PART_BYTES]).await?;
+            self.buffer.drain(..PART_BYTES);
         }
         self.buffer.extend(self.width.to_be_bytes());
         Ok(())
@@ -61,6 +69,7 @@ impl<'c> CopyRows<'c> {
     /// Ends it: now PostgreSQL tells what is wrong with any of the rows.
     pub(crate) async fn finish(mut self) -> Result<(), sqlx::Error> {
         self.buffer.extend(END);
+        lengthen(&mut self.buffer);
         self.copy.send(self.buffer.as_slice()).await?;
         self.copy.finish().await.map(drop)
     }
@@ -68,5 +77,30 @@ impl<'c> CopyRows<'c> {
     /// Gives it up; the transaction can only be rolled back.
     pub(crate) async fn abort(self) -> Result<(), sqlx::Error> {
         self.copy.abort("given up").await
+    }
+}
+
+/// Makes a COPY long enough that is nothing but its last part: by the header's extension.
+fn lengthen(copy: &mut Vec<u8>) {
+    let Some(missing @ 1..) = LAST_BYTES_MIN.checked_sub(copy.len()) else { return };
+    copy[EXTENSION].copy_from_slice(&(missing as u32).to_be_bytes());
+    copy.splice(EXTENSION.end..EXTENSION.end, std::iter::repeat_n(0, missing));
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_short_copy_is_made_long_enough_and_a_long_one_stays() {
+        let mut short = [&HEADER[..], b"rows"].concat();
+        lengthen(&mut short);
+        assert_eq!(short.len(), LAST_BYTES_MIN);
+        assert_eq!(short[..15], HEADER[..15]);
+        let extension = u32::from_be_bytes(short[EXTENSION].try_into().expect("four bytes"));
+        assert_eq!(short[EXTENSION.end + extension as usize..], *b"rows");
+        let mut long = vec![7; LAST_BYTES_MIN];
+        lengthen(&mut long);
+        assert_eq!(long, [7; LAST_BYTES_MIN]);
     }
 }

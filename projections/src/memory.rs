@@ -14,7 +14,7 @@ use lru::LruCache;
 /// that may be there are read again.
 const WRITTEN_BYTES_MAX: usize = 32 << 20;
 /// Keys that there is memory for from the first one on.
-const WRITTEN_EXPECTED: usize = 1 << 16;
+const WRITTEN_EXPECTED: usize = 1 << 18;
 
 /// See the module.
 pub(crate) struct RowMemory<R: Row> {

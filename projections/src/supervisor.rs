@@ -19,7 +19,7 @@ use crate::worker::Context;
 const TICK: Duration = Duration::from_millis(500);
 
 /// How far behind the end of the log a generation is that can catch up while the live one waits.
-const SWITCH_LAG_MAX: u64 = 10_000;
+pub(crate) const SWITCH_LAG_MAX: u64 = 10_000;
 /// One that comes as near as this is switched to at once, not at the next attempt: no partition of it is
 /// further behind than a switch takes.
 const SWITCH_LAG_NEAR: u64 = registry::SWITCH_LAG_MAX.unsigned_abs();

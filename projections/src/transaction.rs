@@ -58,6 +58,14 @@ impl OpenTransaction {
         })
     }
 
+    /// One whose commit PostgreSQL does not wait for the disk with: a server that crashes may have
+    /// forgotten it, with all that was committed after it, unless a later commit did wait.
+    pub(crate) async fn begin_forgettable(database: &Database) -> Result<Self, sqlx::Error> {
+        let Database::Postgres(database) = database else { return Self::begin(database).await };
+        let begin = "BEGIN; SET LOCAL synchronous_commit = off";
+        Ok(Self::Postgres(database.pool().begin_with(begin).await?))
+    }
+
     pub(crate) fn lend(&mut self) -> Transaction<'_> {
         match self {
             Self::Postgres(transaction) => Transaction::Postgres(transaction),

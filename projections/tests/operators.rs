@@ -6,15 +6,19 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
+use async_trait::async_trait;
 use common::domain::{
     CustomerTotals, Ledger, OrderDetails, Orders, POISON_CENTS, Poisoned, StreamTotals, Total,
+    placed,
 };
 use common::{Dice, TestDatabase};
 use kafold_core::testing::eventually;
 use kafold_core::{Position, StreamId};
+use kafold_projections::sqlx::AssertSqlSafe;
 use kafold_projections::{
-    By, Control, ControlError, FaultPolicy, Generation, OverviewState, ProjectionConfig,
-    ProjectionState, ProjectionStatus, ProjectionWorker, Projections, Query, ReadModel,
+    By, Control, ControlError, FaultPolicy, Generation, HandlerError, OverviewState, Projection,
+    ProjectionBatch, ProjectionConfig, ProjectionState, ProjectionStatus, ProjectionWorker,
+    Projections, Query, ReadModel, Transaction, sqlx,
 };
 
 on_both!(
@@ -34,6 +38,7 @@ on_both!(
     a_position_that_stops_a_projection_can_be_skipped,
     a_rebuild_takes_the_place_of_the_live_rows_while_writes_go_on,
     a_rebuild_goes_on_after_a_crash,
+    what_the_database_forgot_is_applied_again,
     an_aborted_rebuild_leaves_the_live_rows_alone,
     a_changed_definition_is_rebuilt_and_switched_to,
     a_rebuild_with_parked_streams_waits_for_the_operator,
@@ -398,6 +403,65 @@ async fn switched(projections: &Projections, name: &str, generation: Generation)
     .await;
 }
 
+/// Writes down whether its transactions wait for the disk.
+struct Durability;
+
+#[async_trait]
+impl Projection for Durability {
+    fn name(&self) -> &str {
+        "durability"
+    }
+
+    fn tables(&self) -> &[&str] {
+        &["durability"]
+    }
+
+    async fn setup(
+        &self,
+        generation: Generation,
+        tx: &mut Transaction<'_>,
+    ) -> Result<(), HandlerError> {
+        let sql = format!("CREATE TABLE {} (setting TEXT)", generation.table("durability"));
+        sqlx::query(AssertSqlSafe(sql)).execute(tx.postgres()?).await?;
+        Ok(())
+    }
+
+    async fn apply(
+        &self,
+        _: &ProjectionBatch,
+        generation: Generation,
+        tx: &mut Transaction<'_>,
+    ) -> Result<(), HandlerError> {
+        let table = generation.table("durability");
+        let sql = format!("INSERT INTO {table} SELECT current_setting('synchronous_commit')");
+        sqlx::query(AssertSqlSafe(sql)).execute(tx.postgres()?).await?;
+        Ok(())
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn only_a_rebuild_that_is_far_behind_does_not_wait_for_the_disk() {
+    let Some(database) = TestDatabase::postgres().await else { return };
+    let orders = Orders::new(2);
+    for stream in 0..40 {
+        let events: Vec<_> = (0..500).map(|cents| placed("c", cents)).collect();
+        orders.append(&format!("order-{stream}"), &events).await;
+    }
+    let projections = worker(&orders, &database).with_projection(Durability).spawn();
+    applied(&projections, &orders, "durability").await;
+    let forgettable = "SELECT COUNT(*) FROM durability WHERE setting = 'off'";
+    assert_eq!(database.number(forgettable).await, 0);
+    let next = control(&database).rebuild("durability", false, ME).await.expect("asked");
+    switched(&projections, "durability", next).await;
+    orders.place("after", "c", 1).await;
+    applied(&projections, &orders, "durability").await;
+    assert!(database.number(forgettable).await > 0);
+    let durable = "SELECT COUNT(*) FROM durability WHERE setting = 'on'";
+    assert!(database.number(durable).await > 1, "what is near the end, and what is live");
+    projections.shutdown().await;
+    database.remove().await;
+}
+
 async fn a_rebuild_takes_the_place_of_the_live_rows_while_writes_go_on(database: &TestDatabase) {
     let (orders, mut dice) = (Orders::new(6), Dice::new(3));
     let spawn = || {
@@ -475,6 +539,29 @@ async fn a_rebuild_goes_on_after_a_crash(database: &TestDatabase) {
     let projections = spawn();
     switched(&projections, CustomerTotals::NAME, next).await;
     applied(&projections, &orders, CustomerTotals::NAME).await;
+    orders.assert_equals_fold::<CustomerTotals>(&database.database).await;
+}
+
+async fn what_the_database_forgot_is_applied_again(database: &TestDatabase) {
+    let (orders, mut dice) = (Orders::new(3), Dice::new(10));
+    let projections = worker(&orders, database).with(CustomerTotals).spawn();
+    let mut more = async || {
+        for _ in 0..100 {
+            orders.append_random(&mut dice).await;
+        }
+        applied(&projections, &orders, CustomerTotals::NAME).await;
+    };
+    more().await;
+    database.run("CREATE TABLE rows_then AS SELECT * FROM customer_totals__g1").await;
+    database.run("CREATE TABLE places_then AS SELECT * FROM kafold_checkpoint").await;
+    more().await;
+    // As a server that crashed, or a replica that had not heard of the last commits.
+    database.run("DELETE FROM customer_totals__g1").await;
+    database.run("INSERT INTO customer_totals__g1 SELECT * FROM rows_then").await;
+    let back = "UPDATE kafold_checkpoint SET next_offset = t.next_offset, fold_state = t.fold_state \
+                FROM places_then t WHERE kafold_checkpoint.partition = t.partition";
+    database.run(back).await;
+    more().await;
     orders.assert_equals_fold::<CustomerTotals>(&database.database).await;
 }
 

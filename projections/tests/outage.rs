@@ -9,11 +9,14 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use common::domain::{CustomerTotals, Ledger, Orders};
+use common::domain::{CustomerTotals, Ledger, Orders, placed};
 use common::{Dice, TestDatabase, a_while, server};
 use kafold_core::store::{Health, ReadError};
 use kafold_core::testing::eventually;
-use kafold_projections::{ProjectionConfig, ProjectionWorker, Query, ReadModel};
+use kafold_projections::{
+    By, Control, ProjectionConfig, ProjectionStatus, ProjectionWorker, Projections, Query,
+    ReadModel,
+};
 
 const WAIT: Duration = Duration::from_secs(60);
 
@@ -57,6 +60,7 @@ async fn a_database_that_restarts_loses_and_skips_nothing() {
     let orders = Arc::new(Orders::new(6));
     let config = ProjectionConfig {
         retry_delay_max: Duration::from_millis(300),
+        rebuild_batch_events_max: 1_000,
         ..ProjectionConfig::default()
     };
     let projections =
@@ -105,7 +109,48 @@ async fn a_database_that_restarts_loses_and_skips_nothing() {
     let other = ProjectionWorker::new(Arc::new(orders.store.clone()), database.again().await);
     let written = orders.place("after", "c1", 1).await;
     other.spawn().wait_for(CustomerTotals::NAME, written, WAIT).await.expect("applied");
+    crash_during_a_rebuild(&own, &database, &orders, &projections).await;
     projections.shutdown().await;
     database.database.close().await;
     tokio::task::spawn_blocking(move || drop(own)).await.expect("it is down");
+}
+
+/// Most of its transactions do not wait for the disk, so that the server forgets some each time.
+async fn crash_during_a_rebuild(
+    own: &OwnServer,
+    database: &TestDatabase,
+    orders: &Orders,
+    projections: &Projections,
+) {
+    for stream in 0..200 {
+        let events: Vec<_> = (0..500).map(|cents| placed("c1", cents)).collect();
+        orders.append(&format!("order-large-{stream}"), &events).await;
+    }
+    for end in orders.ends().await {
+        projections.wait_for(CustomerTotals::NAME, end, WAIT).await.expect("applied");
+    }
+    let by = By { actor: "me", reason: Some("a test") };
+    let control = Control::new(database.database.clone());
+    let next = control.rebuild(CustomerTotals::NAME, false, by).await.expect("asked");
+    let status = || {
+        let mut all = projections.status().into_iter();
+        all.find(|status| status.name == CustomerTotals::NAME).expect("it is run here")
+    };
+    let mut seen = 0;
+    let mut crashes = 0;
+    while crashes < 3 && status().generation != next {
+        let done = |next: &ProjectionStatus| next.partitions.values().map(|p| p.next.0).sum();
+        eventually("it is further", async || {
+            let done: u64 = status().next.as_deref().map_or(0, done);
+            status().generation == next || done > seen + 5_000
+        })
+        .await;
+        seen = status().next.as_deref().map_or(seen, done);
+        own.dev("stop", &["--kill"]);
+        own.dev("start", &[]);
+        crashes += 1;
+    }
+    assert!(crashes > 1, "it was through before the second crash");
+    eventually("it is switched to", async || status().generation == next).await;
+    orders.assert_equals_fold::<CustomerTotals>(&database.database).await;
 }

@@ -172,7 +172,7 @@ pub(crate) fn on_disk() -> Result<&'static Path, Failure> {
 
 /// R6.
 pub async fn rebuild(bench: &Bench) -> Result<(), Failure> {
-    let events = bench.size.of(5_000, 100_000, 1_000_000);
+    let events = bench.size.of(5_000, 100_000, 2_000_000);
     let topic = Topic::fill(bench, events, events / 10).await?;
     let scratch = bench.servers.database().await?;
     let projections = topic.worker(Movements, &scratch.database).await?;

@@ -15,6 +15,7 @@ use crate::config::FaultPolicy;
 use crate::handler::{Fault, Memory, Target};
 use crate::projection::ProjectionBatch;
 use crate::status::ProjectionState;
+use crate::supervisor::SWITCH_LAG_MAX;
 use crate::transaction::OpenTransaction;
 use crate::worker::Context;
 
@@ -215,7 +216,10 @@ impl Runner {
             false => None,
         };
         let steps = self.steps(round);
-        let mut open = OpenTransaction::begin(database).await?;
+        let mut open = match self.is_forgettable(&steps) {
+            true => OpenTransaction::begin_forgettable(database).await?,
+            false => OpenTransaction::begin(database).await?,
+        };
         let begun = clock.instant();
         // What the next generation has applied, queries do not see.
         let is_told = self.role == Role::Live && (has_events || !aside.is_empty());
@@ -237,6 +241,13 @@ impl Runner {
         self.insert_parked(tx, aside).await?;
         open.commit().await?;
         Ok((steps, clock.instant().saturating_duration_since(begun)))
+    }
+
+    /// Whether a crash of the database may take these steps back: nobody reads the rows of a generation
+    /// that is too far behind to be switched to, and the switch waits for the disk with all of them.
+    fn is_forgettable(&self, steps: &[Step]) -> bool {
+        let left = steps.iter().map(|step| step.end.0.saturating_sub(step.to.next.0)).sum::<u64>();
+        self.role == Role::Next && left > SWITCH_LAG_MAX
     }
 
     /// One step a partition, over all its batches.
@@ -301,7 +312,8 @@ impl Runner {
     }
 
     /// Learns from the database what became of the partitions: one under another fence is lost, one
-    /// that moved has moved.
+    /// that moved has moved. One that went back, in a crash or to a replica that had not heard of the
+    /// last commits, is read again from there.
     pub(super) async fn reconcile(&mut self) -> Result<(), Ended> {
         let (database, name) = (self.context.database.clone(), self.status.name().to_owned());
         let target = Target { name: &name, generation: self.generation };
@@ -313,12 +325,21 @@ impl Runner {
             // No worker takes a checkpoint away, but a switch or an abort takes all of them.
             return Err(Ended::Retired);
         }
-        let mut lost = Vec::new();
+        let (mut lost, mut back) = (Vec::new(), Vec::new());
         for place in self.places.values_mut() {
             match found.get(&place.partition) {
-                Some(now) if now.fence == place.fence => place.clone_from(now),
+                Some(now) if now.fence == place.fence => {
+                    if now.next < place.next {
+                        back.push(place.partition);
+                    }
+                    place.clone_from(now);
+                }
                 _ => lost.push(place.partition),
             }
+        }
+        if !back.is_empty() {
+            tracing::warn!(projection = self.status.name(), ?back, "the database forgot commits");
+            return Err(Ended::Again);
         }
         if lost.is_empty() {
             return Ok(());
