@@ -1,13 +1,16 @@
 //! A SQLite file: readers, and one writer a file and process.
 
 use std::collections::HashMap;
+use std::ops::{Deref, DerefMut};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, LazyLock, Mutex, PoisonError, Weak};
 use std::time::Duration;
 
+use sqlx::pool::PoolConnection;
 use sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePoolOptions, SqliteSynchronous};
-use sqlx::{Connection, Sqlite, SqliteConnection, SqlitePool, Transaction};
-use tokio::sync::watch;
+use sqlx::{Connection, Executor, Sqlite, SqliteConnection, SqlitePool};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
+use tokio::time::timeout;
 
 use crate::database::Mode;
 use crate::error::{DatabaseError, SqliteCode, is_transient};
@@ -19,10 +22,6 @@ pub const READERS_MAX: u32 = 4;
 pub const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long a write waits for its turn within this process; then it fails as transient.
 pub const WRITE_TURN_TIMEOUT: Duration = Duration::from_secs(10);
-
-/// A transaction that may write, begun with `BEGIN IMMEDIATE`: it is the only one in the file.
-/// Commit it; dropped, it rolls back, and a connection whose state is then unknown is replaced.
-pub type WriteTransaction = Transaction<'static, Sqlite>;
 
 /// A SQLite file whose tables are current. Cheap to clone.
 ///
@@ -39,15 +38,17 @@ struct OpenFile {
     path: PathBuf,
     url: String,
     readers: SqlitePool,
-    writer: SqlitePool,
+    writer: Arc<Writer>,
     changes: watch::Sender<u64>,
 }
 
 impl SqliteDatabase {
     /// Begins a transaction that may write, when those that asked before are through.
     pub async fn write(&self) -> Result<WriteTransaction, sqlx::Error> {
+        let mut turn = self.file.writer.turn().await?;
         // Deferred, it would fail at once when it turns to writing beside another process.
-        self.file.writer.begin_with("BEGIN IMMEDIATE").await
+        turn.run("BEGIN IMMEDIATE").await?;
+        Ok(WriteTransaction(turn))
     }
 
     /// Connections that read; they refuse to write. One transaction on one connection sees one state
@@ -99,13 +100,145 @@ impl SqliteDatabase {
             file.writer.close().await;
             return;
         }
-        match sqlx::query("PRAGMA wal_checkpoint(PASSIVE)").execute(&writer).await {
+        let moved = async {
+            let mut turn = writer.turn().await?;
+            turn.run("PRAGMA wal_checkpoint(PASSIVE)").await?;
+            turn.end();
+            Ok(())
+        };
+        match moved.await {
             // Closed by the last handle meanwhile.
-            Ok(_) | Err(sqlx::Error::PoolClosed) => {}
+            Ok(()) | Err(sqlx::Error::PoolClosed) => {}
             Err(error) => {
                 tracing::warn!(%error, database = url, "the newest commits are in its -wal still: copy both");
             }
         }
+    }
+}
+
+/// A transaction that may write, begun with `BEGIN IMMEDIATE`: it is the only one in the file.
+/// Commit it; dropped, it rolls back.
+#[derive(Debug)]
+pub struct WriteTransaction(Turn);
+
+impl WriteTransaction {
+    /// Makes it last. After an error nobody knows whether it does.
+    pub async fn commit(self) -> Result<(), sqlx::Error> {
+        self.end("COMMIT").await
+    }
+
+    /// Ends it with nothing changed.
+    pub async fn rollback(self) -> Result<(), sqlx::Error> {
+        self.end("ROLLBACK").await
+    }
+
+    async fn end(self, statement: &'static str) -> Result<(), sqlx::Error> {
+        let Self(mut turn) = self;
+        turn.run(statement).await?;
+        turn.end();
+        Ok(())
+    }
+}
+
+impl Deref for WriteTransaction {
+    type Target = SqliteConnection;
+
+    fn deref(&self) -> &SqliteConnection {
+        &self.0.connection
+    }
+}
+
+impl DerefMut for WriteTransaction {
+    fn deref_mut(&mut self) -> &mut SqliteConnection {
+        &mut self.0.connection
+    }
+}
+
+/// The connection that writes, and whose turn it is.
+#[derive(Debug)]
+struct Writer {
+    /// Has one connection.
+    pool: SqlitePool,
+    turns: Arc<Semaphore>,
+    /// It, between two turns: the pool would have a task of its own try it each time.
+    kept: Mutex<Option<PoolConnection<Sqlite>>>,
+}
+
+/// Whoever has it has the connection. Dropped, it leaves the connection to the pool to tidy up, whatever
+/// state it is in.
+#[derive(Debug)]
+struct Turn {
+    connection: PoolConnection<Sqlite>,
+    writer: Arc<Writer>,
+    permit: OwnedSemaphorePermit,
+}
+
+impl Writer {
+    fn new(pool: SqlitePoolOptions, options: SqliteConnectOptions) -> Arc<Self> {
+        let pool = pool.max_connections(1).after_release(|connection, _| {
+            // One that has nothing to roll back is one whose transaction SQLite itself has ended, as it
+            // does when the disk is full: it must not be used again.
+            Box::pin(async move { Ok(connection.execute("ROLLBACK").await.is_ok()) })
+        });
+        Arc::new(Self {
+            pool: pool.connect_lazy_with(options),
+            turns: Arc::new(Semaphore::new(1)),
+            kept: Mutex::default(),
+        })
+    }
+
+    /// In the order of asking.
+    async fn turn(self: &Arc<Self>) -> Result<Turn, sqlx::Error> {
+        let permit = timeout(WRITE_TURN_TIMEOUT, Arc::clone(&self.turns).acquire_owned()).await;
+        let permit = permit.map_err(|_| sqlx::Error::PoolTimedOut)?;
+        let permit = permit.map_err(|_| sqlx::Error::PoolClosed)?;
+        let connection = match self.take_kept() {
+            Some(connection) => connection,
+            None => self.pool.acquire().await?,
+        };
+        Ok(Turn { connection, writer: Arc::clone(self), permit })
+    }
+
+    fn take_kept(&self) -> Option<PoolConnection<Sqlite>> {
+        self.kept.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+
+    /// Behind those that have asked before.
+    async fn close(self: &Arc<Self>) {
+        let last = self.turn().await;
+        self.turns.close();
+        // One whose turn goes on for too long sees that it is closed, and keeps nothing.
+        drop(self.take_kept());
+        if let Ok(Turn { connection, .. }) = last
+            && let Err(error) = connection.close().await
+        {
+            tracing::debug!(%error, "closing the connection that writes");
+        }
+        self.pool.close().await;
+    }
+}
+
+impl Drop for Writer {
+    fn drop(&mut self) {
+        // Given back to the pool, it would need a runtime, which may be gone.
+        drop(self.take_kept().map(PoolConnection::leak));
+    }
+}
+
+impl Turn {
+    async fn run(&mut self, statement: &'static str) -> Result<(), sqlx::Error> {
+        sqlx::query(statement).execute(&mut *self.connection).await.map(drop)
+    }
+
+    /// Keeps the connection, which is in no transaction, for the next one.
+    fn end(self) {
+        let Self { connection, writer, permit } = self;
+        let mut kept = writer.kept.lock().unwrap_or_else(PoisonError::into_inner);
+        if !writer.turns.is_closed() {
+            *kept = Some(connection);
+        }
+        drop(kept);
+        drop(permit);
     }
 }
 
@@ -133,21 +266,8 @@ impl OpenFile {
                 .test_before_acquire(false)
                 .acquire_timeout(WRITE_TURN_TIMEOUT)
         };
-        let writer = pool()
-            .max_connections(1)
-            .after_release(|connection, _| {
-                Box::pin(async move {
-                    if !connection.is_in_transaction() {
-                        return Ok(true);
-                    }
-                    // A rollback may still be on its way to the connection's thread; behind it, a
-                    // transaction that is still open is one that SQLite itself has ended, as it does
-                    // when the disk is full: the connection must not be used again.
-                    connection.ping().await?;
-                    Ok(!connection.is_in_transaction())
-                })
-            })
-            .connect_lazy_with(options.clone().journal_mode(SqliteJournalMode::Wal));
+        let writing = options.clone().journal_mode(SqliteJournalMode::Wal);
+        let writer = Writer::new(pool(), writing);
         let readers = pool()
             .max_connections(READERS_MAX)
             .connect_lazy_with(options.pragma("query_only", "ON"));

@@ -239,6 +239,20 @@ async fn a_write_that_is_cancelled_while_it_waits_blocks_nobody() {
     database.write().await.expect("a turn").commit().await.expect("commits");
 }
 
+/// A program's last handle may go with its statics, or behind its runtime.
+#[test]
+fn the_last_handle_is_dropped_without_a_runtime() {
+    let folder = folder();
+    let runtime = tokio::runtime::Runtime::new().expect("a runtime");
+    let database = runtime.block_on(async {
+        let database = open(&folder.path().join("a.db")).await;
+        database.write().await.expect("a turn").commit().await.expect("commits");
+        database
+    });
+    drop(runtime);
+    drop(database);
+}
+
 #[tokio::test]
 async fn readers_cannot_write() {
     let folder = folder();
