@@ -7,8 +7,12 @@ use std::sync::{Arc, LazyLock, Mutex, PoisonError, Weak};
 use std::time::Duration;
 
 use sqlx::pool::PoolConnection;
-use sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePoolOptions, SqliteSynchronous};
-use sqlx::{Connection, Executor, Sqlite, SqliteConnection, SqlitePool};
+use sqlx::sqlite::{
+    SqliteConnectOptions, SqliteJournalMode, SqlitePoolOptions, SqliteSynchronous,
+    SqliteTransactionManager,
+};
+use sqlx::{Connection, Executor, SqlSafeStr, Sqlite, SqliteConnection, SqlitePool};
+use sqlx_core::transaction::TransactionManager;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tokio::time::timeout;
 
@@ -47,7 +51,8 @@ impl SqliteDatabase {
     pub async fn write(&self) -> Result<WriteTransaction, sqlx::Error> {
         let mut turn = self.file.writer.turn().await?;
         // Deferred, it would fail at once when it turns to writing beside another process.
-        turn.run("BEGIN IMMEDIATE").await?;
+        let begin = "BEGIN IMMEDIATE".into_sql_str();
+        SqliteTransactionManager::begin(&mut turn.connection, Some(begin)).await?;
         Ok(WriteTransaction(turn))
     }
 
@@ -102,7 +107,7 @@ impl SqliteDatabase {
         }
         let moved = async {
             let mut turn = writer.turn().await?;
-            turn.run("PRAGMA wal_checkpoint(PASSIVE)").await?;
+            turn.connection.execute("PRAGMA wal_checkpoint(PASSIVE)").await?;
             turn.end();
             Ok(())
         };
@@ -124,17 +129,16 @@ pub struct WriteTransaction(Turn);
 impl WriteTransaction {
     /// Makes it last. After an error nobody knows whether it does.
     pub async fn commit(self) -> Result<(), sqlx::Error> {
-        self.end("COMMIT").await
+        let Self(mut turn) = self;
+        SqliteTransactionManager::commit(&mut turn.connection).await?;
+        turn.end();
+        Ok(())
     }
 
     /// Ends it with nothing changed.
     pub async fn rollback(self) -> Result<(), sqlx::Error> {
-        self.end("ROLLBACK").await
-    }
-
-    async fn end(self, statement: &'static str) -> Result<(), sqlx::Error> {
         let Self(mut turn) = self;
-        turn.run(statement).await?;
+        SqliteTransactionManager::rollback(&mut turn.connection).await?;
         turn.end();
         Ok(())
     }
@@ -176,9 +180,11 @@ struct Turn {
 impl Writer {
     fn new(pool: SqlitePoolOptions, options: SqliteConnectOptions) -> Arc<Self> {
         let pool = pool.max_connections(1).after_release(|connection, _| {
-            // One that has nothing to roll back is one whose transaction SQLite itself has ended, as it
-            // does when the disk is full: it must not be used again.
-            Box::pin(async move { Ok(connection.execute("ROLLBACK").await.is_ok()) })
+            // Whose transaction cannot be rolled back, because SQLite itself has ended it, as it does when
+            // the disk is full, must not be used again.
+            Box::pin(
+                async move { Ok(SqliteTransactionManager::rollback(connection).await.is_ok()) },
+            )
         });
         Arc::new(Self {
             pool: pool.connect_lazy_with(options),
@@ -226,10 +232,6 @@ impl Drop for Writer {
 }
 
 impl Turn {
-    async fn run(&mut self, statement: &'static str) -> Result<(), sqlx::Error> {
-        sqlx::query(statement).execute(&mut *self.connection).await.map(drop)
-    }
-
     /// Keeps the connection, which is in no transaction, for the next one.
     fn end(self) {
         let Self { connection, writer, permit } = self;

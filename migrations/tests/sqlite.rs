@@ -229,6 +229,22 @@ async fn a_dropped_write_leaves_nothing_and_the_next_one_works() {
 }
 
 #[tokio::test]
+async fn a_transaction_within_a_write_is_a_savepoint() {
+    let folder = folder();
+    let database = open(&folder.path().join("a.db")).await;
+    let audit = "INSERT INTO kafold_audit (at, actor, action) VALUES (1, 'a', 'pause')";
+    let mut write = database.write().await.expect("a turn");
+    sqlx::query(audit).execute(&mut *write).await.expect("writes");
+    let mut inner = write.begin().await.expect("a savepoint");
+    sqlx::query(audit).execute(&mut *inner).await.expect("writes");
+    inner.rollback().await.expect("back to it");
+    write.commit().await.expect("commits");
+    let acts = sqlx::query_scalar("SELECT count(*) FROM kafold_audit");
+    let acts: i64 = acts.fetch_one(database.readers()).await.expect("reads");
+    assert_eq!(acts, 1);
+}
+
+#[tokio::test]
 async fn a_write_that_is_cancelled_while_it_waits_blocks_nobody() {
     let folder = folder();
     let database = open(&folder.path().join("a.db")).await;
