@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::ops::{Deref, DerefMut};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, LazyLock, Mutex, PoisonError, Weak};
+use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
 use sqlx::pool::PoolConnection;
@@ -182,9 +182,10 @@ impl Writer {
         let pool = pool.max_connections(1).after_release(|connection, _| {
             // Whose transaction cannot be rolled back, because SQLite itself has ended it, as it does when
             // the disk is full, must not be used again.
-            Box::pin(
-                async move { Ok(SqliteTransactionManager::rollback(connection).await.is_ok()) },
-            )
+            Box::pin(async move {
+                let is_ended = SqliteTransactionManager::rollback(connection).await.is_ok();
+                Ok(is_ended && !connection.is_in_transaction())
+            })
         });
         Arc::new(Self {
             pool: pool.connect_lazy_with(options),
@@ -195,18 +196,22 @@ impl Writer {
 
     /// In the order of asking.
     async fn turn(self: &Arc<Self>) -> Result<Turn, sqlx::Error> {
-        let permit = timeout(WRITE_TURN_TIMEOUT, Arc::clone(&self.turns).acquire_owned()).await;
-        let permit = permit.map_err(|_| sqlx::Error::PoolTimedOut)?;
-        let permit = permit.map_err(|_| sqlx::Error::PoolClosed)?;
-        let connection = match self.take_kept() {
-            Some(connection) => connection,
-            None => self.pool.acquire().await?,
+        let turn = async {
+            let permit = Arc::clone(&self.turns).acquire_owned().await;
+            let permit = permit.map_err(|_| sqlx::Error::PoolClosed)?;
+            let kept = self.kept().take();
+            let connection = match kept {
+                Some(connection) => connection,
+                // One that was dropped may still be tidied up.
+                None => self.pool.acquire().await?,
+            };
+            Ok(Turn { connection, writer: Arc::clone(self), permit })
         };
-        Ok(Turn { connection, writer: Arc::clone(self), permit })
+        timeout(WRITE_TURN_TIMEOUT, turn).await.unwrap_or(Err(sqlx::Error::PoolTimedOut))
     }
 
-    fn take_kept(&self) -> Option<PoolConnection<Sqlite>> {
-        self.kept.lock().unwrap_or_else(PoisonError::into_inner).take()
+    fn kept(&self) -> MutexGuard<'_, Option<PoolConnection<Sqlite>>> {
+        self.kept.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Behind those that have asked before.
@@ -214,7 +219,7 @@ impl Writer {
         let last = self.turn().await;
         self.turns.close();
         // One whose turn goes on for too long sees that it is closed, and keeps nothing.
-        drop(self.take_kept());
+        drop(self.kept().take());
         if let Ok(Turn { connection, .. }) = last
             && let Err(error) = connection.close().await
         {
@@ -227,7 +232,7 @@ impl Writer {
 impl Drop for Writer {
     fn drop(&mut self) {
         // Given back to the pool, it would need a runtime, which may be gone.
-        drop(self.take_kept().map(PoolConnection::leak));
+        drop(self.kept().take().map(PoolConnection::leak));
     }
 }
 
@@ -235,7 +240,7 @@ impl Turn {
     /// Keeps the connection, which is in no transaction, for the next one.
     fn end(self) {
         let Self { connection, writer, permit } = self;
-        let mut kept = writer.kept.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut kept = writer.kept();
         if !writer.turns.is_closed() {
             *kept = Some(connection);
         }

@@ -204,14 +204,21 @@ async fn handles_on_one_file_take_turns_in_the_order_of_asking() {
     assert_eq!(*order.lock().expect("not poisoned"), [0, 1, 2, 3, 4, 5, 6, 7]);
 }
 
+/// Writes something that can be counted.
+const ACT: &str = "INSERT INTO kafold_audit (at, actor, action) VALUES (1, 'a', 'pause')";
+
+async fn acts(database: &SqliteDatabase) -> i64 {
+    let acts = sqlx::query_scalar("SELECT count(*) FROM kafold_audit");
+    acts.fetch_one(database.readers()).await.expect("reads")
+}
+
 #[tokio::test]
 async fn a_dropped_write_leaves_nothing_and_the_next_one_works() {
     let folder = folder();
     let database = open(&folder.path().join("a.db")).await;
-    let audit = "INSERT INTO kafold_audit (at, actor, action) VALUES (1, 'a', 'pause')";
     for _ in 0..3 {
         let mut write = database.write().await.expect("a turn");
-        sqlx::query(audit).execute(&mut *write).await.expect("writes");
+        sqlx::query(ACT).execute(&mut *write).await.expect("writes");
         drop(write);
     }
     // Ended behind the driver's back, as SQLite does itself when the disk is full.
@@ -219,29 +226,22 @@ async fn a_dropped_write_leaves_nothing_and_the_next_one_works() {
     sqlx::query("ROLLBACK").execute(&mut *write).await.expect("ends");
     drop(write);
     let mut write = database.write().await.expect("a turn");
-    sqlx::query(audit).execute(&mut *write).await.expect("writes");
+    sqlx::query(ACT).execute(&mut *write).await.expect("writes");
     write.commit().await.expect("commits");
-    let acts: i64 = sqlx::query_scalar("SELECT count(*) FROM kafold_audit")
-        .fetch_one(database.readers())
-        .await
-        .expect("reads");
-    assert_eq!(acts, 1);
+    assert_eq!(acts(&database).await, 1);
 }
 
 #[tokio::test]
 async fn a_transaction_within_a_write_is_a_savepoint() {
     let folder = folder();
     let database = open(&folder.path().join("a.db")).await;
-    let audit = "INSERT INTO kafold_audit (at, actor, action) VALUES (1, 'a', 'pause')";
     let mut write = database.write().await.expect("a turn");
-    sqlx::query(audit).execute(&mut *write).await.expect("writes");
+    sqlx::query(ACT).execute(&mut *write).await.expect("writes");
     let mut inner = write.begin().await.expect("a savepoint");
-    sqlx::query(audit).execute(&mut *inner).await.expect("writes");
+    sqlx::query(ACT).execute(&mut *inner).await.expect("writes");
     inner.rollback().await.expect("back to it");
     write.commit().await.expect("commits");
-    let acts = sqlx::query_scalar("SELECT count(*) FROM kafold_audit");
-    let acts: i64 = acts.fetch_one(database.readers()).await.expect("reads");
-    assert_eq!(acts, 1);
+    assert_eq!(acts(&database).await, 1);
 }
 
 #[tokio::test]

@@ -18,8 +18,9 @@ use crate::worker::Context;
 /// Between two attempts to write down a state, to switch or to drop old tables.
 const TICK: Duration = Duration::from_millis(500);
 
-/// How far behind the end of the log a generation is that can catch up while the live one waits.
-pub(crate) const SWITCH_LAG_MAX: u64 = 10_000;
+/// How far behind the end of the log a generation is for which a switch is attempted: it can catch up
+/// while the live one waits.
+pub(crate) const ATTEMPT_LAG_MAX: u64 = 10_000;
 /// One that comes as near as this is switched to at once, not at the next attempt: no partition of it is
 /// further behind than a switch takes.
 const SWITCH_LAG_NEAR: u64 = registry::SWITCH_LAG_MAX.unsigned_abs();
@@ -298,5 +299,5 @@ fn next_is_behind(status: &ProjectionStatus) -> bool {
 
 /// Whether it is worth a look at the tables.
 fn is_caught_up(status: &ProjectionStatus) -> bool {
-    status.state == ProjectionState::Running && status.lag_records() <= SWITCH_LAG_MAX
+    status.state == ProjectionState::Running && status.lag_records() <= ATTEMPT_LAG_MAX
 }

@@ -54,9 +54,7 @@ async fn stopped(projections: &Projections) -> String {
 
 async fn run_through<M: ReadModel>(orders: &Orders, database: &TestDatabase, model: M) {
     let projections = worker(orders, database).with(model).spawn();
-    for end in orders.ends().await {
-        projections.wait_for(M::NAME, end, WAIT).await.expect("applied");
-    }
+    orders.applied(&projections, M::NAME, WAIT).await;
     projections.shutdown().await;
 }
 
@@ -317,10 +315,8 @@ async fn two_workers_that_start_at_once_make_one_table(database: &TestDatabase) 
     }
     let spawned: Vec<_> =
         (0..4).map(|_| worker(&orders, database).with(CustomerTotals).spawn()).collect();
-    for end in orders.ends().await {
-        for projections in &spawned {
-            projections.wait_for(CustomerTotals::NAME, end, WAIT).await.expect("applied");
-        }
+    for projections in &spawned {
+        orders.applied(projections, CustomerTotals::NAME, WAIT).await;
     }
     orders.assert_equals_fold::<CustomerTotals>(&database.database).await;
 }

@@ -6,19 +6,15 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use async_trait::async_trait;
 use common::domain::{
     CustomerTotals, Ledger, OrderDetails, Orders, POISON_CENTS, Poisoned, StreamTotals, Total,
-    placed,
 };
 use common::{Dice, TestDatabase};
 use kafold_core::testing::eventually;
 use kafold_core::{Position, StreamId};
-use kafold_projections::sqlx::AssertSqlSafe;
 use kafold_projections::{
-    By, Control, ControlError, FaultPolicy, Generation, HandlerError, OverviewState, Projection,
-    ProjectionBatch, ProjectionConfig, ProjectionState, ProjectionStatus, ProjectionWorker,
-    Projections, Query, ReadModel, Transaction, sqlx,
+    By, Control, ControlError, FaultPolicy, Generation, OverviewState, ProjectionConfig,
+    ProjectionState, ProjectionStatus, ProjectionWorker, Projections, Query, ReadModel,
 };
 
 on_both!(
@@ -77,9 +73,7 @@ async fn applied(projections: &Projections, orders: &Orders, name: &str) {
         status(projections, name).state == ProjectionState::Running
     })
     .await;
-    for end in orders.ends().await {
-        projections.wait_for(name, end, WAIT).await.expect("it is applied");
-    }
+    orders.applied(projections, name, WAIT).await;
 }
 
 fn status(projections: &Projections, name: &str) -> ProjectionStatus {
@@ -403,60 +397,34 @@ async fn switched(projections: &Projections, name: &str, generation: Generation)
     .await;
 }
 
-/// Writes down whether its transactions wait for the disk.
-struct Durability;
-
-#[async_trait]
-impl Projection for Durability {
-    fn name(&self) -> &str {
-        "durability"
-    }
-
-    fn tables(&self) -> &[&str] {
-        &["durability"]
-    }
-
-    async fn setup(
-        &self,
-        generation: Generation,
-        tx: &mut Transaction<'_>,
-    ) -> Result<(), HandlerError> {
-        let sql = format!("CREATE TABLE {} (setting TEXT)", generation.table("durability"));
-        sqlx::query(AssertSqlSafe(sql)).execute(tx.postgres()?).await?;
-        Ok(())
-    }
-
-    async fn apply(
-        &self,
-        _: &ProjectionBatch,
-        generation: Generation,
-        tx: &mut Transaction<'_>,
-    ) -> Result<(), HandlerError> {
-        let table = generation.table("durability");
-        let sql = format!("INSERT INTO {table} SELECT current_setting('synchronous_commit')");
-        sqlx::query(AssertSqlSafe(sql)).execute(tx.postgres()?).await?;
-        Ok(())
-    }
-}
-
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn only_a_rebuild_that_is_far_behind_does_not_wait_for_the_disk() {
     let Some(database) = TestDatabase::postgres().await else { return };
-    let orders = Orders::new(2);
-    for stream in 0..40 {
-        let events: Vec<_> = (0..500).map(|cents| placed("c", cents)).collect();
-        orders.append(&format!("order-{stream}"), &events).await;
+    // Whoever moves a checkpoint tells whether it waits.
+    for sql in [
+        "CREATE TABLE durability (generation INT, setting TEXT, transaction TEXT)",
+        "CREATE FUNCTION note_durability() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN \
+           INSERT INTO durability SELECT NEW.generation, current_setting('synchronous_commit'), \
+             pg_current_xact_id(); \
+           RETURN NULL; END $$",
+        "CREATE TRIGGER note_durability AFTER UPDATE OF next_offset ON kafold_checkpoint \
+           FOR EACH ROW EXECUTE FUNCTION note_durability()",
+    ] {
+        database.run(sql).await;
     }
-    let projections = worker(&orders, &database).with_projection(Durability).spawn();
-    applied(&projections, &orders, "durability").await;
+    let orders = Orders::new(2);
+    orders.place_many(40).await;
+    let projections = worker(&orders, &database).with(CustomerTotals).spawn();
+    applied(&projections, &orders, CustomerTotals::NAME).await;
     let forgettable = "SELECT COUNT(*) FROM durability WHERE setting = 'off'";
     assert_eq!(database.number(forgettable).await, 0);
-    let next = control(&database).rebuild("durability", false, ME).await.expect("asked");
-    switched(&projections, "durability", next).await;
+    let next = control(&database).rebuild(CustomerTotals::NAME, false, ME).await.expect("asked");
+    switched(&projections, CustomerTotals::NAME, next).await;
     orders.place("after", "c", 1).await;
-    applied(&projections, &orders, "durability").await;
+    applied(&projections, &orders, CustomerTotals::NAME).await;
     assert!(database.number(forgettable).await > 0);
-    let durable = "SELECT COUNT(*) FROM durability WHERE setting = 'on'";
+    let durable = "SELECT COUNT(DISTINCT transaction) FROM durability \
+                   WHERE setting = 'on' AND generation = 2";
     assert!(database.number(durable).await > 1, "what is near the end, and what is live");
     projections.shutdown().await;
     database.remove().await;

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use common::domain::{CustomerTotals, Ledger, Orders, placed};
+use common::domain::{CustomerTotals, Ledger, Orders};
 use common::{Dice, TestDatabase, a_while, server};
 use kafold_core::store::{Health, ReadError};
 use kafold_core::testing::eventually;
@@ -97,9 +97,7 @@ async fn a_database_that_restarts_loses_and_skips_nothing() {
     enough.store(true, Ordering::Relaxed);
     appending.await.expect("memory takes everything");
     for name in [CustomerTotals::NAME, "ledger"] {
-        for end in orders.ends().await {
-            projections.wait_for(name, end, WAIT).await.expect("applied");
-        }
+        orders.applied(&projections, name, WAIT).await;
     }
     orders.assert_equals_fold::<CustomerTotals>(&database.database).await;
     let counted = database.number("SELECT COUNT(*) FROM ledger").await;
@@ -122,13 +120,8 @@ async fn crash_during_a_rebuild(
     orders: &Orders,
     projections: &Projections,
 ) {
-    for stream in 0..200 {
-        let events: Vec<_> = (0..500).map(|cents| placed("c1", cents)).collect();
-        orders.append(&format!("order-large-{stream}"), &events).await;
-    }
-    for end in orders.ends().await {
-        projections.wait_for(CustomerTotals::NAME, end, WAIT).await.expect("applied");
-    }
+    orders.place_many(200).await;
+    orders.applied(projections, CustomerTotals::NAME, WAIT).await;
     let by = By { actor: "me", reason: Some("a test") };
     let control = Control::new(database.database.clone());
     let next = control.rebuild(CustomerTotals::NAME, false, by).await.expect("asked");

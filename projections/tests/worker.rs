@@ -75,9 +75,7 @@ fn worker_alone(orders: &Orders, database: &TestDatabase, name: &'static str) ->
 }
 
 async fn applied(projections: &Projections, orders: &Orders, name: &str) {
-    for end in orders.ends().await {
-        projections.wait_for(name, end, WAIT).await.expect("it is applied");
-    }
+    orders.applied(projections, name, WAIT).await;
 }
 
 fn status(projections: &Projections, name: &str) -> ProjectionStatus {

@@ -15,7 +15,7 @@ use crate::config::FaultPolicy;
 use crate::handler::{Fault, Memory, Target};
 use crate::projection::ProjectionBatch;
 use crate::status::ProjectionState;
-use crate::supervisor::SWITCH_LAG_MAX;
+use crate::supervisor::ATTEMPT_LAG_MAX;
 use crate::transaction::OpenTransaction;
 use crate::worker::Context;
 
@@ -247,7 +247,7 @@ impl Runner {
     /// that is too far behind to be switched to, and the switch waits for the disk with all of them.
     fn is_forgettable(&self, steps: &[Step]) -> bool {
         let left = steps.iter().map(|step| step.end.0.saturating_sub(step.to.next.0)).sum::<u64>();
-        self.role == Role::Next && left > SWITCH_LAG_MAX
+        self.role == Role::Next && left > ATTEMPT_LAG_MAX
     }
 
     /// One step a partition, over all its batches.

@@ -18,7 +18,8 @@ use kafold_core::{
 use kafold_migrations::Database;
 use kafold_projections::sqlx::AssertSqlSafe;
 use kafold_projections::{
-    Generation, HandlerError, Projection, ProjectionBatch, Query, ReadModel, Transaction, sqlx,
+    Generation, HandlerError, Projection, ProjectionBatch, Projections, Query, ReadModel,
+    Transaction, sqlx,
 };
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
@@ -327,6 +328,21 @@ impl Orders {
                 .await;
         }
         self.append(&stream, &events).await
+    }
+
+    /// So many streams, of 500 events in one commit each.
+    pub(crate) async fn place_many(&self, streams: usize) {
+        let events: Vec<_> = (0..500).map(|cents| placed("c1", cents)).collect();
+        for stream in 0..streams {
+            self.append(&format!("order-many-{stream}"), &events).await;
+        }
+    }
+
+    /// Waits until the projection has applied everything.
+    pub(crate) async fn applied(&self, projections: &Projections, name: &str, wait: Duration) {
+        for end in self.ends().await {
+            projections.wait_for(name, end, wait).await.expect("it is applied");
+        }
     }
 
     pub(crate) fn count(&self) -> usize {
