@@ -38,7 +38,8 @@ pub(crate) type Question<'a> = (&'a StreamId, Option<CommandId>);
 
 /// The answers come as one row: a row of their own each would cost more than finding them. A command is
 /// looked up by its id: the planner would rather read the whole stream.
-const KNOWN: &str = r#"
+const BEGIN: &str = r#"
+BEGIN IMMEDIATE;
 SELECT
     (SELECT coalesce(max("offset") + 1, 0) FROM kafold_event WHERE partition = 0),
     json_group_array(json_array(
@@ -52,9 +53,9 @@ SELECT
 FROM json_each(?) AS asked
 "#;
 
-/// The end of the log, and what the file says about each of the streams and commands, in their
-/// order: one query for all, and one more for each command that is there already.
-pub(crate) async fn known(
+/// Begins a transaction; then the end of the log, and what the file says about each of the streams and
+/// commands, in their order: one query for all, and one more for each command that is there already.
+pub(crate) async fn begin(
     connection: &mut SqliteConnection,
     questions: &[Question<'_>],
 ) -> Result<(Offset, Vec<Known>), sqlx::Error> {
@@ -67,7 +68,7 @@ pub(crate) async fn known(
         .collect();
     let asked = serde_json::to_string(&asked).map_err(|error| sqlx::Error::Encode(error.into()))?;
     let (end, answers): (i64, String) =
-        sqlx::query_as(KNOWN).bind(asked).fetch_one(&mut *connection).await?;
+        sqlx::query_as(BEGIN).bind(asked).fetch_one(&mut *connection).await?;
     let answers: Vec<(usize, Option<u64>, Option<u64>)> =
         serde_json::from_str(&answers).map_err(|error| sqlx::Error::Decode(error.into()))?;
     let mut known = vec![Known { version: Version::EMPTY, first: None }; questions.len()];
@@ -110,18 +111,25 @@ pub(crate) async fn event_id_at(
     sqlx::query_scalar(query).bind(signed(offset.0)).fetch_optional(executor).await
 }
 
-/// Adds the events.
+/// Ends a transaction in which nothing was written.
+pub(crate) async fn rollback(connection: &mut SqliteConnection) -> Result<(), sqlx::Error> {
+    sqlx::query("ROLLBACK").execute(connection).await.map(|_| ())
+}
+
+/// Adds the events and commits; after an error nobody knows which of the two failed.
 ///
 /// By statements of 64, 8 and 1 rows, which stay prepared; what is left of 64 or 8 is bound as NULL
-/// and passed over, because a few statements cost more than many values.
-pub(crate) async fn insert(
+/// and passed over, because a few statements cost more than many values. SQLite runs on a thread of
+/// its own: the way there costs as much as an insert, so the last one takes the COMMIT along.
+pub(crate) async fn insert_and_commit(
     connection: &mut SqliteConnection,
     mut events: &[PlacedEvent<'_>],
 ) -> Result<(), sqlx::Error> {
     while !events.is_empty() {
         let (statement, rows) = match events.len() {
-            1 => (INSERT_1, 1),
-            2..=8 => (INSERT_8, 8),
+            1 => (LAST_1, 1),
+            2..=8 => (LAST_8, 8),
+            9..=64 => (LAST_64, 64),
             _ => (INSERT_64, 64),
         };
         let (batch, rest) = events.split_at(rows.min(events.len()));
@@ -166,19 +174,21 @@ macro_rules! rows_8 {
     };
 }
 macro_rules! insert {
-    ($rows:expr) => {
+    ($rows:expr, $then:literal) => {
         concat!(
             "INSERT INTO kafold_event (category, stream_id, version, partition, \"offset\", event_id, \
              event_type, recorded_at, command_id, metadata, payload) \
              SELECT * FROM (VALUES ",
             $rows,
-            ") WHERE column1 IS NOT NULL"
+            ") WHERE column1 IS NOT NULL",
+            $then
         )
     };
 }
-const INSERT_1: &str = insert!(row!());
-const INSERT_8: &str = insert!(rows_8!(row!()));
-const INSERT_64: &str = insert!(rows_8!(rows_8!(row!())));
+const LAST_1: &str = insert!(row!(), "; COMMIT");
+const LAST_8: &str = insert!(rows_8!(row!()), "; COMMIT");
+const LAST_64: &str = insert!(rows_8!(rows_8!(row!())), "; COMMIT");
+const INSERT_64: &str = insert!(rows_8!(rows_8!(row!())), "");
 
 /// One row, as it is read.
 #[derive(FromRow)]

@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use kafold_core::store::{Append, View};
 use kafold_core::{AppendError, Appended, Clock, CommandId, StreamId};
-use kafold_migrations::{SqliteDatabase, WriteTransaction};
+use kafold_migrations::{SqliteDatabase, WriteTurn};
 use tokio::sync::{mpsc, oneshot};
 
 use crate::config::{EmbeddedConfig, RETRY_AFTER};
@@ -145,18 +145,18 @@ impl Writer {
     async fn serve(&self, submissions: Vec<Submission>, tickets: &mut Tickets) {
         let questions: Vec<_> = submissions.iter().map(Submission::question).collect();
         let begun = async {
-            let mut transaction = self.database.write().await?;
-            let (end, known) = event::known(&mut transaction, &questions).await?;
-            Ok((transaction, end, known))
+            let mut turn = self.database.turn().await?;
+            let (end, known) = event::begin(&mut turn, &questions).await?;
+            Ok((turn, end, known))
         };
-        let (transaction, end, known) = match begun.await {
+        let (turn, end, known) = match begun.await {
             Ok(begun) => begun,
             Err(error) => return self.refuse(submissions, error),
         };
         let (bytes_max, now) = (self.config.event_bytes_max, self.clock.instant());
         let mut group = Group::new(&questions, &known, end, tickets, bytes_max, now);
         let verdicts: Vec<_> = submissions.iter().map(|one| one.decide(&mut group)).collect();
-        let committed = match self.write(transaction, group.rows()).await {
+        let committed = match self.write(turn, group.rows()).await {
             Ok(committed) => committed,
             Err(error) => return self.refuse(submissions, error),
         };
@@ -182,23 +182,25 @@ impl Writer {
     /// Inserts and commits; an error means that nothing was written.
     async fn write(
         &self,
-        mut transaction: WriteTransaction,
+        mut turn: WriteTurn,
         rows: &[PlacedEvent<'_>],
     ) -> Result<Committed, sqlx::Error> {
         if rows.is_empty() {
             // What was read was true while the lock was held: that is all these answers need.
-            transaction.rollback().await?;
+            event::rollback(&mut turn).await?;
+            turn.end();
             return Ok(Committed::Yes);
         }
-        event::insert(&mut transaction, rows).await?;
-        let Err(error) = transaction.commit().await else {
+        let Err(error) = event::insert_and_commit(&mut turn, rows).await else {
+            turn.end();
             self.note(None);
             return Ok(Committed::Yes);
         };
+        drop(turn);
         if is_certainly_not_committed(&error) {
             return Err(error);
         }
-        tracing::warn!(%error, "a COMMIT failed: reading what became of it");
+        tracing::warn!(%error, "a commit failed: reading what became of it");
         Ok(self.settle(rows, error).await)
     }
 

@@ -33,5 +33,5 @@ pub use database::{Database, Mode};
 pub use error::{DatabaseError, is_transient};
 pub use identifier::{Identifier, InvalidIdentifier, SqlText};
 pub use postgres::PostgresDatabase;
-pub use sqlite::{SqliteDatabase, WriteTransaction};
+pub use sqlite::{SqliteDatabase, WriteTransaction, WriteTurn};
 pub use sqlx;

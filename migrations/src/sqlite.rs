@@ -1,6 +1,7 @@
 //! A SQLite file: readers, and one writer a file and process.
 
 use std::collections::HashMap;
+use std::future::ready;
 use std::ops::{Deref, DerefMut};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError, Weak};
@@ -49,11 +50,17 @@ struct OpenFile {
 impl SqliteDatabase {
     /// Begins a transaction that may write, when those that asked before are through.
     pub async fn write(&self) -> Result<WriteTransaction, sqlx::Error> {
-        let mut turn = self.file.writer.turn().await?;
+        let mut turn = self.turn().await?;
         // Deferred, it would fail at once when it turns to writing beside another process.
         let begin = "BEGIN IMMEDIATE".into_sql_str();
-        SqliteTransactionManager::begin(&mut turn.connection, Some(begin)).await?;
+        SqliteTransactionManager::begin(&mut turn, Some(begin)).await?;
         Ok(WriteTransaction(turn))
+    }
+
+    /// The connection that writes, in no transaction, when those that asked before are through: for
+    /// statements that begin and end one themselves.
+    pub async fn turn(&self) -> Result<WriteTurn, sqlx::Error> {
+        self.file.writer.turn().await
     }
 
     /// Connections that read; they refuse to write. One transaction on one connection sees one state
@@ -107,7 +114,7 @@ impl SqliteDatabase {
         }
         let moved = async {
             let mut turn = writer.turn().await?;
-            turn.connection.execute("PRAGMA wal_checkpoint(PASSIVE)").await?;
+            turn.execute("PRAGMA wal_checkpoint(PASSIVE)").await?;
             turn.end();
             Ok(())
         };
@@ -124,13 +131,13 @@ impl SqliteDatabase {
 /// A transaction that may write, begun with `BEGIN IMMEDIATE`: it is the only one in the file.
 /// Commit it; dropped, it rolls back.
 #[derive(Debug)]
-pub struct WriteTransaction(Turn);
+pub struct WriteTransaction(WriteTurn);
 
 impl WriteTransaction {
     /// Makes it last. After an error nobody knows whether it does.
     pub async fn commit(self) -> Result<(), sqlx::Error> {
         let Self(mut turn) = self;
-        SqliteTransactionManager::commit(&mut turn.connection).await?;
+        SqliteTransactionManager::commit(&mut turn).await?;
         turn.end();
         Ok(())
     }
@@ -138,7 +145,7 @@ impl WriteTransaction {
     /// Ends it with nothing changed.
     pub async fn rollback(self) -> Result<(), sqlx::Error> {
         let Self(mut turn) = self;
-        SqliteTransactionManager::rollback(&mut turn.connection).await?;
+        SqliteTransactionManager::rollback(&mut turn).await?;
         turn.end();
         Ok(())
     }
@@ -148,13 +155,13 @@ impl Deref for WriteTransaction {
     type Target = SqliteConnection;
 
     fn deref(&self) -> &SqliteConnection {
-        &self.0.connection
+        &self.0
     }
 }
 
 impl DerefMut for WriteTransaction {
     fn deref_mut(&mut self) -> &mut SqliteConnection {
-        &mut self.0.connection
+        &mut self.0
     }
 }
 
@@ -168,10 +175,10 @@ struct Writer {
     kept: Mutex<Option<PoolConnection<Sqlite>>>,
 }
 
-/// Whoever has it has the connection. Dropped, it leaves the connection to the pool to tidy up, whatever
-/// state it is in.
+/// Whoever has it has the connection that writes. [End](WriteTurn::end) it; dropped, it closes the
+/// connection, which rolls back.
 #[derive(Debug)]
-struct Turn {
+pub struct WriteTurn {
     connection: PoolConnection<Sqlite>,
     writer: Arc<Writer>,
     permit: OwnedSemaphorePermit,
@@ -179,14 +186,9 @@ struct Turn {
 
 impl Writer {
     fn new(pool: SqlitePoolOptions, options: SqliteConnectOptions) -> Arc<Self> {
-        let pool = pool.max_connections(1).after_release(|connection, _| {
-            // Whose transaction cannot be rolled back, because SQLite itself has ended it, as it does when
-            // the disk is full, must not be used again.
-            Box::pin(async move {
-                let is_ended = SqliteTransactionManager::rollback(connection).await.is_ok();
-                Ok(is_ended && !connection.is_in_transaction())
-            })
-        });
+        // What comes back to the pool may be in a transaction, of which the driver may not know, or
+        // which SQLite itself has ended, as it does when the disk is full: none is used again.
+        let pool = pool.max_connections(1).after_release(|_, _| Box::pin(ready(Ok(false))));
         Arc::new(Self {
             pool: pool.connect_lazy_with(options),
             turns: Arc::new(Semaphore::new(1)),
@@ -195,17 +197,17 @@ impl Writer {
     }
 
     /// In the order of asking.
-    async fn turn(self: &Arc<Self>) -> Result<Turn, sqlx::Error> {
+    async fn turn(self: &Arc<Self>) -> Result<WriteTurn, sqlx::Error> {
         let turn = async {
             let permit = Arc::clone(&self.turns).acquire_owned().await;
             let permit = permit.map_err(|_| sqlx::Error::PoolClosed)?;
             let kept = self.kept().take();
             let connection = match kept {
                 Some(connection) => connection,
-                // One that was dropped may still be tidied up.
+                // One that was dropped may still be closing.
                 None => self.pool.acquire().await?,
             };
-            Ok(Turn { connection, writer: Arc::clone(self), permit })
+            Ok(WriteTurn { connection, writer: Arc::clone(self), permit })
         };
         timeout(WRITE_TURN_TIMEOUT, turn).await.unwrap_or(Err(sqlx::Error::PoolTimedOut))
     }
@@ -220,7 +222,7 @@ impl Writer {
         self.turns.close();
         // One whose turn goes on for too long sees that it is closed, and keeps nothing.
         drop(self.kept().take());
-        if let Ok(Turn { connection, .. }) = last
+        if let Ok(WriteTurn { connection, .. }) = last
             && let Err(error) = connection.close().await
         {
             tracing::debug!(%error, "closing the connection that writes");
@@ -236,9 +238,9 @@ impl Drop for Writer {
     }
 }
 
-impl Turn {
-    /// Keeps the connection, which is in no transaction, for the next one.
-    fn end(self) {
+impl WriteTurn {
+    /// Keeps the connection, which must be in no transaction, for the next one.
+    pub fn end(self) {
         let Self { connection, writer, permit } = self;
         let mut kept = writer.kept();
         if !writer.turns.is_closed() {
@@ -246,6 +248,20 @@ impl Turn {
         }
         drop(kept);
         drop(permit);
+    }
+}
+
+impl Deref for WriteTurn {
+    type Target = SqliteConnection;
+
+    fn deref(&self) -> &SqliteConnection {
+        &self.connection
+    }
+}
+
+impl DerefMut for WriteTurn {
+    fn deref_mut(&mut self) -> &mut SqliteConnection {
+        &mut self.connection
     }
 }
 

@@ -225,6 +225,11 @@ async fn a_dropped_write_leaves_nothing_and_the_next_one_works() {
     let mut write = database.write().await.expect("a turn");
     sqlx::query("ROLLBACK").execute(&mut *write).await.expect("ends");
     drop(write);
+    // Begun behind its back.
+    let mut turn = database.turn().await.expect("a turn");
+    sqlx::query("BEGIN IMMEDIATE").execute(&mut *turn).await.expect("begins");
+    sqlx::query(ACT).execute(&mut *turn).await.expect("writes");
+    drop(turn);
     let mut write = database.write().await.expect("a turn");
     sqlx::query(ACT).execute(&mut *write).await.expect("writes");
     write.commit().await.expect("commits");
