@@ -29,6 +29,7 @@ mod config;
 mod error;
 mod forwarding;
 mod load;
+mod outcome;
 mod slot;
 mod states;
 
@@ -47,7 +48,8 @@ pub use self::load::SnapshotState;
 
 use self::forwarding::{Executor, Forwarding};
 use self::load::Snapshots;
-use self::slot::{Pending, SharedOutcome, Slot};
+use self::outcome::SharedOutcome;
+use self::slot::{Pending, Slot};
 use self::states::HotStates;
 use crate::aggregate::Aggregate;
 use crate::clock::{Clock, IdGenerator, backoff, within};

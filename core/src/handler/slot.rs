@@ -1,42 +1,14 @@
 //! What is known of one stream: proven events, and those submitted on top of them.
 
 use std::collections::{VecDeque, vec_deque};
-use std::future::Future;
-use std::pin::Pin;
-use std::task::{Context, Poll};
 
-use futures_util::FutureExt;
-use futures_util::future::Shared;
-
+use super::outcome::SharedOutcome;
 use super::{Last, Step};
 use crate::aggregate::Aggregate;
 use crate::event::RecordedEvent;
 use crate::ids::{CommandId, Position, Version};
 use crate::mutant::{self, Mutant};
-use crate::store::{AppendError, Appended, Outcome, Ticket};
-
-/// The outcome of a submission, for everyone who asked for the same command. Whoever waits drives
-/// it, so it is known even when the first caller went away.
-#[derive(Clone)]
-pub(super) struct SharedOutcome(Shared<Outcome<Appended>>);
-
-impl SharedOutcome {
-    pub(super) fn new(outcome: Outcome<Appended>) -> Self {
-        Self(outcome.shared())
-    }
-
-    fn known(&self) -> Option<Result<Appended, AppendError>> {
-        self.0.clone().now_or_never()
-    }
-}
-
-impl Future for SharedOutcome {
-    type Output = Result<Appended, AppendError>;
-
-    fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
-        self.0.poll_unpin(context)
-    }
-}
+use crate::store::{AppendError, Appended, Ticket};
 
 /// One stream. Only what the log holds for good becomes proven.
 pub(super) struct Slot<A: Aggregate> {
