@@ -94,7 +94,7 @@ impl Beside {
 /// R2.
 pub async fn round_trip(bench: &Bench) -> Result<(), Failure> {
     let beside = Beside::open(bench).await?;
-    let calls = bench.size.of(200, 500, 2_000);
+    let calls = bench.size.of(200, 500, 10_000);
     // Each stream is known from here on.
     beside.commands(64, STREAMS, STREAMS).await?;
     // All of them together, for the curve.
