@@ -53,24 +53,26 @@ SELECT
 FROM json_each(?) AS asked
 "#;
 
+/// The same about one stream and command, which come alone while the store is idle: in half of the time.
+const BEGIN_ONE: &str = r#"
+BEGIN IMMEDIATE;
+SELECT
+    (SELECT coalesce(max("offset") + 1, 0) FROM kafold_event WHERE partition = 0),
+    (SELECT max(version) FROM kafold_event WHERE category = ? AND stream_id = ?),
+    (SELECT max(version) FROM kafold_event INDEXED BY kafold_event_command
+     WHERE category = ? AND stream_id = ? AND command_id = ?)
+"#;
+
 /// Begins a transaction; then the end of the log, and what the file says about each of the streams and
 /// commands, in their order: one query for all, and one more for each command that is there already.
 pub(crate) async fn begin(
     connection: &mut SqliteConnection,
     questions: &[Question<'_>],
 ) -> Result<(Offset, Vec<Known>), sqlx::Error> {
-    let asked: Vec<_> = questions
-        .iter()
-        .map(|(stream, command)| {
-            let command = command.map(|command| command.0.simple().to_string());
-            (stream.category(), stream.id(), command)
-        })
-        .collect();
-    let asked = serde_json::to_string(&asked).map_err(|error| sqlx::Error::Encode(error.into()))?;
-    let (end, answers): (i64, String) =
-        sqlx::query_as(BEGIN).bind(asked).fetch_one(&mut *connection).await?;
-    let answers: Vec<(usize, Option<u64>, Option<u64>)> =
-        serde_json::from_str(&answers).map_err(|error| sqlx::Error::Decode(error.into()))?;
+    let (end, answers) = match questions {
+        [question] => begin_one(connection, question).await?,
+        _ => begin_many(connection, questions).await?,
+    };
     let mut known = vec![Known { version: Version::EMPTY, first: None }; questions.len()];
     for (index, version, found) in answers {
         known[index].version = Version(version.unwrap_or(0));
@@ -79,6 +81,39 @@ pub(crate) async fn begin(
         }
     }
     Ok((Offset(unsigned(end)), known))
+}
+
+/// The end of the log, and of each question its place, the version of its stream and the last one of its
+/// command.
+type Answers = (i64, Vec<(usize, Option<u64>, Option<u64>)>);
+
+async fn begin_one(
+    connection: &mut SqliteConnection,
+    (stream, command): &Question<'_>,
+) -> Result<Answers, sqlx::Error> {
+    let query = sqlx::query_as(BEGIN_ONE).bind(stream.category()).bind(stream.id());
+    let query = query.bind(stream.category()).bind(stream.id());
+    let query = query.bind(command.map(|command| command.0));
+    let (end, version, found) = query.fetch_one(connection).await?;
+    Ok((end, vec![(0, version, found)]))
+}
+
+async fn begin_many(
+    connection: &mut SqliteConnection,
+    questions: &[Question<'_>],
+) -> Result<Answers, sqlx::Error> {
+    let asked: Vec<_> = questions
+        .iter()
+        .map(|(stream, command)| {
+            let command = command.map(|command| command.0.simple().to_string());
+            (stream.category(), stream.id(), command)
+        })
+        .collect();
+    let asked = serde_json::to_string(&asked).map_err(|error| sqlx::Error::Encode(error.into()))?;
+    let query = sqlx::query_as(BEGIN).bind(asked);
+    let (end, answers): (i64, String) = query.fetch_one(connection).await?;
+    let answers = serde_json::from_str(&answers);
+    Ok((end, answers.map_err(|error| sqlx::Error::Decode(error.into()))?))
 }
 
 /// The end of the log: the offset of the next event.
@@ -173,22 +208,25 @@ macro_rules! rows_8 {
         concat!($row, ",", $row, ",", $row, ",", $row, ",", $row, ",", $row, ",", $row, ",", $row)
     };
 }
+macro_rules! any_of {
+    ($rows:expr) => {
+        concat!("SELECT * FROM (VALUES ", $rows, ") WHERE column1 IS NOT NULL")
+    };
+}
 macro_rules! insert {
     ($rows:expr, $then:literal) => {
         concat!(
             "INSERT INTO kafold_event (category, stream_id, version, partition, \"offset\", event_id, \
-             event_type, recorded_at, command_id, metadata, payload) \
-             SELECT * FROM (VALUES ",
+             event_type, recorded_at, command_id, metadata, payload) ",
             $rows,
-            ") WHERE column1 IS NOT NULL",
             $then
         )
     };
 }
-const LAST_1: &str = insert!(row!(), "; COMMIT");
-const LAST_8: &str = insert!(rows_8!(row!()), "; COMMIT");
-const LAST_64: &str = insert!(rows_8!(rows_8!(row!())), "; COMMIT");
-const INSERT_64: &str = insert!(rows_8!(rows_8!(row!())), "");
+const LAST_1: &str = insert!(concat!("VALUES ", row!()), "; COMMIT");
+const LAST_8: &str = insert!(any_of!(rows_8!(row!())), "; COMMIT");
+const LAST_64: &str = insert!(any_of!(rows_8!(rows_8!(row!()))), "; COMMIT");
+const INSERT_64: &str = insert!(any_of!(rows_8!(rows_8!(row!()))), "");
 
 /// One row, as it is read.
 #[derive(FromRow)]
