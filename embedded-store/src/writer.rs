@@ -196,6 +196,7 @@ impl Writer {
             self.note(None);
             return Ok(Committed::Yes);
         };
+        // Its transaction may still be open, and to settle takes a turn of its own.
         drop(turn);
         if is_certainly_not_committed(&error) {
             return Err(error);

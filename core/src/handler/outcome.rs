@@ -74,7 +74,7 @@ impl Drop for SharedOutcome {
 }
 
 impl Awaited {
-    /// Asks for the outcome; whether it is known from now on.
+    /// Asks for the outcome unless it is known; whether this made it known, of which others are to be told.
     fn find_out(self: &Arc<Self>) -> bool {
         let mut outcome = lock(&self.outcome);
         if self.known.get().is_some() {
