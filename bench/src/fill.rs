@@ -69,7 +69,7 @@ impl Fill<'_> {
         if let Some(database) = index {
             let index = SqlIndex::new(database.clone());
             while let Some(batch) = to_index.recv().await {
-                if index.advance(batch).await? != Advanced::Moved {
+                if index.advance(vec![batch]).await.remove(0)? != Advanced::Moved {
                     return Err("the index was not empty".into());
                 }
             }

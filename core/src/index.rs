@@ -16,10 +16,13 @@ pub trait StreamIndex: Send + Sync + 'static {
     /// Where each partition of the index stands. A partition that is absent stands at 0.
     async fn cursors(&self) -> Result<Vec<(Partition, Cursor)>, ReadError>;
 
-    /// Adds the events of one partition in `[from, to.next)` and moves the partition's cursor to
-    /// `to`, in one transaction; an equal event that is there already is ignored, a different one at
-    /// the same stream and version is [`ReadError::Diverged`]. The cursor never moves backward.
-    async fn advance(&self, batch: IndexBatch) -> Result<Advanced, ReadError>;
+    /// Adds the events of each batch's partition in `[from, to.next)` and moves the partition's cursor
+    /// to `to`, whole or not at all; an equal event that is there already is ignored, a different one
+    /// at the same stream and version is [`ReadError::Diverged`]. The cursor never moves backward.
+    ///
+    /// An answer for each batch, in their order: what one of them meets does not keep the others back.
+    /// They may share a transaction, since many small ones cost more than what they write.
+    async fn advance(&self, batches: Vec<IndexBatch>) -> Vec<Result<Advanced, ReadError>>;
 
     /// Up to `limit` events of each request's stream above its version, in order, with the position
     /// of the partition's cursor in the same snapshot. Answers are in the order of the requests:

@@ -33,8 +33,10 @@ use futures_util::future::LocalBoxFuture;
 use crate::clock::{IdGenerator, RandomIds};
 use crate::event::{Commit, Metadata, NewEvent, RecordedEvent};
 use crate::ids::{CommandId, ExpectedVersion, StreamId, Version};
+use crate::index::{Advanced, IndexBatch, StreamIndex};
 use crate::store::{
-    Append, AppendError, Appended, Cursor, EventSource, EventStore, Outcome, Ticket, View,
+    Append, AppendError, Appended, Cursor, EventSource, EventStore, Outcome, ReadError, Ticket,
+    View,
 };
 
 pub use self::wait::eventually;
@@ -257,6 +259,13 @@ pub async fn read_gapless(
         assert!(pair[0].position.offset < pair[1].position.offset);
     }
     events
+}
+
+/// What the index says to one batch.
+pub async fn advance(index: &dyn StreamIndex, batch: IndexBatch) -> Result<Advanced, ReadError> {
+    let mut answers = index.advance(vec![batch]).await;
+    assert_eq!(answers.len(), 1, "an answer for each batch");
+    answers.remove(0)
 }
 
 /// The versions of the events, as numbers.

@@ -5,7 +5,7 @@ use futures_util::FutureExt;
 use kafold_core::index::{Advanced, IndexBatch, IndexLoad};
 use kafold_core::memory::{MemoryConfig, MemoryIndex, MemorySnapshots};
 use kafold_core::store::{Cursor, SourceMessage, Subscription};
-use kafold_core::testing::{commit, exact, new_command, new_stream, versions};
+use kafold_core::testing::{advance, commit, exact, new_command, new_stream, versions};
 use kafold_core::{
     CommandId, EventSource, EventStore, MemoryStore, Offset, Partition, Position, ReadError,
     RecordedEvent, Snapshot, SnapshotStore, StreamId, StreamIndex, Version,
@@ -122,7 +122,7 @@ async fn the_index_answers_streams_and_commands_as_far_as_it_stands() {
     let (index, stream) = (MemoryIndex::new(), new_stream());
     let fed = events(&stream, 1, 5, 3);
     let last = fed[2].clone();
-    assert_eq!(index.advance(batch(0, 9, fed)).await.expect("fits"), Advanced::Moved);
+    assert_eq!(advance(&index, batch(0, 9, fed)).await.expect("fits"), Advanced::Moved);
     assert_eq!(load(&index, &stream, 0, 10).await, (vec![1, 2, 3], false));
     assert_eq!(load(&index, &stream, 1, 1).await, (vec![2], true));
     assert_eq!(load(&index, &stream, 3, 10).await, (vec![], false));
@@ -140,8 +140,8 @@ async fn the_index_answers_streams_and_commands_as_far_as_it_stands() {
 async fn feeding_the_index_again_changes_nothing() {
     let (index, stream) = (MemoryIndex::new(), new_stream());
     let fed = events(&stream, 1, 0, 4);
-    index.advance(batch(0, 4, fed.clone())).await.expect("fits");
-    index.advance(batch(0, 2, fed[..2].to_vec())).await.expect("is there already");
+    advance(&index, batch(0, 4, fed.clone())).await.expect("fits");
+    advance(&index, batch(0, 2, fed[..2].to_vec())).await.expect("is there already");
     assert_eq!(load(&index, &stream, 0, 10).await, (vec![1, 2, 3, 4], false));
     let cursor = Cursor { next: Offset(4), state: "at 4".into() };
     assert_eq!(index.cursors().await.expect("in memory"), [(Partition(0), cursor)]);
@@ -150,10 +150,10 @@ async fn feeding_the_index_again_changes_nothing() {
 #[tokio::test]
 async fn the_index_takes_no_batch_behind_a_gap() {
     let (index, stream) = (MemoryIndex::new(), new_stream());
-    let behind = index.advance(batch(1, 2, events(&stream, 1, 1, 1))).await.expect("no error");
+    let behind = advance(&index, batch(1, 2, events(&stream, 1, 1, 1))).await.expect("no error");
     assert_eq!(behind, Advanced::Behind(None));
-    index.advance(batch(0, 1, events(&stream, 1, 0, 1))).await.expect("fits");
-    let behind = index.advance(batch(2, 3, events(&stream, 2, 2, 1))).await.expect("no error");
+    advance(&index, batch(0, 1, events(&stream, 1, 0, 1))).await.expect("fits");
+    let behind = advance(&index, batch(2, 3, events(&stream, 2, 2, 1))).await.expect("no error");
     let cursor = Cursor { next: Offset(1), state: "at 1".into() };
     assert_eq!(behind, Advanced::Behind(Some(cursor)));
     assert_eq!(load(&index, &stream, 0, 10).await, (vec![1], false));
@@ -162,11 +162,11 @@ async fn the_index_takes_no_batch_behind_a_gap() {
 #[tokio::test]
 async fn the_index_refuses_what_contradicts_it_and_keeps_nothing_of_it() {
     let (index, stream) = (MemoryIndex::new(), new_stream());
-    index.advance(batch(0, 2, events(&stream, 1, 0, 2))).await.expect("fits");
+    advance(&index, batch(0, 2, events(&stream, 1, 0, 2))).await.expect("fits");
     let elsewhere = events(&stream, 2, 3, 2);
     let skipping = events(&stream, 4, 2, 1);
     for contradiction in [elsewhere, skipping] {
-        let refused = index.advance(batch(2, 9, contradiction)).await;
+        let refused = advance(&index, batch(2, 9, contradiction)).await;
         assert!(matches!(refused, Err(ReadError::Diverged { .. })), "{refused:?}");
     }
     assert_eq!(load(&index, &stream, 0, 10).await, (vec![1, 2], false));

@@ -73,14 +73,16 @@ pub struct Limits {
     /// Proven events of a partition kept in memory until the index has them; above it submissions
     /// are answered `Unavailable`. Default 20 000.
     pub tail_events_max: usize,
-    /// Events in one index batch. Default 2 000.
+    /// Events of a partition that go into the index at a time; partitions that together have no more
+    /// go in one transaction. Default 2 000.
     pub index_batch_events_max: usize,
-    /// How long an event waits for others of its partition to go into the index with it in one
-    /// transaction; a full batch, and a partition that is handed over, waits no longer. What waits is
-    /// in memory, and read again from the log after a crash. Default 200 ms.
+    /// How long an event waits at most for others to go into the index with it; the partitions of a
+    /// process wait for the same moments. A full batch, and a partition that is handed over, waits no
+    /// longer. What waits is in memory, and read again from the log after a crash. Default 200 ms.
     pub index_delay: Duration,
-    /// Index batches in flight over all partitions. Default 4.
-    pub index_batches_max: usize,
+    /// Transactions under way that write into the index; what comes meanwhile goes with the next one.
+    /// Default 4.
+    pub index_writes_max: usize,
     /// Loads that one query to the index gathers. Default 256.
     pub load_requests_max: usize,
     /// Loads waiting for the index; one more is answered `Unavailable`. Default 4 096.
@@ -135,7 +137,7 @@ impl Default for Limits {
             tail_events_max: 20_000,
             index_batch_events_max: 2_000,
             index_delay: Duration::from_millis(200),
-            index_batches_max: 4,
+            index_writes_max: 4,
             load_requests_max: 256,
             queued_loads_max: 4_096,
             page_events_max: 1_000,

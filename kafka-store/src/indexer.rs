@@ -2,18 +2,18 @@
 
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use kafold_core::clock::{backoff, within};
 use kafold_core::index::{Advanced, IndexBatch};
 use kafold_core::store::Cursor;
 use kafold_core::{Clock, IdGenerator, Offset, Partition, ReadError, RecordedEvent, StreamIndex};
-use tokio::sync::Semaphore;
 
 use crate::client::Inquirer;
 use crate::config::KafkaConfig;
 use crate::driver::{Driver, Message, Tenure};
 use crate::fold::{Checkpoint, CommitReader, InvalidCursor, LogDiverged, Read};
+use crate::gatherer::Gatherer;
 use crate::inspect::{InspectError, Inspector};
 use crate::partition::Shared;
 use crate::reader::{LogReader, ReadFailure};
@@ -43,8 +43,9 @@ pub(crate) struct Indexer {
     pub(crate) inquirer: Arc<Inquirer>,
     pub(crate) clock: Arc<dyn Clock>,
     pub(crate) ids: Arc<dyn IdGenerator>,
-    /// Batches in flight over all partitions.
-    permits: Semaphore,
+    gatherer: Gatherer,
+    /// From here on all partitions count the times at which they go into the index.
+    begin: Instant,
     /// Reads the log for an index that has lost its place.
     again: Mutex<Option<LogReader>>,
 }
@@ -79,6 +80,7 @@ impl FeedError {
 }
 
 impl Indexer {
+    /// The indexer, and the task that writes for it.
     pub(crate) fn new(
         config: KafkaConfig,
         index: Arc<dyn StreamIndex>,
@@ -87,19 +89,14 @@ impl Indexer {
         inquirer: Arc<Inquirer>,
         clock: Arc<dyn Clock>,
         ids: Arc<dyn IdGenerator>,
-    ) -> Self {
-        let permits = Semaphore::new(config.limits.index_batches_max.max(1));
-        Self {
-            config,
-            index,
-            driver,
-            inspector,
-            inquirer,
-            clock,
-            ids,
-            permits,
-            again: Mutex::new(None),
-        }
+    ) -> (Self, impl Future<Output = ()> + Send + 'static) {
+        let (gatherer, gathering) =
+            Gatherer::new(Arc::clone(&index), Arc::clone(&clock), &config.limits);
+        let begin = clock.instant();
+        let again = Mutex::new(None);
+        let indexer =
+            Self { config, index, driver, inspector, inquirer, clock, ids, gatherer, begin, again };
+        (indexer, gathering)
     }
 
     /// Where the index stands in a partition.
@@ -147,7 +144,7 @@ impl Indexer {
 
     async fn feed(&self, shared: &Shared, tenure: Tenure, mut from: Offset) {
         let mut attempt = 0;
-        let mut waits_since = None;
+        let mut due: Option<Instant> = None;
         loop {
             // What the tail no longer holds is in the index, unless that has lost its place.
             let fed = if shared.index_lost.load(Ordering::Acquire) {
@@ -156,17 +153,19 @@ impl Indexer {
                 self.feed_again(shared).await
             } else {
                 let Some(delay) = self.delay(shared, from) else {
-                    waits_since = None;
+                    due = None;
                     shared.advanced.notified().await;
                     continue;
                 };
                 let now = self.clock.instant();
-                let left = delay.saturating_sub(now - *waits_since.get_or_insert(now));
-                if !left.is_zero() {
-                    within(&*self.clock, left, shared.advanced.notified()).await;
+                let next = next_moment(self.begin, now, delay);
+                let until = due.map_or(next, |due| due.min(next));
+                if until > now {
+                    due = Some(until);
+                    within(&*self.clock, until - now, shared.advanced.notified()).await;
                     continue;
                 }
-                waits_since = None;
+                due = None;
                 let batch = shared.tail().batch(from, self.config.limits.index_batch_events_max);
                 let Some(batch) = batch else { continue };
                 self.advance(shared, tenure, batch).await
@@ -219,10 +218,8 @@ impl Indexer {
         tenure: Tenure,
         batch: IndexBatch,
     ) -> Result<Offset, FeedError> {
-        // Never closed.
-        let _permit = self.permits.acquire().await.ok();
         let to = batch.to.next;
-        match self.index.advance(batch).await? {
+        match self.gatherer.advance(batch).await? {
             Advanced::Moved => {
                 shared.tail().drop_below(to);
                 self.driver.tell(Message::Input(shared.partition, tenure, Input::Indexed(to)));
@@ -266,7 +263,7 @@ impl Indexer {
             }
             let events = std::mem::take(&mut events);
             let batch = IndexBatch { partition, from, to: to.to_cursor(), events };
-            from = match self.index.advance(batch).await? {
+            from = match self.gatherer.advance(batch).await? {
                 Advanced::Moved => to.next,
                 // It was deleted once more.
                 Advanced::Behind(_) => return Err(FeedError::Read(ReadFailure::timed_out())),
@@ -302,5 +299,32 @@ impl Indexer {
 
     async fn pause(&self, attempt: u32) {
         self.clock.sleep(backoff(&*self.ids, attempt, RETRY_BASE, RETRY_MAX)).await;
+    }
+}
+
+/// The first of the moments that come every `period` after `begin` which is later than `now`; `now`
+/// itself without a period. What waits for the same moments comes together.
+fn next_moment(begin: Instant, now: Instant, period: Duration) -> Instant {
+    let since = now.saturating_duration_since(begin).as_micros();
+    let since_moment = since.checked_rem(period.as_micros());
+    let since_moment = since_moment.map(|micros| Duration::from_micros(micros as u64));
+    since_moment.map_or(now, |since_moment| now + (period - since_moment))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn moments_are_the_same_for_all_and_none_is_later_than_a_period() {
+        #[expect(clippy::disallowed_methods, reason = "any moment will do")]
+        let begin = Instant::now();
+        let moment = |now: u64, period: u64| {
+            let millis = Duration::from_millis;
+            (next_moment(begin, begin + millis(now), millis(period)) - begin).as_millis()
+        };
+        assert_eq!([0, 1, 199, 200, 399].map(|now| moment(now, 200)), [200, 200, 200, 400, 400]);
+        assert_eq!([0, 7].map(|now| moment(now, 0)), [0, 7]);
+        assert_eq!(moment(4_999, 5_000), 5_000);
     }
 }

@@ -22,7 +22,8 @@
 //! - `membership`: a place in a consumer group; `ownership`: takes over what the group assigns and hands
 //!   over what it revokes;
 //! - `forward`: commands between the nodes;
-//! - `indexer`: feeds the index behind the write; `loader`: streams from index and tail;
+//! - `indexer`: feeds the index behind the write, `gatherer`: for all partitions together; `loader`:
+//!   streams from index and tail;
 //! - [`store`], [`source`]: the two seams;
 //! - [`operate`]: a log as its operator looks at it, without being a part of the service.
 
@@ -34,6 +35,7 @@ mod driver;
 pub mod error;
 pub mod fold;
 mod forward;
+mod gatherer;
 pub mod identity;
 mod indexer;
 mod inspect;

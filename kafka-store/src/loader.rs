@@ -382,7 +382,7 @@ mod tests {
     use kafold_core::Position;
     use kafold_core::index::IndexBatch;
     use kafold_core::memory::MemoryIndex;
-    use kafold_core::testing::event;
+    use kafold_core::testing::{advance, event};
     use uuid::Uuid;
 
     use super::*;
@@ -437,7 +437,7 @@ mod tests {
                 to: Checkpoint { next: Offset(to), state: FoldState::default() }.to_cursor(),
                 events: (from..=to).map(|version| self.event(version)).collect(),
             };
-            self.index.advance(batch).await.expect("fits");
+            advance(&*self.index, batch).await.expect("fits");
             self.shared.tail().drop_below(Offset(to));
         }
 

@@ -130,7 +130,7 @@ impl KafkaStore {
             clock: Arc::clone(&clock),
         };
         driver.start(inbox, parts).map_err(client_error)?;
-        let indexer = Arc::new(Indexer::new(
+        let (indexer, indexing) = Indexer::new(
             config.clone(),
             index,
             driver.clone(),
@@ -138,7 +138,7 @@ impl KafkaStore {
             Arc::clone(&inquirer),
             Arc::clone(&clock),
             Arc::clone(&ids),
-        ));
+        );
 
         let outbox = Arc::new(Outbox::start(&config).map_err(client_error)?);
         let mut few = config.clone();
@@ -175,6 +175,7 @@ impl KafkaStore {
             tasks.spawn(Arc::clone(&bus).listen(listening.clone(), partition, from));
         }
         tasks.spawn(asking);
+        tasks.spawn(indexing);
         tasks.spawn(watch(
             config.clone(),
             Arc::clone(&inquirer),
@@ -184,7 +185,7 @@ impl KafkaStore {
         let ownership = Arc::new(Ownership::new(
             shared.clone(),
             driver.clone(),
-            indexer,
+            Arc::new(indexer),
             inboxes,
             Arc::clone(&clock),
             config.limits.hand_over_timeout,

@@ -219,13 +219,13 @@ fn bytes_of(events: &[Arc<RecordedEvent>]) -> usize {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use kafold_core::{Metadata, Position};
     use uuid::Uuid;
 
     use super::*;
 
-    fn event(id: &str, version: u64, offset: u64, command: u128) -> Arc<RecordedEvent> {
+    pub(crate) fn event(id: &str, version: u64, offset: u64, command: u128) -> Arc<RecordedEvent> {
         Arc::new(RecordedEvent {
             stream: id.parse().expect("a stream id"),
             version: Version(version),

@@ -55,11 +55,14 @@ impl StreamIndex for TestIndex {
         self.inner()?.cursors().await
     }
 
-    async fn advance(&self, batch: IndexBatch) -> Result<Advanced, ReadError> {
-        let inner = self.inner()?;
-        let told = (batch.partition, batch.from, batch.events.len());
-        self.batches.lock().expect("no panic").push(told);
-        inner.advance(batch).await
+    async fn advance(&self, batches: Vec<IndexBatch>) -> Vec<Result<Advanced, ReadError>> {
+        let inner = match self.inner() {
+            Ok(inner) => inner,
+            Err(down) => return batches.iter().map(|_| Err(down.clone())).collect(),
+        };
+        let told = batches.iter().map(|batch| (batch.partition, batch.from, batch.events.len()));
+        self.batches.lock().expect("no panic").extend(told);
+        inner.advance(batches).await
     }
 
     async fn load(

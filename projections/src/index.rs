@@ -76,13 +76,12 @@ impl StreamIndex for SqlIndex {
             .collect()
     }
 
-    async fn advance(&self, batch: IndexBatch) -> Result<Advanced, ReadError> {
+    async fn advance(&self, batches: Vec<IndexBatch>) -> Vec<Result<Advanced, ReadError>> {
         let now = self.clock.now();
-        let advanced = match &self.database {
-            Database::Postgres(database) => postgres::advance(database.pool(), &batch, now).await,
-            Database::Sqlite(database) => sqlite::advance(database, &batch, now).await,
-        };
-        advanced.map_err(RowError::into)
+        match &self.database {
+            Database::Postgres(database) => postgres::advance(database.pool(), &batches, now).await,
+            Database::Sqlite(database) => sqlite::advance(database, &batches, now).await,
+        }
     }
 
     async fn load(

@@ -9,6 +9,7 @@ use common::{Dice, TestDatabase};
 use kafold_core::clock::RandomIds;
 use kafold_core::index::{Advanced, IndexBatch, IndexLoad};
 use kafold_core::store::{Cursor, ReadError};
+use kafold_core::testing::advance;
 use kafold_core::{
     CommandId, IdGenerator, Metadata, Offset, Partition, Position, RecordedEvent, Snapshot,
     SnapshotStore, StreamId, StreamIndex, Version,
@@ -22,6 +23,8 @@ on_both!(
     another_event_at_the_same_version_is_diverged,
     another_event_at_the_same_offset_is_diverged,
     position_and_state_move_together_and_only_forward,
+    batches_that_come_together_do_not_keep_each_other_back,
+    feeders_of_many_partitions_do_not_wait_for_each_other,
     two_feeders_at_once_do_no_harm,
     a_load_and_its_position_are_of_one_snapshot,
     many_loads_answer_in_their_order,
@@ -77,11 +80,14 @@ fn index(database: &TestDatabase) -> SqlIndex {
 }
 
 async fn moved(index: &SqlIndex, batch: IndexBatch) {
-    assert_eq!(index.advance(batch).await.expect("it fits"), Advanced::Moved);
+    assert_eq!(advance(index, batch).await.expect("it fits"), Advanced::Moved);
 }
 
 async fn diverged(index: &SqlIndex, batch: IndexBatch) {
-    let answer = index.advance(batch).await;
+    is_diverged(advance(index, batch).await);
+}
+
+fn is_diverged(answer: Result<Advanced, ReadError>) {
     let Err(ReadError::Diverged { cause, .. }) = answer else { panic!("{answer:?}") };
     assert!(cause.to_string().contains("IndexDiverged"), "{cause}");
 }
@@ -100,10 +106,10 @@ async fn what_was_indexed_is_loaded_to_the_byte(database: &TestDatabase) {
 
 async fn a_batch_beyond_the_position_is_behind_and_writes_nothing(database: &TestDatabase) {
     let index = index(database);
-    let answer = index.advance(batch(5, 9, &[event("a", 1, 5)])).await.expect("an answer");
+    let answer = advance(&index, batch(5, 9, &[event("a", 1, 5)])).await.expect("an answer");
     assert_eq!(answer, Advanced::Behind(None));
     moved(&index, batch(0, 3, &[])).await;
-    let answer = index.advance(batch(5, 9, &[event("a", 1, 5)])).await.expect("an answer");
+    let answer = advance(&index, batch(5, 9, &[event("a", 1, 5)])).await.expect("an answer");
     assert_eq!(answer, Advanced::Behind(Some(cursor(3))));
     assert_eq!(database.number("SELECT COUNT(*) FROM kafold_event").await, 0);
     assert_eq!(database.number("SELECT next_offset FROM kafold_partition").await, 3);
@@ -160,6 +166,87 @@ async fn position_and_state_move_together_and_only_forward(database: &TestDataba
     assert_eq!(index.cursors().await.expect("readable"), [(PARTITION, cursor(10))]);
 }
 
+/// A batch of so many events in a stream of its own, from the partition's beginning on.
+fn batch_of(partition: u32, events: u64) -> IndexBatch {
+    let partition = Partition(partition);
+    let events = (1..=events).map(|n| {
+        let event = event(&format!("p{partition}"), n, n);
+        RecordedEvent { position: Position { partition, ..event.position }, ..event }
+    });
+    let events: Vec<_> = events.collect();
+    let to = cursor(events.len() as u64 + 1);
+    IndexBatch { partition, from: Offset(0), to, events }
+}
+
+async fn batches_that_come_together_do_not_keep_each_other_back(database: &TestDatabase) {
+    let index = index(database);
+    // Few and many: PostgreSQL takes them differently.
+    for (nth, events) in [2, 60].into_iter().enumerate() {
+        let of = |partition| partition + 10 * nth as u32;
+        let known = batch_of(of(1), events);
+        let begun = [known.clone(), batch_of(of(3), 0), batch_of(of(4), 0)];
+        for begun in begun {
+            moved(&index, IndexBatch { events: Vec::new(), to: cursor(1), ..begun }).await;
+        }
+        let next = |batch: IndexBatch| IndexBatch { from: Offset(1), ..batch };
+        // One whose place is new, one that the index is behind of, one that fits, and one twice.
+        let (new, fits) = (batch_of(of(2), events), next(known));
+        let behind = IndexBatch { from: Offset(2), ..batch_of(of(3), events) };
+        let together = vec![new.clone(), behind, fits.clone(), fits.clone()];
+        let answers = index.advance(together).await;
+        let answers: Vec<_> = answers.into_iter().map(|answer| answer.expect("none")).collect();
+        let behind = Advanced::Behind(Some(cursor(1)));
+        assert_eq!(answers, [Advanced::Moved, behind, Advanced::Moved, Advanced::Moved]);
+        // One that contradicts.
+        let again = |batch: &IndexBatch| {
+            let from = batch.to.next;
+            IndexBatch { from, to: cursor(from.0 + 1), ..batch.clone() }
+        };
+        let mut other = again(&fits);
+        other.events[0].metadata.event_id = RandomIds.event_id();
+        let mut answers = index.advance(vec![next(batch_of(of(4), events)), other]).await;
+        is_diverged(answers.remove(1));
+        assert_eq!(answers.remove(0).expect("fits"), Advanced::Moved);
+        for partition in [of(1), of(2), of(4)] {
+            let (partition, stream) = (Partition(partition), stream(&format!("p{partition}")));
+            let load = IndexLoad { partition, stream, after: Version(0) };
+            let read = index.load(&[load], 100).await.expect("readable").remove(0);
+            assert_eq!((read.position.0, read.events.len() as u64), (events + 1, events));
+        }
+        let cursors = index.cursors().await.expect("readable");
+        assert!(cursors.contains(&(Partition(of(3)), cursor(1))), "{cursors:?}");
+    }
+    assert!(index.advance(Vec::new()).await.is_empty());
+}
+
+async fn feeders_of_many_partitions_do_not_wait_for_each_other(database: &TestDatabase) {
+    let feeders = (0..4).map(|seed| {
+        let (index, mut dice) = (index(database), Dice::new(seed));
+        tokio::spawn(async move {
+            for round in 0..40 {
+                let mut batches: Vec<_> = (0..6).map(|partition| batch_of(partition, 0)).collect();
+                for batch in &mut batches {
+                    (batch.from, batch.to) = (Offset(round), cursor(round + 1));
+                }
+                let cut = dice.roll(6) as usize;
+                batches.rotate_left(cut);
+                if dice.roll(2) == 0 {
+                    batches.reverse();
+                }
+                for answer in index.advance(batches).await {
+                    assert_eq!(answer.expect("no error"), Advanced::Moved);
+                }
+            }
+        })
+    });
+    for feeder in feeders.collect::<Vec<_>>() {
+        feeder.await.expect("no panic");
+    }
+    let cursors = index(database).cursors().await.expect("readable");
+    assert_eq!(cursors.len(), 6);
+    assert!(cursors.iter().all(|(_, at)| *at == cursor(40)), "{cursors:?}");
+}
+
 /// A log of 300 events in 10 streams, and batches over it that begin and end anywhere.
 fn log() -> Vec<RecordedEvent> {
     (0..300).map(|n| event(&format!("s{}", n % 10), n / 10 + 1, n)).collect()
@@ -175,7 +262,7 @@ async fn two_feeders_at_once_do_no_harm(database: &TestDatabase) {
                 // Few and many: PostgreSQL takes them differently.
                 let to = (from + 1 + dice.roll(90)).min(300);
                 let events = &log[from as usize..to as usize];
-                let advanced = index.advance(batch(from, to, events)).await.expect("no error");
+                let advanced = advance(&index, batch(from, to, events)).await.expect("no error");
                 if advanced == Advanced::Moved {
                     let cursors = index.cursors().await.expect("readable");
                     assert!(cursors[0].1.next >= Offset(to), "the index moved back");

@@ -275,7 +275,7 @@ async fn index_alone(bench: &Bench) -> Result<(), Failure> {
         let index = SqlIndex::new(scratch.database.clone());
         let advance = |batch| {
             let index = index.clone();
-            async move { index.advance(batch).await.map_err(Failure::from) }
+            async move { index.advance(vec![batch]).await.remove(0) }
         };
         let mut feeding = stream::iter(batches).map(advance).buffered(INDEX_BATCHES);
         while let Some(advanced) = feeding.try_next().await? {

@@ -44,6 +44,19 @@ impl Tables {
         self.cursors.get(&partition).map_or(Offset(0), |cursor| cursor.next)
     }
 
+    fn advance(&mut self, batch: IndexBatch) -> Result<Advanced, ReadError> {
+        let position = self.position(batch.partition);
+        if position < batch.from && !mutant::active(Mutant::IndexPlainMaximum) {
+            return Ok(Advanced::Behind(self.cursors.get(&batch.partition).cloned()));
+        }
+        self.check(&batch.events)?;
+        batch.events.into_iter().for_each(|event| self.insert(event));
+        if batch.to.next > position {
+            self.cursors.insert(batch.partition, batch.to);
+        }
+        Ok(Advanced::Moved)
+    }
+
     /// Nothing contradicts what is here and no stream would get a gap.
     fn check(&self, events: &[RecordedEvent]) -> Result<(), ReadError> {
         let mut versions: HashMap<&StreamId, u64> = HashMap::new();
@@ -96,18 +109,9 @@ impl StreamIndex for MemoryIndex {
         Ok(self.tables().cursors.iter().map(|(p, cursor)| (*p, cursor.clone())).collect())
     }
 
-    async fn advance(&self, batch: IndexBatch) -> Result<Advanced, ReadError> {
+    async fn advance(&self, batches: Vec<IndexBatch>) -> Vec<Result<Advanced, ReadError>> {
         let mut tables = self.tables();
-        let position = tables.position(batch.partition);
-        if position < batch.from && !mutant::active(Mutant::IndexPlainMaximum) {
-            return Ok(Advanced::Behind(tables.cursors.get(&batch.partition).cloned()));
-        }
-        tables.check(&batch.events)?;
-        batch.events.into_iter().for_each(|event| tables.insert(event));
-        if batch.to.next > position {
-            tables.cursors.insert(batch.partition, batch.to);
-        }
-        Ok(Advanced::Moved)
+        batches.into_iter().map(|batch| tables.advance(batch)).collect()
     }
 
     async fn load(

@@ -7,7 +7,8 @@ use kafold_core::index::{Advanced, IndexBatch, IndexLoad};
 use kafold_core::memory::MemoryIndex;
 use kafold_core::mutant::{self, Mutant};
 use kafold_core::store::Cursor;
-use kafold_core::{Offset, RecordedEvent, StreamId, StreamIndex, Version};
+use kafold_core::testing::advance;
+use kafold_core::{Offset, ReadError, RecordedEvent, StreamId, StreamIndex, Version};
 
 use super::coverage::{Coverage, State};
 use super::reference::{PARTITION, Reference, Violation};
@@ -24,7 +25,7 @@ impl Clone for Index {
     fn clone(&self) -> Self {
         let copy = Self { index: MemoryIndex::new(), fed: self.fed.clone() };
         for batch in &copy.fed {
-            at_once(copy.index.advance(batch.clone())).expect("it was taken before");
+            copy.take(batch).expect("it was taken before");
         }
         copy
     }
@@ -36,6 +37,10 @@ fn at_once<T>(future: impl Future<Output = T>) -> T {
 }
 
 impl Index {
+    fn take(&self, batch: &IndexBatch) -> Result<Advanced, ReadError> {
+        at_once(advance(&self.index, batch.clone()))
+    }
+
     fn cursor(&self) -> Option<Cursor> {
         let cursors = at_once(self.index.cursors()).expect("it is in memory");
         cursors.into_iter().map(|(_, cursor)| cursor).next()
@@ -64,8 +69,7 @@ impl Index {
         if self.position() > batch.from {
             coverage.saw(State::IndexFedTwice);
         }
-        let advanced = at_once(self.index.advance(batch.clone()));
-        let advanced = advanced.map_err(|diverged| diverged.to_string())?;
+        let advanced = self.take(batch).map_err(|diverged| diverged.to_string())?;
         if matches!(advanced, Advanced::Moved) {
             self.fed.push(batch.clone());
         }

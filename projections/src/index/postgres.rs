@@ -3,9 +3,9 @@
 use chrono::{DateTime, Utc};
 use kafold_core::index::{Advanced, IndexBatch, IndexLoad, IndexRead};
 use kafold_core::mutant::{self, Mutant};
-use kafold_core::store::Cursor;
+use kafold_core::store::{Cursor, ReadError};
 use kafold_core::{Offset, RecordedEvent};
-use sqlx::postgres::PgArguments;
+use sqlx::postgres::{PgArguments, PgExecutor};
 use sqlx::query::Query;
 use sqlx::{FromRow, PgConnection, PgPool, Postgres, Row};
 
@@ -13,6 +13,7 @@ use crate::copy::CopyRows;
 
 use super::{
     EventRow, More, RowError, Stored, bigint, check_stored, cursor, cut, offset_of, partition_int,
+    read_error,
 };
 
 type PgQuery<'q> = Query<'q, Postgres, PgArguments>;
@@ -29,79 +30,101 @@ pub(super) const FIND_COMMAND: &str = "WITH c AS MATERIALIZED (SELECT category, 
 /// Events from which on a batch goes by COPY: for fewer its round trips cost more than it gives.
 const COPY_EVENTS_MIN: usize = 50;
 
-/// Almost always the index stands exactly where the batch begins and has none of it. What is not so is
-/// looked at closely.
+/// Almost always the index stands exactly where the batches begin and has none of them. What is not so
+/// is looked at closely, one batch at a time.
 pub(super) async fn advance(
     pool: &PgPool,
-    batch: &IndexBatch,
+    batches: &[IndexBatch],
     now: DateTime<Utc>,
-) -> Result<Advanced, RowError> {
-    let appended = match batch.events.len() {
-        COPY_EVENTS_MIN.. => append_by_copy(pool, batch, now).await,
-        _ => append(pool, batch, now).await,
+) -> Vec<Result<Advanced, ReadError>> {
+    let numbered = batches.iter().zip(1..);
+    let events =
+        numbered.flat_map(|(batch, nth)| batch.events.iter().map(move |event| (nth, event)));
+    let events: Vec<_> = events.collect();
+    let appended = match events.len() {
+        COPY_EVENTS_MIN.. => append_by_copy(pool, batches, &events, now).await,
+        _ => append(pool, batches, &events, now).await,
     };
-    match appended {
-        Ok(true) => Ok(Advanced::Moved),
-        Ok(false) => advance_checked(pool, batch, now).await,
-        Err(error) if is_taken(&error) => advance_checked(pool, batch, now).await,
-        Err(error) => Err(error.into()),
+    let moved = match appended {
+        Ok(moved) => moved,
+        Err(error) if is_taken(&error) => Vec::new(),
+        Err(error) => {
+            let error = read_error(error);
+            return batches.iter().map(|_| Err(error.clone())).collect();
+        }
+    };
+    let mut answers = Vec::with_capacity(batches.len());
+    for (batch, nth) in batches.iter().zip(1..) {
+        answers.push(match moved.contains(&nth) {
+            true => Ok(Advanced::Moved),
+            false => advance_checked(pool, batch, now).await.map_err(RowError::into),
+        });
     }
+    answers
 }
 
 fn is_taken(error: &sqlx::Error) -> bool {
     error.as_database_error().is_some_and(|error| error.is_unique_violation())
 }
 
-/// Moves the partition to the end of the batch if it stands at its beginning.
+/// Moves the partitions that stand at the beginning of their batches to the end of them, and adds those
+/// of the events that belong to these; batches are numbered from 1, and those numbers are answered. The
+/// index stands elsewhere than where the others begin.
 ///
-/// The transaction does not wait until it is on disk: a server that crashes may forget the last of them,
-/// rows and place together, and the owner feeds it again.
-const MOVE: &str = "UPDATE kafold_partition SET next_offset = $3, fold_state = $4, updated_at = $5 \
-                    WHERE partition = $1 AND next_offset = $2 AND next_offset < $3 \
-                    RETURNING set_config('synchronous_commit', 'off', true)";
-
-fn moved<'b>(sql: &'static str, batch: &'b IndexBatch, now: DateTime<Utc>) -> PgQuery<'b> {
-    let query = sqlx::query(sql).bind(partition_int(batch.partition)).bind(bigint(batch.from.0));
-    query.bind(bigint(batch.to.next.0)).bind(&batch.to.state).bind(now)
-}
-
-/// In one statement, which does not wait for the disk either; false when the index stands elsewhere.
+/// Partitions are locked in their order, so that two who do this do not wait for each other. The
+/// transaction does not wait until it is on disk: a server that crashes may forget the last of them,
+/// rows and places together, and the owner feeds it again.
 async fn append(
-    pool: &PgPool,
-    batch: &IndexBatch,
+    database: impl PgExecutor<'_>,
+    batches: &[IndexBatch],
+    events: &[(i64, &RecordedEvent)],
     now: DateTime<Utc>,
-) -> Result<bool, sqlx::Error> {
-    let sql = "WITH moved AS (UPDATE kafold_partition \
-                 SET next_offset = $3, fold_state = $4, updated_at = $5 \
-                 WHERE partition = $1 AND next_offset = $2 AND next_offset < $3 RETURNING 1), \
+) -> Result<Vec<i64>, sqlx::Error> {
+    let sql = "WITH locked AS MATERIALIZED (SELECT partition FROM kafold_partition \
+                 WHERE partition = ANY($1) ORDER BY partition FOR UPDATE), \
+               moved AS (UPDATE kafold_partition p \
+                 SET next_offset = b.next, fold_state = b.state, updated_at = $5 \
+                 FROM locked JOIN UNNEST($1::int4[], $2::int8[], $3::int8[], $4::text[]) \
+                   WITH ORDINALITY AS b (partition, start, next, state, nth) USING (partition) \
+                 WHERE p.partition = locked.partition AND p.next_offset = b.start \
+                   AND b.start < b.next \
+                 RETURNING b.nth), \
                appended AS (INSERT INTO kafold_event (category, stream_id, version, partition, \
-                 \"offset\", event_id, event_type, recorded_at, command_id, metadata, payload) \
-                 SELECT * FROM UNNEST($6::text[], $7::text[], $8::int8[], $9::int4[], \
-                   $10::int8[], $11::uuid[], $12::text[], $13::timestamptz[], $14::uuid[], \
-                   $15::text[], $16::bytea[]) \
-                 WHERE EXISTS (SELECT FROM moved)) \
-               SELECT set_config('synchronous_commit', 'off', true) FROM moved";
-    let query = with_events(moved(sql, batch, now), &batch.events);
-    Ok(query.fetch_optional(pool).await?.is_some())
+                   \"offset\", event_id, event_type, recorded_at, command_id, metadata, payload) \
+                 SELECT category, stream_id, version, partition, \"offset\", event_id, event_type, \
+                   recorded_at, command_id, metadata, payload \
+                 FROM UNNEST($6::int8[], $7::text[], $8::text[], $9::int8[], $10::int4[], \
+                   $11::int8[], $12::uuid[], $13::text[], $14::timestamptz[], $15::uuid[], \
+                   $16::text[], $17::bytea[]) \
+                   AS e (nth, category, stream_id, version, partition, \"offset\", event_id, \
+                     event_type, recorded_at, command_id, metadata, payload) \
+                 WHERE nth IN (SELECT nth FROM moved)) \
+               SELECT nth, set_config('synchronous_commit', 'off', true) FROM moved";
+    let query = sqlx::query(sql)
+        .bind(column(batches, |batch| partition_int(batch.partition)))
+        .bind(column(batches, |batch| bigint(batch.from.0)))
+        .bind(column(batches, |batch| bigint(batch.to.next.0)))
+        .bind(column(batches, |batch| &*batch.to.state))
+        .bind(now)
+        .bind(column(events, |(nth, _)| *nth));
+    let rows = with_events(query, events, |(_, event)| event).fetch_all(database).await?;
+    rows.iter().map(|row| row.try_get("nth")).collect()
 }
 
-/// False when the index stands elsewhere.
+/// As [`append`], for many events.
 async fn append_by_copy(
     pool: &PgPool,
-    batch: &IndexBatch,
+    batches: &[IndexBatch],
+    events: &[(i64, &RecordedEvent)],
     now: DateTime<Utc>,
-) -> Result<bool, sqlx::Error> {
+) -> Result<Vec<i64>, sqlx::Error> {
     let mut tx = pool.begin().await?;
-    // It locks the partition, too.
-    if moved(MOVE, batch, now).execute(&mut *tx).await?.rows_affected() == 0 {
-        tx.rollback().await?;
-        return Ok(false);
-    }
+    let moved = append(&mut *tx, batches, &[], now).await?;
     let sql = "COPY kafold_event (category, stream_id, version, partition, \"offset\", event_id, \
                event_type, recorded_at, command_id, metadata, payload) \
                FROM STDIN WITH (FORMAT binary)";
     let mut copy = CopyRows::begin(&mut tx, sql, 11).await?;
-    for event in &batch.events {
+    for (_, event) in events.iter().filter(|(nth, _)| moved.contains(nth)) {
         copy.row().await?;
         copy.field(event.stream.category())?;
         copy.field(event.stream.id())?;
@@ -117,7 +140,7 @@ async fn append_by_copy(
     }
     copy.finish().await?;
     tx.commit().await?;
-    Ok(true)
+    Ok(moved)
 }
 
 /// Whatever the index has and wherever it stands.
@@ -182,23 +205,28 @@ async fn insert(
                SELECT * FROM UNNEST($1::text[], $2::text[], $3::int8[], $4::int4[], $5::int8[], \
                  $6::uuid[], $7::text[], $8::timestamptz[], $9::uuid[], $10::text[], $11::bytea[]) \
                ON CONFLICT DO NOTHING";
-    Ok(with_events(sqlx::query(sql), events).execute(connection).await?.rows_affected())
+    let query = with_events(sqlx::query(sql), events, |event| event);
+    Ok(query.execute(connection).await?.rows_affected())
 }
 
 /// Binds an array for each column of `kafold_event`, in their order.
-fn with_events<'q>(query: PgQuery<'q>, events: &'q [RecordedEvent]) -> PgQuery<'q> {
+fn with_events<'q, T>(
+    query: PgQuery<'q>,
+    items: &'q [T],
+    event: impl Fn(&'q T) -> &'q RecordedEvent,
+) -> PgQuery<'q> {
     query
-        .bind(column(events, |event| event.stream.category()))
-        .bind(column(events, |event| event.stream.id()))
-        .bind(column(events, |event| bigint(event.version.0)))
-        .bind(column(events, |event| partition_int(event.position.partition)))
-        .bind(column(events, |event| bigint(event.position.offset.0)))
-        .bind(column(events, |event| event.metadata.event_id))
-        .bind(column(events, |event| &*event.event_type))
-        .bind(column(events, |event| event.metadata.recorded_at))
-        .bind(column(events, |event| event.command_id.0))
-        .bind(column(events, |event| More::text_of(&event.metadata)))
-        .bind(column(events, |event| &*event.payload))
+        .bind(column(items, |item| event(item).stream.category()))
+        .bind(column(items, |item| event(item).stream.id()))
+        .bind(column(items, |item| bigint(event(item).version.0)))
+        .bind(column(items, |item| partition_int(event(item).position.partition)))
+        .bind(column(items, |item| bigint(event(item).position.offset.0)))
+        .bind(column(items, |item| event(item).metadata.event_id))
+        .bind(column(items, |item| &*event(item).event_type))
+        .bind(column(items, |item| event(item).metadata.recorded_at))
+        .bind(column(items, |item| event(item).command_id.0))
+        .bind(column(items, |item| More::text_of(&event(item).metadata)))
+        .bind(column(items, |item| &*event(item).payload))
 }
 
 /// What lies at the streams and versions of these events.

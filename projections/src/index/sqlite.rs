@@ -3,7 +3,7 @@
 use chrono::{DateTime, Utc};
 use kafold_core::index::{Advanced, IndexBatch, IndexLoad, IndexRead};
 use kafold_core::mutant::{self, Mutant};
-use kafold_core::store::Cursor;
+use kafold_core::store::{Cursor, ReadError};
 use kafold_core::{Offset, RecordedEvent};
 use kafold_migrations::{SqlText, SqliteDatabase, micros};
 use sqlx::{FromRow, SqliteConnection, SqlitePool};
@@ -25,7 +25,20 @@ const COLUMNS: usize = 11;
 /// Events in one statement: 11 values each, of 32 766 that SQLite takes.
 const EVENTS_MAX: usize = 500;
 
+/// Each batch in a transaction of its own: there is no round trip to save.
 pub(super) async fn advance(
+    database: &SqliteDatabase,
+    batches: &[IndexBatch],
+    now: DateTime<Utc>,
+) -> Vec<Result<Advanced, ReadError>> {
+    let mut answers = Vec::with_capacity(batches.len());
+    for batch in batches {
+        answers.push(advance_one(database, batch, now).await.map_err(RowError::into));
+    }
+    answers
+}
+
+async fn advance_one(
     database: &SqliteDatabase,
     batch: &IndexBatch,
     now: DateTime<Utc>,
