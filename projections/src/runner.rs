@@ -118,6 +118,8 @@ pub(crate) struct Runner {
     /// After a failure the source is read a commit at a time up to these offsets, so that everything
     /// before the event at fault is applied.
     careful_until: HashMap<Partition, Offset>,
+    /// Whether it has waited for something since it last had nothing to do.
+    has_waited: bool,
     /// Whether the status says that the source cannot be read.
     source_complained: bool,
     /// Whether a group says who reads which partition.
@@ -180,6 +182,7 @@ impl Runner {
             is_paused: false,
             events_max: 1,
             careful_until: HashMap::new(),
+            has_waited: false,
             source_complained: false,
             is_shared: false,
             consumer: None,
@@ -278,6 +281,11 @@ impl Runner {
         let mut reader = self.subscribe().await?;
         loop {
             self.obey(&mut reader).await?;
+            // Nothing may come that says so: a commit was done, and only its answer lost.
+            if self.has_waited && !self.places.is_empty() {
+                self.has_waited = false;
+                self.goes_on();
+            }
             match self.receive(&mut reader).await? {
                 None => {}
                 Some(Message::Assigned(partitions)) => self.take(&partitions, &reader).await?,
@@ -467,6 +475,7 @@ impl Runner {
 
     /// Says so in the status, and waits longer each time.
     async fn wait_because(&mut self, attempt: u32, reason: &str) -> Result<(), Ended> {
+        self.has_waited = true;
         self.status.waiting(reason);
         self.status.measure_lag(self.context.clock.now());
         self.pause(attempt).await

@@ -3,6 +3,8 @@
 
 mod common;
 
+use std::io::{Read, Write};
+use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::path::Path;
 use std::process::Command;
 use std::sync::Arc;
@@ -111,6 +113,88 @@ async fn a_database_that_restarts_loses_and_skips_nothing() {
     projections.shutdown().await;
     database.database.close().await;
     tokio::task::spawn_blocking(move || drop(own)).await.expect("it is down");
+}
+
+/// Passes everything on between clients and a server, until it is to lose the answer of a commit, and
+/// with it the connection.
+struct LossyProxy {
+    address: SocketAddr,
+    is_to_lose: Arc<AtomicBool>,
+}
+
+impl LossyProxy {
+    fn to(server: String) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
+        let address = listener.local_addr().expect("an address");
+        let is_to_lose = Arc::new(AtomicBool::new(false));
+        let loses = Arc::clone(&is_to_lose);
+        std::thread::spawn(move || {
+            for client in listener.incoming() {
+                let client = client.expect("a connection");
+                let server = TcpStream::connect(&server).expect("the server answers");
+                let ways = [(&client, &server, None), (&server, &client, Some(&loses))];
+                for (from, to, loses) in ways {
+                    let from = from.try_clone().expect("a handle");
+                    let to = to.try_clone().expect("a handle");
+                    let loses = loses.cloned();
+                    std::thread::spawn(move || pass_on(from, to, loses.as_deref()));
+                }
+            }
+        });
+        Self { address, is_to_lose }
+    }
+
+    fn lose_the_answer_of_a_commit(&self) {
+        self.is_to_lose.store(true, Ordering::SeqCst);
+    }
+
+    fn has_lost_it(&self) -> bool {
+        !self.is_to_lose.load(Ordering::SeqCst)
+    }
+}
+
+/// Until either end is gone.
+fn pass_on(mut from: TcpStream, mut to: TcpStream, loses: Option<&AtomicBool>) {
+    let mut buffer = [0; 1 << 16];
+    while let Ok(count @ 1..) = from.read(&mut buffer) {
+        let bytes = &buffer[..count];
+        // The server's tag for it.
+        let is_commit = bytes.windows(7).any(|bytes| bytes == b"COMMIT\0");
+        let is_lost = is_commit && loses.is_some_and(|loses| loses.swap(false, Ordering::SeqCst));
+        if is_lost || to.write_all(bytes).is_err() {
+            break;
+        }
+    }
+    // Either may be gone already.
+    let _ = from.shutdown(Shutdown::Both);
+    let _ = to.shutdown(Shutdown::Both);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_commit_whose_answer_is_lost_is_not_waited_for() {
+    let Some(server) = server() else { return };
+    let (user, rest) = server.split_once('@').expect("a URL with a user");
+    let (address, name) = rest.split_once('/').expect("a URL with a database");
+    let proxy = LossyProxy::to(address.to_owned());
+    let database = TestDatabase::on(&format!("{user}@{}/{name}", proxy.address)).await;
+    let orders = Arc::new(Orders::new(1));
+    let projections =
+        ProjectionWorker::new(Arc::new(orders.store.clone()), database.database.clone())
+            .with(CustomerTotals)
+            .spawn();
+    orders.place("before", "c1", 1).await;
+    orders.applied(&projections, CustomerTotals::NAME, WAIT).await;
+    eventually("it is ready", async || projections.health() == Health::Ready).await;
+    proxy.lose_the_answer_of_a_commit();
+    let lost = orders.place("lost", "c1", 1).await;
+    eventually("the answer is lost", async || proxy.has_lost_it()).await;
+    // Nothing else comes that could be applied.
+    orders.applied(&projections, CustomerTotals::NAME, WAIT).await;
+    eventually("it is ready again", async || projections.health() == Health::Ready).await;
+    assert_eq!(projections.status()[0].has_applied(lost), Some(true), "{:?}", projections.status());
+    orders.assert_equals_fold::<CustomerTotals>(&database.database).await;
+    projections.shutdown().await;
+    database.remove().await;
 }
 
 /// Most of its transactions do not wait for the disk, so that the server forgets some each time.

@@ -341,6 +341,14 @@ impl Runner {
             tracing::warn!(projection = self.status.name(), ?back, "the database forgot commits");
             return Err(Ended::Again);
         }
+        self.status.change(|status| {
+            for place in self.places.values() {
+                if let Some(partition) = status.partitions.get_mut(&place.partition) {
+                    partition.next = place.next;
+                    partition.end = partition.end.max(place.next);
+                }
+            }
+        });
         if lost.is_empty() {
             return Ok(());
         }
