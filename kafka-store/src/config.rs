@@ -73,8 +73,8 @@ pub struct Limits {
     /// Proven events of a partition kept in memory until the index has them; above it submissions
     /// are answered `Unavailable`. Default 20 000.
     pub tail_events_max: usize,
-    /// Events of a partition that go into the index at a time; partitions that together have no more
-    /// go in one transaction. Default 2 000.
+    /// Events of a partition that go into the index at a time. A transaction takes partitions until it
+    /// has as many, and so exceeds them by one partition's at most. Default 2 000.
     pub index_batch_events_max: usize,
     /// How long an event waits at most for others to go into the index with it; the partitions of a
     /// process wait for the same moments. A full batch, and a partition that is handed over, waits no
