@@ -92,6 +92,7 @@ has_java() {
 has_maven() { command -v mvn >/dev/null; }
 has_cargo() { command -v cargo >/dev/null; }
 has_c_toolchain() { command -v cc >/dev/null && command -v make >/dev/null; }
+has_openssl() { command -v openssl >/dev/null && command -v pkg-config >/dev/null && pkg-config --exists openssl; }
 has_postgres() { [[ -n $(postgres_bin) ]]; }
 
 # The folder of the newest PostgreSQL server programs; Debian keeps them out of PATH.
@@ -106,5 +107,9 @@ postgres_bin() {
 require_cargo() { has_cargo || die "cargo is missing; install Rust with rustup" 2; }
 require_java() { require "a Java runtime, version 17 or newer," has_java default-jre-headless; }
 require_maven() { require "Maven" has_maven maven; }
-require_c_toolchain() { require "a C compiler or make" has_c_toolchain build-essential; }
+require_c_toolchain() {
+  require "a C compiler or make" has_c_toolchain build-essential
+  # librdkafka links to it; the test servers' certificates are made with its program.
+  require "OpenSSL, with its headers," has_openssl openssl libssl-dev pkg-config
+}
 require_postgres() { require "the PostgreSQL server" has_postgres postgresql; }
