@@ -3,6 +3,7 @@
 mod audit;
 mod doctor;
 mod events;
+mod index;
 mod migrate;
 mod parked;
 mod projections;
@@ -39,6 +40,9 @@ pub(crate) enum Command {
     ///
     /// Exit code 1 when anything differs; the first differences are shown. Workers may run meanwhile.
     Verify,
+    /// Makes the stream index again from the log.
+    #[command(subcommand)]
+    Index(index::IndexCommand),
     /// Shows one stream.
     #[command(subcommand)]
     Stream(stream::StreamCommand),
@@ -63,6 +67,9 @@ pub(crate) async fn run(command: Command, context: &mut Context) -> Result<(), E
         Command::Parked(command) => parked::run(context, command).await,
         Command::Audit(command) => audit::run(context, command).await,
         Command::Verify => verify::run(context).await,
+        Command::Index(index::IndexCommand::Rebuild { partition }) => {
+            index::rebuild(context, partition).await
+        }
         Command::Stream(stream::StreamCommand::Show(args)) => stream::show(context, args).await,
         Command::Events(events::EventsCommand::Tail(args)) => events::tail(context, args).await,
         Command::Topic(topic::TopicCommand::Create) => topic::create(context).await,

@@ -1,7 +1,10 @@
 //! The seam [`StreamIndex`]: events by stream and version.
 
+use std::fmt::Display;
+
 use async_trait::async_trait;
 
+use crate::digest::{BucketDigests, Digest};
 use crate::event::RecordedEvent;
 use crate::ids::{CommandId, Offset, Partition, StreamId, Version};
 use crate::store::{Appended, Cursor, ReadError};
@@ -11,6 +14,11 @@ use crate::store::{Appended, Cursor, ReadError};
 /// Everything written here is a true statement about a prefix of the log and only moves forward, so
 /// a late or second writer does no harm. It can be deleted at any time: it is fed again from the
 /// log.
+///
+/// An index is not believed blindly, since other programs can change its tables. Beside the events
+/// an index keeps a head for each stream, and for each partition the number and the [`Digest`] of its
+/// events. Who decides on what an index says compares the three ([`IndexRead::bucket`],
+/// [`StreamIndex::heads`]).
 #[async_trait]
 pub trait StreamIndex: Send + Sync + 'static {
     /// Where each partition of the index stands. A partition that is absent stands at 0.
@@ -26,9 +34,17 @@ pub trait StreamIndex: Send + Sync + 'static {
 
     /// Up to `limit` events of each request's stream above its version, in order, with the position
     /// of the partition's cursor in the same snapshot. Answers are in the order of the requests:
-    /// many loads cost one round trip.
+    /// many loads cost one round trip. Rows of one stream that cannot be read fail that answer alone.
     async fn load(&self, requests: &[IndexLoad], limit: usize)
-    -> Result<Vec<IndexRead>, ReadError>;
+    -> Vec<Result<IndexRead, ReadError>>;
+
+    /// The heads of all streams of a partition, added up, with the partition's cursor in the same
+    /// snapshot.
+    async fn heads(&self, partition: Partition) -> Result<IndexHeads, ReadError>;
+
+    /// How many events of each partition there are and their digest, as the rows of the events
+    /// themselves have it, with what the partition's heads have in the same snapshot. Reads every row.
+    async fn count(&self) -> Result<Vec<IndexCount>, ReadError>;
 
     /// What the command came to if it is in the index, with the position of the partition's cursor
     /// in the same snapshot.
@@ -74,7 +90,7 @@ pub struct IndexLoad {
 }
 
 /// What the index knows of one stream.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct IndexRead {
     /// The position of the partition's cursor: the answer is complete up to here.
     pub position: Offset,
@@ -82,4 +98,101 @@ pub struct IndexRead {
     pub events: Vec<RecordedEvent>,
     /// Whether the limit cut the answer: there are more events below `position`.
     pub more: bool,
+    /// The stream's head; `None` for a stream without events.
+    pub head: Option<IndexHead>,
+    /// The digest of the heads of all streams in the stream's [`Bucket`](crate::digest::Bucket).
+    pub bucket: Digest,
+}
+
+/// The head of a stream in the index.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct IndexHead {
+    /// The version of the stream's last event.
+    pub version: Version,
+    /// The digest of all events of the stream.
+    pub digest: Digest,
+}
+
+/// What the heads of a partition's streams add up to.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct IndexHeads {
+    /// The position of the partition's cursor.
+    pub position: Offset,
+    /// The number and digest of events that the partition's cursor says there are.
+    pub declared: IndexTotal,
+    /// The number and digest of events that the heads add up to.
+    pub found: IndexTotal,
+    /// The digests of the heads.
+    pub buckets: BucketDigests,
+}
+
+/// A number of events and their digest.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct IndexTotal {
+    /// How many events.
+    pub events: u64,
+    /// Their digest.
+    pub digest: Digest,
+}
+
+/// A partition's rows of events beside its heads.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct IndexCount {
+    /// The partition.
+    pub partition: Partition,
+    /// The rows of its events.
+    pub rows: IndexTotal,
+    /// Its heads.
+    pub heads: IndexTotal,
+}
+
+/// [`ReadError::Diverged`] for an index whose tables are not what the log says: `what` differs in
+/// `table`. The remedy is part of the sentence.
+pub fn damaged(partition: Partition, table: &str, what: impl Display) -> ReadError {
+    let cause = format!(
+        "table {table} is damaged: {what}; feed it again from the log: kafold index rebuild --partition {partition}"
+    );
+    ReadError::diverged(format!("the stream index of partition {partition}"), cause)
+}
+
+impl IndexHeads {
+    /// Whether the heads add up to what the partition's cursor says.
+    pub fn check(&self, partition: Partition) -> Result<(), ReadError> {
+        let Self { declared, found, position, .. } = self;
+        if declared == found {
+            return Ok(());
+        }
+        let what = match declared.events == found.events {
+            true => format!("its digest below offset {position} is not that of kafold_partition"),
+            false => format!(
+                "it has {} events below offset {position}, and kafold_partition {}",
+                found.events, declared.events
+            ),
+        };
+        Err(damaged(partition, "kafold_stream", what))
+    }
+}
+
+impl IndexCount {
+    /// Whether the rows of the events add up to what the heads say.
+    pub fn check(&self) -> Result<(), ReadError> {
+        let Self { partition, rows, heads } = self;
+        if rows == heads {
+            return Ok(());
+        }
+        let what = match rows.events == heads.events {
+            true => "its digest is not that of kafold_stream".to_owned(),
+            false => format!("it has {} events, and kafold_stream {}", rows.events, heads.events),
+        };
+        Err(damaged(*partition, "kafold_event", what))
+    }
+}
+
+impl IndexTotal {
+    /// Adds events.
+    pub fn add(&mut self, events: u64, digest: Digest) {
+        // What somebody wrote into a table may be any number.
+        self.events = self.events.wrapping_add(events);
+        self.digest ^= digest;
+    }
 }

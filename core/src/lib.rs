@@ -14,6 +14,7 @@
 //! - [`index`]: the seam [`StreamIndex`] to events by stream and version;
 //! - [`snapshot`]: saved states of long streams;
 //! - [`codec`]: JSON payloads and upcasters;
+//! - [`digest`]: whether a copy of events is complete and unchanged;
 //! - [`filter`]: what was never there;
 //! - [`row`]: a read model's row as named columns;
 //! - [`memory`]: the exact in-memory store and index: whoever writes another reads them first;
@@ -28,6 +29,7 @@ extern crate self as kafold_core;
 pub mod aggregate;
 pub mod clock;
 pub mod codec;
+pub mod digest;
 pub mod event;
 pub mod filter;
 pub mod forward;

@@ -51,6 +51,8 @@ pub enum Mutant {
     ConfirmAcrossClaim,
     /// The index takes any batch and its position is the maximum seen.
     IndexPlainMaximum,
+    /// Events of the index are taken for those of the stream, whatever its heads say.
+    IndexBelieved,
     /// A checkpoint may lie inside a commit.
     CheckpointInsideCommit,
     /// A checkpoint is an offset without the fold's state.

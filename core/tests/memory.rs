@@ -113,7 +113,7 @@ async fn load(
 ) -> (Vec<u64>, bool) {
     let (partition, stream) = (Partition(0), stream.clone());
     let request = IndexLoad { partition, stream, after: Version(after) };
-    let read = index.load(&[request], limit).await.expect("in memory").remove(0);
+    let read = index.load(&[request], limit).await.remove(0).expect("in memory");
     (versions(&read.events), read.more)
 }
 

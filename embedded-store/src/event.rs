@@ -1,17 +1,24 @@
 //! The table `kafold_event`, which is the log: all queries of it.
 
+use std::collections::HashMap;
+
+use futures_util::TryStreamExt;
+use kafold_core::digest::{Bucket, BucketDigests, Digest, stream_hash};
+use kafold_core::index::{IndexHead, IndexTotal};
 use kafold_core::{
     Appended, CommandId, Metadata, NewEvent, Offset, Partition, Position, ReadError, RecordedEvent,
     StreamId, Version,
 };
-use kafold_migrations::micros;
+use kafold_migrations::{SqliteDatabase, micros};
 use serde::{Deserialize, Serialize};
 use sqlx::error::BoxDynError;
 use sqlx::sqlite::SqliteArguments;
 use sqlx::{Arguments, FromRow, SqliteConnection, SqliteExecutor};
 use uuid::Uuid;
 
+use crate::config::READ_PAGE_EVENTS;
 use crate::error::not_read;
+use crate::guard::NO_LOG_ROW;
 
 /// The one partition of the log.
 pub(crate) const PARTITION: Partition = Partition(0);
@@ -26,15 +33,54 @@ pub(crate) struct PlacedEvent<'a> {
     pub(crate) event: &'a NewEvent,
 }
 
+impl PlacedEvent<'_> {
+    /// The event as it is read back.
+    pub(crate) fn recorded(&self) -> RecordedEvent {
+        let Self { stream, version, offset, command_id, event } = *self;
+        RecordedEvent {
+            stream: stream.clone(),
+            version,
+            position: Position { partition: PARTITION, offset },
+            command_id,
+            event_type: event.event_type.clone(),
+            payload: event.payload.clone(),
+            metadata: event.metadata.clone(),
+        }
+    }
+}
+
 /// What the file says about one stream and command.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Known {
+    /// The version of the stream's last event.
     pub(crate) version: Version,
+    /// The version of its head.
+    pub(crate) head: Version,
+    /// The digest of the heads in the stream's bucket, if it was asked for.
+    pub(crate) bucket: Option<Digest>,
     pub(crate) first: Option<Appended>,
 }
 
-/// A stream to ask about, and a command of it if there is one to find.
-pub(crate) type Question<'a> = (&'a StreamId, Option<CommandId>);
+/// A stream to ask about.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Question<'a> {
+    pub(crate) stream: &'a StreamId,
+    /// A command of the stream to find.
+    pub(crate) command: Option<CommandId>,
+    /// The version that this process brought the stream to, if it remembers. Of any other stream the
+    /// bucket is compared.
+    pub(crate) last: Option<Version>,
+}
+
+impl Question<'_> {
+    /// The stream's hash, and the hashes of the heads that are wanted, both within: none of a stream that
+    /// this process has just appended to.
+    fn hashes(&self) -> (i64, i64, i64) {
+        let hash = stream_hash(self.stream);
+        let (lowest, highest) = Bucket::of_hash(hash).hashes();
+        if self.last.is_none() { (hash, lowest, highest) } else { (hash, 0, -1) }
+    }
+}
 
 /// The answers come as one row: a row of their own each would cost more than finding them. A command is
 /// looked up by its id: the planner would rather read the whole stream.
@@ -42,13 +88,18 @@ const BEGIN: &str = r#"
 BEGIN IMMEDIATE;
 SELECT
     (SELECT coalesce(max("offset") + 1, 0) FROM kafold_event WHERE partition = 0),
+    (SELECT next_offset FROM kafold_log),
     json_group_array(json_array(
-        asked.key,
         (SELECT max(version) FROM kafold_event
          WHERE category = asked.value ->> 0 AND stream_id = asked.value ->> 1),
+        (SELECT version FROM kafold_stream
+         WHERE partition = 0 AND hash = asked.value ->> 3
+           AND category = asked.value ->> 0 AND stream_id = asked.value ->> 1),
         (SELECT max(version) FROM kafold_event INDEXED BY kafold_event_command
          WHERE category = asked.value ->> 0 AND stream_id = asked.value ->> 1
-           AND command_id = unhex(asked.value ->> 2))
+           AND command_id = unhex(asked.value ->> 2)),
+        (SELECT json_group_array(digest) FROM kafold_stream
+         WHERE partition = 0 AND hash BETWEEN asked.value ->> 4 AND asked.value ->> 5)
     ))
 FROM json_each(?) AS asked
 "#;
@@ -58,44 +109,77 @@ const BEGIN_ONE: &str = r#"
 BEGIN IMMEDIATE;
 SELECT
     (SELECT coalesce(max("offset") + 1, 0) FROM kafold_event WHERE partition = 0),
-    (SELECT max(version) FROM kafold_event WHERE category = ? AND stream_id = ?),
+    (SELECT next_offset FROM kafold_log),
+    (SELECT max(version) FROM kafold_event WHERE category = ?1 AND stream_id = ?2),
+    (SELECT version FROM kafold_stream
+     WHERE partition = 0 AND hash = ?4 AND category = ?1 AND stream_id = ?2),
     (SELECT max(version) FROM kafold_event INDEXED BY kafold_event_command
-     WHERE category = ? AND stream_id = ? AND command_id = ?)
+     WHERE category = ?1 AND stream_id = ?2 AND command_id = ?3),
+    (SELECT json_group_array(digest) FROM kafold_stream
+     WHERE partition = 0 AND hash BETWEEN ?5 AND ?6)
 "#;
 
-/// Begins a transaction; then the end of the log, and what the file says about each of the streams and
-/// commands, in their order: one query for all, and one more for each command that is there already.
+/// What a transaction begins with.
+pub(crate) struct Begun {
+    /// The end of the log as its events have it.
+    pub(crate) end: Offset,
+    /// And as `kafold_log` has it, if that has its row.
+    pub(crate) declared_end: Option<Offset>,
+    /// What the file says about each question, in their order.
+    pub(crate) known: Vec<Known>,
+}
+
+/// Begins a transaction, and asks for all streams and commands by one query, and by one more for each
+/// command that is there already.
 pub(crate) async fn begin(
     connection: &mut SqliteConnection,
     questions: &[Question<'_>],
-) -> Result<(Offset, Vec<Known>), sqlx::Error> {
-    let (end, answers) = match questions {
+) -> Result<Begun, sqlx::Error> {
+    let (end, declared_end, answers) = match questions {
         [question] => begin_one(connection, question).await?,
         _ => begin_many(connection, questions).await?,
     };
-    let mut known = vec![Known { version: Version::EMPTY, first: None }; questions.len()];
-    for (index, version, found) in answers {
-        known[index].version = Version(version.unwrap_or(0));
-        if let (Some(_), (stream, Some(command_id))) = (found, questions[index]) {
-            known[index].first = find_command(&mut *connection, stream, command_id).await?;
-        }
+    let mut known = Vec::with_capacity(questions.len());
+    for (question, answer) in questions.iter().zip(answers) {
+        let Answer(version, head, found, bucket) = answer;
+        let first = match (found, question.command) {
+            (Some(_), Some(command)) => {
+                find_command(&mut *connection, question.stream, command).await?
+            }
+            _ => None,
+        };
+        known.push(Known {
+            version: Version(version.unwrap_or(0)),
+            // A version that is none matches no event, and so is told.
+            head: Version(head.unwrap_or(0) as u64),
+            bucket: question.last.is_none().then(|| xor(bucket)),
+            first,
+        });
     }
-    Ok((Offset(unsigned(end)), known))
+    let end = Offset(unsigned(end));
+    let declared_end = declared_end.map(|next| Offset(next as u64));
+    Ok(Begun { end, declared_end, known })
 }
 
-/// The end of the log, and of each question its place, the version of its stream and the last one of its
-/// command.
-type Answers = (i64, Vec<(usize, Option<u64>, Option<u64>)>);
+/// The version of a stream, that of its head, the last version of the command, and the digests of the
+/// bucket.
+#[derive(Deserialize)]
+struct Answer(Option<u64>, Option<i64>, Option<u64>, Vec<i64>);
+
+/// The end of the log, twice, and an answer for each question.
+type Answers = (i64, Option<i64>, Vec<Answer>);
 
 async fn begin_one(
     connection: &mut SqliteConnection,
-    (stream, command): &Question<'_>,
+    question: &Question<'_>,
 ) -> Result<Answers, sqlx::Error> {
-    let query = sqlx::query_as(BEGIN_ONE).bind(stream.category()).bind(stream.id());
-    let query = query.bind(stream.category()).bind(stream.id());
-    let query = query.bind(command.map(|command| command.0));
-    let (end, version, found) = query.fetch_one(connection).await?;
-    Ok((end, vec![(0, version, found)]))
+    let (hash, lowest, highest) = question.hashes();
+    let query = sqlx::query_as(BEGIN_ONE).bind(question.stream.category());
+    let query = query.bind(question.stream.id()).bind(question.command.map(|command| command.0));
+    let query = query.bind(hash).bind(lowest).bind(highest);
+    type Found = (i64, Option<i64>, Option<u64>, Option<i64>, Option<u64>, String);
+    let (end, declared, version, head, found, bucket): Found = query.fetch_one(connection).await?;
+    Ok((end, declared, vec![Answer(version, head, found, digests(&bucket)?)]))
 }
 
 async fn begin_many(
@@ -104,16 +188,50 @@ async fn begin_many(
 ) -> Result<Answers, sqlx::Error> {
     let asked: Vec<_> = questions
         .iter()
-        .map(|(stream, command)| {
-            let command = command.map(|command| command.0.simple().to_string());
-            (stream.category(), stream.id(), command)
+        .map(|question| {
+            let command = question.command.map(|command| command.0.simple().to_string());
+            let (hash, lowest, highest) = question.hashes();
+            let stream = question.stream;
+            (stream.category(), stream.id(), command, hash, lowest, highest)
         })
         .collect();
     let asked = serde_json::to_string(&asked).map_err(|error| sqlx::Error::Encode(error.into()))?;
     let query = sqlx::query_as(BEGIN).bind(asked);
-    let (end, answers): (i64, String) = query.fetch_one(connection).await?;
+    let (end, declared, answers): (i64, Option<i64>, String) = query.fetch_one(connection).await?;
     let answers = serde_json::from_str(&answers);
-    Ok((end, answers.map_err(|error| sqlx::Error::Decode(error.into()))?))
+    Ok((end, declared, answers.map_err(|error| sqlx::Error::Decode(error.into()))?))
+}
+
+/// The digest of the heads in the bucket of a stream.
+pub(crate) async fn bucket(
+    executor: impl SqliteExecutor<'_>,
+    stream: &StreamId,
+) -> Result<Digest, sqlx::Error> {
+    let (lowest, highest) = Bucket::of(stream).hashes();
+    let sql = "SELECT digest FROM kafold_stream WHERE partition = 0 AND hash BETWEEN ? AND ?";
+    let query = sqlx::query_scalar(sql).bind(lowest).bind(highest);
+    query.fetch_all(executor).await.map(xor)
+}
+
+/// The digests in a JSON array.
+fn digests(json: &str) -> Result<Vec<i64>, sqlx::Error> {
+    serde_json::from_str(json).map_err(|error| sqlx::Error::Decode(error.into()))
+}
+
+fn xor(digests: Vec<i64>) -> Digest {
+    let mut xor = Digest::default();
+    digests.into_iter().for_each(|digest| xor ^= Digest(digest as u64));
+    xor
+}
+
+/// The end of the log and its digest, as `kafold_log` has them.
+pub(crate) async fn declared(
+    executor: impl SqliteExecutor<'_>,
+) -> Result<Option<IndexTotal>, sqlx::Error> {
+    let row = sqlx::query_as("SELECT next_offset, digest FROM kafold_log");
+    let row: Option<(i64, i64)> = row.fetch_optional(executor).await?;
+    let total = |(next, digest)| IndexTotal { events: next as u64, digest: Digest(digest as u64) };
+    Ok(row.map(total))
 }
 
 /// The end of the log: the offset of the next event.
@@ -182,7 +300,7 @@ pub(crate) async fn insert_and_commit(
     Ok(())
 }
 
-const COLUMNS: usize = 10;
+const COLUMNS: usize = 12;
 
 fn bind(values: &mut SqliteArguments, placed: &PlacedEvent<'_>) -> Result<(), BoxDynError> {
     let PlacedEvent { stream, event, .. } = placed;
@@ -195,12 +313,14 @@ fn bind(values: &mut SqliteArguments, placed: &PlacedEvent<'_>) -> Result<(), Bo
     values.add(micros::to_micros(event.metadata.recorded_at))?;
     values.add(placed.command_id.0)?;
     values.add(metadata_text(&event.metadata)?)?;
-    values.add(&*event.payload)
+    values.add(&*event.payload)?;
+    values.add(stream_hash(stream))?;
+    values.add(Digest::of(&placed.recorded()).0 as i64)
 }
 
 macro_rules! row {
     () => {
-        "(?, ?, ?, 0, ?, ?, ?, ?, ?, ?, ?)"
+        "(?, ?, ?, 0, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
     };
 }
 macro_rules! rows_8 {
@@ -217,7 +337,7 @@ macro_rules! insert {
     ($rows:expr, $then:literal) => {
         concat!(
             "INSERT INTO kafold_event (category, stream_id, version, partition, \"offset\", event_id, \
-             event_type, recorded_at, command_id, metadata, payload) ",
+             event_type, recorded_at, command_id, metadata, payload, hash, digest) ",
             $rows,
             $then
         )
@@ -242,22 +362,165 @@ pub(crate) struct EventRow {
     command_id: Uuid,
     metadata: Option<String>,
     payload: Vec<u8>,
+    digest: i64,
 }
 
-/// Up to `limit` events of a stream above a version.
-pub(crate) async fn read_stream(
+/// Some of the events of a stream, and what the file says of all of it at the same moment.
+pub(crate) struct StreamPage {
+    /// The events, in order.
+    pub(crate) events: Vec<RecordedEvent>,
+    /// Whether there are more of them.
+    pub(crate) more: bool,
+    /// The end of the log, as `kafold_log` has it.
+    pub(crate) end: Offset,
+    /// The stream's head.
+    pub(crate) head: Option<IndexHead>,
+    /// The digest of the heads in the stream's bucket.
+    pub(crate) bucket: Digest,
+}
+
+/// A row of a page: what is said of the stream, and an event if there is any.
+#[derive(FromRow)]
+struct PageRow {
+    end: i64,
+    head_version: Option<i64>,
+    head_digest: Option<i64>,
+    bucket: String,
+    version: Option<i64>,
+}
+
+/// The events of a stream above a version, [`READ_PAGE_EVENTS`] at most. One statement, which is one
+/// snapshot.
+pub(crate) async fn read_page(
     executor: impl SqliteExecutor<'_>,
     stream: &StreamId,
     after: Version,
-    limit: i64,
-) -> Result<Vec<RecordedEvent>, ReadError> {
-    let query = r#"SELECT category, stream_id, version, partition, "offset", event_id, event_type,
-                          recorded_at, command_id, metadata, payload
-                   FROM kafold_event WHERE category = ? AND stream_id = ? AND version > ?
-                   ORDER BY version LIMIT ?"#;
-    let query = sqlx::query_as(query).bind(stream.category()).bind(stream.id());
-    let rows = query.bind(signed(after.0)).bind(limit).fetch_all(executor).await;
-    rows.map_err(not_read)?.into_iter().map(EventRow::recorded).collect()
+) -> Result<StreamPage, ReadError> {
+    let sql = r#"
+        WITH of_stream AS MATERIALIZED (
+            SELECT l.next_offset AS end, s.version AS head_version, s.digest AS head_digest,
+                (SELECT json_group_array(digest) FROM kafold_stream
+                 WHERE partition = 0 AND hash BETWEEN ?5 AND ?6) AS bucket
+            FROM kafold_log l
+            LEFT JOIN kafold_stream s
+                ON s.partition = 0 AND s.hash = ?4 AND s.category = ?1 AND s.stream_id = ?2)
+        SELECT o.end, o.head_version, o.head_digest, o.bucket, e.category, e.stream_id, e.version,
+            e.partition, e."offset", e.event_id, e.event_type, e.recorded_at, e.command_id, e.metadata,
+            e.payload, e.digest
+        FROM of_stream o
+        LEFT JOIN (SELECT * FROM kafold_event
+                   WHERE category = ?1 AND stream_id = ?2 AND version > ?3
+                   ORDER BY version LIMIT ?7) e
+        ORDER BY e.version"#;
+    let hash = stream_hash(stream);
+    let (lowest, highest) = Bucket::of_hash(hash).hashes();
+    let query = sqlx::query(sql).bind(stream.category()).bind(stream.id()).bind(signed(after.0));
+    let query = query.bind(hash).bind(lowest).bind(highest).bind(READ_PAGE_EVENTS);
+    let rows = query.fetch_all(executor).await.map_err(not_read)?;
+    let Some(first) = rows.first() else {
+        return Err(ReadError::diverged("the log in the file", NO_LOG_ROW));
+    };
+    let of_stream = PageRow::from_row(first).map_err(not_read)?;
+    let head = of_stream.head_version.zip(of_stream.head_digest);
+    let head = head.map(|(version, digest)| IndexHead {
+        version: Version(version as u64),
+        digest: Digest(digest as u64),
+    });
+    let mut events = Vec::new();
+    if of_stream.version.is_some() {
+        for row in &rows {
+            events.push(EventRow::from_row(row).map_err(not_read)?.recorded()?);
+        }
+    }
+    let more = events.len() as i64 == READ_PAGE_EVENTS;
+    let bucket = xor(digests(&of_stream.bucket).map_err(not_read)?);
+    Ok(StreamPage { events, more, end: Offset(of_stream.end as u64), head, bucket })
+}
+
+/// What the heads of all streams add up to, and by bucket.
+pub(crate) async fn heads(
+    connection: &mut SqliteConnection,
+) -> Result<(IndexTotal, BucketDigests), sqlx::Error> {
+    let (mut total, mut buckets) = (IndexTotal::default(), BucketDigests::default());
+    let sql = "SELECT hash, version, digest FROM kafold_stream WHERE partition = 0";
+    let mut rows = sqlx::query_as(sql).fetch(connection);
+    while let Some((hash, version, digest)) = rows.try_next().await? {
+        let (version, digest): (i64, i64) = (version, digest);
+        let digest = Digest(digest as u64);
+        total.add(version as u64, digest);
+        buckets.add(Bucket::of_hash(hash), digest);
+    }
+    Ok((total, buckets))
+}
+
+/// Writes the heads of all streams anew, and what the log adds up to.
+pub(crate) async fn replace_heads(
+    connection: &mut SqliteConnection,
+    heads: &HashMap<StreamId, IndexHead>,
+    total: &IndexTotal,
+) -> Result<(), sqlx::Error> {
+    sqlx::query("INSERT INTO kafold_unlocked VALUES (1)").execute(&mut *connection).await?;
+    sqlx::query("DELETE FROM kafold_stream").execute(&mut *connection).await?;
+    for (stream, head) in heads {
+        let sql = "INSERT INTO kafold_stream \
+                     (partition, hash, category, stream_id, version, digest) \
+                   VALUES (0, ?, ?, ?, ?, ?)";
+        let query = sqlx::query(sql).bind(stream_hash(stream)).bind(stream.category());
+        let query = query.bind(stream.id()).bind(signed(head.version.0));
+        query.bind(head.digest.0 as i64).execute(&mut *connection).await?;
+    }
+    // A log whose row is gone gets another id: its readers are told that their places are of another log.
+    let sql = "INSERT INTO kafold_log (singleton, log_id, created_at, next_offset, digest) \
+               VALUES (1, lower(hex(randomblob(16))), unixepoch() * 1000000, ?, ?) \
+               ON CONFLICT (singleton) DO UPDATE \
+               SET next_offset = excluded.next_offset, digest = excluded.digest";
+    let query = sqlx::query(sql).bind(signed(total.events)).bind(total.digest.0 as i64);
+    query.execute(&mut *connection).await?;
+    sqlx::query("DELETE FROM kafold_unlocked").execute(&mut *connection).await.map(drop)
+}
+
+/// Gives the events that a version of kafold without digests has left theirs, once.
+pub(crate) async fn fill_in_digests(database: &SqliteDatabase) -> Result<(), sqlx::Error> {
+    let missing = "SELECT EXISTS (SELECT 1 FROM kafold_log WHERE next_offset < 0)";
+    if !sqlx::query_scalar::<_, bool>(missing).fetch_one(database.readers()).await? {
+        return Ok(());
+    }
+    let mut tx = database.write().await?;
+    // Another process may have done it meanwhile.
+    if !sqlx::query_scalar::<_, bool>(missing).fetch_one(&mut *tx).await? {
+        return tx.rollback().await;
+    }
+    let (mut next, mut total) = (Offset(0), Digest::default());
+    loop {
+        let page = read_rows(&mut *tx, next, READ_PAGE_EVENTS).await?;
+        if page.is_empty() {
+            break;
+        }
+        for row in page {
+            let event = row.unchecked().map_err(|error| sqlx::Error::Decode(error.into()))?;
+            let (hash, digest) = (stream_hash(&event.stream), Digest::of(&event));
+            let sql = r#"UPDATE kafold_event SET hash = ?, digest = ?
+                         WHERE partition = 0 AND "offset" = ?"#;
+            let query = sqlx::query(sql).bind(hash).bind(digest.0 as i64);
+            query.bind(signed(event.position.offset.0)).execute(&mut *tx).await?;
+            let sql = "INSERT INTO kafold_stream \
+                         (partition, hash, category, stream_id, version, digest) \
+                       VALUES (0, ?, ?, ?, ?, ?) \
+                       ON CONFLICT (partition, hash, category, stream_id) DO UPDATE \
+                       SET version = excluded.version, \
+                         digest = (digest | excluded.digest) - (digest & excluded.digest)";
+            let query = sqlx::query(sql).bind(hash).bind(event.stream.category());
+            let query = query.bind(event.stream.id()).bind(signed(event.version.0));
+            query.bind(digest.0 as i64).execute(&mut *tx).await?;
+            total ^= digest;
+            next = event.position.offset.plus(1);
+        }
+    }
+    let query = sqlx::query("UPDATE kafold_log SET next_offset = ?, digest = ?");
+    query.bind(signed(next.0)).bind(total.0 as i64).execute(&mut *tx).await?;
+    tx.commit().await?;
+    tracing::info!(events = next.0, "the log in the file has got its digests");
+    Ok(())
 }
 
 /// Up to `limit` events of the log from an offset on.
@@ -266,17 +529,34 @@ pub(crate) async fn read_log(
     from: Offset,
     limit: i64,
 ) -> Result<Vec<RecordedEvent>, ReadError> {
+    let rows = read_rows(executor, from, limit).await.map_err(not_read)?;
+    rows.into_iter().map(EventRow::recorded).collect()
+}
+
+async fn read_rows(
+    executor: impl SqliteExecutor<'_>,
+    from: Offset,
+    limit: i64,
+) -> Result<Vec<EventRow>, sqlx::Error> {
     let query = r#"SELECT category, stream_id, version, partition, "offset", event_id, event_type,
-                          recorded_at, command_id, metadata, payload
+                          recorded_at, command_id, metadata, payload, digest
                    FROM kafold_event WHERE partition = 0 AND "offset" >= ?
                    ORDER BY "offset" LIMIT ?"#;
-    let query = sqlx::query_as(query).bind(signed(from.0)).bind(limit);
-    let rows = query.fetch_all(executor).await;
-    rows.map_err(not_read)?.into_iter().map(EventRow::recorded).collect()
+    sqlx::query_as(query).bind(signed(from.0)).bind(limit).fetch_all(executor).await
 }
 
 impl EventRow {
+    /// The event, unless its row has changed since it was written.
     fn recorded(self) -> Result<RecordedEvent, ReadError> {
+        let (place, digest) = (format!("event at {}:{}", self.partition, self.offset), self.digest);
+        let event = self.unchecked()?;
+        match Digest::of(&event).0 as i64 == digest {
+            true => Ok(event),
+            false => Err(ReadError::diverged(place, "its row has changed since it was written")),
+        }
+    }
+
+    fn unchecked(self) -> Result<RecordedEvent, ReadError> {
         let place = format!("event at {}:{}", self.partition, self.offset);
         let malformed = |what: String| ReadError::diverged(place.clone(), what);
         let stream = StreamId::new(&self.category, &self.stream_id);

@@ -25,6 +25,12 @@ pub(crate) struct Tickets {
 type LastCommit = (Ticket, Version);
 
 impl Tickets {
+    /// The version that this process brought the stream to, if it remembers.
+    pub(crate) fn version_of(&self, stream: &StreamId) -> Option<Version> {
+        let last = self.newer.get(stream).or_else(|| self.older.get(stream));
+        last.map(|(_, version)| *version)
+    }
+
     /// The submission that brought the stream to just this version, if it was one of ours.
     fn at(&self, stream: &StreamId, version: Version) -> Option<Ticket> {
         let last = self.newer.get(stream).or_else(|| self.older.get(stream));
@@ -77,10 +83,10 @@ impl<'a> Group<'a> {
     ) -> Self {
         let mut streams = HashMap::new();
         let mut commands = HashMap::new();
-        for ((stream, command_id), known) in questions.iter().zip(known) {
+        for (Question { stream, command, .. }, known) in questions.iter().zip(known) {
             let (version, last) = (known.version, tickets.at(stream, known.version));
             streams.insert(*stream, StreamState { version, last, touched: false });
-            if let (Some(command_id), Some(first)) = (command_id, known.first) {
+            if let (Some(command_id), Some(first)) = (command, known.first) {
                 commands.insert((*stream, *command_id), first);
             }
         }
@@ -209,11 +215,19 @@ mod tests {
         Append { stream, expected, commit: commit(2), ticket, after, deadline: None }
     }
 
+    fn known(version: u64, first: Option<Appended>) -> Known {
+        Known { version: Version(version), head: Version(version), bucket: None, first }
+    }
+
+    fn question(stream: &StreamId, command: Option<CommandId>) -> Question<'_> {
+        Question { stream, command, last: None }
+    }
+
     /// A group on a file where the stream has the version and the log ends at 10.
     fn group<'a>(stream: &'a StreamId, version: u64, tickets: &Tickets) -> Group<'a> {
-        let known = Known { version: Version(version), first: None };
+        let known = known(version, None);
         let now = SystemClock.instant();
-        Group::new(&[(stream, None)], &[known], Offset(10), tickets, NO_LIMIT, now)
+        Group::new(&[question(stream, None)], &[known], Offset(10), tickets, NO_LIMIT, now)
     }
 
     #[test]
@@ -251,8 +265,8 @@ mod tests {
         let position = Position { partition: PARTITION, offset: Offset(7) };
         let first = Appended { version: Version(2), position, duplicate: false };
         for (found, is_ok) in [(Some(first), true), (None, false)] {
-            let known = Known { version: Version(3), first: found };
-            let questions = [(&stream, Some(late.commit.command_id()))];
+            let known = known(3, found);
+            let questions = [question(&stream, Some(late.commit.command_id()))];
             let tickets = Tickets::default();
             let mut group = Group::new(&questions, &[known], Offset(10), &tickets, NO_LIMIT, now);
             assert_eq!(group.append(&late, || true).is_ok(), is_ok);

@@ -11,6 +11,7 @@
 //! - [`config`]: the limits;
 //! - `writer`: the task that turns submissions into transactions;
 //! - `group`: what one transaction holds and answers, decided without IO;
+//! - `guard`: whether the file is what was written;
 //! - `event`: the queries of the table `kafold_event`;
 //! - `error`: what SQLite's errors mean to a caller.
 //!
@@ -35,10 +36,12 @@ pub mod config;
 mod error;
 mod event;
 mod group;
+mod guard;
 pub mod source;
 pub mod store;
 mod writer;
 
 pub use config::EmbeddedConfig;
+pub use guard::rebuild_heads;
 pub use source::EmbeddedSource;
 pub use store::EmbeddedStore;

@@ -13,6 +13,7 @@ use uuid::Uuid;
 use crate::config::POLL_INTERVAL;
 use crate::error::not_read;
 use crate::event::{self, PARTITION};
+use crate::guard;
 
 /// Reads the log in a SQLite file, in order. Cheap to clone; clones share the names of readers.
 ///
@@ -56,8 +57,11 @@ impl EmbeddedSource {
 /// The identity of the log in the file, if the file holds a log and not a copy of parts of another.
 pub(crate) async fn check_own_log(database: &SqliteDatabase) -> Result<String, ReadError> {
     let query = "SELECT log_id, EXISTS (SELECT 1 FROM kafold_partition) FROM kafold_log";
-    let (log_id, is_index): (String, bool) =
-        sqlx::query_as(query).fetch_one(database.readers()).await.map_err(not_read)?;
+    let row = sqlx::query_as(query).fetch_optional(database.readers()).await;
+    let row: Option<(String, bool)> = row.map_err(not_read)?;
+    let Some((log_id, is_index)) = row else {
+        return Err(ReadError::diverged(database.url(), guard::reason(guard::NO_LOG_ROW)));
+    };
     if is_index {
         return Err(ReadError::diverged(
             database.url(),

@@ -7,6 +7,7 @@ use std::time::Instant;
 use async_trait::async_trait;
 use futures_util::stream::{self, BoxStream};
 use futures_util::{FutureExt, StreamExt, TryStreamExt};
+use kafold_core::digest::Digest;
 use kafold_core::store::{Append, Health, Outcome, View};
 use kafold_core::{
     AppendError, Appended, Clock, CommandId, EventStore, ReadError, RecordedEvent, StreamId,
@@ -15,10 +16,11 @@ use kafold_core::{
 use kafold_migrations::SqliteDatabase;
 use tokio::sync::{mpsc, oneshot};
 
-use crate::config::{EmbeddedConfig, READ_PAGE_EVENTS, RETRY_AFTER};
+use crate::config::{COMPARISONS_MAX, EmbeddedConfig, RETRY_AFTER};
 use crate::error::not_read;
-use crate::event;
+use crate::event::{self, StreamPage};
 use crate::group::deadline_passed;
+use crate::guard::Guard;
 use crate::source::check_own_log;
 use crate::writer::{Failure, Message, Submission, Turn, Waiting, Writer};
 
@@ -31,6 +33,7 @@ pub struct EmbeddedStore {
     clock: Arc<dyn Clock>,
     queue: mpsc::Sender<Message>,
     failure: Arc<Failure>,
+    guard: Arc<Guard>,
 }
 
 impl EmbeddedStore {
@@ -42,6 +45,7 @@ impl EmbeddedStore {
         clock: Arc<dyn Clock>,
     ) -> Result<Self, ReadError> {
         check_own_log(&database).await?;
+        let guard = Arc::new(Guard::open(&database).await?);
         let (queue, submissions) = mpsc::channel(config.queue_submissions_max.max(1));
         let failure = Arc::<Failure>::default();
         let writer = Writer {
@@ -50,9 +54,17 @@ impl EmbeddedStore {
             clock: Arc::clone(&clock),
             queue: submissions,
             failure: Arc::clone(&failure),
+            guard: Arc::clone(&guard),
         };
-        tokio::spawn(writer.run());
-        Ok(Self { database, clock, queue, failure })
+        let watching = (database.clone(), Arc::clone(&guard), Arc::clone(&clock));
+        tokio::spawn(async move {
+            let (database, guard, clock) = watching;
+            tokio::select! {
+                () = writer.run() => {}
+                () = guard.watch(&database, &*clock) => {}
+            }
+        });
+        Ok(Self { database, clock, queue, failure, guard })
     }
 
     /// Settles everything that was submitted and stops the writer; whatever is submitted later is
@@ -64,6 +76,29 @@ impl EmbeddedStore {
             // An error means that the writer is gone, which is what was asked for.
             let _ = closed.await;
         }
+    }
+
+    /// A page of a stream; the last one is compared with what this process knows of the file.
+    async fn checked_page(
+        &self,
+        stream: &StreamId,
+        after: Version,
+        before: Option<Digest>,
+    ) -> Result<(StreamPage, Option<Digest>), ReadError> {
+        for _ in 0..COMPARISONS_MAX {
+            let page = event::read_page(self.database.readers(), stream, after).await;
+            let page = page.map_err(|error| self.guard.note(Some(stream), error))?;
+            let digest = before.map(|mut digest| {
+                page.events.iter().for_each(|event| digest ^= Digest::of(event));
+                digest
+            });
+            if page.more
+                || self.guard.check_page(&self.database, stream, after, &page, digest).await?
+            {
+                return Ok((page, digest));
+            }
+        }
+        Err(ReadError::unavailable(RETRY_AFTER, "the log grows too fast to be compared"))
     }
 
     fn submitted(&self, append: Append) -> Outcome<Appended> {
@@ -161,17 +196,18 @@ impl EventStore for EmbeddedStore {
         stream: &StreamId,
         after: Version,
     ) -> BoxStream<'static, Result<RecordedEvent, ReadError>> {
-        let (database, stream) = (self.database.clone(), stream.clone());
+        // The digest of what was read tells whether a stream that was read from its begin is whole.
+        let digest = (after == Version::EMPTY).then(Digest::default);
+        let reading = (self.clone(), stream.clone());
         // Pages are of different moments, which does no harm: what has been written never changes.
-        let pages = stream::try_unfold(Some(after), move |after| {
-            let (database, stream) = (database.clone(), stream.clone());
+        let pages = stream::try_unfold(Some((after, digest)), move |place| {
+            let (store, stream) = reading.clone();
             async move {
-                let Some(after) = after else { return Ok(None) };
-                let page = event::read_stream(database.readers(), &stream, after, READ_PAGE_EVENTS);
-                let page = page.await?;
-                let more = page.len() as i64 == READ_PAGE_EVENTS;
-                let next = page.last().filter(|_| more).map(|last| last.version);
-                Ok::<_, ReadError>(Some((stream::iter(page.into_iter().map(Ok)), next)))
+                let Some((after, digest)) = place else { return Ok(None) };
+                let (page, digest) = store.checked_page(&stream, after, digest).await?;
+                let next = page.events.last().filter(|_| page.more);
+                let next = next.map(|last| (last.version, digest));
+                Ok::<_, ReadError>(Some((stream::iter(page.events.into_iter().map(Ok)), next)))
             }
         });
         pages.try_flatten().boxed()
@@ -187,7 +223,7 @@ impl EventStore for EmbeddedStore {
     }
 
     fn health(&self) -> Health {
-        match self.failure.get() {
+        match self.guard.damage().or_else(|| self.failure.get()) {
             Some(failure) => Health::NotReady(vec![failure]),
             None if self.queue.is_closed() => Health::NotReady(vec!["the store is closed".into()]),
             None => Health::Ready,

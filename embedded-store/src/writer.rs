@@ -4,14 +4,15 @@ use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use kafold_core::store::{Append, View};
-use kafold_core::{AppendError, Appended, Clock, CommandId, StreamId};
+use kafold_core::{AppendError, Appended, Clock, CommandId};
 use kafold_migrations::{SqliteDatabase, WriteTurn};
 use tokio::sync::{mpsc, oneshot};
 
 use crate::config::{EmbeddedConfig, RETRY_AFTER};
 use crate::error::{is_certainly_not_committed, nothing_written};
-use crate::event::{self, PlacedEvent, event_bytes};
+use crate::event::{self, Begun, PlacedEvent, Question, event_bytes};
 use crate::group::{Group, Tickets};
+use crate::guard::Guard;
 
 /// What may wait for the writer.
 pub(crate) enum Submission {
@@ -80,6 +81,7 @@ pub(crate) struct Writer {
     pub(crate) clock: Arc<dyn Clock>,
     pub(crate) queue: mpsc::Receiver<Message>,
     pub(crate) failure: Arc<Failure>,
+    pub(crate) guard: Arc<Guard>,
 }
 
 /// What became of a COMMIT.
@@ -143,24 +145,31 @@ impl Writer {
 
     /// Decides a group, writes it and answers it.
     async fn serve(&self, submissions: Vec<Submission>, tickets: &mut Tickets) {
-        let questions: Vec<_> = submissions.iter().map(Submission::question).collect();
+        let questions: Vec<_> = submissions.iter().map(|one| one.question(tickets)).collect();
         let begun = async {
             let mut turn = self.database.turn().await?;
-            let (end, known) = event::begin(&mut turn, &questions).await?;
-            Ok((turn, end, known))
+            let begun = event::begin(&mut turn, &questions).await?;
+            Ok((turn, begun))
         };
-        let (turn, end, known) = match begun.await {
+        let (mut turn, Begun { end, declared_end, known }) = match begun.await {
             Ok(begun) => begun,
-            Err(error) => return self.refuse(submissions, error),
+            Err(error) => return self.refuse(submissions, nothing_written(error)),
         };
+        let checked = self.guard.check_group(&mut turn, &questions, &known, declared_end, end);
+        if let Err(error) = checked.await {
+            // The transaction that was begun ends with its connection.
+            drop(turn);
+            return self.refuse(submissions, AppendError::unavailable(RETRY_AFTER, error));
+        }
         let (bytes_max, now) = (self.config.event_bytes_max, self.clock.instant());
         let mut group = Group::new(&questions, &known, end, tickets, bytes_max, now);
         let verdicts: Vec<_> = submissions.iter().map(|one| one.decide(&mut group)).collect();
         let committed = match self.write(turn, group.rows()).await {
             Ok(committed) => committed,
-            Err(error) => return self.refuse(submissions, error),
+            Err(error) => return self.refuse(submissions, nothing_written(error)),
         };
         if let (Committed::Yes, false) = (&committed, group.rows().is_empty()) {
+            self.guard.appended(group.rows());
             tickets.remember(group.last_commits());
             self.database.notify_changed();
         }
@@ -171,7 +180,7 @@ impl Writer {
             .map(|((verdict, question), known)| {
                 // A duplicate of what the file held before is true whatever became of the group.
                 let stands = matches!(committed, Committed::Yes) || known.first.is_some();
-                if stands { verdict } else { verdict.uncommitted(&committed, question.1) }
+                if stands { verdict } else { verdict.uncommitted(&committed, question.command) }
             })
             .collect();
         for (submission, verdict) in submissions.into_iter().zip(answers) {
@@ -235,8 +244,7 @@ impl Writer {
     }
 
     /// Answers everyone that nothing was written.
-    fn refuse(&self, submissions: Vec<Submission>, error: sqlx::Error) {
-        let answer = nothing_written(error);
+    fn refuse(&self, submissions: Vec<Submission>, answer: AppendError) {
         self.failure.set(Some(answer.to_string()));
         tracing::warn!(error = %answer, appends = submissions.len(), "cannot write");
         for submission in submissions {
@@ -285,11 +293,12 @@ impl Verdict {
 
 impl Submission {
     /// What the file has to be asked for it.
-    fn question(&self) -> (&StreamId, Option<CommandId>) {
-        match self {
+    fn question(&self, tickets: &Tickets) -> Question<'_> {
+        let (stream, command) = match self {
             Self::Append(append) => (&append.work.stream, Some(append.work.commit.command_id())),
             Self::Confirm(confirm) => (&confirm.work.stream, None),
-        }
+        };
+        Question { stream, command, last: tickets.version_of(stream) }
     }
 
     fn decide<'a>(&'a self, group: &mut Group<'a>) -> Verdict {

@@ -937,7 +937,7 @@ mod tests {
                 .expect("a reader")
         };
         let index = Arc::new(MemoryIndex::new());
-        let (loader, _) = Loader::new(index, Vec::new(), &config.limits);
+        let (loader, _) = Loader::new(index, Vec::new(), &config.limits, Arc::new(SystemClock));
         let (reader, watcher) = (reader(), reader());
         let (driver, inbox) = Driver::new(&config, Arc::new(Reach::default()));
         let record_bytes_max = 1 << 20;

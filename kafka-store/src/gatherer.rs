@@ -91,7 +91,7 @@ mod tests {
     use async_trait::async_trait;
     use futures_util::future::join_all;
     use kafold_core::clock::SystemClock;
-    use kafold_core::index::{IndexLoad, IndexRead};
+    use kafold_core::index::{IndexCount, IndexHeads, IndexLoad, IndexRead};
     use kafold_core::store::{Appended, Cursor};
     use kafold_core::testing::eventually;
     use kafold_core::{CommandId, Offset, Partition, RecordedEvent, StreamId};
@@ -130,7 +130,15 @@ mod tests {
             batches.into_iter().map(answer).collect()
         }
 
-        async fn load(&self, _: &[IndexLoad], _: usize) -> Result<Vec<IndexRead>, ReadError> {
+        async fn load(&self, _: &[IndexLoad], _: usize) -> Vec<Result<IndexRead, ReadError>> {
+            Vec::new()
+        }
+
+        async fn heads(&self, _: Partition) -> Result<IndexHeads, ReadError> {
+            Ok(IndexHeads::default())
+        }
+
+        async fn count(&self) -> Result<Vec<IndexCount>, ReadError> {
             Ok(Vec::new())
         }
 

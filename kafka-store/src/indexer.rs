@@ -70,7 +70,8 @@ enum FeedError {
 impl FeedError {
     fn is_transient(&self) -> bool {
         match self {
-            Self::Index(error) => matches!(error, ReadError::Unavailable { .. }),
+            // A damaged index is made again beside a running service.
+            Self::Index(_) => true,
             Self::Inspect(error) => matches!(error, InspectError::Unavailable(_)),
             Self::Read(ReadFailure::Corrupt(_)) => false,
             Self::Read(_) | Self::Reader(_) => true,
@@ -113,7 +114,7 @@ impl Indexer {
     pub(crate) async fn run(self: Arc<Self>, shared: Arc<Shared>, tenure: Tenure) {
         let Some(place) = self.find_place(&shared, tenure).await else { return };
         *shared.tail() = Tail::new(shared.partition, place.clone());
-        shared.standing().waiting = None;
+        shared.placed();
         let from = place.next;
         self.driver.tell(Message::Input(shared.partition, tenure, Input::Start(place)));
         self.feed(&shared, tenure, from).await;
@@ -179,7 +180,7 @@ impl Indexer {
                 Err(error) if error.is_transient() => {
                     attempt += 1;
                     tracing::warn!(partition = %shared.partition, %error, attempt, "index not fed");
-                    self.tell_when_full(shared, &error);
+                    self.tell_if_serious(shared, &error);
                     self.pause(attempt).await;
                 }
                 Err(error) => return self.halt(shared, tenure, error),
@@ -290,11 +291,19 @@ impl Indexer {
         self.driver.tell(Message::Input(shared.partition, tenure, Input::Halt(Arc::new(error))));
     }
 
-    /// A full tail takes no commands: only then the index is the partition's concern.
-    fn tell_when_full(&self, shared: &Shared, error: &FeedError) {
-        let full = shared.tail().events() >= self.config.limits.tail_events_max;
-        shared.standing().index =
-            full.then(|| format!("the index cannot be fed and the tail is full: {error}"));
+    /// A full tail takes no commands, and an index that contradicts the log waits for an operator:
+    /// only then the index is the partition's concern.
+    fn tell_if_serious(&self, shared: &Shared, error: &FeedError) {
+        let reason = match error {
+            FeedError::Index(ReadError::Diverged { cause, .. }) => {
+                Some(format!("its index: {cause}"))
+            }
+            _ if shared.tail().events() >= self.config.limits.tail_events_max => {
+                Some(format!("the index cannot be fed and the tail is full: {error}"))
+            }
+            _ => None,
+        };
+        shared.standing().index = reason;
     }
 
     async fn pause(&self, attempt: u32) {

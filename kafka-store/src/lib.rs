@@ -56,6 +56,7 @@ pub mod source;
 pub mod store;
 pub mod tail;
 mod topic;
+mod verifier;
 pub mod wire;
 pub mod writer;
 

@@ -4,23 +4,27 @@
 
 use std::collections::VecDeque;
 use std::num::NonZeroUsize;
-use std::sync::atomic::Ordering;
+use std::pin::pin;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use futures_util::stream::{self, BoxStream};
 use futures_util::{StreamExt, TryStreamExt};
-use kafold_core::index::{IndexLoad, IndexRead};
+use kafold_core::clock::within;
+use kafold_core::digest::{Bucket, Digest};
+use kafold_core::index::{IndexLoad, IndexRead, damaged};
+use kafold_core::mutant::{self, Mutant};
 use kafold_core::store::Appended;
 use kafold_core::{
-    CommandId, Filter, Offset, Partition, ReadError, RecordedEvent, StreamId, StreamIndex, Version,
+    Clock, CommandId, Filter, Offset, Partition, ReadError, RecordedEvent, StreamId, StreamIndex,
+    Version,
 };
 use lru::LruCache;
 use tokio::runtime::Handle;
 use tokio::sync::{Semaphore, mpsc, oneshot};
 
 use crate::config::Limits;
-use crate::partition::Shared;
+use crate::partition::{DamageSite, Shared};
 use crate::tail::{MergeError, TailView};
 use crate::writer::{CommandOutcome, StreamHead, WriterLimits};
 
@@ -31,6 +35,10 @@ const HEADS_MAX: usize = 10_000;
 /// Memory for what is known of one stream's older commands: some 16 000 of them. Those of a longer
 /// stream are looked up one by one.
 const OLDER_BYTES_MAX: usize = 32 << 10;
+/// How long a load waits until the heads of a partition that was just taken are checked.
+const CHECK_WAIT: Duration = Duration::from_secs(10);
+/// Loads of one page, when the index has moved on before its answer could be compared.
+const COMPARISONS_MAX: u32 = 10;
 /// When a caller may try again whom the index could not answer.
 const RETRY_AFTER: Duration = Duration::from_secs(1);
 
@@ -41,6 +49,7 @@ pub(crate) struct Loader {
     requests: mpsc::Sender<Request>,
     recent_commands_max: usize,
     heads: Mutex<LruCache<StreamId, KnownHead>>,
+    clock: Arc<dyn Clock>,
     runtime: Handle,
 }
 
@@ -63,6 +72,7 @@ impl Loader {
         index: Arc<dyn StreamIndex>,
         partitions: Vec<Arc<Shared>>,
         limits: &Limits,
+        clock: Arc<dyn Clock>,
     ) -> (Arc<Self>, impl Future<Output = ()> + Send + 'static) {
         let (requests, inbox) = mpsc::channel(limits.queued_loads_max.max(1));
         let asking =
@@ -74,6 +84,7 @@ impl Loader {
             requests,
             recent_commands_max: WriterLimits::default().recent_commands_max,
             heads: Mutex::new(LruCache::new(heads)),
+            clock,
             runtime: Handle::current(),
         };
         (Arc::new(loader), asking)
@@ -93,6 +104,8 @@ impl Loader {
             next_after: after,
             begun: None,
             head: HeadBuilder::new(after, self.recent_commands_max),
+            digest: Digest::default(),
+            from_start: after == Version::EMPTY,
             done: false,
         };
         let pages = stream::try_unfold(reading, |mut reading| async move {
@@ -202,12 +215,37 @@ impl Loader {
     fn lost(&self, error: MergeError) -> ReadError {
         match error {
             MergeError::IndexBehind { partition, .. } => {
-                let shared = self.shared(partition);
-                shared.index_lost.store(true, Ordering::Release);
-                shared.advanced.notify_one();
+                self.shared(partition).lose_index();
                 ReadError::unavailable(RETRY_AFTER, error)
             }
-            MergeError::NotGapless { .. } => ReadError::diverged("the stream index", error),
+            MergeError::NotGapless { partition, ref stream, .. } => {
+                let error = damaged(partition, "kafold_event", &error);
+                self.shared(partition).damaged(DamageSite::Stream(stream.clone()), &error);
+                error
+            }
+        }
+    }
+
+    /// Waits until the heads of a partition that is ours are known to be whole. Those of others are
+    /// read as they are: no decision rests on them.
+    async fn wait_for_heads(&self, partition: Partition) -> Result<(), ReadError> {
+        let shared = self.shared(partition);
+        let deadline = self.clock.instant() + CHECK_WAIT;
+        loop {
+            let mut checked = pin!(shared.checked.notified());
+            checked.as_mut().enable();
+            if shared.tail().knows_heads() || !shared.is_assigned() {
+                return Ok(());
+            }
+            if let Some(damage) = &shared.standing().damage {
+                let what = format!("partition {partition}");
+                return Err(ReadError::diverged(what, damage.reason.clone()));
+            }
+            let left = deadline.saturating_duration_since(self.clock.instant());
+            if within(&*self.clock, left, checked).await.is_none() {
+                let cause = format!("the index of partition {partition} is not checked yet");
+                return Err(ReadError::unavailable(RETRY_AFTER, cause));
+            }
         }
     }
 
@@ -241,29 +279,13 @@ async fn ask(
         tokio::spawn(async move {
             let (loads, answers): (Vec<_>, Vec<_>) =
                 gathered.into_iter().map(|request| (request.load, request.answer)).unzip();
-            let result = index.load(&loads, page_events_max).await;
+            let reads = index.load(&loads, page_events_max).await;
             drop(permit);
-            answer_all(answers, result);
-        });
-    }
-}
-
-fn answer_all(
-    answers: Vec<oneshot::Sender<Result<IndexRead, ReadError>>>,
-    result: Result<Vec<IndexRead>, ReadError>,
-) {
-    match result {
-        Ok(reads) => {
             for (answer, read) in answers.into_iter().zip(reads) {
                 // Who asked may be gone.
-                let _ = answer.send(Ok(read));
+                let _ = answer.send(read);
             }
-        }
-        Err(error) => {
-            for answer in answers {
-                let _ = answer.send(Err(error.clone()));
-            }
-        }
+        });
     }
 }
 
@@ -277,6 +299,10 @@ struct Reading {
     /// The tail as it was before the index was first asked, and what it reached to.
     begun: Option<(TailView, Offset)>,
     head: HeadBuilder,
+    /// Of the rows that were read.
+    digest: Digest,
+    /// Whether the rows are all that the stream has in the index.
+    from_start: bool,
     done: bool,
 }
 
@@ -312,14 +338,75 @@ impl Reading {
     }
 
     async fn load_page(&mut self, view: &TailView) -> Result<Vec<Arc<RecordedEvent>>, ReadError> {
-        let (partition, stream, after) = (self.partition, self.stream.clone(), self.next_after);
-        let read = self.loader.load(IndexLoad { partition, stream, after }).await?;
-        self.done = !read.more;
-        // Between two pages of the index there is nothing of the tail.
-        let rows_only = TailView { start: view.start, events: Vec::new() };
-        let view = if self.done { view } else { &rows_only };
-        let merged = view.merge(partition, after, read.position, read.events);
-        merged.map_err(|error| self.loader.lost(error))
+        let (partition, after) = (self.partition, self.next_after);
+        for _ in 0..COMPARISONS_MAX {
+            self.loader.wait_for_heads(partition).await?;
+            let load = IndexLoad { partition, stream: self.stream.clone(), after };
+            let read = match self.loader.load(load).await {
+                Err(error @ ReadError::Diverged { .. }) => return Err(self.damaged(error)),
+                read => read?,
+            };
+            let mut digest = self.digest;
+            read.events.iter().for_each(|event| digest ^= Digest::of(event));
+            // Between two pages of the index there is nothing of the tail.
+            let rows_only = TailView { start: view.start, events: Vec::new() };
+            let view = if read.more { &rows_only } else { view };
+            if !read.more && read.position >= view.start && !self.is_whole(&read, digest)? {
+                continue;
+            }
+            (self.digest, self.done) = (digest, !read.more);
+            let (position, rows) = (read.position, read.events);
+            let merged = view.merge(partition, after, position, rows);
+            return merged.map_err(|error| self.loader.lost(error));
+        }
+        let cause = format!("the index of partition {partition} moves on too fast to be compared");
+        Err(ReadError::unavailable(RETRY_AFTER, cause))
+    }
+
+    /// Compares the rows, of which the last page has been read, with the stream's head, and that with
+    /// what this process knows of the stream's bucket. `false` when the index has moved on meanwhile.
+    fn is_whole(&self, read: &IndexRead, digest: Digest) -> Result<bool, ReadError> {
+        if mutant::active(Mutant::IndexBelieved) {
+            return Ok(true);
+        }
+        let (partition, stream) = (self.partition, &self.stream);
+        let differs = |table, what: String| self.damaged(damaged(partition, table, what));
+        let head = read.head.unwrap_or_default();
+        // A stream that is wholly in the tail is read from behind what the index has.
+        let last =
+            read.events.last().map_or(self.next_after.min(head.version), |last| last.version);
+        if head.version != last {
+            let what = format!(
+                "{stream} ends with version {last}, and in kafold_stream with {}",
+                head.version
+            );
+            return Err(differs("kafold_event", what));
+        }
+        if self.from_start && head.digest != digest {
+            return Err(differs(
+                "kafold_event",
+                format!("{stream} is not what kafold_stream says"),
+            ));
+        }
+        let tail = self.loader.shared(partition).tail();
+        if !tail.knows_heads() {
+            return Ok(true);
+        }
+        let Some(known) = tail.bucket_at(read.position, Bucket::of(stream)) else {
+            return Ok(false);
+        };
+        drop(tail);
+        if known != read.bucket {
+            let what = format!("the heads beside that of {stream} are not what was written");
+            return Err(differs("kafold_stream", what));
+        }
+        Ok(true)
+    }
+
+    fn damaged(&self, error: ReadError) -> ReadError {
+        let site = DamageSite::Stream(self.stream.clone());
+        self.loader.shared(self.partition).damaged(site, &error);
+        error
     }
 
     fn remember(&self, as_of: Offset) {
@@ -380,6 +467,7 @@ impl HeadBuilder {
 #[cfg(test)]
 mod tests {
     use kafold_core::Position;
+    use kafold_core::clock::SystemClock;
     use kafold_core::index::IndexBatch;
     use kafold_core::memory::MemoryIndex;
     use kafold_core::testing::{advance, event};
@@ -403,7 +491,9 @@ mod tests {
         let index = Arc::new(MemoryIndex::new());
         let shared = Arc::new(Shared::new(PARTITION));
         let limits = Limits { page_events_max: 2, ..Limits::default() };
-        let (loader, asking) = Loader::new(index.clone(), vec![Arc::clone(&shared)], &limits);
+        let clock = Arc::new(SystemClock);
+        let (loader, asking) =
+            Loader::new(index.clone(), vec![Arc::clone(&shared)], &limits, clock);
         tokio::spawn(asking);
         let stream = StreamId::new("order", "1").expect("valid");
         Fixture { index, shared, loader, stream }

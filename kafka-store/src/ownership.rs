@@ -16,6 +16,7 @@ use crate::forward::Inboxes;
 use crate::indexer::Indexer;
 use crate::membership::Rebalance;
 use crate::partition::Shared;
+use crate::verifier::Verifier;
 use crate::writer::Status;
 
 /// How often it is looked whether somebody has claimed what is held without the group's word.
@@ -29,6 +30,7 @@ pub(crate) struct Ownership {
     pub(crate) driver: Driver,
     pub(crate) indexer: Arc<Indexer>,
     pub(crate) inboxes: Arc<Inboxes>,
+    pub(crate) verifier: Arc<Verifier>,
     pub(crate) clock: Arc<dyn Clock>,
     /// How long a hand-over may take before what is pending is given up.
     pub(crate) patience: Duration,
@@ -43,12 +45,13 @@ impl Ownership {
         driver: Driver,
         indexer: Arc<Indexer>,
         inboxes: Arc<Inboxes>,
+        verifier: Arc<Verifier>,
         clock: Arc<dyn Clock>,
         patience: Duration,
     ) -> Self {
         let tasks = Mutex::new(partitions.iter().map(|_| Vec::new()).collect());
         let tenures = AtomicU64::new(0);
-        Self { partitions, driver, indexer, inboxes, clock, patience, tenures, tasks }
+        Self { partitions, driver, indexer, inboxes, verifier, clock, patience, tenures, tasks }
     }
 
     /// Does what the group says, until it says no more.
@@ -118,7 +121,8 @@ impl Ownership {
         self.driver.tell(Message::Assign(partition, tenure));
         let feeding = tokio::spawn(Arc::clone(&self.indexer).run(Arc::clone(shared), tenure));
         let handling = tokio::spawn(Arc::clone(&self.inboxes).run(Arc::clone(shared), tenure));
-        let tasks = vec![feeding.abort_handle(), handling.abort_handle()];
+        let verifying = tokio::spawn(Arc::clone(&self.verifier).watch_heads(Arc::clone(shared)));
+        let tasks = [feeding, handling, verifying].map(|task| task.abort_handle()).to_vec();
         self.tasks()[partition.0 as usize] = tasks;
     }
 

@@ -1,11 +1,12 @@
 //! What the threads and tasks of one process share about a partition.
 
+use std::pin::pin;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use chrono::{DateTime, Utc};
-use kafold_core::{Offset, Partition};
+use kafold_core::{Offset, Partition, ReadError, StreamId};
 use rdkafka::error::KafkaError;
 use tokio::sync::{Notify, watch};
 
@@ -27,6 +28,8 @@ pub(crate) struct Shared {
     pub(crate) handing_over: AtomicBool,
     /// The index stands below what the tail has forgotten: it is to be looked at.
     pub(crate) index_lost: AtomicBool,
+    /// The heads of the index were found to be whole, or damaged.
+    pub(crate) checked: Notify,
     /// The claim under which this process owns the partition, for those who handle its commands.
     pub(crate) hold: watch::Sender<Option<Hold>>,
 }
@@ -50,6 +53,25 @@ pub(crate) struct TakeOver {
     pub(crate) took: Duration,
 }
 
+/// Tables of the index that are not what the log says. The reason is a sentence that names the table and
+/// the remedy.
+#[derive(Debug, Clone)]
+pub(crate) struct Damage {
+    pub(crate) reason: String,
+    pub(crate) found_in: DamageSite,
+}
+
+/// Where damage was found, and so where to look whether it is mended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum DamageSite {
+    /// The heads of all streams.
+    Heads,
+    /// The number of rows of events.
+    Rows,
+    /// One stream.
+    Stream(StreamId),
+}
+
 /// How far the writer of a partition is.
 #[derive(Debug, Clone)]
 pub(crate) struct Standing {
@@ -62,6 +84,8 @@ pub(crate) struct Standing {
     pub(crate) waiting: Option<String>,
     /// Whether the index has contradicted the log.
     pub(crate) index: Option<String>,
+    /// How the tables of the index differ from the log, if they do.
+    pub(crate) damage: Option<Damage>,
     /// Why forwarded commands are not handled.
     pub(crate) commands: Option<String>,
     pub(crate) assigned_at: Option<Instant>,
@@ -78,6 +102,7 @@ impl Shared {
             assigned: AtomicBool::new(false),
             handing_over: AtomicBool::new(false),
             index_lost: AtomicBool::new(false),
+            checked: Notify::new(),
             hold: watch::Sender::new(None),
         }
     }
@@ -118,6 +143,59 @@ impl Shared {
         self.standing.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Remembers damage of the index until it is mended; whoever waits for the index learns of it.
+    pub(crate) fn damaged(&self, found_in: DamageSite, error: &ReadError) {
+        let reason = match error {
+            // Its sentence names the partition, as the health of a partition does.
+            ReadError::Diverged { cause, .. } => format!("its index: {cause}"),
+            other => other.to_string(),
+        };
+        let mut standing = self.standing();
+        if standing.damage.as_ref().is_none_or(|known| known.reason != reason) {
+            tracing::error!(partition = %self.partition, reason, "the index is damaged");
+            standing.damage = Some(Damage { reason, found_in });
+        }
+        drop(standing);
+        self.checked.notify_waiters();
+    }
+
+    /// The index has lost its place: it is to be looked at.
+    pub(crate) fn lose_index(&self) {
+        self.index_lost.store(true, Ordering::Release);
+        self.advanced.notify_one();
+    }
+
+    /// The place where the partition begins is known, and with it what the tail starts from.
+    pub(crate) fn placed(&self) {
+        self.standing().waiting = None;
+        self.checked.notify_waiters();
+    }
+
+    /// Waits until the place where the partition begins is known.
+    pub(crate) async fn wait_for_place(&self) {
+        loop {
+            let mut checked = pin!(self.checked.notified());
+            checked.as_mut().enable();
+            if self.standing().waiting.is_none() {
+                return;
+            }
+            checked.await;
+        }
+    }
+
+    /// Whether damage is known that was found there.
+    pub(crate) fn is_damaged_in(&self, site: &DamageSite) -> bool {
+        self.standing().damage.as_ref().is_some_and(|damage| damage.found_in == *site)
+    }
+
+    /// Forgets damage that was found there.
+    pub(crate) fn mended(&self, site: &DamageSite) {
+        let mended = self.standing().damage.take_if(|damage| damage.found_in == *site);
+        if mended.is_some() {
+            tracing::info!(partition = %self.partition, "the index is whole again");
+        }
+    }
+
     /// Why the partition takes no commands, in one sentence.
     pub(crate) fn reason(&self) -> Option<String> {
         let partition = self.partition;
@@ -125,7 +203,8 @@ impl Shared {
         if !self.is_assigned() {
             return None;
         }
-        if let Some(reason) = standing.index.as_ref().or(standing.commands.as_ref()) {
+        let damage = standing.damage.as_ref().map(|damage| &damage.reason);
+        if let Some(reason) = damage.or(standing.index.as_ref()).or(standing.commands.as_ref()) {
             return Some(format!("partition {partition}: {reason}"));
         }
         let why = match (&standing.status, &standing.waiting) {
@@ -151,6 +230,7 @@ impl Standing {
             end: Offset(0),
             waiting: Some("its place in the log is being looked up".into()),
             index: None,
+            damage: None,
             commands: None,
             assigned_at,
             take_over: None,

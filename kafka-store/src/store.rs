@@ -33,6 +33,7 @@ use crate::partitioner::partition_of;
 use crate::reader::{Decode, Reader};
 use crate::source::KafkaSource;
 use crate::topic::{self, EventsTopic};
+use crate::verifier::Verifier;
 use crate::writer::{Entropy, PartitionWriter, WriterConfig, WriterLimits};
 
 /// How long a fetch waits for records where somebody waits to own: a partition that begins to be read
@@ -114,7 +115,14 @@ impl KafkaStore {
         let shared: Vec<_> =
             (0..topic.partitions).map(|p| Arc::new(Shared::new(Partition(p)))).collect();
         let reach = Arc::new(Reach::default());
-        let (loader, asking) = Loader::new(Arc::clone(&index), shared.clone(), &config.limits);
+        let (loader, asking) =
+            Loader::new(Arc::clone(&index), shared.clone(), &config.limits, Arc::clone(&clock));
+        let verifier = Verifier::new(
+            Arc::clone(&index),
+            Arc::clone(&loader),
+            shared.clone(),
+            Arc::clone(&clock),
+        );
         let (driver, inbox) = Driver::new(&config, Arc::clone(&reach));
         let slots = shared
             .iter()
@@ -176,6 +184,7 @@ impl KafkaStore {
         }
         tasks.spawn(asking);
         tasks.spawn(indexing);
+        tasks.spawn(Arc::clone(&verifier).watch_rows());
         tasks.spawn(watch(
             config.clone(),
             Arc::clone(&inquirer),
@@ -187,6 +196,7 @@ impl KafkaStore {
             driver.clone(),
             Arc::new(indexer),
             inboxes,
+            verifier,
             Arc::clone(&clock),
             config.limits.hand_over_timeout,
         ));

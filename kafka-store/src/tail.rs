@@ -6,7 +6,8 @@
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 
-use kafold_core::index::IndexBatch;
+use kafold_core::digest::{Bucket, BucketDigests, Digest};
+use kafold_core::index::{IndexBatch, IndexHeads};
 use kafold_core::store::Appended;
 use kafold_core::{CommandId, Offset, Partition, RecordedEvent, StreamId, Version};
 
@@ -20,6 +21,8 @@ pub struct Tail {
     /// An index that stands below this has lost what the tail no longer holds.
     start: Offset,
     next: Checkpoint,
+    /// The digests of the events below `start`, once the heads of the index were found to be whole.
+    digests: Option<BucketDigests>,
     commits: VecDeque<Proven>,
     streams: HashMap<StreamId, VecDeque<Arc<RecordedEvent>>>,
     events: usize,
@@ -37,12 +40,23 @@ pub struct TailView {
     pub events: Vec<Arc<RecordedEvent>>,
 }
 
+/// How the heads of the index compare with what this process knows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum HeadsFound {
+    /// They are whole.
+    Whole,
+    /// The rows of this table are not what was fed.
+    Damaged(&'static str),
+    /// The index stands where the tail knows nothing of it, any more or yet.
+    Elsewhere,
+}
+
 /// What the index says does not go together with the tail.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum MergeError {
     /// The index was deleted or restored, or a lagging replica answered.
     #[error(
-        "the index of partition {partition} stands at {position}, but it held everything below {start} before: it was deleted, restored from a copy, or answered by a replica that lags; rebuild it"
+        "the index of partition {partition} stands at {position}, but it held everything below {start} before: it was deleted, restored from a copy, or answered by a replica that lags; it is fed again from the log"
     )]
     IndexBehind {
         /// The partition.
@@ -53,10 +67,10 @@ pub enum MergeError {
         start: Offset,
     },
     /// A version is missing or has two events.
-    #[error(
-        "stream {stream}: version {found} follows version {after} in index and log together; rebuild the index"
-    )]
+    #[error("version {found} of {stream} follows version {after}")]
     NotGapless {
+        /// The partition.
+        partition: Partition,
         /// The stream.
         stream: StreamId,
         /// The version before.
@@ -73,6 +87,7 @@ impl Tail {
             partition,
             start: from.next,
             next: from,
+            digests: None,
             commits: VecDeque::new(),
             streams: HashMap::new(),
             events: 0,
@@ -110,6 +125,9 @@ impl Tail {
             self.events -= first.events.len();
             self.bytes -= bytes_of(&first.events);
             for event in &first.events {
+                if let Some(digests) = &mut self.digests {
+                    digests.toggle(event);
+                }
                 if let Some(events) = self.streams.get_mut(&event.stream) {
                     events.pop_front();
                     if events.is_empty() {
@@ -157,6 +175,52 @@ impl Tail {
         Some(Appended { version: last.version, position: last.position, duplicate: true })
     }
 
+    /// Compares the heads of the index with what is known of them; the first heads that add up to
+    /// what their cursor declares are taken for known.
+    pub fn check_heads(&mut self, heads: &IndexHeads) -> HeadsFound {
+        let position = heads.position;
+        if position < self.start || position > self.next.next {
+            return HeadsFound::Elsewhere;
+        }
+        let mut buckets = heads.buckets.clone();
+        self.events_below(position).for_each(|event| buckets.toggle(event));
+        match &self.digests {
+            Some(known) if *known != buckets => HeadsFound::Damaged("kafold_stream"),
+            Some(_) if heads.declared != heads.found => HeadsFound::Damaged("kafold_partition"),
+            None if heads.declared != heads.found => HeadsFound::Damaged("kafold_stream"),
+            _ => {
+                self.digests = Some(buckets);
+                HeadsFound::Whole
+            }
+        }
+    }
+
+    /// The digest that a bucket of an index must have that stands at `position`; `None` while it is
+    /// not known: the heads were not checked yet, or the index stands elsewhere by now.
+    pub fn bucket_at(&self, position: Offset, bucket: Bucket) -> Option<Digest> {
+        if position < self.start || position > self.next.next {
+            return None;
+        }
+        let mut digest = self.digests.as_ref()?.get(bucket);
+        for event in self.events_below(position) {
+            if Bucket::of(&event.stream) == bucket {
+                digest ^= Digest::of(event);
+            }
+        }
+        Some(digest)
+    }
+
+    /// Whether the heads of the index were found to be whole since this process took the partition.
+    pub fn knows_heads(&self) -> bool {
+        self.digests.is_some()
+    }
+
+    /// Those events in the tail that an index at `position` has.
+    fn events_below(&self, position: Offset) -> impl Iterator<Item = &Arc<RecordedEvent>> {
+        let commits = self.commits.iter().take_while(move |commit| commit.next.next <= position);
+        commits.flat_map(|commit| &commit.events)
+    }
+
     /// Everything below is proven and in the index or here.
     pub fn next(&self) -> &Checkpoint {
         &self.next
@@ -202,6 +266,7 @@ impl TailView {
             if event.version != version.plus(1) {
                 let stream = event.stream.clone();
                 return Err(MergeError::NotGapless {
+                    partition,
                     stream,
                     after: version,
                     found: event.version,

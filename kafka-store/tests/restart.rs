@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use futures_util::TryStreamExt;
-use kafold_core::index::{Advanced, IndexBatch, IndexLoad, IndexRead};
+use kafold_core::index::{Advanced, IndexBatch, IndexCount, IndexHeads, IndexLoad, IndexRead};
 use kafold_core::memory::MemoryIndex;
 use kafold_core::store::{Appended, Cursor, Health};
 use kafold_core::testing::{
@@ -69,8 +69,19 @@ impl StreamIndex for TestIndex {
         &self,
         requests: &[IndexLoad],
         limit: usize,
-    ) -> Result<Vec<IndexRead>, ReadError> {
-        self.inner()?.load(requests, limit).await
+    ) -> Vec<Result<IndexRead, ReadError>> {
+        match self.inner() {
+            Ok(inner) => inner.load(requests, limit).await,
+            Err(error) => requests.iter().map(|_| Err(error.clone())).collect(),
+        }
+    }
+
+    async fn heads(&self, partition: Partition) -> Result<IndexHeads, ReadError> {
+        self.inner()?.heads(partition).await
+    }
+
+    async fn count(&self) -> Result<Vec<IndexCount>, ReadError> {
+        self.inner()?.count().await
     }
 
     async fn find_command(
@@ -86,8 +97,8 @@ impl StreamIndex for TestIndex {
 /// How many events of the stream the index itself has.
 async fn indexed(index: &TestIndex, partition: Partition, stream: &StreamId) -> usize {
     let load = IndexLoad { partition, stream: stream.clone(), after: Version::EMPTY };
-    let read = index.load(&[load], 10_000).await.expect("the index is up");
-    read.into_iter().map(|read| read.events.len()).sum()
+    let reads = index.load(&[load], 10_000).await.into_iter();
+    reads.map(|read| read.expect("the index is up").events.len()).sum()
 }
 
 #[tokio::test(flavor = "multi_thread")]

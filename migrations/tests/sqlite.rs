@@ -65,6 +65,8 @@ async fn every_table_of_the_design_is_there() {
         "projection",
         "skipped_event",
         "snapshot",
+        "stream",
+        "unlocked",
     ];
     assert_eq!(names, expected.map(|name| format!("kafold_{name}")));
 }

@@ -1,4 +1,9 @@
-//! [`SqlIndex`]: events by stream and version, in the tables `kafold_event` and `kafold_partition`.
+//! [`SqlIndex`]: events by stream and version, in the tables `kafold_event`, `kafold_stream` and
+//! `kafold_partition`.
+//!
+//! A trigger of the database keeps the heads in `kafold_stream` while events are added. Other programs
+//! can change the tables: every row of an event carries the digest of its content, and every row of a
+//! partition the checksum of its place.
 //!
 //! Fed by the owner of a partition with accepted events only. Whatever is written is a true
 //! statement about a prefix of the log and moves only forward, so two feeders at once do no harm.
@@ -13,7 +18,11 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use kafold_core::clock::SystemClock;
-use kafold_core::index::{Advanced, IndexBatch, IndexLoad, IndexRead};
+use kafold_core::digest::Digest;
+use kafold_core::index::{
+    Advanced, IndexBatch, IndexCount, IndexHead, IndexHeads, IndexLoad, IndexRead, IndexTotal,
+    damaged,
+};
 use kafold_core::store::{Appended, Cursor, ReadError};
 use kafold_core::{
     Clock, CommandId, Metadata, Offset, Partition, Position, RecordedEvent, StreamId, StreamIndex,
@@ -43,37 +52,42 @@ impl SqlIndex {
         Self { database, clock: Arc::new(SystemClock) }
     }
 
-    /// The events of a partition from an offset on and below another, in the order of the log; at most
-    /// `limit`.
-    pub async fn events(
+    /// What the index has at the streams and versions of these events, in their order. Rows that cannot
+    /// be read, or have changed since they were written, are errors.
+    pub async fn find(
         &self,
-        partition: Partition,
-        range: std::ops::Range<Offset>,
-        limit: u32,
-    ) -> Result<Vec<RecordedEvent>, ReadError> {
-        let sql = "SELECT category, stream_id, version, partition, \"offset\", event_id, \
-                     event_type, recorded_at, command_id, metadata, payload FROM kafold_event \
-                   WHERE partition = $1 AND \"offset\" >= $2 AND \"offset\" < $3 \
-                   ORDER BY \"offset\" LIMIT $4";
-        let rows: Result<Vec<EventRow>, _> = reading!(&self.database, pool => {
-            let query = sqlx::query_as(sql).bind(partition_int(partition));
-            let query = query.bind(bigint(range.start.0)).bind(bigint(range.end.0));
-            query.bind(i64::from(limit)).fetch_all(pool).await
-        });
-        rows.map_err(read_error)?.into_iter().map(EventRow::event).collect()
+        events: &[RecordedEvent],
+    ) -> Result<Vec<Option<Result<RecordedEvent, ReadError>>>, ReadError> {
+        let found = match &self.database {
+            Database::Postgres(database) => postgres::find(database.pool(), events).await,
+            Database::Sqlite(database) => sqlite::find(database.readers(), events).await,
+        };
+        found.map_err(RowError::into)
+    }
+
+    /// Empties the index, of one partition or of all, in one transaction. Its owner, or `kafold index
+    /// rebuild`, feeds it again from the log. Needs the rights of the tables' owner.
+    pub async fn clear(&self, partition: Option<Partition>) -> Result<(), ReadError> {
+        let cleared = match &self.database {
+            Database::Postgres(database) => postgres::clear(database.pool(), partition).await,
+            Database::Sqlite(database) => sqlite::clear(database, partition).await,
+        };
+        cleared.map_err(read_error)
     }
 }
 
 #[async_trait]
 impl StreamIndex for SqlIndex {
     async fn cursors(&self) -> Result<Vec<(Partition, Cursor)>, ReadError> {
-        let sql = "SELECT partition, next_offset, fold_state FROM kafold_partition";
-        let rows: Result<Vec<(i32, i64, String)>, _> =
+        let sql = "SELECT partition, next_offset, fold_state, checksum FROM kafold_partition";
+        let rows: Result<Vec<(i32, i64, String, i64)>, _> =
             reading!(&self.database, pool => sqlx::query_as(sql).fetch_all(pool).await);
         let rows = rows.map_err(read_error)?;
-        rows.into_iter()
-            .map(|(partition, next, state)| Ok((partition_of(partition)?, cursor(next, state)?)))
-            .collect()
+        let cursor = |(partition, next, state, checksum)| {
+            let partition = partition_of(partition)?;
+            Ok((partition, cursor(partition, next, state, checksum)?))
+        };
+        rows.into_iter().map(cursor).collect()
     }
 
     async fn advance(&self, batches: Vec<IndexBatch>) -> Vec<Result<Advanced, ReadError>> {
@@ -88,15 +102,32 @@ impl StreamIndex for SqlIndex {
         &self,
         requests: &[IndexLoad],
         limit: usize,
-    ) -> Result<Vec<IndexRead>, ReadError> {
+    ) -> Vec<Result<IndexRead, ReadError>> {
         if requests.is_empty() {
-            return Ok(Vec::new());
+            return Vec::new();
         }
         let loaded = match &self.database {
             Database::Postgres(database) => postgres::load(database.pool(), requests, limit).await,
             Database::Sqlite(database) => sqlite::load(database.readers(), requests, limit).await,
         };
-        loaded.map_err(RowError::into)
+        let failed = |error: ReadError| requests.iter().map(|_| Err(error.clone())).collect();
+        loaded.map_err(RowError::into).unwrap_or_else(failed)
+    }
+
+    async fn heads(&self, partition: Partition) -> Result<IndexHeads, ReadError> {
+        let heads = match &self.database {
+            Database::Postgres(database) => postgres::heads(database.pool(), partition).await,
+            Database::Sqlite(database) => sqlite::heads(database.readers(), partition).await,
+        };
+        heads.map_err(RowError::into)
+    }
+
+    async fn count(&self) -> Result<Vec<IndexCount>, ReadError> {
+        let counts = match &self.database {
+            Database::Postgres(database) => postgres::count(database.pool()).await,
+            Database::Sqlite(database) => sqlite::count(database.readers()).await,
+        };
+        counts.map_err(RowError::into)
     }
 
     async fn find_command(
@@ -177,6 +208,31 @@ pub(crate) struct EventRow {
     payload: Vec<u8>,
 }
 
+/// An event as a row of the index, with the digest of what was written there.
+#[derive(sqlx::FromRow)]
+struct IndexedRow {
+    #[sqlx(flatten)]
+    row: EventRow,
+    digest: i64,
+}
+
+impl IndexedRow {
+    /// The event, unless the row has changed since it was written.
+    fn event(self) -> Result<RecordedEvent, ReadError> {
+        let (partition, offset) = (self.row.partition, self.row.offset);
+        let changed = |why: &dyn std::fmt::Display| {
+            let partition = Partition(u32::try_from(partition).unwrap_or_default());
+            damaged(partition, "kafold_event", format!("its row at offset {offset} {why}"))
+        };
+        let event =
+            self.row.event().map_err(|error| changed(&format!("cannot be read: {error}")))?;
+        if Digest::of(&event).0 as i64 != self.digest {
+            return Err(changed(&"has changed since it was written"));
+        }
+        Ok(event)
+    }
+}
+
 impl EventRow {
     pub(crate) fn event(self) -> Result<RecordedEvent, ReadError> {
         let stream = StreamId::new(&self.category, &self.stream_id);
@@ -232,43 +288,75 @@ impl More {
 }
 
 /// Events that lay where others were to go, as `(category, stream id, version) → (partition, offset,
-/// event id)`: each event of the batch must be there to the letter of its identity.
-type Stored = HashMap<(String, String, i64), (i32, i64, Uuid)>;
+/// event id, digest)`: each event of the batch must be there to the letter.
+type Stored = HashMap<(String, String, i64), (i32, i64, Uuid, i64)>;
 
 /// Whether what could not be inserted is there already; else the log and the index contradict.
 fn check_stored(batch: &IndexBatch, stored: &Stored) -> Result<(), ReadError> {
     for event in &batch.events {
         let RecordedEvent { stream, version, position, metadata, .. } = event;
         let key = (stream.category().to_owned(), stream.id().to_owned(), bigint(version.0));
-        let partition = partition_int(position.partition);
-        let wanted = (partition, bigint(position.offset.0), metadata.event_id);
+        let (partition, digest) = (partition_int(position.partition), Digest::of(event).0 as i64);
+        let wanted = (partition, bigint(position.offset.0), metadata.event_id, digest);
         let found = stored.get(&key);
         if found == Some(&wanted) {
             continue;
         }
-        let found = found.map_or("nothing, and its place is taken".to_owned(), |found| {
-            format!("event {} at {}:{}", found.2, found.0, found.1)
+        let found = found.map_or("nothing".to_owned(), |found| {
+            format!("event {} at {}:{} or other content", found.2, found.0, found.1)
         });
-        let reason = format!(
-            "IndexDiverged: version {version} of {stream} is event {} at {position} in the log, \
-             and in the index {found}; the index is of another log: delete kafold_event and \
-             kafold_partition, or use another database",
+        let what = format!(
+            "version {version} of {stream} is event {} at {position} in the log, and here {found}",
             metadata.event_id
         );
-        return Err(diverged("the stream index", reason));
+        return Err(damaged(batch.partition, "kafold_event", what));
     }
     Ok(())
 }
 
 /// An answer from at most one row more than the limit.
-fn cut(position: Offset, mut events: Vec<RecordedEvent>, limit: usize) -> IndexRead {
-    let more = events.len() > limit;
-    events.truncate(limit);
-    IndexRead { position, events, more }
+fn cut(mut read: IndexRead, limit: usize) -> IndexRead {
+    read.more = read.events.len() > limit;
+    read.events.truncate(limit);
+    read
 }
 
-fn cursor(next: i64, state: String) -> Result<Cursor, ReadError> {
+/// A stored place, unless it was changed since the index wrote it.
+fn cursor(
+    partition: Partition,
+    next: i64,
+    state: String,
+    stored: i64,
+) -> Result<Cursor, ReadError> {
+    if checksum(partition, next, &state) != stored {
+        let what = format!("its row, offset {next}, has changed since it was written");
+        return Err(damaged(partition, "kafold_partition", what));
+    }
     Ok(Cursor { next: offset_of(next)?, state })
+}
+
+/// The checksum of a place.
+fn checksum(partition: Partition, next: i64, state: &str) -> i64 {
+    let place = [&partition.0.to_le_bytes()[..], &next.to_le_bytes(), state.as_bytes()];
+    Digest::of_parts(place).0 as i64
+}
+
+/// What a batch adds to a partition whose place is `from`.
+fn added(batch: &IndexBatch, from: Offset) -> IndexTotal {
+    let mut added = IndexTotal::default();
+    let events = batch.events.iter().filter(|event| event.position.offset >= from);
+    events.for_each(|event| added.add(1, Digest::of(event)));
+    added
+}
+
+fn total(events: i64, digest: i64) -> IndexTotal {
+    IndexTotal { events: events as u64, digest: Digest(digest as u64) }
+}
+
+fn head(version: Option<i64>, digest: Option<i64>) -> Option<IndexHead> {
+    // A version that is none matches no event, and so is told.
+    let version = Version(version? as u64);
+    Some(IndexHead { version, digest: Digest(digest? as u64) })
 }
 
 fn offset_of(value: i64) -> Result<Offset, ReadError> {

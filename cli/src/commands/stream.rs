@@ -229,8 +229,8 @@ async fn load(
     loop {
         let after = shown.last_version;
         let wanted = IndexLoad { partition, stream: stream.clone(), after };
-        let read = index.load(&[wanted], PAGE_EVENTS_MAX).await?.pop();
-        let Some(read) = read else { return Ok(()) };
+        let Some(read) = index.load(&[wanted], PAGE_EVENTS_MAX).await.pop() else { return Ok(()) };
+        let read = read?;
         read.events.into_iter().for_each(|event| shown.take(event));
         if !read.more {
             return Ok(());

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 
 use futures_util::TryStreamExt;
 use kafold::projections::{Control, SqlIndex, Verification};
-use kafold::{Database, Offset, Partition, RecordedEvent, StreamId, Version};
+use kafold::{Database, Offset, Partition, RecordedEvent, StreamId, StreamIndex, Version};
 use serde::Serialize;
 
 use crate::admin::Context;
@@ -16,8 +16,6 @@ use crate::progress::Progress;
 
 /// Differences that are told of the log and of the index.
 const SHOWN_MAX: usize = 10;
-/// Rows of the index that are read at a time.
-const PAGE_EVENTS: u32 = 2_000;
 
 /// What was compared, and what differs.
 #[derive(Default, Serialize)]
@@ -92,9 +90,9 @@ async fn verify_log(
                 indexed.compare(&batch.events, report).await?;
             }
         }
-        if let Some(indexed) = &mut indexed {
-            indexed.end(view.partition, report).await?;
-        }
+    }
+    if let Some(indexed) = &indexed {
+        indexed.end(report).await?;
     }
     report.streams = versions.len() as u64;
     Ok(())
@@ -105,10 +103,8 @@ struct Index {
     index: SqlIndex,
     /// How far it is, by partition.
     next: HashMap<Partition, Offset>,
-    /// Events read ahead of the partition that is compared, the next one last.
-    ahead: Vec<RecordedEvent>,
-    /// Where the partition that is compared is read on.
-    at: Offset,
+    /// Events of the log below that, by partition.
+    events: HashMap<Partition, u64>,
 }
 
 impl Index {
@@ -116,9 +112,8 @@ impl Index {
         let (Log::Kafka(_), Some(database)) = (log, database) else { return Ok(None) };
         let cursors = overview::index(database).await?;
         let next = cursors.into_iter().map(|(partition, cursor)| (partition, cursor.next));
-        let (ahead, at) = (Vec::new(), Offset(0));
         let index = SqlIndex::new(database.clone());
-        Ok(Some(Self { index, next: next.collect(), ahead, at }))
+        Ok(Some(Self { index, next: next.collect(), events: HashMap::new() }))
     }
 
     async fn compare(
@@ -126,65 +121,49 @@ impl Index {
         events: &[RecordedEvent],
         report: &mut Report,
     ) -> Result<(), Error> {
-        for event in events {
-            let partition = event.position.partition;
-            let end = self.next.get(&partition).copied().unwrap_or_default();
-            if event.position.offset >= end {
-                return Ok(());
-            }
-            *report.indexed_events.get_or_insert_default() += 1;
-            loop {
-                let difference = match self.peek(partition, end).await? {
-                    Some(found) if found == event => {
-                        self.ahead.pop();
-                        break;
-                    }
-                    Some(found) if found.position < event.position => {
-                        let text =
-                            format!("the index has event {} that the log has not", show(found));
-                        self.ahead.pop();
-                        report.differs(text);
-                        continue;
-                    }
-                    Some(found) if found.position == event.position => {
-                        let text =
-                            format!("the log has {}, the index has {}", show(event), show(found));
-                        self.ahead.pop();
-                        text
-                    }
-                    Some(_) | None => format!("the index lacks event {}", show(event)),
-                };
-                report.differs(difference);
-                break;
+        let Some(first) = events.first() else { return Ok(()) };
+        let end = self.next.get(&first.position.partition).copied().unwrap_or_default();
+        let events: Vec<_> =
+            events.iter().filter(|event| event.position.offset < end).cloned().collect();
+        *self.events.entry(first.position.partition).or_default() += events.len() as u64;
+        *report.indexed_events.get_or_insert_default() += events.len() as u64;
+        for (event, found) in events.iter().zip(self.index.find(&events).await?) {
+            match found {
+                Some(Ok(found)) if found == *event => {}
+                Some(Ok(found)) => report.differs(format!(
+                    "the log has {}, the index has {}",
+                    show(event),
+                    show(&found)
+                )),
+                Some(Err(error)) => report.differs(crate::error::chain(&error)),
+                None => report.differs(format!("the index lacks event {}", show(event))),
             }
         }
         Ok(())
     }
 
-    /// The next event of the index in this partition.
-    async fn peek(
-        &mut self,
-        partition: Partition,
-        end: Offset,
-    ) -> Result<Option<&RecordedEvent>, Error> {
-        if self.ahead.is_empty() && self.at < end {
-            let mut page = self.index.events(partition, self.at..end, PAGE_EVENTS).await?;
-            self.at = page.last().map_or(end, |last| last.position.offset.plus(1));
-            page.reverse();
-            self.ahead = page;
+    /// What the index has beyond the log, and whether its tables agree with each other.
+    async fn end(&self, report: &mut Report) -> Result<(), Error> {
+        for count in self.index.count().await? {
+            let (found, partition) = (count.rows.events, count.partition);
+            let events = self.events.get(&partition).copied().unwrap_or_default();
+            // While a service runs the index goes on; what it lacks was told above.
+            let has_stood = self.index.cursors().await?.into_iter().any(|(of, cursor)| {
+                of == partition && Some(&cursor.next) == self.next.get(&partition)
+            });
+            if found > events && has_stood {
+                report.differs(format!(
+                    "the index has {found} events of partition {partition}, the log {events}"
+                ));
+            }
+            if let Err(error) = count.check() {
+                report.differs(crate::error::chain(&error));
+            }
+            let heads = self.index.heads(partition).await?;
+            if let Err(error) = heads.check(partition) {
+                report.differs(crate::error::chain(&error));
+            }
         }
-        Ok(self.ahead.last())
-    }
-
-    /// Behind the last event of a partition there must be nothing more.
-    async fn end(&mut self, partition: Partition, report: &mut Report) -> Result<(), Error> {
-        let end = self.next.get(&partition).copied().unwrap_or_default();
-        while let Some(found) = self.peek(partition, end).await? {
-            let text = format!("the index has event {} that the log has not", show(found));
-            self.ahead.pop();
-            report.differs(text);
-        }
-        self.at = Offset(0);
         Ok(())
     }
 }

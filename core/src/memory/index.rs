@@ -5,9 +5,13 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use async_trait::async_trait;
 
+use crate::digest::{Bucket, BucketDigests, Digest};
 use crate::event::RecordedEvent;
 use crate::ids::{CommandId, Offset, Partition, StreamId};
-use crate::index::{Advanced, IndexBatch, IndexLoad, IndexRead, StreamIndex};
+use crate::index::{
+    Advanced, IndexBatch, IndexCount, IndexHead, IndexHeads, IndexLoad, IndexRead, IndexTotal,
+    StreamIndex,
+};
 use crate::mutant::{self, Mutant};
 use crate::snapshot::{Snapshot, SnapshotStore};
 use crate::store::{Appended, Cursor, ReadError};
@@ -25,6 +29,16 @@ struct Tables {
     /// The event of version n at index n − 1.
     streams: HashMap<StreamId, Vec<RecordedEvent>>,
     commands: HashMap<(StreamId, CommandId), Appended>,
+    heads: HashMap<StreamId, IndexHead>,
+    sums: HashMap<Partition, Sums>,
+}
+
+/// What the heads of a partition add up to. Nothing else can change this index, so that this is what
+/// its cursor declares, too.
+#[derive(Default)]
+struct Sums {
+    total: IndexTotal,
+    buckets: BucketDigests,
 }
 
 impl MemoryIndex {
@@ -88,6 +102,13 @@ impl Tables {
         let (version, position) = (event.version, event.position);
         let appended = Appended { version, position, duplicate: false };
         self.commands.insert((event.stream.clone(), event.command_id), appended);
+        let digest = Digest::of(&event);
+        let head = self.heads.entry(event.stream.clone()).or_default();
+        head.version = version;
+        head.digest ^= digest;
+        let sums = self.sums.entry(position.partition).or_default();
+        sums.total.add(1, digest);
+        sums.buckets.add(Bucket::of(&event.stream), digest);
         known.push(event);
     }
 
@@ -99,6 +120,11 @@ impl Tables {
             position: self.position(request.partition),
             events: wanted[..limit.min(wanted.len())].to_vec(),
             more: wanted.len() > limit,
+            head: self.heads.get(&request.stream).copied(),
+            bucket: self
+                .sums
+                .get(&request.partition)
+                .map_or_else(Digest::default, |sums| sums.buckets.get(Bucket::of(&request.stream))),
         }
     }
 }
@@ -118,9 +144,28 @@ impl StreamIndex for MemoryIndex {
         &self,
         requests: &[IndexLoad],
         limit: usize,
-    ) -> Result<Vec<IndexRead>, ReadError> {
+    ) -> Vec<Result<IndexRead, ReadError>> {
         let tables = self.tables();
-        Ok(requests.iter().map(|request| tables.read(request, limit)).collect())
+        requests.iter().map(|request| Ok(tables.read(request, limit))).collect()
+    }
+
+    async fn heads(&self, partition: Partition) -> Result<IndexHeads, ReadError> {
+        let tables = self.tables();
+        let position = tables.position(partition);
+        let Some(Sums { total, buckets }) = tables.sums.get(&partition) else {
+            return Ok(IndexHeads { position, ..IndexHeads::default() });
+        };
+        let buckets = buckets.clone();
+        Ok(IndexHeads { position, declared: *total, found: *total, buckets })
+    }
+
+    async fn count(&self) -> Result<Vec<IndexCount>, ReadError> {
+        let tables = self.tables();
+        let count = |(partition, sums): (&Partition, &Sums)| {
+            let (rows, heads) = (sums.total, sums.total);
+            IndexCount { partition: *partition, rows, heads }
+        };
+        Ok(tables.sums.iter().map(count).collect())
     }
 
     async fn find_command(

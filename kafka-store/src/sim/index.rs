@@ -57,8 +57,8 @@ impl Index {
 
     pub(super) fn events(&self, stream: &StreamId) -> Vec<RecordedEvent> {
         let all = IndexLoad { partition: PARTITION, stream: stream.clone(), after: Version::EMPTY };
-        let loaded = at_once(self.index.load(&[all], usize::MAX)).expect("it is in memory");
-        loaded.into_iter().flat_map(|read| read.events).collect()
+        let loaded = at_once(self.index.load(&[all], usize::MAX)).into_iter();
+        loaded.flat_map(|read| read.expect("it is in memory").events).collect()
     }
 
     pub(super) fn advance(

@@ -1,0 +1,225 @@
+//! Digests that tell whether a copy of events is complete and unchanged.
+//!
+//! The stream index is a copy of the log in SQL tables, which other programs can change. A
+//! [`Digest`] is an XOR over events, so that the digest of a set does not depend on an order and
+//! can be kept up to date by those who add events. A node keeps the digest of each [`Bucket`] of
+//! streams in memory ([`BucketDigests`]) and compares it with what the tables hold whenever it
+//! loads a stream. The digests detect damage, not forgery: they are no cryptographic hashes.
+
+use std::ops::BitXorAssign;
+
+use twox_hash::XxHash3_64;
+
+use crate::event::RecordedEvent;
+use crate::ids::StreamId;
+
+/// Number of buckets that the streams of a partition are spread over: 32 KiB of digests a
+/// partition. A load reads the heads of all streams of one bucket, so that a partition with a
+/// million streams reads 250 of them.
+pub const BUCKETS: usize = 1 << BUCKET_BITS;
+const BUCKET_BITS: u32 = 12;
+
+/// The XOR of the 64-bit XXH3 hashes of events. Equal sets of events have equal digests.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
+pub struct Digest(pub u64);
+
+impl Digest {
+    /// The digest of one event: everything that is stored of the event is in it.
+    pub fn of(event: &RecordedEvent) -> Self {
+        let metadata = &event.metadata;
+        let mut fixed = [0; 60];
+        fixed[..8].copy_from_slice(&event.version.0.to_le_bytes());
+        fixed[8..12].copy_from_slice(&event.position.partition.0.to_le_bytes());
+        fixed[12..20].copy_from_slice(&event.position.offset.0.to_le_bytes());
+        fixed[20..36].copy_from_slice(event.command_id.0.as_bytes());
+        fixed[36..52].copy_from_slice(metadata.event_id.as_bytes());
+        fixed[52..].copy_from_slice(&metadata.recorded_at.timestamp_micros().to_le_bytes());
+        // Each part is hashed with the hash so far as its seed, so that no byte can move from one
+        // part to the next unnoticed.
+        let mut hash = XxHash3_64::oneshot(&fixed);
+        let mut add = |part: &[u8]| hash = XxHash3_64::oneshot_with_seed(hash, part);
+        add(event.stream.as_str().as_bytes());
+        add(event.event_type.as_bytes());
+        add(&event.payload);
+        for text in [&metadata.correlation_id, &metadata.causation_id, &metadata.trace_parent] {
+            // An absent text is no empty text.
+            add(&[u8::from(text.is_some())]);
+            add(text.as_deref().unwrap_or_default().as_bytes());
+        }
+        Self(hash)
+    }
+
+    /// The digest of several events.
+    pub fn of_all<'a>(events: impl IntoIterator<Item = &'a RecordedEvent>) -> Self {
+        let mut all = Self::default();
+        events.into_iter().for_each(|event| all ^= Self::of(event));
+        all
+    }
+
+    /// The digest of bytes that are no event, such as a row of another table: each part is hashed
+    /// behind the one before.
+    pub fn of_parts<'a>(parts: impl IntoIterator<Item = &'a [u8]>) -> Self {
+        let add = |hash, part: &[u8]| XxHash3_64::oneshot_with_seed(hash, part);
+        Self(parts.into_iter().fold(0, add))
+    }
+}
+
+impl BitXorAssign for Digest {
+    fn bitxor_assign(&mut self, other: Self) {
+        self.0 ^= other.0;
+    }
+}
+
+/// Hash of a stream: the column `hash` of the tables, signed as SQL has it.
+pub fn stream_hash(stream: &StreamId) -> i64 {
+    XxHash3_64::oneshot(stream.as_str().as_bytes()) as i64
+}
+
+/// Streams of a partition whose hashes have the same upper bits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Bucket(usize);
+
+impl Bucket {
+    /// The bucket of a stream.
+    pub fn of(stream: &StreamId) -> Self {
+        Self::of_hash(stream_hash(stream))
+    }
+
+    /// The bucket of a stream's hash.
+    pub fn of_hash(hash: i64) -> Self {
+        // The signed hashes are in the order of SQL: the lowest come first.
+        Self(((hash as u64) ^ (1 << 63)) as usize >> (u64::BITS - BUCKET_BITS))
+    }
+
+    /// The lowest and the highest hash of the bucket, both within.
+    pub fn hashes(self) -> (i64, i64) {
+        let width = u64::BITS - BUCKET_BITS;
+        let lowest = ((self.0 as u64) << width) ^ (1 << 63);
+        (lowest as i64, (lowest | ((1 << width) - 1)) as i64)
+    }
+}
+
+/// The digests of all buckets of a partition.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct BucketDigests(Box<[Digest]>);
+
+impl Default for BucketDigests {
+    fn default() -> Self {
+        Self(vec![Digest::default(); BUCKETS].into())
+    }
+}
+
+impl BucketDigests {
+    /// Adds an event to the bucket of its stream, or takes it away again.
+    pub fn toggle(&mut self, event: &RecordedEvent) {
+        self.add(Bucket::of(&event.stream), Digest::of(event));
+    }
+
+    /// Adds a digest to a bucket.
+    pub fn add(&mut self, bucket: Bucket, digest: Digest) {
+        self.0[bucket.0] ^= digest;
+    }
+
+    /// The digest of a bucket.
+    pub fn get(&self, bucket: Bucket) -> Digest {
+        self.0[bucket.0]
+    }
+
+    /// The digest of all events of the partition.
+    pub fn total(&self) -> Digest {
+        let mut total = Digest::default();
+        self.0.iter().for_each(|digest| total ^= *digest);
+        total
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use chrono::DateTime;
+    use uuid::Uuid;
+
+    use super::*;
+    use crate::event::Metadata;
+    use crate::ids::{CommandId, Offset, Partition, Position, Version};
+
+    fn event() -> RecordedEvent {
+        RecordedEvent {
+            stream: "order-17".parse().expect("a stream id"),
+            version: Version(3),
+            position: Position { partition: Partition(1), offset: Offset(42) },
+            command_id: CommandId(Uuid::from_u128(7)),
+            event_type: "order.placed.v1".into(),
+            payload: Arc::from(*br#"{"a":1}"#),
+            metadata: Metadata {
+                event_id: Uuid::from_u128(9),
+                recorded_at: DateTime::UNIX_EPOCH,
+                correlation_id: Some("c".into()),
+                causation_id: None,
+                trace_parent: None,
+            },
+        }
+    }
+
+    #[test]
+    fn every_field_of_an_event_changes_its_digest() {
+        let changes: [fn(&mut RecordedEvent); 12] = [
+            |e| e.stream = "order-18".parse().expect("a stream id"),
+            |e| e.version = Version(4),
+            |e| e.position.partition = Partition(2),
+            |e| e.position.offset = Offset(43),
+            |e| e.command_id = CommandId(Uuid::from_u128(8)),
+            |e| e.event_type = "order.placed.v2".into(),
+            |e| e.payload = Arc::from(*br#"{"a":2}"#),
+            |e| e.metadata.event_id = Uuid::from_u128(10),
+            |e| e.metadata.recorded_at += chrono::TimeDelta::microseconds(1),
+            |e| e.metadata.correlation_id = None,
+            |e| e.metadata.causation_id = Some(String::new()),
+            |e| {
+                (e.metadata.correlation_id, e.metadata.causation_id) = (None, Some("c".into()));
+            },
+        ];
+        let mut seen = vec![Digest::of(&event())];
+        for change in changes {
+            let mut changed = event();
+            change(&mut changed);
+            let digest = Digest::of(&changed);
+            assert!(!seen.contains(&digest), "{changed:?}");
+            seen.push(digest);
+        }
+    }
+
+    #[test]
+    fn the_digest_of_an_event_stays_the_same_for_ever() {
+        assert_eq!(
+            Digest::of(&event()),
+            Digest(3_968_515_222_993_230_159),
+            "stored in the tables of every user"
+        );
+        assert_eq!(stream_hash(&event().stream), 0);
+    }
+
+    #[test]
+    fn the_buckets_cover_all_hashes_in_the_order_of_sql() {
+        let ends = |nth| Bucket(nth).hashes();
+        assert_eq!((ends(0).0, ends(BUCKETS - 1).1), (i64::MIN, i64::MAX));
+        for nth in 1..BUCKETS {
+            assert_eq!(ends(nth).0, ends(nth - 1).1 + 1);
+        }
+        for hash in [i64::MIN, -1, 0, 1, i64::MAX, stream_hash(&event().stream)] {
+            let (lowest, highest) = Bucket::of_hash(hash).hashes();
+            assert!((lowest..=highest).contains(&hash), "{hash}");
+        }
+    }
+
+    #[test]
+    fn an_event_that_is_taken_away_again_leaves_no_trace() {
+        let mut buckets = BucketDigests::default();
+        buckets.toggle(&event());
+        assert_eq!(buckets.get(Bucket::of(&event().stream)), Digest::of(&event()));
+        assert_eq!(buckets.total(), Digest::of(&event()));
+        buckets.toggle(&event());
+        assert_eq!(buckets, BucketDigests::default());
+    }
+}

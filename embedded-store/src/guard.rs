@@ -1,0 +1,414 @@
+//! What this process knows of the file that no other program can change: whether the log in it, and the
+//! heads of its streams, are what was written.
+//!
+//! The file keeps the number and the digest of its events (`kafold_log`) and a head for each stream
+//! (`kafold_stream`). They are compared when the file is opened; from then on the process keeps the
+//! digests of all buckets of streams itself, and compares them with the file whenever it decides on a
+//! stream that it has not just written.
+
+use std::collections::HashMap;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use kafold_core::digest::{Bucket, BucketDigests, Digest};
+use kafold_core::index::{IndexHead, IndexTotal};
+use kafold_core::mutant::{self, Mutant};
+use kafold_core::{Clock, Offset, ReadError, StreamId, Version};
+use kafold_migrations::SqliteDatabase;
+use sqlx::SqliteConnection;
+
+use crate::config::READ_PAGE_EVENTS;
+use crate::error::not_read;
+use crate::event::{self, Known, PARTITION, PlacedEvent, Question, StreamPage};
+
+/// Least wait between two comparisons of the whole file.
+const INTERVAL_MIN: Duration = Duration::from_secs(10);
+/// A comparison is not repeated before this many times as long has passed as it took.
+const INTERVAL_FACTOR: u32 = 100;
+/// Wait before a damaged file is looked at again.
+const DAMAGED_WAIT: Duration = Duration::from_secs(2);
+
+/// The digests of the log as this process knows them.
+pub(crate) struct Guard {
+    known: Mutex<KnownLog>,
+}
+
+struct KnownLog {
+    /// The offset below which all events are in `digests`.
+    end: Offset,
+    digests: BucketDigests,
+    damage: Option<Damage>,
+}
+
+struct Damage {
+    reason: String,
+    /// The stream whose rows are damaged; without one it is the file as a whole.
+    stream: Option<StreamId>,
+}
+
+/// What the tables add up to.
+struct FileTotals {
+    /// What `kafold_log` says.
+    declared: IndexTotal,
+    /// What the heads say.
+    heads: IndexTotal,
+    digests: BucketDigests,
+    /// The number of rows of events.
+    rows: u64,
+}
+
+impl Guard {
+    /// Compares what the file says of itself; a file that contradicts itself is
+    /// [`ReadError::Diverged`].
+    pub(crate) async fn open(database: &SqliteDatabase) -> Result<Self, ReadError> {
+        event::fill_in_digests(database).await.map_err(not_read)?;
+        let totals = FileTotals::read(database).await?;
+        totals.check(None)?;
+        let end = Offset(totals.declared.events);
+        let known = KnownLog { end, digests: totals.digests, damage: None };
+        Ok(Self { known: Mutex::new(known) })
+    }
+
+    /// Why the file is not to be decided on, if so: a sentence with the table and the remedy.
+    pub(crate) fn damage(&self) -> Option<String> {
+        self.known().damage.as_ref().map(|damage| damage.reason.clone())
+    }
+
+    /// Adds a group that was committed.
+    pub(crate) fn appended(&self, rows: &[PlacedEvent<'_>]) {
+        let (Some(first), Some(last)) = (rows.first(), rows.last()) else { return };
+        let mut known = self.known();
+        // What another process has appended before is read first, and this with it.
+        if known.end == first.offset {
+            for row in rows {
+                known.digests.toggle(&row.recorded());
+            }
+            known.end = last.offset.plus(1);
+        }
+    }
+
+    /// Compares what a transaction has found of the streams that it is to decide on.
+    pub(crate) async fn check_group(
+        &self,
+        connection: &mut SqliteConnection,
+        questions: &[Question<'_>],
+        known: &[Known],
+        declared_end: Option<Offset>,
+        end: Offset,
+    ) -> Result<(), ReadError> {
+        if mutant::active(Mutant::IndexBelieved) {
+            return Ok(());
+        }
+        let Some(declared_end) = declared_end else {
+            return Err(self.damaged(None, NO_LOG_ROW));
+        };
+        if end != declared_end {
+            let what =
+                format!("kafold_event ends at offset {end}, and kafold_log says {declared_end}");
+            return Err(self.damaged(None, what));
+        }
+        self.catch_up(connection, end).await?;
+        if self.known().end > end {
+            let what = format!("kafold_event ends at offset {end}, and was longer before");
+            return Err(self.damaged(None, what));
+        }
+        for (Question { stream, last, .. }, known) in questions.iter().zip(known) {
+            let (version, head) = (known.version, known.head);
+            if version != head {
+                return Err(self.differs_in(stream, version, head));
+            }
+            let bucket = match (known.bucket, last) {
+                (_, Some(last)) if *last == version => continue,
+                (Some(bucket), _) => bucket,
+                // Another process has appended to it since, or rows are gone.
+                (None, _) => event::bucket(&mut *connection, stream).await.map_err(not_read)?,
+            };
+            if self.known().digests.get(Bucket::of(stream)) != bucket {
+                return Err(self.damaged(None, beside(stream)));
+            }
+        }
+        Ok(())
+    }
+
+    /// Compares the last page of a stream; `digest` is that of all its rows if the stream was read from its
+    /// begin. `false` when the file has moved on since the page was read.
+    pub(crate) async fn check_page(
+        &self,
+        database: &SqliteDatabase,
+        stream: &StreamId,
+        after: Version,
+        page: &StreamPage,
+        digest: Option<Digest>,
+    ) -> Result<bool, ReadError> {
+        if mutant::active(Mutant::IndexBelieved) {
+            return Ok(true);
+        }
+        let head = page.head.unwrap_or_default();
+        let last = page.events.last().map_or(after.min(head.version), |last| last.version);
+        if head.version != last {
+            return Err(self.differs_in(stream, last, head.version));
+        }
+        if digest.is_some_and(|digest| digest != head.digest) {
+            let what = format!("kafold_event: {stream} is not what kafold_stream says");
+            return Err(self.damaged(Some(stream), what));
+        }
+        let mut connection = database.readers().acquire().await.map_err(not_read)?;
+        self.catch_up(&mut connection, page.end).await?;
+        let known = self.known();
+        if known.end != page.end {
+            return Ok(false);
+        }
+        let is_same = known.digests.get(Bucket::of(stream)) == page.bucket;
+        drop(known);
+        if is_same { Ok(true) } else { Err(self.damaged(None, beside(stream))) }
+    }
+
+    /// Remembers that a row of a stream has changed.
+    pub(crate) fn note(&self, stream: Option<&StreamId>, error: ReadError) -> ReadError {
+        match error {
+            ReadError::Diverged { what, cause } => {
+                self.damaged(stream, format!("kafold_event: {what}: {cause}"))
+            }
+            unavailable => unavailable,
+        }
+    }
+
+    /// Reads what other processes have appended.
+    async fn catch_up(
+        &self,
+        connection: &mut SqliteConnection,
+        end: Offset,
+    ) -> Result<(), ReadError> {
+        loop {
+            let from = self.known().end;
+            if from >= end {
+                return Ok(());
+            }
+            let events = event::read_log(&mut *connection, from, READ_PAGE_EVENTS).await;
+            let events = events.map_err(|error| self.note(None, error))?;
+            let mut known = self.known();
+            if known.end != from {
+                continue;
+            }
+            for event in &events {
+                let (found, expected) = (event.position.offset, known.end);
+                if found != expected {
+                    drop(known);
+                    let what = format!("kafold_event: offset {expected} is missing");
+                    return Err(self.damaged(None, what));
+                }
+                known.digests.toggle(event);
+                known.end = expected.plus(1);
+            }
+            if events.is_empty() {
+                drop(known);
+                let what = format!("kafold_event ends at offset {from}, and kafold_log says {end}");
+                return Err(self.damaged(None, what));
+            }
+        }
+    }
+
+    /// Compares the whole file again and again; the task ends by being aborted.
+    pub(crate) async fn watch(&self, database: &SqliteDatabase, clock: &dyn Clock) {
+        let mut wait = INTERVAL_MIN;
+        loop {
+            clock.sleep(wait).await;
+            let begun = clock.instant();
+            if let Err(error) = self.look_again(database).await {
+                tracing::debug!(%error, "the log in the file was looked at");
+            }
+            let taken = clock.instant().saturating_duration_since(begun);
+            wait = match self.damage() {
+                Some(_) => DAMAGED_WAIT.max(taken * 10),
+                None => INTERVAL_MIN.max(taken * INTERVAL_FACTOR),
+            };
+        }
+    }
+
+    async fn look_again(&self, database: &SqliteDatabase) -> Result<(), ReadError> {
+        let totals = FileTotals::read(database).await?;
+        let end = Offset(totals.declared.events);
+        let mut connection = database.readers().acquire().await.map_err(not_read)?;
+        self.catch_up(&mut connection, end).await?;
+        drop(connection);
+        let checked = {
+            let known = self.known();
+            if known.end != end {
+                // It has moved on: the next look compares.
+                return Ok(());
+            }
+            totals.check(Some(&known.digests))
+        };
+        if let Err(ReadError::Diverged { cause, .. }) = checked {
+            return Err(self.damaged(None, cause.to_string()));
+        }
+        let stream = match &self.known().damage {
+            None => return Ok(()),
+            Some(damage) => damage.stream.clone(),
+        };
+        if let Some(stream) = &stream {
+            self.check_stream(database, stream).await?;
+        }
+        self.known().damage.take_if(|damage| damage.stream == stream);
+        tracing::info!("the log in the file is whole again");
+        Ok(())
+    }
+
+    async fn check_stream(
+        &self,
+        database: &SqliteDatabase,
+        stream: &StreamId,
+    ) -> Result<(), ReadError> {
+        let (mut after, mut digest) = (Version::EMPTY, Digest::default());
+        loop {
+            let page = event::read_page(database.readers(), stream, after).await?;
+            page.events.iter().for_each(|event| digest ^= Digest::of(event));
+            match page.events.last() {
+                Some(last) if page.more => after = last.version,
+                _ => {
+                    let checked = self.check_page(database, stream, after, &page, Some(digest));
+                    return checked.await.map(drop);
+                }
+            }
+        }
+    }
+
+    fn differs_in(&self, stream: &StreamId, version: Version, head: Version) -> ReadError {
+        let what = format!(
+            "kafold_event: {stream} ends with version {version}, and in kafold_stream with {head}"
+        );
+        self.damaged(Some(stream), what)
+    }
+
+    fn damaged(&self, stream: Option<&StreamId>, what: impl Into<String>) -> ReadError {
+        let reason = reason(&what.into());
+        let mut known = self.known();
+        if known.damage.as_ref().is_none_or(|damage| damage.reason != reason) {
+            tracing::error!(reason, "the log in the file is damaged");
+            known.damage = Some(Damage { reason: reason.clone(), stream: stream.cloned() });
+        }
+        ReadError::diverged("the log in the file", reason)
+    }
+
+    fn known(&self) -> MutexGuard<'_, KnownLog> {
+        // Every change is made whole.
+        self.known.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A file without the row of its log.
+pub(crate) const NO_LOG_ROW: &str = "kafold_log has no row";
+
+/// The sentence about damage, with the remedy, unless it has that already.
+pub(crate) fn reason(what: &str) -> String {
+    const REMEDY: &str = "kafold index rebuild";
+    if what.contains(REMEDY) {
+        return what.to_owned();
+    }
+    format!(
+        "the log in this file is damaged: {what}; run {REMEDY}, which makes kafold_stream again and tells \
+         whether the events are whole; if they are not, restore the file from a copy"
+    )
+}
+
+fn beside(stream: &StreamId) -> String {
+    format!("kafold_stream: the heads beside that of {stream} are not what was written")
+}
+
+impl FileTotals {
+    /// In one transaction, which is one snapshot.
+    async fn read(database: &SqliteDatabase) -> Result<Self, ReadError> {
+        let read = async {
+            let mut tx = database.readers().begin().await?;
+            let declared = event::declared(&mut *tx).await?;
+            let rows: i64 =
+                sqlx::query_scalar("SELECT count(*) FROM kafold_event").fetch_one(&mut *tx).await?;
+            let (heads, digests) = event::heads(&mut tx).await?;
+            tx.commit().await?;
+            Ok((declared, heads, digests, rows as u64))
+        };
+        let (declared, heads, digests, rows) = read.await.map_err(not_read)?;
+        let declared = declared.ok_or_else(|| {
+            ReadError::diverged(format!("partition {PARTITION}"), reason(NO_LOG_ROW))
+        })?;
+        Ok(Self { declared, heads, digests, rows })
+    }
+
+    /// Compares the tables with each other and with what is known of them.
+    fn check(&self, known: Option<&BucketDigests>) -> Result<(), ReadError> {
+        let Self { declared, heads, digests, rows } = self;
+        let differs = |what: String| {
+            Err(ReadError::diverged(format!("partition {PARTITION}"), reason(&what)))
+        };
+        if *rows != declared.events {
+            let events = declared.events;
+            return differs(format!("kafold_event has {rows} events, and kafold_log {events}"));
+        }
+        if heads.events != declared.events {
+            let (found, events) = (heads.events, declared.events);
+            return differs(format!("kafold_stream has {found} events, and kafold_log {events}"));
+        }
+        match known {
+            Some(known) if known != digests => {
+                differs("kafold_stream is not what was written".into())
+            }
+            Some(known) if known.total() != declared.digest => {
+                differs("the digest of kafold_log is not what was written".into())
+            }
+            None if heads.digest != declared.digest => {
+                differs("kafold_stream has another digest than kafold_log".into())
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+/// Makes the heads of the streams in a file again from its events, or what `kafold_log` says of them, and
+/// returns how many events there are. Of the three, two must agree: a file whose events agree with neither
+/// is [`ReadError::Diverged`], and nothing of it is changed.
+pub async fn rebuild_heads(database: &SqliteDatabase) -> Result<u64, ReadError> {
+    let mut tx = database.write().await.map_err(not_read)?;
+    let declared = event::declared(&mut *tx).await.map_err(not_read)?;
+    let old_heads = event::heads(&mut tx).await.map_err(not_read)?.0;
+    let mut events = IndexTotal::default();
+    let mut heads: HashMap<StreamId, IndexHead> = HashMap::new();
+    loop {
+        let from = Offset(events.events);
+        let page = event::read_log(&mut *tx, from, READ_PAGE_EVENTS).await?;
+        if page.is_empty() {
+            break;
+        }
+        for event in page {
+            let (found, expected) = (event.position.offset, Offset(events.events));
+            let head = heads.entry(event.stream.clone()).or_default();
+            if found != expected || event.version != head.version.plus(1) {
+                let (stream, version) = (&event.stream, event.version);
+                return Err(lost(format!(
+                    "version {version} of {stream} at offset {found} follows version {} and offset \
+                     {expected} is the next",
+                    head.version
+                )));
+            }
+            let digest = Digest::of(&event);
+            *head = IndexHead { version: event.version, digest: head.digest };
+            head.digest ^= digest;
+            events.add(1, digest);
+        }
+    }
+    if declared != Some(events) && events != old_heads {
+        return Err(lost(format!(
+            "there are {} events, and kafold_log says {} and kafold_stream {}",
+            events.events,
+            declared.map_or("nothing".to_owned(), |declared| declared.events.to_string()),
+            old_heads.events
+        )));
+    }
+    event::replace_heads(&mut tx, &heads, &events).await.map_err(not_read)?;
+    tx.commit().await.map_err(not_read)?;
+    Ok(events.events)
+}
+
+fn lost(what: String) -> ReadError {
+    let cause = format!("the events are not whole: {what}; restore the file from a copy");
+    ReadError::diverged("kafold_event", cause)
+}

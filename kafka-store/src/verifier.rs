@@ -1,0 +1,193 @@
+//! Compares the tables of the stream index with each other and with what this process knows of them:
+//! at once when a partition is taken, since loads wait for that, and then again and again.
+//!
+//! The heads of a partition are added up by the database. What a process keeps of them afterwards are
+//! the digests in its [`Tail`](crate::tail::Tail), which no other program can change.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use futures_util::TryStreamExt;
+use kafold_core::clock::within;
+use kafold_core::index::{IndexCount, IndexHeads, damaged};
+use kafold_core::{Clock, Offset, ReadError, StreamIndex, Version};
+use tokio::sync::Notify;
+
+use crate::loader::Loader;
+use crate::partition::{DamageSite, Shared};
+use crate::tail::HeadsFound;
+use crate::writer::Status;
+
+/// Least wait between two comparisons of the heads of one partition.
+const HEADS_INTERVAL_MIN: Duration = Duration::from_secs(10);
+/// Least wait between two counts of all rows.
+const ROWS_INTERVAL_MIN: Duration = Duration::from_secs(60);
+/// A comparison is not repeated before this many times as long has passed as it took: they cost at most
+/// a hundredth of a connection.
+const INTERVAL_FACTOR: u32 = 100;
+/// Least wait before an index that stands elsewhere is compared again, and how many times as long as the
+/// comparison took.
+const RETRY_WAIT: Duration = Duration::from_millis(20);
+const RETRY_FACTOR: u32 = 10;
+/// Wait before the rows are counted.
+const ROWS_DELAY: Duration = Duration::from_millis(500);
+/// Wait before a damaged index is looked at again.
+const DAMAGED_WAIT: Duration = Duration::from_secs(2);
+/// How long the place of an index may lie behind the end of the log that this process has read before it
+/// counts as damaged.
+const AHEAD_PATIENCE: Duration = Duration::from_secs(10);
+
+/// Compares the index of the partitions of one process.
+pub(crate) struct Verifier {
+    index: Arc<dyn StreamIndex>,
+    loader: Arc<Loader>,
+    partitions: Vec<Arc<Shared>>,
+    clock: Arc<dyn Clock>,
+    /// Partitions were taken.
+    rows_due: Notify,
+}
+
+/// What is remembered between two looks at a partition's heads while they do not add up.
+#[derive(Default)]
+struct Suspicion {
+    /// The index may have been set back while its heads were not: they must add up from here on.
+    add_up_from: Option<Offset>,
+    /// Since when the index stands behind the end of the log.
+    ahead_since: Option<Instant>,
+}
+
+impl Verifier {
+    /// A verifier that has looked at nothing yet.
+    pub(crate) fn new(
+        index: Arc<dyn StreamIndex>,
+        loader: Arc<Loader>,
+        partitions: Vec<Arc<Shared>>,
+        clock: Arc<dyn Clock>,
+    ) -> Arc<Self> {
+        Arc::new(Self { index, loader, partitions, clock, rows_due: Notify::new() })
+    }
+
+    /// Compares the heads of a partition as long as it is ours. The task ends by being aborted.
+    pub(crate) async fn watch_heads(self: Arc<Self>, shared: Arc<Shared>) {
+        shared.wait_for_place().await;
+        let mut suspicion = Suspicion::default();
+        loop {
+            let begun = self.clock.instant();
+            let heads = self.index.heads(shared.partition).await;
+            let taken = self.clock.instant().saturating_duration_since(begun);
+            let wait = match heads {
+                Ok(heads) => match self.judge(&shared, &heads, &mut suspicion) {
+                    true => HEADS_INTERVAL_MIN.max(taken * INTERVAL_FACTOR),
+                    false => RETRY_WAIT.max(taken * RETRY_FACTOR),
+                },
+                Err(error @ ReadError::Diverged { .. }) => {
+                    shared.damaged(DamageSite::Heads, &error);
+                    DAMAGED_WAIT
+                }
+                Err(ReadError::Unavailable { retry_after, .. }) => retry_after,
+            };
+            self.look_at_damaged_stream(&shared).await;
+            let is_damaged = shared.standing().damage.is_some();
+            self.clock.sleep(if is_damaged { DAMAGED_WAIT } else { wait }).await;
+        }
+    }
+
+    /// Judges what the database has added up. `false` when it is to be looked at again soon.
+    fn judge(&self, shared: &Shared, heads: &IndexHeads, suspicion: &mut Suspicion) -> bool {
+        let (found, knew_heads, start, end) = {
+            let mut tail = shared.tail();
+            let knew_heads = tail.knows_heads();
+            (tail.check_heads(heads), knew_heads, tail.start(), tail.next().next)
+        };
+        let (partition, position) = (shared.partition, heads.position);
+        let is_owning = matches!(shared.standing().status, Status::Owning);
+        let error = match found {
+            HeadsFound::Whole => {
+                *suspicion = Suspicion::default();
+                shared.mended(&DamageSite::Heads);
+                shared.checked.notify_waiters();
+                if !knew_heads {
+                    self.rows_due.notify_one();
+                }
+                return true;
+            }
+            HeadsFound::Elsewhere if position < start => {
+                shared.lose_index();
+                return false;
+            }
+            // Another owner has fed it, and this process has yet to read the log up to there.
+            HeadsFound::Elsewhere if position <= end || !is_owning => return false,
+            HeadsFound::Elsewhere => {
+                let now = self.clock.instant();
+                let since = *suspicion.ahead_since.get_or_insert(now);
+                if now.saturating_duration_since(since) < AHEAD_PATIENCE {
+                    return false;
+                }
+                let what = format!("its place is offset {position}, and the log ends at {end}");
+                damaged(partition, "kafold_partition", what)
+            }
+            // An older copy of kafold_partition beside newer heads: they add up again as soon as the log
+            // has been fed again from there on.
+            HeadsFound::Damaged(_) if !knew_heads && !is_owning => return false,
+            HeadsFound::Damaged(_)
+                if !knew_heads && position < *suspicion.add_up_from.get_or_insert(end) =>
+            {
+                return false;
+            }
+            HeadsFound::Damaged(table) => match heads.check(partition) {
+                Err(error) if table == "kafold_stream" => error,
+                _ => {
+                    let what = format!("it is not what was written below offset {position}");
+                    damaged(partition, table, what)
+                }
+            },
+        };
+        shared.damaged(DamageSite::Heads, &error);
+        false
+    }
+
+    /// Reads the stream again whose rows were damaged.
+    async fn look_at_damaged_stream(&self, shared: &Shared) {
+        let site = shared.standing().damage.as_ref().map(|damage| damage.found_in.clone());
+        let Some(site @ DamageSite::Stream(_)) = site else { return };
+        let DamageSite::Stream(stream) = &site else { return };
+        let read = self.loader.read(shared.partition, stream, Version::EMPTY);
+        if read.try_for_each(|_| std::future::ready(Ok(()))).await.is_ok() {
+            shared.mended(&site);
+        }
+    }
+
+    /// Counts the rows of all partitions when partitions were taken, and then again and again. Nothing is
+    /// said of partitions that are not ours: their owners do.
+    pub(crate) async fn watch_rows(self: Arc<Self>) {
+        let mut interval = Duration::MAX;
+        loop {
+            within(&*self.clock, interval, self.rows_due.notified()).await;
+            // Partitions are taken several at a time.
+            self.clock.sleep(ROWS_DELAY).await;
+            let begun = self.clock.instant();
+            match self.index.count().await {
+                Ok(counts) => counts.iter().for_each(|count| self.judge_rows(count)),
+                Err(error) => tracing::warn!(%error, "the rows of the index cannot be counted"),
+            }
+            let taken = self.clock.instant().saturating_duration_since(begun);
+            interval = match self
+                .partitions
+                .iter()
+                .any(|shared| shared.is_damaged_in(&DamageSite::Rows))
+            {
+                true => DAMAGED_WAIT.max(taken * RETRY_FACTOR),
+                false => ROWS_INTERVAL_MIN.max(taken * INTERVAL_FACTOR),
+            };
+        }
+    }
+
+    fn judge_rows(&self, count: &IndexCount) {
+        let shared = self.partitions.get(count.partition.0 as usize);
+        let Some(shared) = shared.filter(|shared| shared.is_assigned()) else { return };
+        match count.check() {
+            Ok(()) => shared.mended(&DamageSite::Rows),
+            Err(error) => shared.damaged(DamageSite::Rows, &error),
+        }
+    }
+}

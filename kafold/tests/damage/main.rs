@@ -1,0 +1,383 @@
+//! Tables that a log and its index are in are damaged at random: no stream gets a version twice or a gap,
+//! no answer changes, and damage is told with the name of the table and the command that mends it.
+
+mod tables;
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::time::Duration;
+
+use fastrand::Rng;
+use futures_util::TryStreamExt;
+use kafold::clock::SystemClock;
+use kafold::mutant::{self, Mutant};
+use kafold::projections::SqlIndex;
+use kafold::store::Health;
+use kafold::testing::{commit, eventually, exact};
+use kafold::{
+    AppendError, Clock, CommandId, Database, EventStore, ExpectedVersion, Log, LogOptions, Mode,
+    ReadError, StreamId, StreamIndex, Version, embedded, open_log,
+};
+use tables::Tables;
+
+/// Seeds of the campaign on a log in a SQLite file.
+const EMBEDDED_SEEDS: u64 = 10_000;
+/// Seeds of the campaign on a log on Kafka with its index in PostgreSQL.
+const KAFKA_SEEDS: u64 = 200;
+/// How long a partition may take until it is ready, or says why it is not.
+const PATIENCE: Duration = Duration::from_secs(30);
+const REMEDY: &str = "kafold index rebuild";
+
+/// What was acknowledged: the command of each version.
+#[derive(Clone, Default)]
+struct Truth {
+    streams: BTreeMap<StreamId, Vec<CommandId>>,
+    /// What has been done to the tables, for messages.
+    damage: String,
+}
+
+fn stream(nth: usize) -> StreamId {
+    StreamId::new("order", &nth.to_string()).expect("valid")
+}
+
+impl Truth {
+    fn commands(&self, stream: &StreamId) -> &[CommandId] {
+        self.streams.get(stream).map_or(&[], Vec::as_slice)
+    }
+
+    async fn append(
+        &mut self,
+        store: &dyn EventStore,
+        stream: &StreamId,
+        expected: ExpectedVersion,
+    ) -> Result<(), AppendError> {
+        let commit = commit(1);
+        let command_id = commit.command_id();
+        let appended = store.append(stream, expected, commit).await?;
+        let known = self.streams.entry(stream.clone()).or_default();
+        let next = known.len() as u64 + 1;
+        assert_eq!(
+            appended.version,
+            Version(next),
+            "{stream} has a version twice, or a gap; {}",
+            self.damage
+        );
+        known.push(command_id);
+        Ok(())
+    }
+
+    /// Every stream as it is read, where it can be.
+    async fn check(&self, store: &dyn EventStore, stream: &StreamId) -> Result<Version, ReadError> {
+        let events: Vec<_> = store.read(stream, Version::EMPTY).try_collect().await?;
+        let found: Vec<_> = events.iter().map(|event| event.command_id).collect();
+        assert_eq!(
+            found,
+            self.commands(stream),
+            "the answer for {stream} has changed; {}",
+            self.damage
+        );
+        Ok(Version(found.len() as u64))
+    }
+}
+
+/// A log of a few events, written in two parts; with the tables as they were in between.
+async fn fill(store: &dyn EventStore, database: &Database, random: &mut Rng) -> (Truth, Tables) {
+    let mut truth = Truth::default();
+    for _ in 0..6 {
+        append_somewhere(&mut truth, store, random).await;
+    }
+    let older = Tables::read(database).await;
+    for _ in 0..6 {
+        append_somewhere(&mut truth, store, random).await;
+    }
+    (truth, older)
+}
+
+async fn append_somewhere(truth: &mut Truth, store: &dyn EventStore, random: &mut Rng) {
+    let stream = stream(random.usize(0..4));
+    let version = truth.commands(&stream).len() as u64;
+    truth.append(store, &stream, exact(version)).await.expect("nothing is damaged yet");
+}
+
+/// Tries to append to every stream in the three ways there are, as far as the store lets it. Returns why
+/// it does not.
+async fn probe(truth: &mut Truth, store: &dyn EventStore, random: &mut Rng) -> Vec<String> {
+    let mut refusals = Vec::new();
+    for nth in 0..5 {
+        let stream = stream(nth);
+        let expected = match random.u32(0..3) {
+            0 => ExpectedVersion::Any,
+            1 => ExpectedVersion::NoStream,
+            _ => match truth.check(store, &stream).await {
+                Ok(version) => exact(version.0),
+                Err(error) => {
+                    refusals.push(words(&error));
+                    continue;
+                }
+            },
+        };
+        match truth.append(store, &stream, expected).await {
+            Ok(()) => {}
+            // A stream that exists is no new one.
+            Err(AppendError::Conflict { .. }) if expected == ExpectedVersion::NoStream => {}
+            Err(error) => refusals.push(words(&error)),
+        }
+    }
+    refusals
+}
+
+fn words(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        text = format!("{text}: {cause}");
+        source = cause.source();
+    }
+    text
+}
+
+fn reasons(store: &dyn EventStore) -> Vec<String> {
+    match store.health() {
+        Health::Ready => Vec::new(),
+        Health::NotReady(reasons) => reasons,
+    }
+}
+
+fn is_told(reasons: &[String]) -> bool {
+    reasons.iter().any(|reason| reason.contains("kafold_") && reason.contains(REMEDY))
+}
+
+/// A folder in memory where the system has one: nothing here rests on the disk.
+fn folder() -> tempfile::TempDir {
+    let memory = Path::new("/dev/shm");
+    let folder = if memory.is_dir() { memory.to_owned() } else { std::env::temp_dir() };
+    tempfile::tempdir_in(folder).expect("a folder")
+}
+
+/// One file, damaged once.
+async fn damage_a_file(template: &Path, seed: u64) {
+    let folder = folder();
+    let file = folder.path().join("log.db");
+    std::fs::copy(template, &file).expect("copied");
+    let url = format!("sqlite://{}", file.display());
+    let mut random = Rng::with_seed(seed);
+    let log = open_log(&url).await.expect("opens");
+    let database = log.database().expect("its own file").clone();
+    let (mut truth, older) = fill(&*log.store(), &database, &mut random).await;
+    let before = Tables::read(&database).await;
+    let mut damaged = before.clone();
+    let what = damaged.damage(&mut random, &older);
+    // Without anything newer it is a log that was restored from a copy, which nothing can tell.
+    let is_older_log = damaged.log() == older.log();
+    let is_running = random.bool();
+    if (is_older_log && !is_running) || !damaged.write(&database, &before).await {
+        return log.close().await;
+    }
+    let context = format!("seed {seed}, running: {is_running}: {what}");
+    truth.damage.clone_from(&context);
+    let log = match is_running {
+        true => log,
+        false => {
+            log.close().await;
+            match open_log(&url).await {
+                Ok(log) => log,
+                Err(error) => {
+                    let told = words(&error);
+                    assert!(told.contains("kafold_"), "{context}: {told}");
+                    return;
+                }
+            }
+        }
+    };
+    let probing = async { probe(&mut truth, &*log.store(), &mut random).await };
+    let refusals = probing.await;
+    if !refusals.is_empty() {
+        assert!(is_told(&refusals), "{context}: {refusals:?}");
+        assert!(is_told(&reasons(&*log.store())), "{context}: the store is ready");
+    }
+    log.close().await;
+}
+
+fn runtime() -> tokio::runtime::Runtime {
+    tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime")
+}
+
+/// A file with all tables and without events: to make one anew takes longer than a seed.
+fn template(folder: &Path) -> std::path::PathBuf {
+    let file = folder.join("template.db");
+    runtime().block_on(async {
+        let url = format!("sqlite://{}", file.display());
+        Database::open(&url, Mode::Migrate).await.expect("opens").close().await;
+    });
+    file
+}
+
+/// Half of the seeds each in two threads.
+#[test]
+fn a_damaged_file_gets_no_version_twice_and_is_told_by_name() {
+    let folder = folder();
+    let template = template(folder.path());
+    std::thread::scope(|scope| {
+        for half in 0..2 {
+            let template = &template;
+            scope.spawn(move || {
+                for seed in (half..EMBEDDED_SEEDS).step_by(2) {
+                    runtime().block_on(damage_a_file(template, seed));
+                }
+            });
+        }
+    });
+}
+
+#[test]
+fn a_store_that_believes_its_tables_is_found() {
+    let folder = folder();
+    let template = template(folder.path());
+    let found = std::panic::catch_unwind(|| {
+        mutant::with(Some(Mutant::IndexBelieved), || {
+            (0..300).for_each(|seed| runtime().block_on(damage_a_file(&template, seed)));
+        });
+    });
+    assert!(found.is_err(), "IndexBelieved is not found");
+}
+
+#[tokio::test]
+async fn the_heads_of_a_file_are_made_again() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let url = format!("sqlite://{}", folder.path().join("log.db").display());
+    let log = open_log(&url).await.expect("opens");
+    let database = log.database().expect("its own file").clone();
+    let (mut truth, _) = fill(&*log.store(), &database, &mut Rng::with_seed(1)).await;
+    let before = Tables::read(&database).await;
+    let Database::Sqlite(file) = &database else { unreachable!("the URL names SQLite") };
+    let mut damaged = before.clone();
+    damaged.clear("kafold_stream");
+    assert!(damaged.write(&database, &before).await);
+    let (known, _) = truth.streams.first_key_value().expect("something was appended");
+    let refused = truth.check(&*log.store(), known).await.expect_err("its head is gone");
+    assert!(words(&refused).contains("kafold_stream"), "{refused}");
+    assert_eq!(embedded::rebuild_heads(file).await.expect("the events are whole"), 12);
+    assert!(Tables::read(&database).await == before, "the heads are what they were");
+    eventually("the store has noticed", async || log.health() == Health::Ready).await;
+    truth.append(&*log.store(), &stream(9), ExpectedVersion::NoStream).await.expect("is new");
+    log.close().await;
+}
+
+/// The log on Kafka with its index in PostgreSQL that all seeds damage, one after the other.
+async fn open_kafka(url: &str, database: &Database) -> Log {
+    LogOptions::new(url).index(database).open().await.expect("opens")
+}
+
+async fn ready_or_told(store: &dyn EventStore) -> Vec<String> {
+    let clock = SystemClock;
+    let deadline = clock.instant() + PATIENCE;
+    loop {
+        let reasons = reasons(store);
+        if reasons.is_empty() || is_told(&reasons) {
+            return reasons;
+        }
+        assert!(clock.instant() < deadline, "neither ready nor told: {reasons:?}");
+        clock.sleep(Duration::from_millis(20)).await;
+    }
+}
+
+/// Waits until every stream is whole and the store is ready; an index that is told to be damaged is made
+/// again. Whether it was.
+async fn mend(truth: &Truth, store: &dyn EventStore, database: &Database, context: &str) -> bool {
+    let clock = SystemClock;
+    let deadline = clock.instant() + PATIENCE;
+    let mut was_told = false;
+    loop {
+        let mut refusals = reasons(store);
+        for nth in 0..5 {
+            let read = truth.check(store, &stream(nth)).await;
+            refusals.extend(read.err().map(|error| words(&error)));
+        }
+        if refusals.is_empty() {
+            return was_told;
+        }
+        if is_told(&refusals) && !was_told {
+            was_told = true;
+            SqlIndex::new(database.clone()).clear(None).await.expect("cleared");
+        }
+        assert!(clock.instant() < deadline, "{context}: neither whole nor told: {refusals:?}");
+        clock.sleep(Duration::from_millis(20)).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_damaged_index_gets_no_version_twice_and_is_told_by_name_or_heals() {
+    let servers =
+        std::env::var("KAFOLD_TEST_KAFKA").ok().zip(std::env::var("KAFOLD_TEST_POSTGRES").ok());
+    let Some((brokers, postgres)) = servers else {
+        assert!(std::env::var_os("KAFOLD_TEST_REQUIRE_ALL").is_none(), "servers are missing");
+        eprintln!(
+            "skipped a_damaged_index: KAFOLD_TEST_KAFKA and KAFOLD_TEST_POSTGRES name no servers"
+        );
+        return;
+    };
+    let name = format!("damage{}", uuid::Uuid::new_v4().simple());
+    let url = format!("kafka://{brokers}/{name}?partitions=2&replication=1");
+    let database = database_of_its_own(&postgres, &name).await;
+    let mut log = open_kafka(&url, &database).await;
+    let mut random = Rng::with_seed(7);
+    eventually("it is ready", async || log.health() == Health::Ready).await;
+    let (mut truth, mut older) = fill(&*log.store(), &database, &mut random).await;
+    let (mut told, mut healed) = (0, 0);
+    for seed in 0..KAFKA_SEEDS {
+        let before = Tables::read(&database).await;
+        let mut damaged = before.clone();
+        let what = damaged.damage(&mut random, &older);
+        older = before.clone();
+        // To stop and start takes seconds.
+        let is_running = seed % 8 != 0;
+        let context = format!("seed {seed}, running: {is_running}: {what}");
+        truth.damage.clone_from(&context);
+        if !is_running {
+            log.clone().close().await;
+        }
+        let is_damaged = damaged.write(&database, &before).await;
+        if !is_running {
+            log = match LogOptions::new(&url).index(&database).open().await {
+                Ok(log) => log,
+                Err(error) => {
+                    let refused = words(&error);
+                    assert!(is_told(std::slice::from_ref(&refused)), "{context}: {refused}");
+                    told += 1;
+                    SqlIndex::new(database.clone()).clear(None).await.expect("cleared");
+                    open_kafka(&url, &database).await
+                }
+            };
+        }
+        if !is_damaged {
+            continue;
+        }
+        let store = log.store();
+        ready_or_told(&*store).await;
+        probe(&mut truth, &*store, &mut random).await;
+        let was_told = mend(&truth, &*store, &database, &context).await;
+        *(if was_told { &mut told } else { &mut healed }) += 1;
+        append_somewhere(&mut truth, &*store, &mut random).await;
+    }
+    println!("{KAFKA_SEEDS} seeds: {told} told, {healed} healed or untouched");
+    assert!(told > KAFKA_SEEDS / 10, "{told} of {KAFKA_SEEDS} were told");
+    // What is damaged last and not looked at stays: the counts of all tables agree.
+    let index = SqlIndex::new(database.clone());
+    for partition in 0..2 {
+        let partition = kafold::Partition(partition);
+        eventually("the heads add up", async || {
+            index.heads(partition).await.is_ok_and(|heads| heads.check(partition).is_ok())
+        })
+        .await;
+    }
+    log.close().await;
+}
+
+async fn database_of_its_own(server: &str, name: &str) -> Database {
+    use kafold::projections::sqlx::{self, AssertSqlSafe, Connection, PgConnection};
+    let mut admin = PgConnection::connect(server).await.expect("the server answers");
+    let create = format!("CREATE DATABASE {name}");
+    sqlx::query(AssertSqlSafe(create)).execute(&mut admin).await.expect("created");
+    let (place, _) = server.rsplit_once('/').expect("a URL");
+    Database::open(&format!("{place}/{name}"), Mode::Migrate).await.expect("opens")
+}
