@@ -7,7 +7,6 @@ use std::time::Duration;
 use kafold::clock::{RandomIds, SystemClock, backoff};
 use kafold::{Clock, Database, DatabaseError, IdGenerator, Log, LogOptions, Mode, OpenError};
 use metrics_exporter_prometheus::{BuildError, Matcher, PrometheusBuilder, PrometheusHandle};
-use tokio::net::TcpListener;
 use tokio::sync::oneshot;
 
 use crate::http::bearer::{BearerToken, BearerTokenError};
@@ -33,14 +32,6 @@ const SECONDS_BUCKETS: &[f64] =
     &[0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0];
 
 /// Where events are kept, where read models are, where to listen.
-///
-/// HTTP is spoken in clear text, to everybody who reaches the address: the service is meant to stand behind a
-/// proxy that ends TLS and knows who may send what. So it listens on the loopback address unless
-/// --behind-proxy says that there is one.
-///
-/// Limits: 4096 connections (at the limit the one that has waited longest for a request makes room); a request
-/// head and a request body of at most 10 s each; 60 s for a connection without a request and for a client that
-/// does not take its answer; heads of 128 KiB, bodies of 1 MiB, 1024 requests under way.
 #[derive(Debug, clap::Args)]
 pub(crate) struct ServeArgs {
     /// The event log: sqlite://FILE, or kafka://HOST:PORT,HOST:PORT/NAME (one broker or several).
@@ -57,6 +48,14 @@ pub(crate) struct ServeArgs {
     #[arg(long, value_name = "URL", env = "KAFOLD_DATABASE", hide_env_values = true, value_parser = database_url)]
     database: Option<String>,
     /// Where to listen for HTTP; port 0 takes a free one.
+    ///
+    /// HTTP is spoken in clear text, to everybody who reaches the address: the service is meant to stand behind
+    /// a proxy that ends TLS and knows who may send what. So an address that others can reach wants
+    /// --behind-proxy.
+    ///
+    /// Limits: 4096 connections (at the limit the one that has waited longest for a request makes room); 10 s for
+    /// a request head and for a request body; 60 s for a connection without a request and for a client that does
+    /// not take its answer; heads of 128 KiB, bodies of 1 MiB, 1024 requests under way.
     #[arg(long, value_name = "ADDR", env = "KAFOLD_LISTEN", default_value = "127.0.0.1:8080")]
     listen: SocketAddr,
     /// A proxy stands in front of the address, ends TLS and decides who may send what.
@@ -104,7 +103,9 @@ impl ServeArgs {
         if !self.allows(Unsafe::OpenListener) {
             return Err(ServeError::OpenListener(address));
         }
-        tracing::warn!(%address, "open_listener is allowed: whoever reaches the address is served, in clear text");
+        tracing::warn!(
+            "open_listener is allowed: whoever reaches {address} is served, in clear text"
+        );
         Ok(())
     }
 
@@ -202,7 +203,7 @@ pub(crate) async fn run(args: ServeArgs, spans: Spans) -> Result<(), ServeError>
     let metrics = install_metrics()?;
     tokio::spawn(upkeep(metrics.clone(), clock.clone()));
     let listen_error = |error| ServeError::Listen { address: args.listen, error };
-    let listener = TcpListener::bind(args.listen).await.map_err(listen_error)?;
+    let listener = server::listen(args.listen).map_err(listen_error)?;
     let address = listener.local_addr().map_err(listen_error)?;
 
     let limits = Limits::new(args.deadline);

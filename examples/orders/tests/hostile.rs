@@ -64,8 +64,8 @@ fn half_sent_requests_end_in_time_and_keep_nobody_out() {
         stream
     };
     let head = "POST /orders HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n";
-    let (_, took) = timed(|| {
-        let mut half_sent: Vec<_> = (0..HALF_SENT).map(|_| half(head)).collect();
+    let mut half_sent: Vec<_> = (0..HALF_SENT).map(|_| half(head)).collect();
+    let ((), took) = timed(|| {
         let bodies =
             (0..10).map(|_| half(&format!("{head}content-length: 1000\r\n\r\n{{\"customer\"")));
         half_sent.extend(bodies);
@@ -103,8 +103,7 @@ fn half_sent_requests_end_in_time_and_keep_nobody_out() {
             }
         }
     });
-    // Opening them takes a moment of its own.
-    assert!(took < HALF_SENT_MAX + Duration::from_secs(5), "{took:?}");
+    assert!(took < HALF_SENT_MAX, "{took:?}");
     wait_for("descriptors come back", || (service.descriptors() < before + 20).then_some(()));
     assert_eq!(service.place("after", 700).status, 201);
 }

@@ -31,7 +31,7 @@ use hyper_util::server::graceful::{GracefulShutdown, Watcher};
 use kafold::Clock;
 use kafold::clock::within;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tower::ServiceExt;
 
@@ -50,8 +50,19 @@ pub(crate) const ANSWER_TIMEOUT: Duration = Duration::from_secs(60);
 pub(crate) const HEAD_BYTES_MAX: usize = 128 * 1024;
 /// While every connection has a request under way, one is looked for this often that has ended its own.
 const EVICT_INTERVAL: Duration = Duration::from_millis(100);
+/// Connections that wait to be accepted at most, if net.core.somaxconn allows as many.
+const BACKLOG_MAX: u32 = 4096;
 /// Descriptors left to everything but connections: the log, the database, brokers, files.
 const DESCRIPTORS_RESERVED: u64 = 512;
+
+/// Listens with room for a burst of connections: one that finds no room is tried again a second later.
+pub(crate) fn listen(address: SocketAddr) -> io::Result<TcpListener> {
+    let socket = if address.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }?;
+    // A restarted service takes the address of the one before.
+    socket.set_reuseaddr(true)?;
+    socket.bind(address)?;
+    socket.listen(BACKLOG_MAX)
+}
 
 /// Raises the limit of open files as far as connections need it; returns how many connections there may be.
 pub(crate) fn connections_max() -> usize {
