@@ -68,7 +68,7 @@ fn crates() -> Vec<Found> {
         .exec()
         .expect("cargo metadata");
     let nodes = &metadata.resolve.as_ref().expect("a graph").nodes;
-    let dependents = |id| {
+    let dependents = |id: &cargo_metadata::PackageId| {
         let named = nodes.iter().filter(|node| node.dependencies.contains(id));
         named.map(|node| metadata[&node.id].name.to_string()).collect()
     };
@@ -90,8 +90,8 @@ fn violations(rules: &Rules, crates: &[Found]) -> Vec<String> {
     for Found { name, license, source, dependents } in crates {
         let is_allowed = Expression::parse_mode(license, ParseMode::LAX).is_ok_and(|expression| {
             expression.evaluate(|wanted| {
-                let plain = wanted.addition.is_none() && wanted.exception.is_none();
-                plain && rules.licenses.allow.contains(&wanted.license.to_string())
+                wanted.exception.is_none()
+                    && rules.licenses.allow.contains(&wanted.license.to_string())
             })
         });
         if !is_allowed {
@@ -106,14 +106,13 @@ fn violations(rules: &Rules, crates: &[Found]) -> Vec<String> {
         }
         for ban in rules.bans.deny.iter().filter(|ban| ban.name == *name) {
             let versions = crates.iter().filter(|other| other.name == *name).count();
-            if ban.one_version && versions > 1 {
-                violations.push(format!("{name} is there in {versions} versions"));
-            }
-            if !ban.one_version && !(dependents.is_subset(&ban.wrappers) && versions == 1) {
+            let is_wrapped = !ban.wrappers.is_empty() && dependents.is_subset(&ban.wrappers);
+            if ban.one_version {
+                if versions > 1 {
+                    violations.push(format!("{name} is there in {versions} versions"));
+                }
+            } else if !is_wrapped {
                 violations.push(format!("{name} is banned, and {dependents:?} depend on it"));
-            }
-            if !ban.one_version && ban.wrappers.is_empty() && dependents.is_empty() {
-                violations.push(format!("{name} is banned"));
             }
         }
     }
