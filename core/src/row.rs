@@ -1,5 +1,7 @@
 //! A read model's row as named columns, the same on every database.
 
+use std::fmt;
+
 use chrono::{DateTime, NaiveDate, Utc};
 use uuid::Uuid;
 
@@ -56,6 +58,22 @@ pub enum ColumnKind {
     Json,
 }
 
+impl fmt::Display for ColumnKind {
+    /// Stored in the fingerprints of read models: another word is another table.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Boolean => "boolean",
+            Self::Integer => "integer",
+            Self::Real => "real",
+            Self::Text => "text",
+            Self::Date => "date",
+            Self::Timestamp => "timestamp",
+            Self::Uuid => "uuid",
+            Self::Json => "json",
+        })
+    }
+}
+
 /// A column's part in finding rows.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ColumnRole {
@@ -88,6 +106,22 @@ pub enum Value {
     Uuid(Uuid),
     /// [`ColumnKind::Json`], as text.
     Json(String),
+}
+
+impl fmt::Display for Value {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Null => f.write_str("null"),
+            Self::Boolean(value) => write!(f, "boolean {value}"),
+            Self::Integer(value) => write!(f, "integer {value}"),
+            Self::Real(value) => write!(f, "real {value}"),
+            Self::Text(value) => write!(f, "text {value:?}"),
+            Self::Date(value) => write!(f, "date {value}"),
+            Self::Timestamp(value) => write!(f, "timestamp {value}"),
+            Self::Uuid(value) => write!(f, "uuid {value}"),
+            Self::Json(value) => write!(f, "json {value}"),
+        }
+    }
 }
 
 /// A value that a field cannot take.
@@ -178,7 +212,7 @@ impl<T: ColumnValue> ColumnValue for Option<T> {
 }
 
 fn mismatch(kind: ColumnKind, value: &Value) -> String {
-    format!("expected {kind:?}, found {value:?}")
+    format!("expected {kind}, found {value}")
 }
 
 /// What `#[derive(Row)]` calls; not for use by hand.

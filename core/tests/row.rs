@@ -108,10 +108,10 @@ fn a_value_that_does_not_fit_names_its_column() {
         values[place] = value;
         OrderDetails::from_values(values).expect_err("refused").to_string()
     };
-    assert_eq!(refused(0, Value::Null), "column customer: expected Text, found Null");
+    assert_eq!(refused(0, Value::Null), "column customer: expected text, found null");
     assert_eq!(
         refused(2, Value::Text("[]".into())),
-        "column lines: expected Json, found Text(\"[]\")"
+        "column lines: expected json, found text \"[]\""
     );
     assert!(refused(2, Value::Json("[".into())).starts_with("column lines: EOF while parsing"));
     assert!(refused(3, Value::Integer(-1)).starts_with("column amount_cents: -1: "));

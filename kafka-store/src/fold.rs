@@ -4,6 +4,7 @@
 //! [`Fold`] is the rule itself, in constant memory. [`CommitReader`] adds the buffer of the commit
 //! that is still open and hands out whole commits.
 
+use std::fmt;
 use std::sync::Arc;
 
 use kafold_core::mutant::{self, Mutant};
@@ -48,6 +49,12 @@ pub struct Anchor {
     pub claim: ClaimId,
     /// Its place under that claim.
     pub seq: u64,
+}
+
+impl fmt::Display for Anchor {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "record {} of {}", self.seq, self.claim)
+    }
 }
 
 /// A place to read on from, with all the fold must know there. No commit is open at it.
@@ -142,7 +149,7 @@ pub enum LogDiverged {
     BeforeFirstClaim(Position),
     /// An event or barrier under a claim that is not in the log.
     #[error(
-        "the record at {position} was written under claim {found:?}, which is not in the log (the current one is {current:?}): the log has lost records"
+        "the record at {position} was written under the claim of {found}, which is not in the log (the current one is {current}): the log has lost records"
     )]
     UnknownClaim {
         /// Where it is.

@@ -86,7 +86,7 @@ pub enum IdentityError {
         stored: Offset,
     },
     /// The log went on from an older copy of itself.
-    #[error("{topic}/{partition} is an older copy that was written on: at offset {} stands {found}, but {expected:?} was read there before. Restore the newer copy, or rebuild from this log what stores positions (index, checkpoints, snapshots)", expected.offset)]
+    #[error("{topic}/{partition} is an older copy that was written on: at offset {} stands {found}, but {expected} was read there before. Restore the newer copy, or rebuild from this log what stores positions (index, checkpoints, snapshots)", expected.offset)]
     OlderCopy {
         /// The topic.
         topic: String,
@@ -179,7 +179,7 @@ fn check_stored(stored: &Checkpoint, log: &LogFacts) -> Result<(), IdentityError
             let expected = expected.offset;
             return Err(IdentityError::Compacted { topic, partition, expected, found });
         }
-        AnchorFound::Ours(found) => format!("{found:?}"),
+        AnchorFound::Ours(found) => found.to_string(),
         AnchorFound::Other => "a record that is not ours".into(),
         AnchorFound::NotRead => "nothing that was read".into(),
     };
@@ -272,7 +272,7 @@ mod tests {
     #[test]
     fn an_older_copy_that_went_on_is_refused() {
         let found = Anchor { seq: 4, ..anchor() };
-        let words = ["older copy", "offset 40", "seq: 4", "seq: 5"];
+        let words = ["older copy", "offset 40", "record 4 of epoch 2", "record 5 of epoch 2"];
         refused(|log| log.anchor = AnchorFound::Ours(found), &words);
         refused(|log| log.anchor = AnchorFound::Other, &["older copy", "not ours"]);
         refused(|log| log.anchor = AnchorFound::NotRead, &["older copy"]);

@@ -6,6 +6,7 @@
 
 mod parse;
 
+use std::fmt;
 use std::sync::Arc;
 
 use chrono::{DateTime, Datelike, SecondsFormat, Utc};
@@ -63,6 +64,13 @@ pub struct ClaimId {
     pub epoch: Epoch,
     /// The claim's nonce.
     pub nonce: Nonce,
+}
+
+impl fmt::Display for ClaimId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { epoch: Epoch(epoch), nonce: Nonce(nonce) } = self;
+        write!(f, "epoch {epoch} (nonce {nonce:016x})")
+    }
 }
 
 /// What every record of ours carries: within one claim a `seq` is never given to another record.
@@ -158,7 +166,7 @@ pub enum Malformed {
     #[error("format {0} is newer than {FORMAT}, the newest this program knows: upgrade it")]
     NewerFormat(u8),
     /// The header has no bytes, or a format that never was.
-    #[error("the header kf begins with {0:?}, which is no format")]
+    #[error("the header kf {}", .0.map_or("is empty".to_owned(), |byte| format!("begins with {byte}, which is no format")))]
     UnknownFormat(Option<u8>),
     /// Format 1 has one length.
     #[error("the header kf has {0} bytes instead of {HEADER_BYTES}")]

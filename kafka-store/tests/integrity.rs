@@ -287,7 +287,7 @@ async fn a_flipped_bit_halts_store_and_readers_at_its_position() {
     // Which byte and bit of the header, and what is said of it.
     let flips = [
         (0, 1, "format 3 is newer"),
-        (0, 0, "begins with Some(0)"),
+        (0, 0, "begins with 0"),
         (1, 0, "which a barrier cannot have"),
         (1, 7, "kind 130"),
         (5, 1, "written under claim"),

@@ -79,14 +79,13 @@ fn is_name(name: &str) -> bool {
 }
 
 fn show_column(column: &Column) -> String {
-    let kind = format!("{:?}", column.kind).to_lowercase();
     let nullable = if column.nullable { "?" } else { "" };
     let role = match column.role {
         ColumnRole::Key => " key",
         ColumnRole::Index => " index",
         ColumnRole::Plain => "",
     };
-    format!("{} {kind}{nullable}{role}", column.name)
+    format!("{} {}{nullable}{role}", column.name, column.kind)
 }
 
 #[cfg(test)]

@@ -93,7 +93,7 @@ impl<M: ReadModel> Query<M> {
         let found = match table.searchable(column) {
             Some(found) if found.0.kind == V::KIND => found,
             Some((found, _)) => {
-                let reason = format!("column {column} is {:?}, not {:?}", found.kind, V::KIND);
+                let reason = format!("column {column} is {}, not {}", found.kind, V::KIND);
                 return Err(ReadError::diverged(M::NAME, reason));
             }
             None => {

@@ -175,5 +175,5 @@ where
 
 fn mismatch(column: &Column, value: &Value) -> sqlx::Error {
     let Column { name, kind, .. } = column;
-    sqlx::Error::Encode(format!("column {name} is {kind:?}, the value {value:?}").into())
+    sqlx::Error::Encode(format!("column {name} is {kind}, the value is {value}").into())
 }

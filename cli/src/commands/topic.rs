@@ -1,5 +1,7 @@
 //! `topic create` and `topic check`: the topics of a log on Kafka.
 
+use std::fmt;
+
 use clap::Subcommand;
 use kafold::kafka::Operator;
 use kafold::kafka::operate::{PartitionFacts, ReadableLog, SettingReport, TopicReport};
@@ -85,6 +87,16 @@ pub(crate) enum Verdict {
     Unsafe,
 }
 
+impl fmt::Display for Verdict {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Ok => "ok",
+            Self::Warning => "warning",
+            Self::Unsafe => "unsafe",
+        })
+    }
+}
+
 pub(crate) async fn check(context: &mut Context) -> Result<(), Error> {
     let url = context.options.log()?;
     let findings = findings(&operator(&url, &context.clock).await?).await?;
@@ -95,10 +107,7 @@ pub(crate) async fn check(context: &mut Context) -> Result<(), Error> {
     } else {
         let rows: Vec<_> = findings
             .iter()
-            .map(|f| {
-                let verdict = format!("{:?}", f.verdict).to_lowercase();
-                [f.topic.clone(), f.setting.clone(), f.value.clone(), verdict]
-            })
+            .map(|f| [f.topic.clone(), f.setting.clone(), f.value.clone(), f.verdict.to_string()])
             .collect();
         out.table(["TOPIC", "SETTING", "FOUND", "VERDICT"], &rows)?;
         for finding in findings.iter().filter(|f| f.why.is_some()) {

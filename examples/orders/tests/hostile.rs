@@ -3,7 +3,11 @@
 
 mod support;
 
-use support::{Service, Stack, on_each_log};
+use std::io::{ErrorKind, Read, Write};
+use std::net::TcpStream;
+use std::time::Duration;
+
+use support::{Service, Stack, on_each_log, timed, wait_for};
 
 on_each_log!(no_request_of_the_corpus_harms_the_service);
 
@@ -42,6 +46,82 @@ fn no_request_of_the_corpus_harms_the_service(stack: &Stack) {
     assert_eq!(service.get("/health/ready").status, 200, "{}", service.log());
     assert_eq!(state(&service), before, "something was changed");
     assert!(!service.log().contains("ERROR"), "{}", service.log());
+}
+
+/// Half-sent requests end within it.
+const HALF_SENT_MAX: Duration = Duration::from_secs(15);
+/// More than the service takes.
+const HALF_SENT: usize = 5_000;
+
+#[test]
+fn half_sent_requests_end_in_time_and_keep_nobody_out() {
+    rlimit::increase_nofile_limit(HALF_SENT as u64 + 1_000).expect("a limit of open files");
+    let service = Stack::embedded().serve();
+    let before = service.descriptors();
+    let half = |text: &str| {
+        let mut stream = TcpStream::connect(service.address).expect("a connection");
+        stream.write_all(text.as_bytes()).expect("half a request");
+        stream
+    };
+    let head = "POST /orders HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n";
+    let mut half_sent: Vec<_> = (0..HALF_SENT).map(|_| half(head)).collect();
+    let ((), took) = timed(|| {
+        let bodies =
+            (0..10).map(|_| half(&format!("{head}content-length: 1000\r\n\r\n{{\"customer\"")));
+        half_sent.extend(bodies);
+        // A head that goes on for ever, a byte at a time.
+        let mut trickle = half("GET / HTTP/1.1\r\nx: ");
+        trickle.set_read_timeout(Some(Duration::from_millis(500))).expect("a timeout");
+
+        let mut answered: Vec<_> = (0..21)
+            .map(|_| {
+                let (reply, took) = timed(|| service.get("/health/live"));
+                assert_eq!(reply.status, 200, "{reply:?}");
+                took
+            })
+            .collect();
+        answered.sort();
+        assert!(answered[10] < Duration::from_millis(100), "{answered:?}");
+        assert!(service.descriptors() < before + 4_096 + 10, "more connections than the limit");
+
+        while trickle.write_all(b"x").is_ok() {
+            match trickle.read(&mut [0; 1024]) {
+                Err(error) if error.kind() == ErrorKind::WouldBlock => {}
+                _ => break,
+            }
+        }
+        for stream in &mut half_sent {
+            stream.set_read_timeout(Some(HALF_SENT_MAX)).expect("a timeout");
+            // A body is answered 408 first, a head is not; either ends.
+            let mut answer = Vec::new();
+            if let Err(error) = stream.read_to_end(&mut answer) {
+                assert_eq!(
+                    error.kind(),
+                    ErrorKind::ConnectionReset,
+                    "a half-sent request stays open"
+                );
+            }
+        }
+    });
+    assert!(took < HALF_SENT_MAX, "{took:?}");
+    wait_for("descriptors come back", || (service.descriptors() < before + 20).then_some(()));
+    assert_eq!(service.place("after", 700).status, 201);
+}
+
+#[test]
+fn a_connection_is_kept_for_the_next_request_and_closed_when_none_comes() {
+    let service = Stack::embedded().serve();
+    let mut stream = TcpStream::connect(service.address).expect("a connection");
+    stream.set_read_timeout(Some(Duration::from_secs(12))).expect("a timeout");
+    let ask = b"GET /health/live HTTP/1.1\r\nhost: x\r\n\r\n";
+    let mut answer = [0; 1024];
+    stream.write_all(ask).expect("a request");
+    assert!(stream.read(&mut answer).expect("an answer") > 0);
+    // Longer than a head may take: an idle connection is none.
+    let waited = stream.read(&mut answer).expect_err("nothing comes");
+    assert_eq!(waited.kind(), ErrorKind::WouldBlock);
+    stream.write_all(ask).expect("a request");
+    assert!(stream.read(&mut answer).expect("an answer") > 0);
 }
 
 /// The request to the letter.

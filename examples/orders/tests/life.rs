@@ -2,8 +2,9 @@
 
 mod support;
 
-use std::fs;
+use std::fs::{self, Permissions};
 use std::net::TcpListener;
+use std::os::unix::fs::PermissionsExt;
 use std::thread;
 
 use serde_json::json;
@@ -96,7 +97,7 @@ fn wrong_settings_end_it_with_a_message_that_names_them() {
     fs::write(folder.join("not-a-database"), "just text, and long enough to be read as a file header of some database, which it is not at all, not even a bit of one").expect("a file");
     let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
     let taken = listener.local_addr().expect("an address").to_string();
-    let cases: [(&[&str], i32, &[&str]); 12] = [
+    let cases: [(&[&str], i32, &[&str]); 16] = [
         (&["--log", "mysql://x"], 2, &["mysql://x", "sqlite://FILE", "kafka://"]),
         (&["--log", "kafka://localhost:9092/x"], 2, &["--database"]),
         (
@@ -111,6 +112,10 @@ fn wrong_settings_end_it_with_a_message_that_names_them() {
         (&["--database", "postgres://127.0.0.1:port/x"], 1, &["database"]),
         (&["--listen", "nowhere"], 2, &["nowhere"]),
         (&["--listen", &taken], 1, &[&taken, "--listen"]),
+        (&["--listen", "0.0.0.0:0"], 2, &["0.0.0.0:0", "--behind-proxy", "open_listener"]),
+        (&["--bearer-token", "secret-text-that-is-long"], 2, &["@FILE", "$NAME"]),
+        (&["--bearer-token", "@absent"], 2, &["--bearer-token", "absent"]),
+        (&["--bearer-token", "$ABSENT"], 2, &["--bearer-token", "ABSENT"]),
         (&["--deadline", "1h"], 2, &["1h"]),
         (&["--colour", "red"], 2, &["--colour"]),
     ];
@@ -122,6 +127,73 @@ fn wrong_settings_end_it_with_a_message_that_names_them() {
         for text in told {
             assert!(errors.contains(text), "{args:?}: {errors}");
         }
+    }
+}
+
+#[test]
+fn an_open_listener_is_served_behind_a_proxy_or_when_allowed_and_warned_about() {
+    let stack = Stack::embedded();
+    let proxied = stack.start(&["--listen", "0.0.0.0:0", "--behind-proxy"]);
+    assert_eq!(proxied.get("/health/live").status, 200);
+    assert!(!proxied.log().contains("open_listener"), "{}", proxied.log());
+    proxied.kill();
+    let open = stack.start(&["--listen", "0.0.0.0:0", "--allow-unsafe", "open_listener"]);
+    assert_eq!(open.get("/health/live").status, 200);
+    assert!(open.log().contains("open_listener is allowed"), "{}", open.log());
+}
+
+#[test]
+fn with_a_bearer_token_all_but_health_and_the_list_of_endpoints_wants_it() {
+    let stack = Stack::embedded();
+    let token = "0123456789abcdef0123456789abcdef";
+    let file = stack.folder.path().join("token");
+    fs::write(&file, format!("{token}\n")).expect("a file");
+    let readable = Permissions::from_mode(0o644);
+    fs::set_permissions(&file, readable).expect("a mode");
+    let listen = ["serve", "--listen", "127.0.0.1:0", "--bearer-token", "@token"];
+    let refused = run(stack.folder.path(), &listen);
+    let said = String::from_utf8_lossy(&refused.stderr).into_owned();
+    assert_eq!(refused.status.code(), Some(2), "{said}");
+    assert!(said.contains("readable_secret") && said.contains("chmod") && !said.contains(token));
+
+    fs::set_permissions(&file, Permissions::from_mode(0o600)).expect("a mode");
+    let service = stack.start(&["--bearer-token", "@token"]);
+    service.wait_ready();
+    assert_eq!(service.get("/").status, 200);
+    let with = |authorization: &str| {
+        let headers = [("authorization", authorization)];
+        service.request("GET", "/orders/a", &headers, b"")
+    };
+    service.get("/orders/a").is_problem(401, "unauthorized");
+    assert_eq!(service.get("/metrics").header("www-authenticate"), Some("Bearer"));
+    service.post("/orders", &order("a", 1)).is_problem(401, "unauthorized");
+    for wrong in [
+        token,
+        "Bearer",
+        "Bearer ",
+        "Basic x",
+        &format!("Bearer {token}0"),
+        &format!("Basic {token}"),
+    ] {
+        with(wrong).is_problem(401, "unauthorized");
+    }
+    with(&format!("Bearer {token}")).is_problem(404, "unknown");
+    let headers = [("authorization", format!("bearer {token}"))];
+    let headers = headers.each_ref().map(|(name, value)| (*name, value.as_str()));
+    assert_eq!(service.post_with("/orders", &headers, &order("a", 1)).status, 201);
+    assert!(!service.log().contains(token));
+}
+
+#[test]
+fn the_page_that_a_browser_shows_has_the_headers_that_keep_it_harmless() {
+    let page = Stack::embedded().serve().get("/");
+    for (name, value) in [
+        ("x-content-type-options", "nosniff"),
+        ("content-security-policy", "default-src 'none'; frame-ancestors 'none'"),
+        ("referrer-policy", "no-referrer"),
+        ("x-frame-options", "DENY"),
+    ] {
+        assert_eq!(page.header(name), Some(value), "{page:?}");
     }
 }
 
@@ -140,6 +212,9 @@ fn help_teaches() {
         "KAFOLD_DATABASE",
         "KAFOLD_LISTEN",
         "--deadline",
+        "--behind-proxy",
+        "proxy that ends TLS",
+        "4096 connections",
         "Examples",
     ] {
         assert!(told(&["--help"]).contains(text), "{text}");

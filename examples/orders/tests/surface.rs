@@ -337,6 +337,29 @@ fn bad_input_is_a_problem_that_names_it(stack: &Stack) {
     ] {
         post(&body).is_problem(400, "malformed");
     }
+    for (path, body, begin) in [
+        (
+            "/orders",
+            r#"{"customer":"c","lines":[{"sku":"a","quantity":"1","amount_cents":1}]}"#,
+            "/lines/0/quantity: invalid type",
+        ),
+        (
+            "/orders",
+            r#"{"customer":"c","lines":[{"quantity":1,"amount_cents":1}]}"#,
+            "/lines/0: missing field \"sku\"",
+        ),
+        ("/orders", r#"{"customer":"c","lines":[],"colour":"red"}"#, "unknown field \"colour\""),
+        ("/orders", r#"{"customer":"c","lines":[],"placed_at":"yesterday"}"#, "/placed_at: "),
+        ("/orders/x/payment", r#"{"amount_cents":"7"}"#, "/amount_cents: invalid type"),
+        ("/orders/x/shipment", r#"{"carrier":1,"tracking":"t"}"#, "/carrier: invalid type"),
+        ("/orders/x/cancellation", "{}", "missing field \"reason\""),
+    ] {
+        let refused = service.request("POST", path, &[json_type], body.as_bytes());
+        refused.is_problem(400, "malformed");
+        let detail = refused.json()["detail"].as_str().expect("a text").to_owned();
+        let expected = format!("the body cannot be read: {begin}");
+        assert!(detail.starts_with(&expected), "{body}: {detail}");
+    }
     let invalid_utf8 = b"{\"customer\":\"\xff\",\"lines\":[]}";
     service.request("POST", "/orders", &[json_type], invalid_utf8).is_problem(400, "malformed");
 

@@ -188,7 +188,8 @@ fn parse_command(
 ) -> Result<(ForwardedCommand, Option<ReplyTo>), String> {
     let header = headers.command.ok_or("it has no header kc")?;
     if header.first() != Some(&FORMAT) {
-        return Err(format!("its format is {:?}, this program knows {FORMAT}", header.first()));
+        let found = header.first().map_or("absent".to_owned(), ToString::to_string);
+        return Err(format!("its format is {found}, this program knows {FORMAT}"));
     }
     let header: &[u8; COMMAND_HEADER_BYTES] =
         header.try_into().map_err(|_| format!("its header kc has {} bytes", header.len()))?;
