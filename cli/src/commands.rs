@@ -32,7 +32,7 @@ pub(crate) enum Command {
     /// Tells which streams are set aside because an event of theirs failed, and has them retried or skipped.
     #[command(subcommand)]
     Parked(parked::ParkedCommand),
-    /// Tells who did what to projections.
+    /// Tells who did what to projections, and whether the record of it is whole.
     #[command(subcommand)]
     Audit(audit::AuditCommand),
     /// Folds the log again and compares: the stream index, and in a service's own program every read model.

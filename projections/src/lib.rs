@@ -65,6 +65,7 @@ pub mod verify;
 pub mod wait;
 pub mod worker;
 
+pub use audit::AuditVerification;
 pub use config::{FaultPolicy, ProjectionConfig};
 pub use control::{By, Control, ControlError};
 pub use definition::NAME_CHARS_MAX;

@@ -273,7 +273,7 @@ async fn finish_switch(
     });
     forget(tx, name, next).await?;
     let details = serde_json::json!({ "from": found.live().0, "to": next.0 });
-    audit::add(tx, Act::by_worker("switch"), name, details, now).await
+    audit::add(tx, Act::by_worker("switch"), Some(name), details, now).await
 }
 
 /// Removes what the tables of kafold hold of all generations but the live one. None comes back: who
