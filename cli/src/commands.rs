@@ -5,6 +5,7 @@ mod doctor;
 mod events;
 mod migrate;
 mod parked;
+mod positions;
 mod projections;
 mod status;
 mod stream;
@@ -32,6 +33,9 @@ pub(crate) enum Command {
     /// Tells which streams are set aside because an event of theirs failed, and has them retried or skipped.
     #[command(subcommand)]
     Parked(parked::ParkedCommand),
+    /// Begins anew with a log that is not the one any more that positions in the database are of.
+    #[command(subcommand)]
+    Positions(positions::PositionsCommand),
     /// Tells who did what to projections, and whether the record of it is whole.
     #[command(subcommand)]
     Audit(audit::AuditCommand),
@@ -61,6 +65,7 @@ pub(crate) async fn run(command: Command, context: &mut Context) -> Result<(), E
         Command::Top(args) => top::run(context, args).await,
         Command::Projections(command) => projections::run(context, command).await,
         Command::Parked(command) => parked::run(context, command).await,
+        Command::Positions(command) => positions::run(context, command).await,
         Command::Audit(command) => audit::run(context, command).await,
         Command::Verify => verify::run(context).await,
         Command::Stream(stream::StreamCommand::Show(args)) => stream::show(context, args).await,

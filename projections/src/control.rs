@@ -136,10 +136,12 @@ impl Control {
         let sql = "UPDATE kafold_projection \
                    SET next_generation = $2, last_generation = $2, next_fingerprint = NULL, \
                      next_requested_at = $3, next_takes_parked = $4, next_reason = NULL, \
-                     updated_at = $3 WHERE name = $1";
+                     resumptions = resumptions + $5, updated_at = $3 WHERE name = $1";
+        // After a reset of positions the live generation is the one that begins anew.
+        let resumed = i64::from(act.found.is_reset());
         either!(act.open.lend(), connection => {
             let query = sqlx::query(sql).bind(name).bind(next.int()).bind(Time(now));
-            query.bind(with_parked).execute(connection).await.map(drop)?;
+            query.bind(with_parked).bind(resumed).execute(connection).await.map(drop)?;
         });
         act.done("rebuild", by, json!({ "generation": next.0, "with_parked": with_parked }))
             .await?;
