@@ -196,7 +196,6 @@ async fn a_recreated_topic_is_begun_anew_with(database: String, folder: TempDir,
     service.stop().await;
     let listed = stack.says(&["projections", "list", "--json"]).json();
     assert_eq!((&listed[0]["state"], &listed[0]["generation"]), (&json!("running"), &json!(2)));
-    assert_eq!(listed[0]["lag_records"], 0, "{listed}");
     let verified = stack.says(&["verify", "--json"]).json();
     assert_eq!((&verified["events"], &verified["indexed_events"]), (&json!(3), &json!(3)));
     stack.says(&["audit", "verify"]).ok();

@@ -14,7 +14,7 @@ use crate::config::POLL_INTERVAL;
 use crate::error::not_read;
 use crate::event::{self, PARTITION};
 
-/// What to do about a place that is not of this file.
+/// The remedy for a place that is not of this file.
 const REMEDY: &str = "name the file that it was, or build what stores positions (checkpoints, snapshots) \
                       anew from this one with `kafold positions reset --reason TEXT`";
 

@@ -13,7 +13,7 @@ use crate::micros::{Time, to_micros};
 
 /// SHA-256.
 pub type Hash = [u8; 32];
-/// What stands in the place of a hash before the first row.
+/// The previous hash of the first row.
 pub const NO_HASH: Hash = [0; 32];
 
 /// Removes the triggers that keep `kafold_audit` from a prune on SQLite; [`SQLITE_KEEP`] makes them
@@ -71,7 +71,7 @@ pub fn hex(hash: &[u8]) -> String {
     hash.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
-/// How far the rows of before the chain are chained.
+/// The end of the chain while the rows of before the chain are added to it.
 struct Chained {
     count: i64,
     id: i64,

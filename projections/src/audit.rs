@@ -38,7 +38,7 @@ impl<'a> Act<'a> {
     }
 }
 
-/// Where the record begins and ends.
+/// The begin and the end of the record.
 #[derive(Debug, Clone, sqlx::FromRow)]
 struct Head {
     pruned_id: i64,
@@ -104,7 +104,7 @@ async fn lock_head(tx: &mut Transaction<'_>) -> Result<Head, sqlx::Error> {
     head.ok_or_else(|| sqlx::Error::Configuration(lost.into()))
 }
 
-/// What a verification of the record found.
+/// The result of a verification of the record.
 #[derive(Debug, Clone, Serialize)]
 pub struct AuditVerification {
     /// Rows on record.
@@ -242,7 +242,7 @@ struct Check {
     rows: i64,
     /// The row before: its number and its hash.
     last: (i64, Vec<u8>),
-    /// What the newest prune on record says of the last row that it removed.
+    /// The last row that the newest prune on record removed, and its hash.
     last_prune: Option<(i64, String)>,
     findings_total: u64,
     findings: Vec<String>,
@@ -352,7 +352,7 @@ impl Check {
     }
 }
 
-/// What the details of a prune say of the last row that it removed.
+/// The last row that a prune removed and its hash, by the details of the prune.
 fn pruned_to(details: &str) -> Option<(i64, String)> {
     let details: Value = serde_json::from_str(details).ok()?;
     Some((details["last_id"].as_i64()?, details["last_hash"].as_str()?.to_owned()))

@@ -1,8 +1,7 @@
 //! Resetting everything that stores positions of a log: the remedy when a log is not the one any more
 //! that it was (truncated, recreated, an older copy).
 //!
-//! What a position was of cannot be told from the rows that were made up to it, so everything is made
-//! again: the stream index is fed and every read model is built from the beginning of the log.
+//! Rows do not tell which log they were made from, so everything is made again: the stream index is fed and every read model is built from the beginning of the log.
 
 use std::time::Duration;
 
@@ -21,10 +20,10 @@ use crate::registry;
 use crate::sql::either;
 use crate::transaction::{OpenTransaction, Transaction};
 
-/// How long another process's use of a SQLite file is waited out before it is believed.
+/// The time within which another process may close a SQLite file before it counts as in use.
 const IN_USE_PATIENCE: Duration = Duration::from_secs(1);
 
-/// What the table `kafold_event` of a database is.
+/// The use of the table `kafold_event` in a database.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum EventTable {
     /// The stream index of a log on Kafka.
@@ -33,7 +32,7 @@ pub enum EventTable {
     Log,
 }
 
-/// What a reset of positions has done.
+/// The outcome of a reset of positions.
 #[derive(Debug, Clone, Default, Serialize)]
 pub struct PositionsReset {
     /// Events that were removed from the stream index; `None` where it is the log itself, and kept.

@@ -27,7 +27,7 @@ const SWITCH_POLL: Duration = Duration::from_millis(10);
 pub(crate) const SWITCH_LAG_MAX: i64 = 1_000;
 /// How long a change of views or tables waits for queries that are under way; then it is tried again.
 const SWITCH_LOCK_TIMEOUT: &str = "SET LOCAL lock_timeout = '2s'";
-/// What stands before the fingerprint of a projection whose positions were reset: its rows are those of a
+/// The mark before the fingerprint of a projection whose positions were reset: its rows are those of a
 /// log that is not there any more.
 const RESET: &str = "reset, was ";
 
@@ -82,7 +82,7 @@ async fn begin_anew(
     Ok(next)
 }
 
-/// Why a projection whose positions were reset does not run.
+/// The reason that a projection does not run whose positions were reset.
 fn reset_reason(found: &Found) -> String {
     let name = &found.name;
     match found.refuses_rebuild() {

@@ -49,6 +49,7 @@ pub(crate) async fn run(context: &mut Context, command: AuditCommand) -> Result<
             let row = |act: &kafold::projections::AuditEntry| {
                 let (projection, details) = (act.projection.clone(), act.details.clone());
                 [
+                    act.id.to_string(),
                     time(act.at),
                     act.actor.clone(),
                     act.action.clone(),
@@ -57,7 +58,7 @@ pub(crate) async fn run(context: &mut Context, command: AuditCommand) -> Result<
                 ]
             };
             let rows: Vec<_> = acts.iter().map(row).collect();
-            context.out.table(["AT", "WHO", "WHAT", "PROJECTION", "DETAILS"], &rows)
+            context.out.table(["ROW", "AT", "WHO", "WHAT", "PROJECTION", "DETAILS"], &rows)
         }
         AuditCommand::Verify => verify(context, &control.verify_audit().await?),
         AuditCommand::Prune { older_than, who } => {

@@ -88,7 +88,7 @@ static OS_USER: LazyLock<String> = LazyLock::new(|| {
     name.unwrap_or_else(|| format!("uid {}", uzers::get_current_uid()))
 });
 
-/// What `--actor` says, beside the user that says so.
+/// The claim of `--actor` beside the user that makes it.
 fn claimed(name: &str) -> Result<String, Infallible> {
     Ok(format!("{} (claimed: {name})", *OS_USER))
 }

@@ -1,4 +1,4 @@
-//! Which processes are up: nodes that speak on the replies topic, members of the log's consumer groups.
+//! The processes that are up: nodes that speak on the replies topic, members of the log's consumer groups.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -17,10 +17,10 @@ use crate::forward::nodes::{self, Announcement};
 use crate::forward::wire::{ReplyContent, ReplyRecord};
 use crate::reader::{ReadFailure, Reader};
 
-/// How long a fetch of announcements waits for new ones.
+/// The wait of a fetch for new announcements.
 const FETCH_WAIT: Duration = Duration::from_millis(5);
 
-/// Who uses a log now, as far as the brokers tell.
+/// The processes that use a log now, as far as the brokers tell.
 #[derive(Debug, Clone, Default)]
 pub struct Presence {
     /// Nodes that announced themselves within the last 10 s and did not say since that they end.
@@ -30,7 +30,7 @@ pub struct Presence {
 }
 
 impl Operator {
-    /// Who uses the log. A process that ended well is gone at once, one that was killed within 10 s, or
+    /// Returns the processes that use the log. A process that ended well is gone at once, one that was killed within 10 s, or
     /// the session timeout of its groups if that is longer.
     pub async fn presence(&self) -> Result<Presence, OpenError> {
         let doing = "asking who uses the log";
@@ -77,8 +77,7 @@ impl Operator {
     }
 }
 
-/// Where the announcements of the time that a silent node counts as up begin and end; `None` without a
-/// replies topic.
+/// The range of the announcements of the last 10 s; `None` without a replies topic.
 fn lately(operator: &Operator) -> KafkaResult<Option<(Offset, Offset)>> {
     let Operator { config, inquirer, clock } = operator;
     let topic = config.replies_topic();
