@@ -6,6 +6,7 @@ mod events;
 mod index;
 mod migrate;
 mod parked;
+mod positions;
 mod projections;
 mod status;
 mod stream;
@@ -33,7 +34,10 @@ pub(crate) enum Command {
     /// Tells which streams are set aside because an event of theirs failed, and has them retried or skipped.
     #[command(subcommand)]
     Parked(parked::ParkedCommand),
-    /// Tells who did what to projections.
+    /// Begins anew with a log that is not the one any more that positions in the database are of.
+    #[command(subcommand)]
+    Positions(positions::PositionsCommand),
+    /// Tells who did what to projections, and whether the record of it is whole.
     #[command(subcommand)]
     Audit(audit::AuditCommand),
     /// Folds the log again and compares: the stream index, and in a service's own program every read model.
@@ -65,6 +69,7 @@ pub(crate) async fn run(command: Command, context: &mut Context) -> Result<(), E
         Command::Top(args) => top::run(context, args).await,
         Command::Projections(command) => projections::run(context, command).await,
         Command::Parked(command) => parked::run(context, command).await,
+        Command::Positions(command) => positions::run(context, command).await,
         Command::Audit(command) => audit::run(context, command).await,
         Command::Verify => verify::run(context).await,
         Command::Index(index::IndexCommand::Rebuild { partition }) => {

@@ -149,7 +149,9 @@ async fn an_operator_parks_retries_rebuilds_and_verifies() {
     for act in ["retry", "pause", "rebuild", "resume", "switch"] {
         assert!(acts.contains(&&act.into()), "{act} is not in {audit}");
     }
-    assert_eq!(service.says(&["audit", "prune", "--older-than", "1"]).ok(), "0 acts removed\n");
+    service.says(&["audit", "prune", "--older-than", "1"]).only_says(2, &["--reason"]);
+    let prune = service.says(&["audit", "prune", "--older-than", "1", "--reason", "old"]);
+    assert_eq!(prune.ok(), "0 acts removed\n");
 
     let top = service.says(&["top", "--json", "--looks", "1"]).ok();
     let top: Value = serde_json::from_str(&top).expect("one line of JSON");

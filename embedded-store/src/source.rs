@@ -15,6 +15,10 @@ use crate::error::not_read;
 use crate::event::{self, PARTITION};
 use crate::guard;
 
+/// The remedy for a place that is not of this file.
+const REMEDY: &str = "name the file that it was, or build what stores positions (checkpoints, snapshots) \
+                      anew from this one with `kafold positions reset --reason TEXT`";
+
 /// Reads the log in a SQLite file, in order. Cheap to clone; clones share the names of readers.
 ///
 /// A reader is woken by commits of this process at once and sees those of other processes within
@@ -206,7 +210,7 @@ impl EmbeddedSubscription {
         if of_log != &**log_id {
             return diverged(format!(
                 "the reader stands in log {of_log:?}, the file holds log {log_id:?}: \
-                 it is another file, or it was recreated"
+                 it is another file, or it was recreated; {REMEDY}"
             ));
         }
         let end = event::end(database.readers()).await.map_err(not_read)?;
@@ -218,7 +222,7 @@ impl EmbeddedSubscription {
         if found.as_deref() != anchor {
             return diverged(format!(
                 "the reader has seen event {} at offset {before}, the file holds {}: \
-                 an older copy of it was put in its place",
+                 an older copy of it was put in its place; {REMEDY}",
                 anchor.unwrap_or("none"),
                 found.as_deref().unwrap_or("none"),
             ));
@@ -240,7 +244,7 @@ fn check_end(next: Offset, end: Offset) -> Result<(), ReadError> {
         format!("partition {PARTITION}"),
         format!(
             "the reader stands at {next}, the log ends at {end}: \
-             an older copy of the file was put in its place"
+             an older copy of the file was put in its place; {REMEDY}"
         ),
     ))
 }

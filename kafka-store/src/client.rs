@@ -129,6 +129,15 @@ impl Inquirer {
         Ok(brokers.map(|b| (b.id(), format!("{}:{}", b.host(), b.port()))).collect())
     }
 
+    /// The consumer groups of all brokers that this user may see, and how many members each has.
+    pub(crate) fn group_members(&self) -> KafkaResult<Vec<(String, usize)>> {
+        let groups = self.client.fetch_group_list(None, self.timeout);
+        self.serve();
+        let groups = groups?;
+        let groups = groups.groups().iter();
+        Ok(groups.map(|group| (group.name().to_owned(), group.members().len())).collect())
+    }
+
     /// The first and the next offset of a partition, asked of its leader.
     pub(crate) fn ends(&self, topic: &str, partition: Partition) -> KafkaResult<(Offset, Offset)> {
         self.ends_within(topic, partition, self.timeout)

@@ -59,7 +59,7 @@ pub enum IdentityError {
     },
     /// Records at the end were lost.
     #[error(
-        "{topic}/{partition} was truncated: it ends at offset {end}, but records below {stored} were read from it before. Restore the topic, or rebuild from this log what stores positions (index, checkpoints, snapshots), accepting the loss of the records"
+        "{topic}/{partition} was truncated: it ends at offset {end}, but records below {stored} were read from it before. Restore the topic, or accept the loss of the records: `kafold positions reset --reason TEXT` rebuilds from this log what stores positions (index, checkpoints, snapshots)"
     )]
     Truncated {
         /// The topic.
@@ -72,7 +72,7 @@ pub enum IdentityError {
         stored: Offset,
     },
     /// The topic was deleted and made again.
-    #[error("{topic}/{partition} was recreated: its first claim is {}, but the stored position {stored} comes from a log that began with claim {expected:016x}. Use the old topic, or another database for this one", found.map_or("absent".into(), |nonce| format!("{nonce:016x}")))]
+    #[error("{topic}/{partition} was recreated: its first claim is {}, but the stored position {stored} comes from a log that began with claim {expected:016x}. Use the old topic, or another database for this one, or `kafold positions reset --reason TEXT`, which rebuilds from this log what stores positions (index, checkpoints, snapshots)", found.map_or("absent".into(), |nonce| format!("{nonce:016x}")))]
     Recreated {
         /// The topic.
         topic: String,
@@ -86,7 +86,7 @@ pub enum IdentityError {
         stored: Offset,
     },
     /// The log went on from an older copy of itself.
-    #[error("{topic}/{partition} is an older copy that was written on: at offset {} stands {found}, but {expected} was read there before. Restore the newer copy, or rebuild from this log what stores positions (index, checkpoints, snapshots)", expected.offset)]
+    #[error("{topic}/{partition} is an older copy that was written on: at offset {} stands {found}, but {expected} was read there before. Restore the newer copy, or rebuild from this log what stores positions (index, checkpoints, snapshots): `kafold positions reset --reason TEXT`", expected.offset)]
     OlderCopy {
         /// The topic.
         topic: String,
@@ -255,7 +255,10 @@ mod tests {
 
     #[test]
     fn a_truncated_log_is_refused_but_may_be_a_stale_leader() {
-        let error = refused(|log| log.end = Offset(40), &["truncated", "offset 40", "below 41"]);
+        let error = refused(
+            |log| log.end = Offset(40),
+            &["truncated", "offset 40", "below 41", "kafold positions reset"],
+        );
         assert!(error.may_pass());
     }
 
@@ -263,7 +266,7 @@ mod tests {
     fn a_recreated_topic_is_refused() {
         let nonce = Nonce(8);
         let other = Some(LogIdentity { nonce, ..FIRST });
-        let words = ["recreated", "0000000000000008", "0000000000000007"];
+        let words = ["recreated", "0000000000000008", "0000000000000007", "kafold positions reset"];
         assert!(!refused(|log| log.first_claim = other, &words).may_pass());
         let empty = |log: &mut LogFacts| (log.first_claim, log.end) = (None, Offset(0));
         assert!(refused(empty, &["recreated", "absent"]).may_pass());
@@ -272,7 +275,7 @@ mod tests {
     #[test]
     fn an_older_copy_that_went_on_is_refused() {
         let found = Anchor { seq: 4, ..anchor() };
-        let words = ["older copy", "offset 40", "record 4 of epoch 2", "record 5 of epoch 2"];
+        let words = ["older copy", "offset 40", "record 4 of epoch 2", "record 5 of epoch 2", "kafold positions reset"];
         refused(|log| log.anchor = AnchorFound::Ours(found), &words);
         refused(|log| log.anchor = AnchorFound::Other, &["older copy", "not ours"]);
         refused(|log| log.anchor = AnchorFound::NotRead, &["older copy"]);

@@ -2,6 +2,7 @@
 //! joins a group or commits an offset, and only [`Operator::create_topics`] makes anything.
 
 mod api;
+mod presence;
 mod readable;
 
 use std::io;
@@ -17,6 +18,7 @@ use crate::judge::{self, Settings};
 use crate::topic::{self, Preparation};
 
 pub use api::BrokerApi;
+pub use presence::Presence;
 pub use readable::{PartitionFacts, ReadableLog};
 
 /// The version of the client library.

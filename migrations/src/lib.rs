@@ -7,6 +7,7 @@
 //!
 //! - [`database`]: opening either kind of database by its URL;
 //! - [`postgres`] and [`sqlite`]: pools with their limits; SQLite's one writer a file and process;
+//! - [`audit`]: the hash chain of `kafold_audit`;
 //! - [`identifier`]: names of tables and columns, and the only way here to SQL made at run time;
 //! - [`error`]: what is worth waiting for, and what is refused for good.
 //!
@@ -20,6 +21,7 @@
 //! # }
 //! ```
 
+pub mod audit;
 pub mod database;
 pub mod error;
 pub mod identifier;

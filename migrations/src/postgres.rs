@@ -7,6 +7,7 @@ use std::time::Duration;
 use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
 use sqlx::{Connection, PgConnection, PgPool};
 
+use crate::audit;
 use crate::database::Mode;
 use crate::error::{DatabaseError, is_transient, is_unknown_host};
 use crate::schema::{self, Applied, Standing};
@@ -123,6 +124,7 @@ async fn migrate(shown: &str, connection: &mut PgConnection) -> Result<(), Datab
         // `Migrator::run` is the same, but its future cannot be sent to another thread.
         let made = schema::postgres().run_direct(None, &mut *transaction, false).await;
         made.map_err(|error| DatabaseError::of_migration(error, failed, shown))?;
+        audit::chain_postgres(&mut transaction).await.map_err(failed)?;
     }
     transaction.commit().await.map_err(failed)
 }

@@ -17,6 +17,7 @@ use sqlx_core::transaction::TransactionManager;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tokio::time::timeout;
 
+use crate::audit;
 use crate::database::Mode;
 use crate::error::{DatabaseError, SqliteCode, is_transient};
 use crate::schema::{self, Applied, Standing};
@@ -363,6 +364,7 @@ async fn migrate(
         // `Migrator::run` is the same, but its future cannot be sent to another thread.
         let made = schema::sqlite().run_direct(None, &mut *transaction, false).await;
         made.map_err(|error| DatabaseError::of_migration(error, failed, url))?;
+        audit::chain_sqlite(&mut transaction).await.map_err(failed)?;
     }
     transaction.commit().await.map_err(failed)
 }

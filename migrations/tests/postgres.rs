@@ -63,6 +63,7 @@ async fn migrating_twice_and_at_once_makes_one_set_of_tables() {
     .expect("reads");
     let expected = [
         "audit",
+        "audit_head",
         "checkpoint",
         "event",
         "migrations",
@@ -85,7 +86,7 @@ async fn checking_creates_nothing_and_a_newer_schema_is_refused_by_name() {
     };
     let url = new_database(&server, "checking").await;
     let error = Database::open(&url, Mode::Check).await.expect_err("no tables");
-    assert!(matches!(error, DatabaseError::NotMigrated { found: 0, known: 11, .. }), "{error}");
+    assert!(matches!(error, DatabaseError::NotMigrated { found: 0, known: 13, .. }), "{error}");
 
     let database = open(&url).await;
     sqlx::query("INSERT INTO kafold_migrations VALUES (9999, 'later', now(), TRUE, '\\x00', 0)")
@@ -95,7 +96,7 @@ async fn checking_creates_nothing_and_a_newer_schema_is_refused_by_name() {
     for mode in [Mode::Check, Mode::Migrate] {
         let error = Database::open(&url, mode).await.expect_err("newer");
         assert!(
-            matches!(error, DatabaseError::NewerSchema { found: 9999, known: 11, .. }),
+            matches!(error, DatabaseError::NewerSchema { found: 9999, known: 13, .. }),
             "{error}"
         );
         assert!(error.to_string().contains("migrations_checking"), "{error}");

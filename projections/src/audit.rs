@@ -1,11 +1,28 @@
-//! The table `kafold_audit`: who did what to a projection, when and why.
+//! The tables `kafold_audit` and `kafold_audit_head`: who did what to a projection, when and why.
+//!
+//! The record is append-only and chained by [`kafold_migrations::audit`]. Every writer locks the one row
+//! of the head, so that no two rows follow the same one.
 
 use chrono::{DateTime, Utc};
+use kafold_core::store::ReadError;
+use kafold_migrations::Database;
+use kafold_migrations::audit::{AuditContent, NO_HASH, SQLITE_KEEP, SQLITE_LET_GO, hex};
 use kafold_migrations::micros::Time;
-use serde_json::Value;
+use serde::Serialize;
+use serde_json::{Value, json};
+use sqlx::Executor;
 
-use crate::sql::either;
-use crate::transaction::Transaction;
+use crate::control::{By, Control, ControlError};
+use crate::index::read_error;
+use crate::sql::{either, locking};
+use crate::transaction::{OpenTransaction, Transaction};
+
+/// Rows that a verification reads at a time.
+const PAGE_ROWS: i64 = 1_000;
+/// Findings of a verification that are kept; further ones are only counted.
+const FINDINGS_MAX: usize = 10;
+/// The action of the row that a prune leaves.
+const PRUNE: &str = "prune";
 
 /// One act, and who asked for it.
 #[derive(Debug, Clone, Copy)]
@@ -21,20 +38,329 @@ impl<'a> Act<'a> {
     }
 }
 
-/// Enters an act, in the transaction that does it.
+/// The begin and the end of the record.
+#[derive(Debug, Clone, sqlx::FromRow)]
+struct Head {
+    pruned_id: i64,
+    pruned_hash: Vec<u8>,
+    row_count: i64,
+    newest_id: i64,
+    newest_hash: Vec<u8>,
+}
+
+const SELECT_HEAD: &str = "SELECT pruned_id, pruned_hash, row_count, newest_id, newest_hash \
+                           FROM kafold_audit_head";
+
+/// Enters an act, in the transaction that does it. `projection` is `None` for an act on all of them.
 pub(crate) async fn add(
     tx: &mut Transaction<'_>,
     act: Act<'_>,
-    projection: &str,
+    projection: Option<&str>,
     details: Value,
     now: DateTime<Utc>,
 ) -> Result<(), sqlx::Error> {
-    let sql = "INSERT INTO kafold_audit (at, actor, action, projection, details) \
-               VALUES ($1, $2, $3, $4, $5)";
-    let details = (!details.is_null()).then(|| details.to_string());
+    let head = lock_head(tx).await?;
+    add_behind(tx, head, act, projection, details, now).await
+}
+
+async fn add_behind(
+    tx: &mut Transaction<'_>,
+    head: Head,
+    act: Act<'_>,
+    projection: Option<&str>,
+    details: Value,
+    now: DateTime<Utc>,
+) -> Result<(), sqlx::Error> {
+    let row = AuditContent {
+        id: head.newest_id.saturating_add(1),
+        at: now,
+        actor: act.actor.to_owned(),
+        action: act.action.to_owned(),
+        projection: projection.map(str::to_owned),
+        details: (!details.is_null()).then(|| details.to_string()),
+    };
+    let hash = row.hash(&head.newest_hash).to_vec();
+    let insert = "INSERT INTO kafold_audit \
+                    (id, at, actor, action, projection, details, previous_hash, hash) \
+                  VALUES ($1, $2, $3, $4, $5, $6, $7, $8)";
+    let advance = "UPDATE kafold_audit_head \
+                   SET row_count = row_count + 1, newest_id = $1, newest_hash = $2";
     either!(tx, connection => {
-        let query = sqlx::query(sql).bind(Time(now)).bind(act.actor).bind(act.action);
-        let query = query.bind(projection).bind(details);
+        let query = sqlx::query(insert).bind(row.id).bind(Time(now)).bind(row.actor);
+        let query = query.bind(row.action).bind(row.projection).bind(row.details);
+        query.bind(head.newest_hash).bind(&hash).execute(&mut **connection).await?;
+        let query = sqlx::query(advance).bind(row.id).bind(hash);
         query.execute(&mut **connection).await.map(drop)
     })
+}
+
+/// The head, locked until the end of the transaction. Nothing else is locked behind it.
+async fn lock_head(tx: &mut Transaction<'_>) -> Result<Head, sqlx::Error> {
+    let sql = locking(tx, SELECT_HEAD, " FOR UPDATE");
+    let head: Option<Head> =
+        either!(tx, connection => sqlx::query_as(sql).fetch_optional(&mut **connection).await?);
+    let lost = "the table kafold_audit_head has lost its row, so that no act can be entered in \
+                kafold_audit: restore both tables from a copy of the database";
+    head.ok_or_else(|| sqlx::Error::Configuration(lost.into()))
+}
+
+/// The result of a verification of the record.
+#[derive(Debug, Clone, Serialize)]
+pub struct AuditVerification {
+    /// Rows on record.
+    pub rows: u64,
+    /// The number of the newest row that a prune has removed; 0 if none.
+    pub pruned_to: i64,
+    /// The number of the newest row; 0 if there was none ever.
+    pub newest: i64,
+    /// Its hash. Kept elsewhere, it proves later that the rows up to this one are the same.
+    pub newest_hash: String,
+    /// How many findings there are.
+    pub findings_total: u64,
+    /// The first ten findings, each a sentence that names the row.
+    pub findings: Vec<String>,
+}
+
+impl Control {
+    /// Removes the oldest acts from the record, up to the first one that is not older than `before`, and
+    /// leaves a row that tells how many and why. Returns how many; of none there is no row.
+    ///
+    /// Takes a reason. Events and checkpoints are never removed by age; what is skipped stays as long as
+    /// its generation, because it says what is not in the rows.
+    pub async fn prune(&self, before: DateTime<Utc>, by: By<'_>) -> Result<u64, ControlError> {
+        let reason = by.reason_for("to remove acts from the record")?;
+        let mut open = OpenTransaction::begin(&self.database).await?;
+        let tx = &mut open.lend();
+        let mut head = lock_head(tx).await?;
+        let Some((last, hash)) = last_older(tx, before).await? else {
+            open.rollback().await?;
+            return Ok(0);
+        };
+        let pruned = delete_up_to(tx, last).await?;
+        let sql = "UPDATE kafold_audit_head \
+                   SET pruned_id = $1, pruned_hash = $2, row_count = row_count - $3";
+        either!(tx, connection => {
+            let query = sqlx::query(sql).bind(last).bind(&hash).bind(pruned);
+            query.execute(&mut **connection).await.map(drop)?;
+        });
+        head.row_count -= pruned;
+        let details = json!({
+            "rows": pruned, "before": before, "last_id": last, "last_hash": hex(&hash),
+            "reason": reason,
+        });
+        let act = Act { actor: by.actor, action: PRUNE };
+        add_behind(tx, head, act, None, details, self.clock.now()).await?;
+        open.commit().await?;
+        Ok(pruned.unsigned_abs())
+    }
+
+    /// Checks every row of the record against its hash, against the row before it and against the head,
+    /// in one snapshot of the database.
+    pub async fn verify_audit(&self) -> Result<AuditVerification, ReadError> {
+        self.check_chain().await.map_err(read_error)
+    }
+
+    async fn check_chain(&self) -> Result<AuditVerification, sqlx::Error> {
+        match &self.database {
+            Database::Postgres(database) => {
+                let begin = "BEGIN ISOLATION LEVEL REPEATABLE READ, READ ONLY";
+                let mut transaction = database.pool().begin_with(begin).await?;
+                check_in(&mut Transaction::Postgres(&mut transaction)).await
+            }
+            Database::Sqlite(database) => {
+                let mut transaction = database.readers().begin().await?;
+                check_in(&mut Transaction::Sqlite(&mut transaction)).await
+            }
+        }
+    }
+}
+
+/// The last of the oldest rows that are all older, with its hash.
+async fn last_older(
+    tx: &mut Transaction<'_>,
+    before: DateTime<Utc>,
+) -> Result<Option<(i64, Vec<u8>)>, sqlx::Error> {
+    let sql = "SELECT id, hash FROM kafold_audit \
+               WHERE hash IS NOT NULL \
+                 AND id < COALESCE((SELECT MIN(id) FROM kafold_audit WHERE at >= $1), id + 1) \
+               ORDER BY id DESC LIMIT 1";
+    either!(tx, connection => {
+        sqlx::query_as(sql).bind(Time(before)).fetch_optional(&mut **connection).await
+    })
+}
+
+/// Returns how many rows there were.
+async fn delete_up_to(tx: &mut Transaction<'_>, last: i64) -> Result<i64, sqlx::Error> {
+    let sql = "DELETE FROM kafold_audit WHERE id <= $1";
+    let deleted = match tx {
+        Transaction::Postgres(connection) => {
+            connection.execute("SET LOCAL kafold.audit_prune = 'on'").await?;
+            let deleted = sqlx::query(sql).bind(last).execute(&mut **connection).await?;
+            connection.execute("SET LOCAL kafold.audit_prune = 'off'").await?;
+            deleted.rows_affected()
+        }
+        Transaction::Sqlite(connection) => {
+            connection.execute(sqlx::raw_sql(SQLITE_LET_GO)).await?;
+            let deleted = sqlx::query(sql).bind(last).execute(&mut **connection).await?;
+            connection.execute(sqlx::raw_sql(SQLITE_KEEP)).await?;
+            deleted.rows_affected()
+        }
+    };
+    Ok(i64::try_from(deleted).unwrap_or(i64::MAX))
+}
+
+async fn check_in(tx: &mut Transaction<'_>) -> Result<AuditVerification, sqlx::Error> {
+    let head: Option<Head> = either!(tx, connection => {
+        sqlx::query_as(SELECT_HEAD).fetch_optional(&mut **connection).await?
+    });
+    let sql = "SELECT id, at, actor, action, projection, details, previous_hash, hash \
+               FROM kafold_audit WHERE id > $1 ORDER BY id LIMIT $2";
+    let mut check = Check::new(head);
+    let mut from = i64::MIN;
+    loop {
+        let page: Vec<AuditRow> = either!(tx, connection => {
+            let query = sqlx::query_as(sql).bind(from).bind(PAGE_ROWS);
+            query.fetch_all(&mut **connection).await?
+        });
+        let Some(last) = page.last() else { return Ok(check.end()) };
+        from = last.content.id;
+        page.iter().for_each(|row| check.row(row));
+    }
+}
+
+#[derive(Debug, Clone, sqlx::FromRow)]
+struct AuditRow {
+    #[sqlx(flatten)]
+    content: AuditContent,
+    previous_hash: Option<Vec<u8>>,
+    hash: Option<Vec<u8>>,
+}
+
+/// Follows the chain row by row.
+struct Check {
+    head: Option<Head>,
+    rows: i64,
+    /// The row before: its number and its hash.
+    last: (i64, Vec<u8>),
+    /// The last row that the newest prune on record removed, and its hash.
+    last_prune: Option<(i64, String)>,
+    findings_total: u64,
+    findings: Vec<String>,
+}
+
+impl Check {
+    fn new(head: Option<Head>) -> Self {
+        let begin = head.as_ref().map(|head| (head.pruned_id, head.pruned_hash.clone()));
+        Self {
+            head,
+            rows: 0,
+            last: begin.unwrap_or((0, NO_HASH.to_vec())),
+            last_prune: None,
+            findings_total: 0,
+            findings: Vec::new(),
+        }
+    }
+
+    fn finding(&mut self, finding: String) {
+        self.findings_total += 1;
+        if self.findings.len() < FINDINGS_MAX {
+            self.findings.push(finding);
+        }
+    }
+
+    fn row(&mut self, row: &AuditRow) {
+        self.rows += 1;
+        let AuditRow { content, previous_hash, hash } = row;
+        let AuditContent { id, actor, action, .. } = content;
+        let (Some(previous), Some(hash)) = (previous_hash, hash) else {
+            return self.finding(format!(
+                "row {id} ({action} by {actor}) has no hash: it was inserted by hand"
+            ));
+        };
+        let (last, ref last_hash) = self.last;
+        let is_linked = previous == last_hash;
+        if content.hash(previous) != **hash {
+            self.finding(format!(
+                "row {id} ({action} by {actor}) was altered, or inserted by hand: its content does \
+                 not give its hash"
+            ));
+        } else if !is_linked && *id > last.saturating_add(1) {
+            self.finding(removed(last, id - 1));
+        } else if !is_linked {
+            self.finding(format!(
+                "row {id} ({action} by {actor}) does not follow row {last}: one of the two was \
+                 altered or inserted by hand"
+            ));
+        }
+        if action == PRUNE {
+            self.last_prune =
+                content.details.as_deref().and_then(pruned_to).or(self.last_prune.take());
+        }
+        self.last = (*id, hash.clone());
+    }
+
+    /// Compares the end of the chain with the head.
+    fn end(mut self) -> AuditVerification {
+        let Some(head) = self.head.clone() else {
+            self.finding(
+                "kafold_audit_head has lost its row: nothing says how many rows there were".into(),
+            );
+            return self.verification(0, 0, &NO_HASH);
+        };
+        let Head { pruned_id, pruned_hash, row_count, newest_id, newest_hash } = head;
+        let (last, last_hash) = self.last.clone();
+        if self.rows == 0 && row_count > 0 {
+            self.finding(format!(
+                "all rows were removed: there were {row_count}, up to row {newest_id}"
+            ));
+        } else if last < newest_id {
+            self.finding(format!("the newest rows were removed: {}", removed(last, newest_id)));
+        } else if last > newest_id {
+            self.finding(format!(
+                "row {last} was inserted by hand: the newest row is {newest_id} by kafold_audit_head"
+            ));
+        } else if last_hash != newest_hash {
+            self.finding(format!(
+                "row {last} was altered: kafold_audit_head has another hash of it"
+            ));
+        }
+        if self.findings.is_empty() && self.rows != row_count {
+            let rows = self.rows;
+            self.finding(format!("there are {rows} rows, and {row_count} by kafold_audit_head"));
+        }
+        let is_on_record = match &self.last_prune {
+            Some((id, hash)) => (*id, hash) == (pruned_id, &hex(&pruned_hash)),
+            None => (pruned_id, &*pruned_hash) == (0, &NO_HASH[..]),
+        };
+        if !is_on_record {
+            self.finding(format!(
+                "the rows up to row {pruned_id} were removed, and no prune is on record for them"
+            ));
+        }
+        self.verification(pruned_id, newest_id, &newest_hash)
+    }
+
+    fn verification(self, pruned_to: i64, newest: i64, newest_hash: &[u8]) -> AuditVerification {
+        AuditVerification {
+            rows: self.rows.unsigned_abs(),
+            pruned_to,
+            newest,
+            newest_hash: hex(newest_hash),
+            findings_total: self.findings_total,
+            findings: self.findings,
+        }
+    }
+}
+
+/// The last row that a prune removed and its hash, by the details of the prune.
+fn pruned_to(details: &str) -> Option<(i64, String)> {
+    let details: Value = serde_json::from_str(details).ok()?;
+    Some((details["last_id"].as_i64()?, details["last_hash"].as_str()?.to_owned()))
+}
+
+fn removed(before: i64, last: i64) -> String {
+    match before.saturating_add(1) {
+        first if first == last => format!("row {first} was removed"),
+        first => format!("rows {first} to {last} were removed"),
+    }
 }

@@ -23,10 +23,18 @@ use crate::transaction::OpenTransaction;
 /// Who asks, and why.
 #[derive(Debug, Clone, Copy)]
 pub struct By<'a> {
-    /// A person or a program.
+    /// A person or a program, as the record is to name it.
     pub actor: &'a str,
     /// Why.
     pub reason: Option<&'a str>,
+}
+
+impl<'a> By<'a> {
+    /// The reason of an act that may not be done without one.
+    pub(crate) fn reason_for(&self, act: &str) -> Result<&'a str, ControlError> {
+        let reason = self.reason.filter(|reason| !reason.trim().is_empty());
+        reason.ok_or_else(|| ControlError::Refused(format!("{act} takes a reason")))
+    }
 }
 
 /// Why an act was not done.
@@ -128,10 +136,12 @@ impl Control {
         let sql = "UPDATE kafold_projection \
                    SET next_generation = $2, last_generation = $2, next_fingerprint = NULL, \
                      next_requested_at = $3, next_takes_parked = $4, next_reason = NULL, \
-                     updated_at = $3 WHERE name = $1";
+                     resumptions = resumptions + $5, updated_at = $3 WHERE name = $1";
+        // After a reset of positions the live generation is the one that begins anew.
+        let resumed = i64::from(act.found.is_reset());
         either!(act.open.lend(), connection => {
             let query = sqlx::query(sql).bind(name).bind(next.int()).bind(Time(now));
-            query.bind(with_parked).execute(connection).await.map(drop)?;
+            query.bind(with_parked).bind(resumed).execute(connection).await.map(drop)?;
         });
         act.done("rebuild", by, json!({ "generation": next.0, "with_parked": with_parked }))
             .await?;
@@ -160,7 +170,7 @@ impl Control {
     /// being built, as far as they have not come to it; and has the projection go on if it has
     /// stopped there. What is parked is skipped with [`Control::skip_parked`].
     pub async fn skip(&self, name: &str, at: Position, by: By<'_>) -> Result<(), ControlError> {
-        let reason = reason_of(by)?;
+        let reason = by.reason_for("to skip an event")?;
         let mut act = self.begin(name).await?;
         let now = act.now;
         let sql = "INSERT INTO kafold_skipped_event \
@@ -224,7 +234,7 @@ impl Control {
         stream: &StreamId,
         by: By<'_>,
     ) -> Result<u64, ControlError> {
-        let reason = reason_of(by)?;
+        let reason = by.reason_for("to skip an event")?;
         let names = self.one_or_all(name).await?;
         let mut count = 0;
         for name in &names {
@@ -247,7 +257,7 @@ impl Control {
         before: DateTime<Utc>,
         by: By<'_>,
     ) -> Result<u64, ControlError> {
-        let reason = reason_of(by)?;
+        let reason = by.reason_for("to skip an event")?;
         let mut count = 0;
         for name in &self.names().await? {
             let mut act = self.begin(name).await?;
@@ -260,18 +270,6 @@ impl Control {
             count += events;
         }
         Ok(count)
-    }
-
-    /// Removes audit rows that are older. Events and checkpoints are never removed by age; what is
-    /// skipped stays as long as its generation, because it says what is not in the rows.
-    pub async fn prune(&self, before: DateTime<Utc>) -> Result<u64, ControlError> {
-        let mut open = OpenTransaction::begin(&self.database).await?;
-        let sql = "DELETE FROM kafold_audit WHERE at < $1";
-        let pruned = either!(open.lend(), connection => {
-            sqlx::query(sql).bind(Time(before)).execute(connection).await?.rows_affected()
-        });
-        open.commit().await?;
-        Ok(pruned)
     }
 
     async fn one_or_all(&self, name: Option<&str>) -> Result<Vec<String>, sqlx::Error> {
@@ -298,12 +296,6 @@ impl Control {
         };
         Ok(Acting { open, found, now: self.clock.now() })
     }
-}
-
-/// What may not be done without saying why.
-fn reason_of<'a>(by: By<'a>) -> Result<&'a str, ControlError> {
-    let reason = by.reason.filter(|reason| !reason.trim().is_empty());
-    reason.ok_or_else(|| ControlError::Refused("to skip an event takes a reason".to_owned()))
 }
 
 fn not_parked(stream: &StreamId, name: Option<&str>) -> ControlError {
@@ -423,7 +415,7 @@ impl Acting {
             details.insert("reason".to_owned(), reason.into());
         }
         let act = Act { actor: by.actor, action };
-        audit::add(&mut self.open.lend(), act, &self.found.name, details, self.now).await?;
+        audit::add(&mut self.open.lend(), act, Some(&self.found.name), details, self.now).await?;
         self.open.commit().await?;
         Ok(true)
     }

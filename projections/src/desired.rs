@@ -10,7 +10,7 @@ use tokio::sync::watch;
 
 use crate::generation::Generation;
 use crate::parked;
-use crate::registry::State;
+use crate::registry::{self, State};
 use crate::sql::reading;
 use crate::worker::Context;
 
@@ -23,6 +23,8 @@ pub(crate) struct Desired {
     pub(crate) live: Generation,
     /// The generation to build.
     pub(crate) next: Option<Generation>,
+    /// Whether its positions were reset: the live generation begins anew, as the next one.
+    pub(crate) is_reset: bool,
     /// By which definition, once somebody has begun.
     pub(crate) next_fingerprint: Option<String>,
     /// Why the rebuild does not go on, as it is written down.
@@ -68,6 +70,7 @@ pub(crate) async fn poll(context: Context, told: watch::Sender<AllDesired>) {
 struct AskedRow {
     name: String,
     live_generation: i32,
+    fingerprint: String,
     next_generation: Option<i32>,
     next_fingerprint: Option<String>,
     next_reason: Option<String>,
@@ -80,8 +83,8 @@ struct AskedRow {
 
 async fn all(database: &Database) -> Result<HashMap<String, Desired>, sqlx::Error> {
     // Most of the time this is all there is to ask.
-    let sql = "SELECT name, live_generation, next_generation, next_fingerprint, next_reason, \
-                 desired_state, resumptions, \
+    let sql = "SELECT name, live_generation, fingerprint, next_generation, next_fingerprint, \
+                 next_reason, desired_state, resumptions, \
                  EXISTS (SELECT 1 FROM kafold_parked_event WHERE retry) AS has_retries, \
                  EXISTS (SELECT 1 FROM kafold_skipped_event) AS has_skips \
                FROM kafold_projection";
@@ -141,6 +144,7 @@ fn desired(row: AskedRow) -> (String, Desired) {
     let desired = Desired {
         live: Generation::of(row.live_generation),
         next: row.next_generation.map(Generation::of),
+        is_reset: registry::is_reset(&row.fingerprint),
         next_fingerprint: row.next_fingerprint,
         next_reason: row.next_reason,
         is_paused: row.desired_state == State::Paused.text(),

@@ -29,7 +29,8 @@
 //! - [`read_model`], [`projection`], [`transaction`]: what a service author writes;
 //! - [`worker`], [`handle`], [`config`], [`status`], [`wait`]: running it, and how it fares;
 //! - [`query`]: typed reads;
-//! - [`index`], [`snapshot`]: core's seams in SQL.
+//! - [`index`], [`snapshot`]: core's seams in SQL;
+//! - [`control`], [`overview`], [`verify`], [`positions`]: what operators ask.
 //!
 //! Inside: `runner` is the loop of one projection, `reader` the pump from the source to it,
 //! `checkpoint`, `registry` and `table` hold the queries of one table each.
@@ -48,6 +49,7 @@ pub mod index;
 mod memory;
 pub mod overview;
 mod parked;
+pub mod positions;
 pub mod projection;
 pub mod query;
 pub mod read_model;
@@ -65,6 +67,7 @@ pub mod verify;
 pub mod wait;
 pub mod worker;
 
+pub use audit::AuditVerification;
 pub use config::{FaultPolicy, ProjectionConfig};
 pub use control::{By, Control, ControlError};
 pub use definition::NAME_CHARS_MAX;
@@ -72,6 +75,7 @@ pub use generation::Generation;
 pub use handle::Projections;
 pub use index::SqlIndex;
 pub use overview::{AuditEntry, Overview, OverviewState, ParkedStream};
+pub use positions::{EventTable, PositionsReset, ResetProjection};
 pub use projection::{HandlerError, Projection, ProjectionBatch, UnreadableEvent};
 pub use query::{Freshness, Query};
 pub use read_model::ReadModel;

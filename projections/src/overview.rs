@@ -163,6 +163,8 @@ impl From<Vec<u8>> for Payload {
 /// An act that is on record.
 #[derive(Debug, Clone, Serialize, sqlx::FromRow)]
 pub struct AuditEntry {
+    /// The number of its row.
+    pub id: i64,
     /// When.
     #[sqlx(try_from = "Time")]
     pub at: DateTime<Utc>,
@@ -294,7 +296,7 @@ impl Control {
         name: Option<&str>,
         limit: u32,
     ) -> Result<Vec<AuditEntry>, ReadError> {
-        let sql = "SELECT at, actor, action, projection, details FROM kafold_audit \
+        let sql = "SELECT id, at, actor, action, projection, details FROM kafold_audit \
                    WHERE $1 IS NULL OR projection = $1 ORDER BY id DESC LIMIT $2";
         reading!(&self.database, pool => {
             sqlx::query_as(sql).bind(name).bind(i64::from(limit)).fetch_all(pool).await

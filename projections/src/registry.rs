@@ -27,6 +27,9 @@ const SWITCH_POLL: Duration = Duration::from_millis(10);
 pub(crate) const SWITCH_LAG_MAX: i64 = 1_000;
 /// How long a change of views or tables waits for queries that are under way; then it is tried again.
 const SWITCH_LOCK_TIMEOUT: &str = "SET LOCAL lock_timeout = '2s'";
+/// The mark before the fingerprint of a projection whose positions were reset: its rows are those of a
+/// log that is not there any more.
+const RESET: &str = "reset, was ";
 
 /// Enters the projection and makes its tables when it is new; else demands that its definition is
 /// the one its rows were built by. Answers the live generation.
@@ -47,6 +50,7 @@ pub(crate) async fn register(
             insert(tx, definition, now).await?;
             Generation::FIRST
         }
+        Some(found) if found.is_reset() => begin_anew(tx, handler, &found, now).await?,
         Some(found) => {
             check(tx, definition, &found).await?;
             handler.setup(found.live(), tx).await?;
@@ -56,6 +60,63 @@ pub(crate) async fn register(
     };
     open.commit().await?;
     Ok(generation)
+}
+
+/// Makes the generation that a reset of positions asked for the live one at once, empty: the rows of
+/// before are no progress that anything could be compared with.
+async fn begin_anew(
+    tx: &mut Transaction<'_>,
+    handler: &dyn Handler,
+    found: &Found,
+    now: DateTime<Utc>,
+) -> Result<Generation, ApplyError> {
+    let definition = handler.definition();
+    if definition.tables.is_empty() {
+        return Err(refused(reset_reason(found)));
+    }
+    let Some(next) = found.next() else { return Err(refused(reset_reason(found))) };
+    handler.setup(next, tx).await?;
+    set_builder(tx, definition).await?;
+    switch_views(tx, definition, found, next).await?;
+    finish_switch(tx, &definition.name, found, next, now).await?;
+    Ok(next)
+}
+
+/// The reason that a projection does not run whose positions were reset.
+fn reset_reason(found: &Found) -> String {
+    let name = &found.name;
+    match found.refuses_rebuild() {
+        Some(reason) => format!("the positions of projection {name} were reset; {reason}"),
+        None => format!(
+            "the positions of projection {name} were reset: a worker builds it anew from the beginning \
+             of the log when it starts, unless the rebuild was given up; \
+             `kafold projections rebuild {name}` asks for it again"
+        ),
+    }
+}
+
+/// Has the rows of a projection built anew by the next worker that starts, and used by none until then.
+/// `None`: it names no tables, and is only kept from running.
+pub(crate) async fn reset(
+    tx: &mut Transaction<'_>,
+    found: &Found,
+    now: DateTime<Utc>,
+) -> Result<Option<Generation>, sqlx::Error> {
+    let is_rebuilt = found.refuses_rebuild().is_none();
+    let next = is_rebuilt.then(|| Generation::of(found.last_generation.saturating_add(1)));
+    let sql = "UPDATE kafold_projection \
+               SET fingerprint = $2, next_generation = $3, \
+                   last_generation = COALESCE($3, last_generation), next_fingerprint = NULL, \
+                   next_requested_at = $4, next_takes_parked = $5, next_reason = NULL, \
+                   resumptions = resumptions + 1, actual_state = 'stopped', \
+                   actual_state_reason = $6, updated_at = $4 WHERE name = $1";
+    let fingerprint = format!("{RESET}{}", found.built_by());
+    either!(tx, connection => {
+        let query = sqlx::query(sql).bind(&found.name).bind(fingerprint);
+        let query = query.bind(next.map(Generation::int)).bind(Time(now)).bind(false);
+        query.bind(reset_reason(found)).execute(&mut **connection).await.map(drop)?;
+    });
+    Ok(next)
 }
 
 /// What `kafold_projection.actual_state` says.
@@ -160,15 +221,20 @@ pub(crate) async fn begin_build(
         return Err(refused(no_tables(&definition.name)));
     }
     handler.setup(next, tx).await?;
-    let sql = "UPDATE kafold_projection SET next_fingerprint = $2, next_reason = NULL \
-               WHERE name = $1";
-    let (name, fingerprint) = (&definition.name, &definition.fingerprint);
-    either!(tx, connection => {
-        let query = sqlx::query(sql).bind(name).bind(fingerprint);
-        query.execute(&mut **connection).await.map(drop)?;
-    });
+    set_builder(tx, definition).await?;
     open.commit().await?;
     Ok(true)
+}
+
+/// Writes down by which definition the next generation is built.
+async fn set_builder(tx: &mut Transaction<'_>, definition: &Definition) -> Result<(), sqlx::Error> {
+    let sql = "UPDATE kafold_projection SET next_fingerprint = $2, next_reason = NULL \
+               WHERE name = $1";
+    let Definition { name, fingerprint, .. } = definition;
+    either!(tx, connection => {
+        let query = sqlx::query(sql).bind(name).bind(fingerprint);
+        query.execute(&mut **connection).await.map(drop)
+    })
 }
 
 /// Whether a generation is live or being built, which stays so until the end of the transaction.
@@ -176,8 +242,10 @@ pub(crate) async fn is_wanted(
     tx: &mut Transaction<'_>,
     target: Target<'_>,
 ) -> Result<bool, sqlx::Error> {
+    // The rows that were live before a reset are no one's to write.
     let select = "SELECT 1 FROM kafold_projection \
-                  WHERE name = $1 AND $2 IN (live_generation, next_generation)";
+                  WHERE name = $1 AND $2 IN (live_generation, next_generation) \
+                    AND ($2 <> live_generation OR fingerprint NOT LIKE 'reset, was %')";
     let sql = locking(tx, select, " FOR SHARE");
     let found: Option<i32> = either!(tx, connection => {
         let query = sqlx::query_scalar(sql).bind(target.name).bind(target.generation.int());
@@ -244,13 +312,22 @@ async fn switch_in(
     if parked > 0 && !found.next_takes_parked {
         return Ok(Switched::Parked(parked));
     }
+    switch_views(tx, definition, &found, next).await?;
+    finish_switch(tx, name, &found, next, clock.now()).await?;
+    Ok(Switched::Done)
+}
+
+async fn switch_views(
+    tx: &mut Transaction<'_>,
+    definition: &Definition,
+    found: &Found,
+    next: Generation,
+) -> Result<(), sqlx::Error> {
     if let Transaction::Postgres(connection) = tx {
         sqlx::query(SWITCH_LOCK_TIMEOUT).execute(&mut **connection).await?;
     }
     let same_columns = columns_of(&found.fingerprint) == columns_of(&definition.fingerprint);
-    generation::switch_views(tx, definition, next, same_columns).await?;
-    finish_switch(tx, name, &found, next, clock.now()).await?;
-    Ok(Switched::Done)
+    generation::switch_views(tx, definition, next, same_columns).await
 }
 
 async fn finish_switch(
@@ -273,7 +350,7 @@ async fn finish_switch(
     });
     forget(tx, name, next).await?;
     let details = serde_json::json!({ "from": found.live().0, "to": next.0 });
-    audit::add(tx, Act::by_worker("switch"), name, details, now).await
+    audit::add(tx, Act::by_worker("switch"), Some(name), details, now).await
 }
 
 /// Removes what the tables of kafold hold of all generations but the live one. None comes back: who
@@ -316,7 +393,7 @@ pub(crate) async fn drop_stale(
 
 /// One registration, build or switch at a time: two processes that start at once make each table
 /// once.
-async fn lock(tx: &mut Transaction<'_>) -> Result<(), sqlx::Error> {
+pub(crate) async fn lock(tx: &mut Transaction<'_>) -> Result<(), sqlx::Error> {
     let Transaction::Postgres(connection) = tx else { return Ok(()) };
     let lock = "SELECT pg_advisory_xact_lock(hashtextextended('kafold/projections', 0))";
     sqlx::query(lock).execute(&mut **connection).await.map(drop)
@@ -351,10 +428,20 @@ impl Found {
         self.desired_state == State::Paused.text()
     }
 
+    /// Whether its positions were reset, and no worker has begun to build it anew.
+    pub(crate) fn is_reset(&self) -> bool {
+        is_reset(&self.fingerprint)
+    }
+
+    /// The fingerprint of the definition that its rows were built by.
+    fn built_by(&self) -> &str {
+        self.fingerprint.strip_prefix(RESET).unwrap_or(&self.fingerprint)
+    }
+
     /// Why it cannot be rebuilt, if it is written by hand into tables that it does not name.
     pub(crate) fn refuses_rebuild(&self) -> Option<String> {
-        let names_none =
-            self.fingerprint.starts_with("projection v") && self.fingerprint.ends_with(": ");
+        let built_by = self.built_by();
+        let names_none = built_by.starts_with("projection v") && built_by.ends_with(": ");
         names_none.then(|| no_tables(&self.name))
     }
 }
@@ -364,14 +451,29 @@ pub(crate) async fn find(
     tx: &mut Transaction<'_>,
     name: &str,
 ) -> Result<Option<Found>, sqlx::Error> {
-    let select = "SELECT name, live_generation, last_generation, fingerprint, next_generation, \
-                    next_fingerprint, next_requested_at, next_takes_parked, next_reason, \
-                    desired_state, actual_state \
-                  FROM kafold_projection WHERE name = $1";
-    let sql = locking(tx, select, " FOR UPDATE");
+    let sql = locking(tx, FIND, " FOR UPDATE");
     either!(tx, connection => {
         sqlx::query_as(sql).bind(name).fetch_optional(&mut **connection).await
     })
+}
+
+/// The rows of all projections, by name, locked until the end of the transaction.
+pub(crate) async fn find_all(tx: &mut Transaction<'_>) -> Result<Vec<Found>, sqlx::Error> {
+    let sql = locking(tx, FIND, " FOR UPDATE");
+    either!(tx, connection => {
+        sqlx::query_as(sql).bind(None::<&str>).fetch_all(&mut **connection).await
+    })
+}
+
+/// Of one projection, or of all.
+const FIND: &str = "SELECT name, live_generation, last_generation, fingerprint, next_generation, \
+                      next_fingerprint, next_requested_at, next_takes_parked, next_reason, \
+                      desired_state, actual_state \
+                    FROM kafold_projection WHERE name = COALESCE($1, name) ORDER BY name";
+
+/// Whether a fingerprint is that of a projection whose positions were reset.
+pub(crate) fn is_reset(fingerprint: &str) -> bool {
+    fingerprint.starts_with(RESET)
 }
 
 fn no_tables(name: &str) -> String {

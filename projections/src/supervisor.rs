@@ -142,7 +142,9 @@ impl Supervisor {
             }
         }
         let is_resumed = |stopped: &Stopped| stopped.resumptions < resumptions;
-        let is_known = |retired: &Generation| desired.is_none_or(|all| all.live != *retired);
+        let is_known = |retired: &Generation| {
+            desired.is_none_or(|desired| desired.live != *retired || desired.is_reset)
+        };
         if self.live.is_none()
             && self.live_stopped.as_ref().is_none_or(is_resumed)
             && self.live_retired.as_ref().is_none_or(is_known)
@@ -157,7 +159,9 @@ impl Supervisor {
         }
         let is_mine = |fingerprint: &String| *fingerprint == self.handler.definition().fingerprint;
         let Some(wanted) = desired.next else { return };
-        if self.next.is_some() || !desired.next_fingerprint.as_ref().is_none_or(is_mine) {
+        let by_others = !desired.next_fingerprint.as_ref().is_none_or(is_mine);
+        // After a reset the live generation begins anew as the next one, when it is registered.
+        if self.next.is_some() || by_others || desired.is_reset {
             return;
         }
         if self.next_stopped.as_ref().is_none_or(is_resumed) {

@@ -1,10 +1,11 @@
 //! `audit`: who did what to projections.
 
 use clap::Subcommand;
+use kafold::projections::AuditVerification;
 use serde_json::json;
 
 use crate::admin::Context;
-use crate::commands::projections::control;
+use crate::commands::projections::{Who, control};
 use crate::error::Error;
 use crate::event::time;
 use crate::output::{count, or_dash};
@@ -20,11 +21,20 @@ pub(crate) enum AuditCommand {
         #[arg(long, value_name = "N", default_value_t = 50)]
         limit: u32,
     },
-    /// Removes acts from the record that are old. Nothing else is ever removed by age.
+    /// Checks that no act was removed, altered or inserted past kafold.
+    ///
+    /// Exit code 1 when one was; the row is named. The printed number and hash of the newest row, kept
+    /// elsewhere, prove later that nothing up to it has changed.
+    Verify,
+    /// Removes the oldest acts from the record and leaves one that tells how many and why.
+    ///
+    /// Nothing else is ever removed by age. Takes a reason.
     Prune {
         /// How many days an act stays on record.
         #[arg(long, value_name = "DAYS")]
         older_than: u32,
+        #[command(flatten)]
+        who: Who,
     },
 }
 
@@ -39,6 +49,7 @@ pub(crate) async fn run(context: &mut Context, command: AuditCommand) -> Result<
             let row = |act: &kafold::projections::AuditEntry| {
                 let (projection, details) = (act.projection.clone(), act.details.clone());
                 [
+                    act.id.to_string(),
                     time(act.at),
                     act.actor.clone(),
                     act.action.clone(),
@@ -47,15 +58,43 @@ pub(crate) async fn run(context: &mut Context, command: AuditCommand) -> Result<
                 ]
             };
             let rows: Vec<_> = acts.iter().map(row).collect();
-            context.out.table(["AT", "WHO", "WHAT", "PROJECTION", "DETAILS"], &rows)
+            context.out.table(["ROW", "AT", "WHO", "WHAT", "PROJECTION", "DETAILS"], &rows)
         }
-        AuditCommand::Prune { older_than } => {
+        AuditCommand::Verify => verify(context, &control.verify_audit().await?),
+        AuditCommand::Prune { older_than, who } => {
+            let by = who.by_reason("to remove acts from the record")?;
             let before = context.clock.now() - chrono::TimeDelta::days(older_than.into());
-            let pruned = control.prune(before).await?;
+            let pruned = control.prune(before, by).await?;
             match context.out.json {
                 true => context.out.document(&json!({ "pruned": pruned })),
                 false => context.out.line(&format!("{} removed", count(pruned, "act"))),
             }
         }
+    }
+}
+
+fn verify(context: &mut Context, found: &AuditVerification) -> Result<(), Error> {
+    if context.out.json {
+        context.out.document(found)?;
+    } else {
+        let AuditVerification { rows, pruned_to, newest, newest_hash, .. } = found;
+        let pruned = match pruned_to {
+            0 => String::new(),
+            last => format!(", those up to row {last} are pruned"),
+        };
+        let acts = count(*rows, "act");
+        context
+            .out
+            .line(&format!("{acts} on record{pruned}; newest row {newest}, {newest_hash}"))?;
+        for finding in &found.findings {
+            context.out.line(&format!("  {finding}"))?;
+        }
+    }
+    match found.findings.first() {
+        None => Ok(()),
+        Some(first) => Err(Error::failed(format!(
+            "the record of acts was changed past kafold, {}: {first}",
+            count(found.findings_total, "finding")
+        ))),
     }
 }

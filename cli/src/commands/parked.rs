@@ -170,7 +170,7 @@ async fn retry(context: &mut Context, args: RetryArgs) -> Result<(), Error> {
 
 async fn skip(context: &mut Context, args: SkipArgs) -> Result<(), Error> {
     let stream = stream(&args.stream)?;
-    let (by, projection) = (args.who.by_reason()?, args.projection.as_deref());
+    let (by, projection) = (args.who.by_reason("to skip an event")?, args.projection.as_deref());
     let skipped = control(context).await?.skip_parked(projection, &stream, by).await?;
     match context.out.json {
         true => context.out.document(&json!({ "projections": skipped })),
@@ -184,7 +184,7 @@ async fn skip(context: &mut Context, args: SkipArgs) -> Result<(), Error> {
 }
 
 async fn prune(context: &mut Context, args: PruneArgs) -> Result<(), Error> {
-    let by = args.who.by_reason()?;
+    let by = args.who.by_reason("to skip an event")?;
     let before = context.clock.now() - chrono::TimeDelta::days(args.older_than.into());
     let skipped = control(context).await?.skip_parked_before(before, by).await?;
     match context.out.json {

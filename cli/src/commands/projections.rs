@@ -1,5 +1,7 @@
 //! `projections`: how they stand, and what operators ask of them.
 
+use std::convert::Infallible;
+use std::sync::LazyLock;
 use std::time::Duration;
 
 use clap::Subcommand;
@@ -59,29 +61,36 @@ pub(crate) struct Who {
     /// Why, for the record.
     #[arg(long, value_name = "TEXT")]
     reason: Option<String>,
-    /// Who asks, for the record.
-    #[arg(
-        long,
-        value_name = "NAME",
-        env = "USER",
-        hide_env_values = true,
-        default_value = "operator"
-    )]
-    actor: String,
+    /// Who asks, for the record: kept as a claim beside the user that runs the program.
+    #[arg(long, value_name = "NAME", value_parser = claimed)]
+    actor: Option<String>,
 }
 
 impl Who {
     pub(crate) fn by(&self) -> By<'_> {
-        By { actor: &self.actor, reason: self.reason.as_deref() }
+        let actor = self.actor.as_deref().unwrap_or(&OS_USER);
+        By { actor, reason: self.reason.as_deref() }
     }
 
     /// For what is not done without a reason.
-    pub(crate) fn by_reason(&self) -> Result<By<'_>, Error> {
-        match self.reason {
-            Some(_) => Ok(self.by()),
-            None => Err(Error::usage("to skip an event takes a reason: add --reason TEXT")),
+    pub(crate) fn by_reason(&self, act: &str) -> Result<By<'_>, Error> {
+        match self.reason.as_deref().map(str::trim) {
+            Some(reason) if !reason.is_empty() => Ok(self.by()),
+            _ => Err(Error::usage(format!("{act} takes a reason: add --reason TEXT"))),
         }
     }
+}
+
+/// The user that runs the program, by the system and not by the environment.
+static OS_USER: LazyLock<String> = LazyLock::new(|| {
+    let name = uzers::get_current_username();
+    let name = name.map(|name| name.to_string_lossy().into_owned());
+    name.unwrap_or_else(|| format!("uid {}", uzers::get_current_uid()))
+});
+
+/// The claim of `--actor` beside the user that makes it.
+fn claimed(name: &str) -> Result<String, Infallible> {
+    Ok(format!("{} (claimed: {name})", *OS_USER))
 }
 
 #[derive(Debug, Clone, clap::Args)]
@@ -141,7 +150,7 @@ pub(crate) async fn run(context: &mut Context, command: ProjectionsCommand) -> R
                 .position
                 .parse()
                 .map_err(|error| Error::usage(format!("{error}; write it as 3:1042")))?;
-            let by = args.who.by_reason()?;
+            let by = args.who.by_reason("to skip an event")?;
             control(context).await?.skip(&args.name, position, by).await?;
             let text = format!("{}: the commit at {position} is skipped", args.name);
             tell(context, &args.name, "skipped", &text)

@@ -1,0 +1,100 @@
+//! The processes that are up: nodes that speak on the replies topic, members of the log's consumer groups.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use kafold_core::Offset;
+use kafold_core::forward::Node;
+use rdkafka::error::KafkaResult;
+use uuid::Uuid;
+
+use super::Operator;
+use crate::client::Inquirer;
+use crate::config::KafkaConfig;
+use crate::error::OpenError;
+use crate::forward::nodes::{self, Announcement};
+use crate::forward::wire::{ReplyContent, ReplyRecord};
+use crate::reader::{ReadFailure, Reader};
+
+/// The wait of a fetch for new announcements.
+const FETCH_WAIT: Duration = Duration::from_millis(5);
+
+/// The processes that use a log now, as far as the brokers tell.
+#[derive(Debug, Clone, Default)]
+pub struct Presence {
+    /// Nodes that announced themselves within the last 10 s and did not say since that they end.
+    pub nodes: Vec<Node>,
+    /// The log's consumer groups that have members, and how many: nodes and projection workers.
+    pub groups: Vec<(String, usize)>,
+}
+
+impl Operator {
+    /// Returns the processes that use the log. A process that ended well is gone at once, one that was killed within 10 s, or
+    /// the session timeout of its groups if that is longer.
+    pub async fn presence(&self) -> Result<Presence, OpenError> {
+        let doing = "asking who uses the log";
+        let (groups, replies) = self
+            .blocking(doing, move |this| {
+                let asked = groups(&this.config, &this.inquirer)
+                    .and_then(|groups| Ok((groups, lately(this)?)));
+                asked.map_err(|error| this.error(doing, error))
+            })
+            .await?;
+        let nodes = match replies {
+            Some((from, end)) if from < end => {
+                self.announced(from, end).await.map_err(|error| self.error(doing, error))?
+            }
+            _ => Vec::new(),
+        };
+        Ok(Presence { nodes, groups })
+    }
+
+    /// The nodes whose newest announcement in this range does not say that they end.
+    async fn announced(&self, from: Offset, end: Offset) -> KafkaResult<Vec<Node>> {
+        let (topic, wait) = (self.config.replies_topic(), self.config.limits.request_timeout);
+        let (inquirer, clock) = (Arc::clone(&self.inquirer), Arc::clone(&self.clock));
+        let reader: Reader<ReplyRecord> =
+            Reader::start(&self.config, topic, FETCH_WAIT, inquirer, clock)?;
+        let mut next = from;
+        let mut newest: HashMap<Uuid, Announcement> = HashMap::new();
+        while next < end {
+            let read = reader.read_async(nodes::PARTITION, next, wait).await;
+            let chunk = read.map_err(ReadFailure::into_error)?;
+            let last = chunk.records.last().map(|record| record.offset);
+            next = last.ok_or_else(|| ReadFailure::timed_out().into_error())?.plus(1);
+            for record in chunk.records {
+                let ReplyContent::Announcement { json, .. } = record.content else { continue };
+                if let Ok(announcement) = serde_json::from_slice::<Announcement>(&json) {
+                    newest.insert(announcement.node.id, announcement);
+                }
+            }
+        }
+        let up = newest.into_values().filter(|announcement| !announcement.leaving);
+        let mut nodes: Vec<Node> = up.map(|announcement| announcement.node).collect();
+        nodes.sort_by(|a, b| (&a.owner.name, a.id).cmp(&(&b.owner.name, b.id)));
+        Ok(nodes)
+    }
+}
+
+/// The range of the announcements of the last 10 s; `None` without a replies topic.
+fn lately(operator: &Operator) -> KafkaResult<Option<(Offset, Offset)>> {
+    let Operator { config, inquirer, clock } = operator;
+    let topic = config.replies_topic();
+    if inquirer.topic(&topic)?.0.is_none() {
+        return Ok(None);
+    }
+    let from = inquirer.since(&topic, nodes::PARTITION, clock.now() - nodes::SILENCE_MAX)?;
+    let (_, end) = inquirer.ends(&topic, nodes::PARTITION)?;
+    Ok(Some((from, end)))
+}
+
+/// The log's groups that have members.
+fn groups(config: &KafkaConfig, inquirer: &Inquirer) -> KafkaResult<Vec<(String, usize)>> {
+    let (owners, readers) = (config.owners_group(), config.readers_group(""));
+    let mut groups = inquirer.group_members()?;
+    groups
+        .retain(|(name, members)| *members > 0 && (*name == owners || name.starts_with(&readers)));
+    groups.sort_unstable();
+    Ok(groups)
+}

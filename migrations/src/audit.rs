@@ -1,0 +1,189 @@
+//! The hash chain of `kafold_audit`: each row carries the hash of the row before it.
+//!
+//! `kafold_audit_head` keeps the count, the newest id and the newest hash a second time, so that the
+//! newest rows cannot be cut off unnoticed either. The chain proves that rows are as they were written
+//! to everybody who cannot write both tables; who can write both can forge a whole new chain, unless
+//! the newest hash is kept elsewhere too.
+
+use sha2::{Digest, Sha256};
+use sqlx::types::chrono::{DateTime, Utc};
+use sqlx::{PgConnection, SqliteConnection};
+
+use crate::micros::{Time, to_micros};
+
+/// SHA-256.
+pub type Hash = [u8; 32];
+/// The previous hash of the first row.
+pub const NO_HASH: Hash = [0; 32];
+
+/// Removes the triggers that keep `kafold_audit` from a prune on SQLite; [`SQLITE_KEEP`] makes them
+/// again. Both belong into the transaction of the prune.
+pub const SQLITE_LET_GO: &str = "DROP TRIGGER IF EXISTS kafold_audit_kept_insert; \
+     DROP TRIGGER IF EXISTS kafold_audit_kept_update; \
+     DROP TRIGGER IF EXISTS kafold_audit_kept_delete";
+/// Makes the triggers that refuse every change of a row of `kafold_audit` on SQLite.
+pub const SQLITE_KEEP: &str = include_str!("../sqlite/0015_kafold_audit_kept.sql");
+
+/// Rows that are chained at a time when a database is migrated.
+const PAGE_ROWS: i64 = 1_000;
+
+/// The content of a row of `kafold_audit`.
+#[derive(Debug, Clone, PartialEq, Eq, sqlx::FromRow)]
+pub struct AuditContent {
+    /// Its number, one more than that of the row before.
+    pub id: i64,
+    /// When.
+    #[sqlx(try_from = "Time")]
+    pub at: DateTime<Utc>,
+    /// Who.
+    pub actor: String,
+    /// What.
+    pub action: String,
+    /// To which projection.
+    pub projection: Option<String>,
+    /// More about it, as JSON.
+    pub details: Option<String>,
+}
+
+impl AuditContent {
+    /// The hash of the row behind a row with this hash: SHA-256 of the previous hash, the id and the
+    /// time in microseconds since 1970 (64 bits each, big-endian), and the four texts, each as one byte
+    /// 1, its length in bytes (64 bits, big-endian) and its UTF-8 bytes, or as one byte 0 for NULL.
+    pub fn hash(&self, previous: &[u8]) -> Hash {
+        let mut hasher = Sha256::new();
+        hasher.update(previous);
+        hasher.update(self.id.to_be_bytes());
+        hasher.update(to_micros(self.at).to_be_bytes());
+        let (projection, details) = (self.projection.as_deref(), self.details.as_deref());
+        for text in [Some(&*self.actor), Some(&*self.action), projection, details] {
+            hasher.update([u8::from(text.is_some())]);
+            if let Some(text) = text {
+                hasher.update((text.len() as u64).to_be_bytes());
+                hasher.update(text);
+            }
+        }
+        hasher.finalize().into()
+    }
+}
+
+/// A hash as people see it.
+pub fn hex(hash: &[u8]) -> String {
+    hash.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// The end of the chain while the rows of before the chain are added to it.
+struct Chained {
+    count: i64,
+    id: i64,
+    hash: Hash,
+}
+
+impl Chained {
+    const NOTHING: Self = Self { count: 0, id: 0, hash: NO_HASH };
+
+    /// Chains the next row; returns id, previous hash and hash.
+    fn add(&mut self, row: &AuditContent) -> (i64, Hash, Hash) {
+        let previous = self.hash;
+        self.hash = row.hash(&previous);
+        self.id = row.id;
+        self.count += 1;
+        (row.id, previous, self.hash)
+    }
+}
+
+const IS_NEW: &str =
+    "SELECT EXISTS (SELECT 1 FROM kafold_audit_head WHERE row_count = 0 AND newest_id = 0)";
+const PAGE: &str = "SELECT id, at, actor, action, projection, details FROM kafold_audit \
+                    WHERE id > $1 AND hash IS NULL ORDER BY id LIMIT $2";
+const HEAD: &str = "UPDATE kafold_audit_head SET row_count = $1, newest_id = $2, newest_hash = $3";
+
+/// Chains the rows that were written before there was a chain; once, by the migration.
+pub(crate) async fn chain_postgres(connection: &mut PgConnection) -> Result<(), sqlx::Error> {
+    if !sqlx::query_scalar::<_, bool>(IS_NEW).fetch_one(&mut *connection).await? {
+        return Ok(());
+    }
+    let sql = "UPDATE kafold_audit a SET previous_hash = c.previous_hash, hash = c.hash \
+               FROM UNNEST($1::int8[], $2::bytea[], $3::bytea[]) AS c (id, previous_hash, hash) \
+               WHERE a.id = c.id";
+    let mut chained = Chained::NOTHING;
+    loop {
+        let page = sqlx::query_as(PAGE).bind(chained.id).bind(PAGE_ROWS);
+        let page: Vec<AuditContent> = page.fetch_all(&mut *connection).await?;
+        if page.is_empty() {
+            break;
+        }
+        let (mut ids, mut previous, mut hashes) = (Vec::new(), Vec::new(), Vec::new());
+        for (id, before, hash) in page.iter().map(|row| chained.add(row)) {
+            ids.push(id);
+            previous.push(before.to_vec());
+            hashes.push(hash.to_vec());
+        }
+        let query = sqlx::query(sql).bind(ids).bind(previous).bind(hashes);
+        query.execute(&mut *connection).await?;
+    }
+    let query = sqlx::query(HEAD).bind(chained.count).bind(chained.id);
+    query.bind(chained.hash.to_vec()).execute(connection).await.map(drop)
+}
+
+/// The same on SQLite.
+pub(crate) async fn chain_sqlite(connection: &mut SqliteConnection) -> Result<(), sqlx::Error> {
+    if !sqlx::query_scalar::<_, bool>(IS_NEW).fetch_one(&mut *connection).await? {
+        return Ok(());
+    }
+    let sql = "UPDATE kafold_audit SET previous_hash = $2, hash = $3 WHERE id = $1";
+    let mut chained = Chained::NOTHING;
+    loop {
+        let page = sqlx::query_as(PAGE).bind(chained.id).bind(PAGE_ROWS);
+        let page: Vec<AuditContent> = page.fetch_all(&mut *connection).await?;
+        if page.is_empty() {
+            break;
+        }
+        for (id, previous, hash) in page.iter().map(|row| chained.add(row)) {
+            let query = sqlx::query(sql).bind(id).bind(previous.to_vec()).bind(hash.to_vec());
+            query.execute(&mut *connection).await?;
+        }
+    }
+    let query = sqlx::query(HEAD).bind(chained.count).bind(chained.id);
+    query.bind(chained.hash.to_vec()).execute(connection).await.map(drop)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn row() -> AuditContent {
+        AuditContent {
+            id: 7,
+            at: DateTime::from_timestamp_micros(1_700_000_000_123_456).expect("a time"),
+            actor: "root".into(),
+            action: "pause".into(),
+            projection: Some("sales".into()),
+            details: None,
+        }
+    }
+
+    #[test]
+    fn the_hash_of_a_row_stays_as_it_is() {
+        let golden = "3d81a47ac2ba8f5498d24c15b4d18dae67e988196992d79d5a44b5b445e33a85";
+        assert_eq!(hex(&row().hash(&NO_HASH)), golden);
+    }
+
+    #[test]
+    fn every_part_of_a_row_changes_its_hash() {
+        let all = [
+            row(),
+            AuditContent { id: 8, ..row() },
+            AuditContent { at: DateTime::UNIX_EPOCH, ..row() },
+            AuditContent { actor: "rootpause".into(), action: String::new(), ..row() },
+            AuditContent { action: "resume".into(), ..row() },
+            AuditContent { projection: None, ..row() },
+            AuditContent { projection: None, details: Some("sales".into()), ..row() },
+            AuditContent { details: Some(String::new()), ..row() },
+        ];
+        let mut hashes: Vec<_> = all.iter().map(|row| row.hash(&NO_HASH)).collect();
+        hashes.push(row().hash(&[1; 32]));
+        hashes.sort_unstable();
+        hashes.dedup();
+        assert_eq!(hashes.len(), all.len() + 1);
+    }
+}
