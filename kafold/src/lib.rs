@@ -33,7 +33,7 @@ pub use log::{Log, LogOptions, open_log};
 
 #[cfg(any(feature = "embedded", feature = "projections"))]
 pub use kafold_migrations::{
-    Database, DatabaseError, Mode, PostgresDatabase, is_transient, rights,
+    Database, DatabaseError, Mode, PostgresDatabase, Refusal, is_transient, refusal, rights,
 };
 
 /// The log in one SQLite file, for those who need more of it than [`open_log`] gives.

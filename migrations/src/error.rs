@@ -129,16 +129,17 @@ fn of_postgres(code: &str, message: &str) -> Option<Refusal> {
         "42501" if message.contains("must be owner") => {
             "run `kafold migrate` as the role that owns the tables"
         }
-        "42501" => {
-            "grant the role what `kafold grants print` prints for it, such as GRANT CREATE, USAGE ON \
-             SCHEMA public"
+        "42501" if message.contains("for schema") => {
+            "grant the login what `kafold grants print` prints for its role, such as GRANT CREATE, \
+             USAGE ON SCHEMA public"
         }
+        "42501" => "grant the login what `kafold grants print` prints for its role",
         // A schema that a role may not use is left out of its search path, with all that is in it.
         "42P01" if names_own_table(message) => {
-            "grant the role USAGE on the schema, or make the tables with `kafold migrate`"
+            "grant the login USAGE on the schema, or make the tables with `kafold migrate`"
         }
         "3F000" => {
-            "grant the role USAGE and CREATE on the schema, or create the schema that its \
+            "grant the login USAGE and CREATE on the schema, or create the schema that its \
              search_path names"
         }
         _ => return None,
