@@ -77,7 +77,7 @@ pub(crate) fn parse(url: &str) -> Result<Target, DatabaseError> {
         return refused(format!("{shown:?} is not a database URL"));
     };
     match scheme {
-        "postgres" | "postgresql" => postgres(scheme, rest, shown).map(Target::Postgres),
+        "postgres" | "postgresql" => postgres(scheme, rest, &shown).map(Target::Postgres),
         "sqlite" if rest.is_empty() || rest.ends_with('/') => {
             refused(format!("{shown:?} names no file"))
         }
@@ -92,7 +92,7 @@ pub(crate) fn parse(url: &str) -> Result<Target, DatabaseError> {
     }
 }
 
-fn postgres(scheme: &str, rest: &str, shown: String) -> Result<PostgresUrl, DatabaseError> {
+fn postgres(scheme: &str, rest: &str, shown: &str) -> Result<PostgresUrl, DatabaseError> {
     let refused = |what: &str, remedy: &str| {
         Err(DatabaseError::refused(format!("the database URL {shown:?} {what}"), remedy))
     };
@@ -102,7 +102,7 @@ fn postgres(scheme: &str, rest: &str, shown: String) -> Result<PostgresUrl, Data
     let (place, query) = rest.split_once('?').unwrap_or((rest, ""));
     let login = place.rsplit_once('@').map_or("", |(login, _)| login);
     let mut url = PostgresUrl {
-        shown: shown.clone(),
+        shown: shown.to_owned(),
         driver: format!("{scheme}://{place}"),
         password: None,
         has_literal_password: login.contains(':'),
