@@ -113,7 +113,7 @@ async fn check_transport(
     );
     match days {
         ..0 => checks.problem(NAME, found, "renew the server's certificate: it has expired"),
-        ..CERTIFICATE_DAYS_MIN => checks.warning(NAME, found, "renew the server's certificate"),
+        0..CERTIFICATE_DAYS_MIN => checks.warning(NAME, found, "renew the server's certificate"),
         _ => checks.ok(NAME, found),
     }
     Ok(())
