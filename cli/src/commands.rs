@@ -4,6 +4,7 @@ mod audit;
 mod doctor;
 mod events;
 mod index;
+mod grants;
 mod migrate;
 mod parked;
 mod positions;
@@ -53,6 +54,9 @@ pub(crate) enum Command {
     /// Shows events of all streams.
     #[command(subcommand)]
     Events(events::EventsCommand),
+    /// Prints which SQL rights a role needs.
+    #[command(subcommand)]
+    Grants(grants::GrantsCommand),
     /// Makes or checks the topics of a log on Kafka.
     #[command(subcommand)]
     Topic(topic::TopicCommand),
@@ -77,6 +81,7 @@ pub(crate) async fn run(command: Command, context: &mut Context) -> Result<(), E
         }
         Command::Stream(stream::StreamCommand::Show(args)) => stream::show(context, args).await,
         Command::Events(events::EventsCommand::Tail(args)) => events::tail(context, args).await,
+        Command::Grants(command) => grants::run(context, command),
         Command::Topic(topic::TopicCommand::Create) => topic::create(context).await,
         Command::Topic(topic::TopicCommand::Check) => topic::check(context).await,
         Command::Migrate => migrate::run(context).await,

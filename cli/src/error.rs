@@ -108,7 +108,8 @@ impl From<VerifyError> for Error {
 
 impl From<sqlx::Error> for Error {
     fn from(error: sqlx::Error) -> Self {
-        Self::Failed(format!("the database cannot be read: {}; try again", chain(&error)))
+        let remedy = kafold::refusal(&error).map_or("try again".to_owned(), |why| why.remedy);
+        Self::Failed(format!("the database cannot be read: {}; {remedy}", chain(&error)))
     }
 }
 

@@ -32,7 +32,9 @@ pub use error::OpenError;
 pub use log::{Log, LogOptions, open_log};
 
 #[cfg(any(feature = "embedded", feature = "projections"))]
-pub use kafold_migrations::{Database, DatabaseError, Mode, is_transient};
+pub use kafold_migrations::{
+    Database, DatabaseError, Mode, PostgresDatabase, Refusal, is_transient, refusal, rights,
+};
 
 /// The log in one SQLite file, for those who need more of it than [`open_log`] gives.
 #[cfg(feature = "embedded")]

@@ -1,5 +1,8 @@
 //! What a PostgreSQL database promises, on a real one: `KAFOLD_TEST_POSTGRES` is its URL.
 
+#[path = "postgres/tls.rs"]
+mod tls;
+
 use kafold_migrations::sqlx::{self, AssertSqlSafe, Connection, PgConnection};
 use kafold_migrations::{Database, DatabaseError, Mode, PostgresDatabase, is_transient};
 

@@ -381,3 +381,20 @@ async fn opening_and_writing_can_be_spawned() {
     });
     task.await.expect("no panic");
 }
+
+#[cfg(unix)]
+#[tokio::test]
+async fn a_new_file_is_its_owners_alone() {
+    use std::os::unix::fs::PermissionsExt;
+    let folder = tempfile::tempdir().expect("a folder");
+    let file = folder.path().join("private.db");
+    let database = open(&file).await;
+    let mut writing = database.write().await.expect("its turn");
+    let sql = "UPDATE kafold_migrations SET execution_time = 1";
+    sqlx::query(sql).execute(&mut *writing).await.expect("writes");
+    writing.commit().await.expect("commits");
+    for name in ["private.db", "private.db-wal", "private.db-shm"] {
+        let data = folder.path().join(name).metadata().expect("it is there");
+        assert_eq!(data.permissions().mode() & 0o777, 0o600, "{name}");
+    }
+}

@@ -15,9 +15,12 @@ use common::domain::{CustomerTotals, Ledger, Orders};
 use common::{Dice, TestDatabase, a_while, server};
 use kafold_core::store::{Health, ReadError};
 use kafold_core::testing::eventually;
+use kafold_migrations::rights::{self, Role};
+use kafold_migrations::{Database, Mode};
 use kafold_projections::{
     By, Control, ProjectionConfig, ProjectionStatus, ProjectionWorker, Projections, Query,
     ReadModel,
+    sqlx::{self, AssertSqlSafe},
 };
 
 const WAIT: Duration = Duration::from_secs(60);
@@ -230,4 +233,65 @@ async fn crash_during_a_rebuild(
     assert!(crashes > 1, "it was through before the second crash");
     eventually("it is switched to", async || status().generation == next).await;
     orders.assert_equals_fold::<CustomerTotals>(&database.database).await;
+}
+
+/// Runs a statement as the owner of the tables.
+async fn as_owner(database: &TestDatabase, sql: String) {
+    let Database::Postgres(postgres) = &database.database else { unreachable!("on PostgreSQL") };
+    let ran = sqlx::raw_sql(AssertSqlSafe(sql.clone())).execute(postgres.pool()).await;
+    ran.unwrap_or_else(|error| panic!("{sql}: {error}"));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_right_that_is_taken_away_is_waited_for_by_name_and_parks_nothing() {
+    let Some(database) = TestDatabase::postgres().await else { return };
+    let login = format!("kafold_worker_{}", std::process::id());
+    as_owner(&database, format!("CREATE ROLE {login} LOGIN PASSWORD 'kafold'")).await;
+    as_owner(&database, "REVOKE ALL ON SCHEMA public FROM PUBLIC".to_owned()).await;
+    for line in rights::grants(Role::Worker, &login, &login) {
+        if line.starts_with("GRANT") {
+            as_owner(&database, line).await;
+        }
+    }
+    let url = database.url.replace("kafold:kafold@", &format!("{login}:kafold@"));
+    let limited = Database::open(&url, Mode::Migrate).await.expect("the tables are current");
+    let orders = Arc::new(Orders::new(2));
+    let projections = ProjectionWorker::new(Arc::new(orders.store.clone()), limited.clone())
+        .with(CustomerTotals)
+        .with_projection(Ledger::default())
+        .spawn();
+    orders.place("one", "c1", 1).await;
+    orders.applied(&projections, CustomerTotals::NAME, WAIT).await;
+
+    let line = format!("GRANT UPDATE ON kafold_checkpoint TO {login};");
+    as_owner(&database, line.replace("GRANT", "REVOKE").replace(" TO ", " FROM ")).await;
+    orders.place("two", "c1", 2).await;
+    eventually("the missing right is named", async || {
+        let Health::NotReady(why) = projections.health() else { return false };
+        let has = |words: &str| why.iter().any(|why| why.contains(words));
+        has(&line)
+            && has("waits: the database refuses: permission denied for table kafold_checkpoint")
+    })
+    .await;
+    as_owner(&database, line).await;
+    orders.applied(&projections, CustomerTotals::NAME, WAIT).await;
+    orders.applied(&projections, "ledger", WAIT).await;
+    eventually("it is ready again", async || projections.health() == Health::Ready).await;
+    assert_eq!(database.number("SELECT COUNT(*) FROM kafold_parked_event").await, 0);
+
+    // A rebuild needs no more rights.
+    let by = By { actor: "me", reason: Some("a test") };
+    let control = Control::new(database.database.clone());
+    let next = control.rebuild(CustomerTotals::NAME, false, by).await.expect("asked");
+    eventually("it is switched to", async || {
+        projections.status().iter().any(|status| status.generation == next)
+    })
+    .await;
+    assert_eq!(projections.health(), Health::Ready);
+    projections.shutdown().await;
+    limited.close().await;
+    as_owner(&database, format!("GRANT {login} TO kafold")).await;
+    as_owner(&database, format!("DROP OWNED BY {login}")).await;
+    as_owner(&database, format!("DROP ROLE {login}")).await;
+    database.remove().await;
 }
