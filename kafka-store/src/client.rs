@@ -26,6 +26,8 @@ use crate::transport::CLEAR_TEXT;
 
 /// The first wait for a broker; later ones are twice as long each.
 const FIRST_STEP: Duration = Duration::from_millis(600);
+/// Most log lines and errors of a client that one question hands to its context.
+const EVENTS_MAX: usize = 64;
 
 /// An error that the client told beside any question, with librdkafka's own words.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -318,8 +320,9 @@ impl Client {
 
     /// Hands the client's log lines and errors to its context.
     fn serve(&self) {
-        while let Some(event) = self.consumer.poll(Duration::ZERO) {
-            drop(event);
+        // One event each time; none and one that the context took look alike.
+        for _ in 0..EVENTS_MAX {
+            drop(self.consumer.poll(Duration::ZERO));
         }
     }
 }

@@ -8,6 +8,7 @@ use std::time::Duration;
 use percent_encoding::percent_decode_str;
 use rdkafka::ClientConfig;
 use rdkafka::error::KafkaError;
+use rdkafka::types::RDKafkaConfRes;
 use secrecy::{ExposeSecret, SecretString};
 
 use crate::error::ConfigError;
@@ -33,7 +34,7 @@ const OUTBOX_TIMEOUT_MS: &str = "15000";
 /// - `tls=true` encrypts and verifies; `ca=FILE` names the trusted authorities, `cert=FILE&key=FILE` the
 ///   client's own certificate;
 /// - `sasl=scram-sha-512&user=NAME&password=@FILE` logs in. A password is a file's contents (`@FILE`), a
-///   variable of the environment (`$NAME`), or, with a warning, itself; see [`Secret`](crate::secret::Secret);
+///   variable of the environment (`$NAME`), or, with a warning, itself; see [`SecretSource`](kafold_core::secret::SecretSource);
 /// - `librdkafka.KEY=VALUE` is any setting of the client that the protocol does not rely on;
 /// - `allow_unsafe=NAME,NAME` accepts unsafe settings by name: of an existing topic, and `clear_text`,
 ///   `unverified_tls`, `readable_secret`;
@@ -482,8 +483,12 @@ impl KafkaConfig {
         let client = self.client();
         match client.create_native_config() {
             Ok(_) => {}
-            Err(KafkaError::ClientConfig(_, reason, key, _)) => {
-                let reason = without_values(&reason, &key);
+            Err(KafkaError::ClientConfig(RDKafkaConfRes::RD_KAFKA_CONF_UNKNOWN, _, key, _)) => {
+                let reason = "there is no such setting".to_owned();
+                return Err(ConfigError::Librdkafka { key: shown_key(&key), reason });
+            }
+            Err(KafkaError::ClientConfig(_, reason, key, value)) => {
+                let reason = without_values(&reason, &key, &value);
                 return Err(ConfigError::Librdkafka { key: shown_key(&key), reason });
             }
             // Its text may hold a value.
@@ -568,8 +573,12 @@ fn shown_part(part: &str) -> String {
     }
 }
 
-/// librdkafka's words without what it quotes, which is the value, or a part of it.
-fn without_values(reason: &str, key: &str) -> String {
+/// librdkafka's words without the value, and without what it quotes, which is a part of the value.
+fn without_values(reason: &str, key: &str, value: &str) -> String {
+    let reason = match value {
+        "" => reason.to_owned(),
+        value => reason.replace(value, "…"),
+    };
     let parts = reason.split('"').enumerate();
     parts.map(|(at, part)| if at % 2 == 0 || part == key { part } else { "…" }).collect()
 }
@@ -782,7 +791,7 @@ mod tests {
         refused("kafka://a:1/o?tls=yes", &["tls", "true or false"]);
         refused("kafka://a:1/o?ca=/etc/hostname", &["ca", "tls=true"]);
         refused("kafka://a:1/o?tls=true&ca=/does/not/exist", &["ca", "/does/not/exist", "PEM"]);
-        refused("kafka://a:1/o?tls=true&ca=/etc/hostname", &["ca", "no PEM file"]);
+        refused("kafka://a:1/o?tls=true&ca=/etc/hostname", &["ca", "no certificate"]);
         refused("kafka://a:1/o?tls=true&cert=/etc/hostname", &["cert", "key=FILE"]);
         let both = "kafka://a:1/o?tls=true&librdkafka.security.protocol=plaintext";
         refused(both, &["security.protocol", "tls="]);
@@ -863,7 +872,9 @@ mod tests {
             };
             assert!(!said.contains("Canary"), "{url}: {said}");
         }
-        let good = format!("kafka://a:1/o?{beside}&password={CANARY}&librdkafka.ssl.key.password={CANARY}");
+        let good = format!(
+            "kafka://a:1/o?{beside}&password={CANARY}&librdkafka.ssl.key.password={CANARY}"
+        );
         let config = parse(&good).expect("valid");
         assert!(!format!("{config:?}").contains("Canary"), "{config:?}");
         assert!(config.warnings()[0].contains("password=@FILE"));

@@ -339,7 +339,8 @@ mod tls {
                 let issuer = certificate.map(|found| common_name(found.issuer_name()));
                 Refusal::new(
                     format!(
-                        "{whose} is signed by {:?}, an authority that is not trusted here ({words})",
+                        "the certificate of {address} is signed by {:?}, an authority that is not \
+                         trusted here ({words})",
                         issuer.unwrap_or_default()
                     ),
                     "set ca= to the file of the authority that signed it",

@@ -8,7 +8,7 @@ use rdkafka::ClientConfig;
 use secrecy::ExposeSecret;
 
 use crate::error::ConfigError;
-use crate::secret::{self, Secret};
+use crate::secret::{self, Password};
 
 /// The name by which `allow_unsafe` accepts connections in clear text to other machines.
 pub(crate) const CLEAR_TEXT: &str = "clear_text";
@@ -34,7 +34,7 @@ pub struct Login {
     /// Who logs in.
     pub user: String,
     /// With what.
-    pub password: Secret,
+    pub password: Password,
 }
 
 /// How a login is done.
@@ -129,7 +129,7 @@ impl Options {
             (Some(_), None, _) => return Err(needs("sasl", "user=NAME")),
             (Some(_), Some(_), None) => return Err(needs("sasl", "password=@FILE")),
             (Some(mechanism), Some(user), Some(password)) => {
-                let password = Secret::parse("password", &password, may_be_readable)?;
+                let password = Password::parse(&password, may_be_readable)?;
                 Some(Login { mechanism, user, password })
             }
         };
@@ -138,8 +138,8 @@ impl Options {
             (Some(_), None) => return Err(needs("cert", "key=FILE")),
             (None, Some(_)) => return Err(needs("key", "cert=FILE")),
             (Some(certificate), Some(key)) => {
-                check_file("cert", &certificate)?;
-                check_file("key", &key)?;
+                check_file("cert", &certificate, CERTIFICATE)?;
+                check_file("key", &key, KEY)?;
                 if !may_be_readable {
                     secret::check_mode(&key).map_err(|problem| refused("key", problem))?;
                 }
@@ -147,7 +147,7 @@ impl Options {
             }
         };
         if let Some(authorities) = &self.authorities {
-            check_file("ca", authorities)?;
+            check_file("ca", authorities, CERTIFICATE)?;
         }
         let tls = tls.then_some(Tls { authorities: self.authorities, certificate });
         Ok((tls, login))
@@ -162,19 +162,19 @@ fn refused(option: &str, problem: String) -> ConfigError {
     ConfigError::Secret { option: option.to_owned(), problem }
 }
 
-/// librdkafka names the setting that cannot be read, and not the file.
-fn check_file(option: &str, path: &Path) -> Result<(), ConfigError> {
-    let unreadable = |error| {
-        refused(
-            option,
-            format!("names {}, which cannot be read: {error}; name a PEM file", path.display()),
-        )
+/// How a certificate and a private key begin in a PEM file: the mark, and its name for people.
+const CERTIFICATE: (&str, &str) = ("CERTIFICATE-----", "certificate");
+const KEY: (&str, &str) = ("PRIVATE KEY-----", "private key");
+
+/// librdkafka names the setting that cannot be used, and not the file.
+fn check_file(option: &str, path: &Path, (mark, what): (&str, &str)) -> Result<(), ConfigError> {
+    let shown = path.display();
+    let problem = match std::fs::read(path) {
+        Ok(bytes) if String::from_utf8_lossy(&bytes).contains(mark) => return Ok(()),
+        Ok(_) => format!("names {shown}, which holds no {what}; name a PEM file"),
+        Err(error) => format!("names {shown}, which cannot be read: {error}; name a PEM file"),
     };
-    match std::fs::read(path) {
-        Ok(bytes) if bytes.windows(11).any(|part| part == b"-----BEGIN ") => Ok(()),
-        Ok(_) => Err(refused(option, format!("names {}, which is no PEM file", path.display()))),
-        Err(error) => Err(unreadable(error)),
-    }
+    Err(refused(option, problem))
 }
 
 /// Puts TLS and login into the settings of a client; secrets are read anew.
