@@ -5,27 +5,31 @@ use std::io;
 use std::net::{SocketAddr, ToSocketAddrs};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use chrono::{DateTime, Utc};
+use kafold_core::clock::SystemClock;
 use kafold_core::store::Cause;
-use kafold_core::{Offset, Partition};
+use kafold_core::{Clock, Offset, Partition};
 use rdkafka::client::ClientContext;
 use rdkafka::config::{FromClientConfigAndContext, RDKafkaLogLevel};
 use rdkafka::consumer::{BaseConsumer, Consumer, ConsumerContext};
 use rdkafka::error::{KafkaError, KafkaResult, RDKafkaErrorCode};
 use rdkafka::statistics::Statistics;
 use rdkafka::topic_partition_list::{Offset as RawOffset, TopicPartitionList};
+use secrecy::{ExposeSecret, SecretString};
 
 use crate::config::KafkaConfig;
 use crate::error::OpenError;
 use crate::handshake;
 use crate::refusal;
 pub(crate) use crate::refusal::Refusal;
-use crate::transport::CLEAR_TEXT;
+use crate::transport::{CLEAR_TEXT, Login};
 
 /// The first wait for a broker; later ones are twice as long each.
 const FIRST_STEP: Duration = Duration::from_millis(600);
+/// How often a client that lives long looks whether its password has changed.
+const RENEWAL_INTERVAL: Duration = Duration::from_secs(3);
 /// Most log lines and errors of a client that one question hands to its context.
 const EVENTS_MAX: usize = 64;
 
@@ -101,6 +105,40 @@ pub(crate) fn log(level: RDKafkaLogLevel, facility: &str, message: &str) {
         }
         RDKafkaLogLevel::Debug => tracing::trace!(target: "librdkafka", facility, "{message}"),
         _ => tracing::debug!(target: "librdkafka", facility, "{message}"),
+    }
+}
+
+/// Keeps the password of a client that lives long as new as its source: librdkafka uses it from the next
+/// connection on.
+pub(crate) struct Renewal {
+    login: Option<Login>,
+    given: SecretString,
+    next: Instant,
+}
+
+impl Renewal {
+    /// For a client that was made from this configuration a moment ago.
+    pub(crate) fn new(config: &KafkaConfig) -> Self {
+        let login = config.login.clone().filter(|login| !login.password.is_literal());
+        let given = login.as_ref().map(|login| login.password.read()).unwrap_or_default();
+        Self { login, given, next: SystemClock.instant() + RENEWAL_INTERVAL }
+    }
+
+    /// Gives the client a password that has changed; looks every few seconds, however often it is called.
+    pub(crate) fn look<C: ClientContext>(&mut self, client: &rdkafka::client::Client<C>) {
+        let Some(login) = &self.login else { return };
+        let now = SystemClock.instant();
+        if now < self.next {
+            return;
+        }
+        self.next = now + RENEWAL_INTERVAL;
+        let read = login.password.read();
+        if read.expose_secret() != self.given.expose_secret()
+            && kafold_kafka_credentials::set(client, &login.user, read.expose_secret())
+        {
+            tracing::info!("the log's password has changed and is used from now on");
+            self.given = read;
+        }
     }
 }
 

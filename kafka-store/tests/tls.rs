@@ -162,23 +162,39 @@ async fn the_other_end_of_a_connection_is_shown() {
     assert!(peer.days_left > 365, "{peer:?}");
 }
 
-/// The password of the user changes on the brokers, and then in the file.
+/// The password of the user changes on the brokers, and then in the file: questions are answered again, and
+/// a store that was open all the time appends.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_changed_password_file_is_used_without_a_restart() {
     let Some(tls) = Tls::of_environment("a_changed_password_file") else { return };
-    let user = support::new_name("rotating");
-    tls.run(&["user", &user, "first"]);
-    let file = tls.secret_file(&user, "first");
+    let name = support::new_name("rotating");
+    let principal = format!("User:{name}");
+    tls.run(&["user", &name, "first"]);
+    let everything = ["--topic", "*", "--group", "*", "--operation", "All"];
+    tls.run(&[&["acl", "--add", "--allow-principal", &principal][..], &everything].concat());
+    let file = tls.secret_file(&name, "first");
     let url = format!(
-        "kafka://{}/o?tls=true&ca={}&sasl=scram-sha-512&user={user}&password=@{}",
+        "kafka://{}/{name}?partitions=1&tls=true&ca={}&sasl=scram-sha-512&user={name}&password=@{}",
         tls.client,
         tls.file("ca.crt"),
         file.display()
     );
-    let operator = Operator::connect(url.parse().expect("a valid URL"), support::clock());
-    let operator = operator.await.expect("connected");
+    let config: KafkaConfig = url.parse().expect("a valid URL");
+    let creator = format!(
+        "kafka://{}/{name}?partitions=1&tls=true&ca={}&{}",
+        tls.client,
+        tls.file("ca.crt"),
+        tls.login("admin")
+    );
+    let creator = Operator::connect(creator.parse().expect("a valid URL"), support::clock());
+    creator.await.expect("connected").create_topics().await.expect("created");
+    let operator = Operator::connect(config.clone(), support::clock()).await.expect("connected");
     operator.brokers().await.expect("the first password is right");
-    tls.run(&["user", &user, "second"]);
+    let store = support::open(config, "rotating").await;
+    let stream: StreamId = "order-1".parse().expect("valid");
+    support::settle(&store, &stream, exact(0), &commit(1)).await;
+
+    tls.run(&["user", &name, "second"]);
     let deadline = tokio::time::Instant::now() + WAIT_MAX;
     let told = loop {
         match operator.brokers().await {
@@ -189,9 +205,13 @@ async fn a_changed_password_file_is_used_without_a_restart() {
         support::pause().await;
     };
     assert!(told.contains("the user is unknown or the password is wrong"), "{told}");
-    tls.secret_file(&user, "second");
+    tls.secret_file(&name, "second");
     while operator.brokers().await.is_err() {
         assert!(tokio::time::Instant::now() < deadline, "the new password is not used");
         support::pause().await;
     }
+    // By now the brokers have asked every connection to log in again.
+    support::ready(&store).await;
+    support::settle(&store, &stream, exact(1), &commit(1)).await;
+    store.shutdown().await;
 }
