@@ -73,6 +73,31 @@ fn a_url_of_the_environment_is_as_good_and_no_password_is_told() {
 }
 
 #[test]
+fn a_secret_in_the_wrong_place_of_the_command_line_is_not_repeated() {
+    const CANARY: &str = "Canary-17";
+    let folder = TempDir::new().expect("a folder");
+    let url = format!("kafka://ann:{CANARY}@127.0.0.1:1/o?password={CANARY}");
+    let log = format!("--log={url}");
+    for args in [
+        &["status", &url][..],
+        &["status", "--logg", &url],
+        &["status", "--log", &url, "--database", &url],
+        &["status", "--log", "sqlite://a.db", "--database", CANARY],
+        &["status", "--log", CANARY],
+        &[&url, "status"],
+        &["stream", "show", "order-1", "--at", &url],
+        &["events", "tail", &log, CANARY],
+        &["completions", &url],
+        &["status", "--json", &url],
+    ] {
+        let ended = run(folder.path(), args);
+        assert_ne!(ended.code, Some(0), "{args:?}");
+        let said = format!("{}{}", ended.stdout, ended.stderr);
+        assert!(!said.contains(CANARY), "{args:?}: {said}");
+    }
+}
+
+#[test]
 fn completions_and_man_pages_are_made_for_every_shell_and_command() {
     let folder = TempDir::new().expect("a folder");
     for shell in ["bash", "zsh", "fish"] {

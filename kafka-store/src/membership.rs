@@ -20,7 +20,7 @@ use rdkafka::topic_partition_list::{Offset as RawOffset, TopicPartitionList};
 use rdkafka::types::RDKafkaRespErr;
 use tokio::sync::{mpsc, oneshot};
 
-use crate::client::log;
+use crate::client::{Renewal, log};
 use crate::config::KafkaConfig;
 
 /// How long the thread waits for the group at once; a leave waits as long.
@@ -73,7 +73,8 @@ impl Membership {
         consumer.subscribe(&[&topic])?;
         let (leave, asked) = channel();
         let (told, rebalances) = mpsc::unbounded_channel();
-        let member = Member { consumer, topic, told, heard: false, settling: Vec::new() };
+        let renewal = Renewal::new(config);
+        let member = Member { consumer, renewal, topic, told, heard: false, settling: Vec::new() };
         std::thread::Builder::new()
             .name("kafold-member".into())
             .spawn(move || member.run(&asked))
@@ -102,6 +103,7 @@ impl Membership {
 
 struct Member {
     consumer: BaseConsumer<MemberContext>,
+    renewal: Renewal,
     topic: String,
     told: mpsc::UnboundedSender<Rebalance>,
     /// Whether the group has ever decided anything.
@@ -120,6 +122,7 @@ impl Member {
             if let Some(Err(error)) = self.consumer.poll(wait) {
                 self.consumer.context().complain(error);
             }
+            self.renewal.look(self.consumer.client());
             for event in self.consumer.context().take() {
                 self.follow(event);
             }

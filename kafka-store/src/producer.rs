@@ -15,7 +15,7 @@ use rdkafka::producer::{
 };
 use rdkafka::statistics::Statistics;
 
-use crate::client::{log, offset, raw_partition};
+use crate::client::{Renewal, log, offset, raw_partition};
 use crate::config::KafkaConfig;
 use crate::wire::{ClaimId, Encoded};
 use crate::writer::ReportFailure;
@@ -55,7 +55,12 @@ pub(crate) struct Polled<C: ProducerContext + 'static> {
 }
 
 impl<C: ProducerContext + 'static> Polled<C> {
-    pub(crate) fn start(settings: &ClientConfig, context: C, name: &str) -> KafkaResult<Self> {
+    pub(crate) fn start(
+        settings: &ClientConfig,
+        mut renewal: Renewal,
+        context: C,
+        name: &str,
+    ) -> KafkaResult<Self> {
         let inner = Arc::new(BaseProducer::from_config_and_context(settings, context)?);
         let ended = Arc::new(AtomicBool::new(false));
         let (polled, end) = (Arc::clone(&inner), Arc::clone(&ended));
@@ -64,6 +69,7 @@ impl<C: ProducerContext + 'static> Polled<C> {
             .spawn(move || {
                 while !end.load(Ordering::Acquire) {
                     polled.poll(POLL);
+                    renewal.look(polled.client());
                 }
             })
             .map_err(|error| KafkaError::ClientCreation(error.to_string()))?;
@@ -102,7 +108,7 @@ impl Producer {
     ) -> KafkaResult<Self> {
         let settings = config.producer(record_bytes_max);
         let delivery = Delivery { generation, sink };
-        let polled = Polled::start(&settings, delivery, "kafold-producer")?;
+        let polled = Polled::start(&settings, Renewal::new(config), delivery, "kafold-producer")?;
         Ok(Self { polled, topic: config.events_topic() })
     }
 

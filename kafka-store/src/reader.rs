@@ -18,7 +18,7 @@ use rdkafka::error::{KafkaError, KafkaResult, RDKafkaErrorCode};
 use rdkafka::message::{BorrowedMessage, Headers, Message};
 use rdkafka::topic_partition_list::{Offset as RawOffset, TopicPartitionList};
 
-use crate::client::{Context, Inquirer, raw_partition};
+use crate::client::{Context, Inquirer, Renewal, raw_partition};
 use crate::config::{KafkaConfig, Limits};
 use crate::wire::{self, Content, LogRecord};
 
@@ -152,6 +152,7 @@ impl<T: Decode> Reader<T> {
         let reading = Reading {
             consumer,
             settings,
+            renewal: Renewal::new(config),
             inquirer,
             topic,
             limits: config.limits.clone(),
@@ -198,6 +199,7 @@ impl<T: Decode> Reader<T> {
 struct Reading<T> {
     consumer: BaseConsumer<Context>,
     settings: ClientConfig,
+    renewal: Renewal,
     /// A question on the reader's own connection would wait behind a fetch that waits for records.
     inquirer: Arc<Inquirer>,
     topic: String,
@@ -240,6 +242,7 @@ impl<T: Decode> Reading<T> {
     fn run(mut self, inbox: &Receiver<Command<T>>) {
         let mut more = false;
         while self.take_commands(inbox, more) {
+            self.renewal.look(self.consumer.client());
             more = self.is_asked() && self.fetch();
             self.answer();
             self.let_go_of_idle();

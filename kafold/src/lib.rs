@@ -29,7 +29,7 @@ pub mod otlp;
 pub use kafold_core::*;
 
 pub use error::OpenError;
-pub use log::{Log, LogOptions, open_log};
+pub use log::{Log, LogOptions, open_log, shown_url};
 
 #[cfg(any(feature = "embedded", feature = "projections"))]
 pub use kafold_migrations::{

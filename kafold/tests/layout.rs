@@ -10,7 +10,8 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("kafold-core", &["kafold-core-macros"]),
     ("kafold-migrations", &["kafold-core"]),
     ("kafold-embedded-store", &["kafold-core", "kafold-migrations"]),
-    ("kafold-kafka-store", &["kafold-core"]),
+    ("kafold-kafka-credentials", &[]),
+    ("kafold-kafka-store", &["kafold-core", "kafold-kafka-credentials"]),
     ("kafold-projections", &["kafold-core", "kafold-migrations"]),
     (
         "kafold",
@@ -31,7 +32,11 @@ const ARROWS: &[(&str, &[&str])] = &[
 /// Foreign crates that only these crates of ours may name.
 const NAMED_ONLY_BY: &[(&str, &[&str])] = &[
     // The campaign reads the log as a foreign consumer does, and baselines go without us.
-    ("rdkafka", &["kafold-kafka-store", "kafold-chaos", "kafold-bench"]),
+    (
+        "rdkafka",
+        &["kafold-kafka-store", "kafold-kafka-credentials", "kafold-chaos", "kafold-bench"],
+    ),
+    ("rdkafka-sys", &["kafold-kafka-credentials"]),
     ("sqlx", &["kafold-migrations", "kafold-embedded-store", "kafold-projections"]),
     ("opentelemetry", &["kafold-core", "kafold"]),
     ("tracing-opentelemetry", &["kafold-core", "kafold"]),

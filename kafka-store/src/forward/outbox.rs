@@ -12,7 +12,7 @@ use rdkafka::statistics::Statistics;
 use tokio::sync::oneshot;
 
 use super::wire::{self, Letter, ReplyTo};
-use crate::client::{log, raw_partition};
+use crate::client::{Renewal, log, raw_partition};
 use crate::config::KafkaConfig;
 use crate::producer::Polled;
 
@@ -31,7 +31,8 @@ pub(crate) struct Outbox {
 
 impl Outbox {
     pub(crate) fn start(config: &KafkaConfig) -> KafkaResult<Self> {
-        let polled = Polled::start(&config.outbox(), Postmark, "kafold-outbox")?;
+        let polled =
+            Polled::start(&config.outbox(), Renewal::new(config), Postmark, "kafold-outbox")?;
         Ok(Self { polled, commands: config.commands_topic(), replies: config.replies_topic() })
     }
 
