@@ -25,6 +25,7 @@
 //! - `indexer`: feeds the index behind the write, `gatherer`: for all partitions together; `loader`:
 //!   streams from index and tail;
 //! - [`store`], [`source`]: the two seams;
+//! - [`rights`]: what each kind of process must be allowed; `prober` tries it without changing anything;
 //! - [`operate`]: a log as its operator looks at it, without being a part of the service.
 
 mod client;
@@ -48,8 +49,10 @@ pub mod operate;
 mod ownership;
 mod partition;
 pub mod partitioner;
+mod prober;
 mod producer;
 mod reader;
+pub mod rights;
 #[cfg(test)]
 mod sim;
 pub mod source;
