@@ -157,14 +157,16 @@ impl Right {
         )
     }
 
+    /// What to do when it is missing for the user of the URL.
+    pub fn remedy(&self, log: &KafkaConfig, role: Role) -> String {
+        let principal = log.user().map_or("User:NAME".into(), |user| format!("User:{user}"));
+        let command = self.command(&log.brokers, &principal);
+        format!("{command} (kafold acl print --role {} prints all rights)", role.name())
+    }
+
     /// That it is missing, and what to do about it.
     pub fn complaint(&self, log: &KafkaConfig, role: Role) -> String {
-        let principal = log.user().map_or("User:NAME".into(), |user| format!("User:{user}"));
-        format!(
-            "{self} is missing for this user: {}; kafold acl print --role {} prints all rights",
-            self.command(&log.brokers, &principal),
-            role.name()
-        )
+        format!("{self} is missing for this user: {}", self.remedy(log, role))
     }
 }
 
