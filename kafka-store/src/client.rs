@@ -1,13 +1,13 @@
 //! What all clients of the broker share: their log lines, their errors, and questions that need no
 //! assignment.
 
-use std::error::Error;
 use std::io;
 use std::net::ToSocketAddrs;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use chrono::{DateTime, Utc};
+use kafold_core::store::Cause;
 use kafold_core::{Offset, Partition};
 use rdkafka::client::ClientContext;
 use rdkafka::config::{FromClientConfigAndContext, RDKafkaLogLevel};
@@ -18,17 +18,32 @@ use rdkafka::topic_partition_list::{Offset as RawOffset, TopicPartitionList};
 
 use crate::config::KafkaConfig;
 use crate::error::OpenError;
+pub(crate) use crate::refusal::Refusal;
 
-/// Turns what librdkafka says into `tracing` events and remembers its last complaint, which says
+/// An error that the client told beside any question, with librdkafka's own words.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Complaint {
+    pub(crate) error: KafkaError,
+    /// Such as `sasl_ssl://HOST:PORT/1: SASL authentication error: …`.
+    pub(crate) reason: String,
+    /// Why it does not pass by itself, if it does not.
+    pub(crate) refusal: Option<Refusal>,
+}
+
+/// Turns what librdkafka says into `tracing` events and remembers its newest complaint, which says
 /// why a question was never answered.
 #[derive(Default)]
 pub(crate) struct Context {
-    last: Mutex<Option<KafkaError>>,
+    newest: Mutex<Option<Complaint>>,
 }
 
 impl Context {
-    pub(crate) fn last_error(&self) -> Option<KafkaError> {
-        self.last.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    pub(crate) fn complaint(&self) -> Option<Complaint> {
+        self.newest.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn complain(&self, complaint: Complaint) {
+        *self.newest.lock().unwrap_or_else(PoisonError::into_inner) = Some(complaint);
     }
 }
 
@@ -41,7 +56,12 @@ impl ClientContext for Context {
 
     fn error(&self, error: KafkaError, reason: &str) {
         tracing::debug!(%error, reason, "kafka client");
-        *self.last.lock().unwrap_or_else(PoisonError::into_inner) = Some(error);
+        let refusal = Refusal::of(&error, reason);
+        // "All brokers are down" comes after the reason why, and says less.
+        let is_summary = error.rdkafka_error_code() == Some(RDKafkaErrorCode::AllBrokersDown);
+        if !is_summary || self.complaint().is_none() {
+            self.complain(Complaint { error, reason: reason.to_owned(), refusal });
+        }
     }
 }
 
@@ -82,8 +102,8 @@ impl Inquirer {
     }
 
     /// What the client last complained about, for when a question was not answered.
-    pub(crate) fn last_error(&self) -> Option<KafkaError> {
-        self.client.context().last_error()
+    pub(crate) fn last_error(&self) -> Option<Complaint> {
+        self.client.context().complaint()
     }
 
     /// The shape of a topic, if it exists, and how many brokers there are.
@@ -200,7 +220,7 @@ pub(crate) fn check_hosts(config: &KafkaConfig) -> Result<(), OpenError> {
         brokers: config.brokers.clone(),
         doing: "looking up the brokers' hosts".into(),
         remedy: "check the host names in the URL".into(),
-        cause: std::sync::Arc::new(error),
+        cause: Arc::new(error),
     })
 }
 
@@ -216,57 +236,29 @@ pub(crate) fn open_error(
     config: &KafkaConfig,
     doing: impl Into<String>,
     error: KafkaError,
-    complaint: Option<KafkaError>,
+    complaint: Option<Complaint>,
 ) -> OpenError {
     let (brokers, doing) = (config.brokers.clone(), doing.into());
-    let permanent = |error: &KafkaError| code(error).and_then(remedy);
-    let complained = complaint.as_ref().and_then(permanent).map(str::to_owned);
-    match permanent(&error).map(str::to_owned).or(complained) {
-        Some(remedy) => {
-            OpenError::Refused { brokers, doing, remedy, cause: cause(error, complaint) }
+    let complained = || complaint.as_ref().and_then(|complaint| complaint.refusal.clone());
+    match Refusal::of(&error, "").or_else(complained) {
+        Some(Refusal { cause, remedy }) => {
+            OpenError::Refused { brokers, doing, remedy, cause: text(cause) }
         }
-        None => OpenError::Unavailable { brokers, doing, cause: cause(error, complaint) },
+        None => OpenError::Unavailable { brokers, doing, cause: waiting(error, complaint) },
     }
 }
 
-fn code(error: &KafkaError) -> Option<RDKafkaErrorCode> {
-    match error {
-        KafkaError::AdminOp(code) => Some(*code),
-        other => other.rdkafka_error_code(),
+/// The error with the client's last complaint, which says more.
+fn waiting(error: KafkaError, complaint: Option<Complaint>) -> Cause {
+    match complaint {
+        Some(Complaint { reason, .. }) if !reason.is_empty() => text(format!("{error} ({reason})")),
+        Some(complaint) if complaint.error != error => {
+            text(format!("{error} ({})", complaint.error))
+        }
+        _ => Arc::new(error),
     }
 }
 
-/// The error with the client's last complaint, which often says more.
-fn cause(error: KafkaError, complaint: Option<KafkaError>) -> kafold_core::store::Cause {
-    let cause: Box<dyn Error + Send + Sync> = match complaint {
-        Some(complaint) if complaint != error => format!("{error} ({complaint})").into(),
-        _ => Box::new(error),
-    };
-    cause.into()
-}
-
-/// What to do about an error that does not go away by itself.
-fn remedy(code: RDKafkaErrorCode) -> Option<&'static str> {
-    use RDKafkaErrorCode as C;
-    Some(match code {
-        C::TopicAuthorizationFailed => {
-            "allow this user Describe, DescribeConfigs, Read and Write on the topic"
-        }
-        C::ClusterAuthorizationFailed => {
-            "allow this user Create and IdempotentWrite on the cluster, or create the topics"
-        }
-        C::GroupAuthorizationFailed => {
-            "allow this user Read on the consumer groups whose names begin with NAME"
-        }
-        C::Authentication | C::SaslAuthenticationFailed | C::SSL => {
-            "check the librdkafka.sasl.* and librdkafka.ssl.* options of the URL"
-        }
-        C::InvalidReplicationFactor => "set ?replication= to at most the number of brokers",
-        C::InvalidTopic => "choose another log name",
-        C::PolicyViolation | C::InvalidConfig => {
-            "create the topic by hand as the broker's policy wants it"
-        }
-        C::UnsupportedVersion => "use a broker of Kafka 2.8 or newer",
-        _ => return None,
-    })
+fn text(text: String) -> Cause {
+    Box::<dyn std::error::Error + Send + Sync>::from(text).into()
 }

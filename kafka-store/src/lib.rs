@@ -17,6 +17,7 @@
 //!
 //! - [`config`]: the log's URL and the limits; [`error`]: why it cannot be opened;
 //! - `topic`: topics are created safe, unsafe ones are refused by name; `judge`: what is unsafe, and why;
+//!   `refusal`: errors that do not pass by themselves, with cause and remedy;
 //! - `driver`: the thread that joins all writers to one `producer`; `reader`: the thread that reads
 //!   the log for them;
 //! - `membership`: a place in a consumer group; `ownership`: takes over what the group assigns and hands
@@ -52,6 +53,7 @@ pub mod partitioner;
 mod prober;
 mod producer;
 mod reader;
+mod refusal;
 pub mod rights;
 #[cfg(test)]
 mod sim;
