@@ -140,6 +140,12 @@ impl Role {
 }
 
 impl Right {
+    /// The right to be a member of a group.
+    pub(crate) fn of_group(group: &str) -> Self {
+        let resource = Resource::Group(group.to_owned());
+        Self { operation: Operation::Read, resource, without: None }
+    }
+
     /// The command of Kafka that grants it to a principal, such as `User:orders`.
     pub fn command(&self, brokers: &str, principal: &str) -> String {
         let (operation, resource) = (self.operation, &self.resource);
