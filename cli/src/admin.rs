@@ -13,7 +13,7 @@ use crate::commands::{self, Command};
 use crate::domain::Domain;
 use crate::error::Error;
 use crate::options::Options;
-use crate::output::Output;
+use crate::output::{Output, PrintableStderr};
 
 /// The operator's commands, with what a service adds to them.
 ///
@@ -104,7 +104,7 @@ pub(crate) fn finish(program: &str, out: &mut Output, ended: Result<(), Error>) 
     drop(out.flush());
     if let Error::Usage(reason) | Error::Failed(reason) = &error {
         // Nobody is left to be told when standard error is closed.
-        drop(writeln!(std::io::stderr(), "{program}: {reason}"));
+        drop(writeln!(PrintableStderr::new(), "{program}: {reason}"));
     }
     ExitCode::from(error.exit_code())
 }

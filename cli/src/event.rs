@@ -6,6 +6,8 @@ use serde::Serialize;
 use serde_json::Value;
 use serde_json::value::RawValue;
 
+use crate::output::printable_line;
+
 /// An event in JSON.
 #[derive(Serialize)]
 pub(crate) struct EventJson<'e> {
@@ -55,8 +57,8 @@ impl<'e> EventJson<'e> {
 
 fn payload(bytes: &[u8]) -> Payload<'_> {
     match serde_json::from_slice::<&RawValue>(bytes) {
-        // Its numbers stay as they are; a line break between its parts would be one of ours.
-        Ok(raw) if !raw.get().contains(['\n', '\r']) => Payload::AsWritten(raw),
+        // Its numbers stay as they are; white space between its parts would be a line break of ours, or escaped.
+        Ok(raw) if !raw.get().contains(['\n', '\r', '\t']) => Payload::AsWritten(raw),
         Ok(raw) => Payload::Rewritten(serde_json::from_str(raw.get()).unwrap_or_default()),
         Err(_) => Payload::Rewritten(String::from_utf8_lossy(bytes).into()),
     }
@@ -66,14 +68,20 @@ fn payload(bytes: &[u8]) -> Payload<'_> {
 pub(crate) fn line(event: &RecordedEvent) -> String {
     let RecordedEvent { stream, version, position, event_type, .. } = event;
     let recorded_at = time(event.metadata.recorded_at);
-    let payload = String::from_utf8_lossy(&event.payload).replace(['\n', '\r'], " ");
-    format!("{position}  {recorded_at}  {stream}  {version}  {event_type}  {payload}")
+    let payload = match serde_json::from_slice::<&RawValue>(&event.payload) {
+        // White space between its parts.
+        Ok(json) => json.get().replace(['\n', '\r', '\t'], " "),
+        Err(_) => String::from_utf8_lossy(&event.payload).into_owned(),
+    };
+    let line = format!("{position}  {recorded_at}  {stream}  {version}  {event_type}  {payload}");
+    printable_line(&line)
 }
 
 /// An event with all that is known of it, on several lines.
 pub(crate) fn block(event: &RecordedEvent) -> String {
     let RecordedEvent { version, position, event_type, metadata, command_id, .. } = event;
     let recorded_at = time(metadata.recorded_at);
+    let event_type = printable_line(event_type);
     let mut text = format!("version {version}  at {position}  {event_type}  {recorded_at}\n");
     let event_id = metadata.event_id.to_string();
     let command_id = command_id.to_string();
@@ -86,7 +94,7 @@ pub(crate) fn block(event: &RecordedEvent) -> String {
     ];
     for (name, value) in facts {
         if let Some(value) = value {
-            text += &format!("  {name:<12}{value}\n");
+            text += &format!("  {name:<12}{}\n", printable_line(value));
         }
     }
     for line in pretty(&event.payload).lines() {

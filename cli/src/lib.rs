@@ -49,4 +49,5 @@ mod progress;
 mod tables;
 
 pub use admin::{Admin, AdminArgs};
+pub use output::{PrintableStderr, printable};
 pub use program::main;

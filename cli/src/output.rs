@@ -1,8 +1,11 @@
-//! Standard output: lines, aligned tables, or one JSON document.
+//! Standard output: lines, aligned tables, or one JSON document. All that is printed passes [`printable`].
 
-use std::io::{BufWriter, Stdout, Write};
+use std::borrow::Cow;
+use std::fmt::Write as _;
+use std::io::{self, BufWriter, Stderr, Stdout, Write};
 
 use serde::Serialize;
+use unicode_width::UnicodeWidthStr;
 
 use crate::error::Error;
 
@@ -15,15 +18,15 @@ pub(crate) struct Output {
 
 impl Output {
     pub(crate) fn new(json: bool) -> Self {
-        Self { json, writer: BufWriter::new(std::io::stdout()) }
+        Self { json, writer: BufWriter::new(io::stdout()) }
     }
 
     /// One line of text, or several.
     pub(crate) fn line(&mut self, text: &str) -> Result<(), Error> {
-        Ok(writeln!(self.writer, "{text}")?)
+        Ok(writeln!(self.writer, "{}", printable(text))?)
     }
 
-    /// Text as it is.
+    /// Text of the program itself, as it is.
     pub(crate) fn raw(&mut self, text: &[u8]) -> Result<(), Error> {
         Ok(self.writer.write_all(text)?)
     }
@@ -38,8 +41,7 @@ impl Output {
         self.line(&json(serde_json::to_string(document))?)
     }
 
-    /// Rows below a header, in columns as wide as their longest cell; of a cell with several lines
-    /// the first.
+    /// Rows below a header, in columns as wide as their widest cell; of a cell with several lines the first.
     pub(crate) fn table<const N: usize>(
         &mut self,
         header: [&str; N],
@@ -48,14 +50,13 @@ impl Output {
         let first = |row: &[String; N]| row.each_ref().map(|cell| first_line(cell));
         let all: Vec<[String; N]> =
             std::iter::once(header.map(str::to_owned)).chain(rows.iter().map(first)).collect();
-        let chars = |cell: &String| cell.chars().count();
         let widths: [usize; N] =
-            std::array::from_fn(|n| all.iter().map(|row| chars(&row[n])).max().unwrap_or(0));
+            std::array::from_fn(|n| all.iter().map(|row| row[n].width()).max().unwrap_or(0));
         for row in &all {
             let mut line = String::new();
             for (cell, width) in row.iter().zip(widths) {
                 line += cell;
-                line.extend(std::iter::repeat_n(' ', width - chars(cell) + 2));
+                line.extend(std::iter::repeat_n(' ', width - cell.width() + 2));
             }
             self.line(line.trim_end())?;
         }
@@ -88,8 +89,69 @@ pub(crate) fn thousands(number: u64) -> String {
 
 fn first_line(text: &str) -> String {
     match text.split_once('\n') {
-        Some((first, _)) => format!("{first} …"),
-        None => text.to_owned(),
+        Some((first, _)) => format!("{} …", printable(first)),
+        None => printable(text).into_owned(),
+    }
+}
+
+/// The text without characters that act on a terminal: control characters (C0 but the newline, DEL, C1) and
+/// those that change the direction of text or end its line are written as `\u001b`.
+///
+/// Within the strings of a JSON document that is an escape of JSON itself, so a document keeps its meaning.
+pub fn printable(text: &str) -> Cow<'_, str> {
+    if !text.contains(acts) {
+        return Cow::Borrowed(text);
+    }
+    let mut shown = String::with_capacity(text.len() + 16);
+    for c in text.chars() {
+        if acts(c) {
+            write!(shown, "\\u{:04x}", u32::from(c)).expect("a string takes it");
+        } else {
+            shown.push(c);
+        }
+    }
+    Cow::Owned(shown)
+}
+
+/// [`printable`] on one line: a newline is escaped too.
+pub(crate) fn printable_line(text: &str) -> String {
+    printable(text).replace('\n', "\\u000a")
+}
+
+fn acts(c: char) -> bool {
+    let is_bidi = matches!(
+        c,
+        '\u{61c}' | '\u{200e}' | '\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}'
+    );
+    is_bidi || (c.is_control() && c != '\n')
+}
+
+/// Standard error for a log: what is written passes [`printable`], so a log without colours is safe to show.
+#[derive(Debug)]
+pub struct PrintableStderr(Stderr);
+
+impl PrintableStderr {
+    /// Standard error of this process.
+    pub fn new() -> Self {
+        Self(io::stderr())
+    }
+}
+
+impl Default for PrintableStderr {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Write for PrintableStderr {
+    /// Takes whole texts, as a log writes its lines; bytes that are no UTF-8 are replaced.
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.0.write_all(printable(&String::from_utf8_lossy(bytes)).as_bytes())?;
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.0.flush()
     }
 }
 
@@ -106,6 +168,18 @@ mod tests {
     fn a_cell_shows_one_line() {
         assert_eq!(first_line("panicked: left != right\n left: 1"), "panicked: left != right …");
         assert_eq!(first_line("3 events"), "3 events");
+    }
+
+    #[test]
+    fn what_acts_on_a_terminal_is_escaped_and_a_document_keeps_its_meaning() {
+        let text = "a\u{1b}[2J\r\t\u{7f}\u{9b}1m\u{202e}\u{2066}\u{85}\u{2028} Ö 界\n";
+        let shown = "a\\u001b[2J\\u000d\\u0009\\u007f\\u009b1m\\u202e\\u2066\\u0085\\u2028 Ö 界\n";
+        assert_eq!(printable(text), shown);
+        assert_eq!(printable(shown), shown, "shown again, it is the same");
+        let document = serde_json::to_string(text).expect("a text");
+        let read: String = serde_json::from_str(&printable(&document)).expect("JSON");
+        assert_eq!(read, text);
+        assert_eq!(printable_line("a\nb"), "a\\u000ab");
     }
 
     #[test]

@@ -1,6 +1,5 @@
 //! The binary `kafold`: the commands of [`Admin`], completions and man pages.
 
-use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
@@ -12,7 +11,7 @@ use crate::admin::{Admin, finish};
 use crate::commands::Command;
 use crate::error::Error;
 use crate::options::Options;
-use crate::output::Output;
+use crate::output::{Output, PrintableStderr};
 
 const PROGRAM: &str = "kafold";
 
@@ -95,8 +94,8 @@ fn start_logging() -> Result<(), Error> {
         .map_err(|error| Error::usage(format!("RUST_LOG: {error}; such as info or debug")))?;
     tracing_subscriber::fmt()
         .with_env_filter(filter)
-        .with_ansi(std::io::stderr().is_terminal())
-        .with_writer(std::io::stderr)
+        .with_ansi(false)
+        .with_writer(PrintableStderr::new)
         .init();
     Ok(())
 }

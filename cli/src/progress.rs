@@ -4,6 +4,8 @@ use std::io::IsTerminal;
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
+use crate::output::printable;
+
 /// Counts records on standard error; gone when it is dropped.
 pub(crate) struct Progress(ProgressBar);
 
@@ -16,7 +18,7 @@ impl Progress {
         };
         let template = "reading {msg} {bar:30} {human_pos}/{human_len} records, {eta} left";
         bar.set_style(ProgressStyle::with_template(template).expect("the template is a constant"));
-        bar.set_message(what.to_owned());
+        bar.set_message(printable(what).into_owned());
         Self(bar)
     }
 

@@ -203,4 +203,107 @@ async fn status_and_doctor_tell_what_there_is() {
     let json: Value = serde_json::from_str(&sick.stdout).expect("JSON");
     assert_eq!(json["healthy"], false);
     assert!(sick.stdout.contains("sales stands at 0:6, behind the end of the log"), "{sick:?}");
+    let ahead = run(folder.path(), &with(&["status"]));
+    ahead.says(
+        1,
+        &["ahead of its log", "sales stands at 0:6, the log ends at 0:5", "positions reset"],
+    );
+    let ahead = run(folder.path(), &with(&["status", "--json"]));
+    let json: Value = serde_json::from_str(&ahead.stdout).expect("JSON");
+    assert_eq!(json["ahead"], json!([{"what": "sales", "partition": 0, "next": 6, "end": 5}]));
+}
+
+/// What acts on a terminal: escape sequences, single control characters of C0 and C1, DEL, directions of text.
+const CONTROL_SEQUENCES: [&str; 30] = [
+    "\u{1b}[2J",
+    "\u{1b}[31m",
+    "\u{1b}]0;title\u{7}",
+    "\u{1b}]8;;http://x\u{1b}\\\\",
+    "\u{1b}P$q\u{1b}\\\\",
+    "\u{1b}c",
+    "\u{1b}[6n",
+    "\u{1b}[?1049h",
+    "\u{1b}]52;c;eA==\u{7}",
+    "\u{1}",
+    "\u{7}",
+    "\u{8}",
+    "\t",
+    "\u{b}",
+    "\u{c}",
+    "\r",
+    "\r\n",
+    "\u{e}",
+    "\u{18}",
+    "\u{1b}",
+    "\u{7f}",
+    "\u{80}",
+    "\u{85}",
+    "\u{9b}2J",
+    "\u{9d}0;t\u{9c}",
+    "\u{61c}",
+    "\u{200f}",
+    "\u{202a}",
+    "\u{202e}",
+    "\u{2066}",
+];
+
+#[tokio::test]
+async fn no_control_character_of_the_log_or_the_database_is_printed() {
+    let folder = TempDir::new().expect("a folder");
+    let log = open(&url(folder.path()), None).await;
+    let store = log.store();
+    for sequence in CONTROL_SEQUENCES {
+        let in_json = serde_json::to_string(sequence).expect("a text");
+        append(&store, "order-1", &format!("no JSON {sequence} at all")).await;
+        append(&store, "order-1", &format!("{{\t\"in\":\r\n{in_json}}}")).await;
+        // Where an id may have it.
+        let id = format!("order-x{sequence}y");
+        if let Ok(stream) = id.parse::<kafold::StreamId>() {
+            append(&store, &stream.to_string(), "{}").await;
+        }
+        let mut event = support::event("order.changed.v1", "{}");
+        event.metadata.correlation_id = Some(format!("a{sequence}b\nc"));
+        support::append_event(&store, "order-2", event).await;
+    }
+    log.close().await;
+    let reason = CONTROL_SEQUENCES.concat();
+    let mut connection = SqliteConnection::connect(&url(folder.path())).await.expect("the file");
+    query("INSERT INTO kafold_projection (name, live_generation, fingerprint, desired_state, actual_state, actual_state_reason, updated_at) VALUES ('sales', 1, 'f', 'running', 'stopped', $1, 0)")
+        .bind(&reason)
+        .execute(&mut connection)
+        .await
+        .expect("a row");
+    connection.close().await.expect("closed");
+    let unknown = format!("order-{}", "\u{1b}[2J\u{9b}\u{202e}");
+    for command in [
+        &["events", "tail", "--from-beginning"][..],
+        &["stream", "show", "order-1"],
+        &["stream", "show", "order-2"],
+        &["stream", "show", &unknown],
+        &["status"],
+        &["doctor"],
+        &["projections", "list"],
+    ] {
+        for json in [&[][..], &["--json"]] {
+            let ended = run(folder.path(), &[command, json, &LOG].concat());
+            for text in [&ended.stdout, &ended.stderr] {
+                let acts = |c: char| {
+                    (c.is_control() && c != '\n')
+                        || matches!(c, '\u{61c}' | '\u{200e}'..='\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
+                };
+                let found: Vec<_> = text.chars().filter(|c| acts(*c)).collect();
+                assert!(found.is_empty(), "{command:?} {json:?} printed {found:?}: {text}");
+            }
+        }
+    }
+    let tail = run(folder.path(), &with(&["events", "tail", "--from-beginning"])).ok();
+    assert_eq!(tail.lines().count(), tail.lines().filter(|line| line.starts_with("0:")).count());
+    assert!(tail.contains(r"no JSON \u001b[2J at all"), "{tail}");
+    let tail = run(folder.path(), &with(&["events", "tail", "--from-beginning", "--json"])).ok();
+    let payloads: Vec<String> = tail
+        .lines()
+        .map(|line| serde_json::from_str::<Value>(line).expect("JSON a line"))
+        .filter_map(|event| Some(event["payload"]["in"].as_str()?.to_owned()))
+        .collect();
+    assert_eq!(payloads, CONTROL_SEQUENCES, "a document keeps its meaning");
 }

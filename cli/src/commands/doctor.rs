@@ -5,6 +5,8 @@ mod kafka;
 mod lag;
 mod rights;
 
+use std::fmt;
+
 use serde::Serialize;
 
 use crate::admin::Context;
@@ -31,6 +33,16 @@ enum Level {
     Ok,
     Warning,
     Problem,
+}
+
+impl fmt::Display for Level {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Ok => "ok",
+            Self::Warning => "warning",
+            Self::Problem => "problem",
+        })
+    }
 }
 
 /// One thing that was looked at.
@@ -82,15 +94,29 @@ impl Checks {
         self.0.iter().filter(|check| check.level == level).count() as u64
     }
 
+    /// Each remedy once, with all that it mends, in the order of the first of them.
+    fn remedies(&self) -> Vec<(&str, Vec<&Check>)> {
+        let mut remedies: Vec<(&str, Vec<&Check>)> = Vec::new();
+        for check in &self.0 {
+            let Some(remedy) = check.remedy.as_deref() else { continue };
+            match remedies.iter_mut().find(|(known, _)| *known == remedy) {
+                Some((_, checks)) => checks.push(check),
+                None => remedies.push((remedy, vec![check])),
+            }
+        }
+        remedies
+    }
+
     fn print(&self, out: &mut Output) -> Result<(), Error> {
-        let row = |check: &Check| {
-            let level = format!("{:?}", check.level).to_lowercase();
-            [level, check.name.to_owned(), check.found.clone()]
-        };
+        let row =
+            |check: &Check| [check.level.to_string(), check.name.to_owned(), check.found.clone()];
         out.table(["", "CHECK", "FOUND"], &self.0.iter().map(row).collect::<Vec<_>>())?;
-        for check in self.0.iter().filter(|check| check.remedy.is_some()) {
-            let remedy = check.remedy.as_deref().unwrap_or_default();
-            out.line(&format!("\n{}: {}\n  {remedy}", check.name, check.found))?;
+        for (remedy, checks) in self.remedies() {
+            out.line("")?;
+            for check in checks {
+                out.line(&format!("{}: {}", check.name, check.found))?;
+            }
+            out.line(&format!("  {remedy}"))?;
         }
         Ok(())
     }

@@ -1,9 +1,11 @@
 //! `status`: log, stream index and projections on one screen.
 
 use std::collections::BTreeMap;
+use std::fmt;
 
 use kafold::projections::Overview;
 use kafold::{Offset, Partition};
+use serde::Serialize;
 use serde_json::{Value, json};
 
 use crate::admin::Context;
@@ -39,11 +41,43 @@ pub(crate) async fn run(context: &mut Context) -> Result<(), Error> {
     let mut status = Status::default();
     let log = log(context, &mut status).await;
     let database = database(context, &mut status).await;
+    if !status.ahead().is_empty() {
+        // Of a running service the log was perhaps only looked at earlier.
+        self::log(context, &mut status).await?;
+    }
     match context.out.json {
         true => context.out.document(&status.json())?,
         false => status.print(&mut context.out)?,
     }
-    log.and(database)
+    log.and(database)?;
+    match status.ahead().as_slice() {
+        [] => Ok(()),
+        ahead => {
+            let places: Vec<_> = ahead.iter().map(ToString::to_string).collect();
+            Err(Error::failed(format!(
+                "the database is ahead of its log: {}. Give those that belong together, or, if the log lost its \
+                 end or was replaced, begin anew with `kafold positions reset --reason …`",
+                places.join("; ")
+            )))
+        }
+    }
+}
+
+/// A position stored in the database that the log has not reached.
+#[derive(Debug, Serialize)]
+struct Ahead<'s> {
+    /// The stream index, or a projection's name.
+    what: &'s str,
+    partition: Partition,
+    next: Offset,
+    end: Offset,
+}
+
+impl fmt::Display for Ahead<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { what, partition, next, end } = self;
+        write!(f, "{what} stands at {partition}:{next}, the log ends at {partition}:{end}")
+    }
 }
 
 async fn log(context: &Context, status: &mut Status) -> Result<(), Error> {
@@ -110,7 +144,26 @@ impl Status {
             "database": database.map(|database| &database.url),
             "index": index,
             "projections": projections,
+            "ahead": self.ahead(),
         })
+    }
+
+    /// What the database has read beyond the log's end; nothing without both.
+    fn ahead(&self) -> Vec<Ahead<'_>> {
+        let (Some(log), Some(database)) = (&self.log, &self.database) else { return Vec::new() };
+        let index = database.index.iter().flatten();
+        let index = index.map(|(partition, next)| ("the index", *partition, *next));
+        let projections = database.projections.iter().flat_map(|seen| {
+            let places = seen.partitions.iter();
+            places.map(|place| (seen.name.as_str(), Partition(place.partition), Offset(place.next)))
+        });
+        let ends: BTreeMap<_, _> =
+            log.partitions.iter().map(|seen| (seen.partition, seen.end)).collect();
+        let is_ahead = |(what, partition, next): (_, Partition, Offset)| {
+            let end = *ends.get(&partition)?;
+            (next > end).then_some(Ahead { what, partition, next, end })
+        };
+        index.chain(projections).filter_map(is_ahead).collect()
     }
 
     /// Records that the index has not seen; unknown without the log.

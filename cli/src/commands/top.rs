@@ -18,7 +18,7 @@ use tokio::sync::mpsc;
 use crate::admin::Context;
 use crate::error::Error;
 use crate::log::Log;
-use crate::output::{count, thousands};
+use crate::output::{count, printable, thousands};
 use crate::overview::{self, PartitionView};
 
 /// How often the keyboard is looked at.
@@ -287,10 +287,10 @@ impl<'v> View<'v> {
             Layout::vertical(heights).areas(frame.area());
         let records = count(self.now.records(), "record");
         let line = format!("{}   {records}, {:.0}/s", self.title, self.log_rate());
-        frame.render_widget(Line::from(line).bold(), head);
+        frame.render_widget(Line::from(printable(&line)).bold(), head);
         if !self.now.partitions.is_empty() {
             let rows = nodes.iter().map(|(owner, (partitions, rate))| {
-                Row::new([owner.clone(), thousands(*partitions), format!("{rate:.0}")])
+                row([owner.clone(), thousands(*partitions), format!("{rate:.0}")])
             });
             let widths = [Constraint::Fill(1), Constraint::Length(10), Constraint::Length(12)];
             let header = ["NODE", "PARTITIONS", "RECORDS/S"];
@@ -299,7 +299,7 @@ impl<'v> View<'v> {
         frame.render_widget(self.projections(), projection_area);
         frame.render_widget(self.partitions(), partition_area);
         let foot_line = match self.trouble {
-            Some(trouble) => Line::from(trouble.clone()).red(),
+            Some(trouble) => Line::from(printable(trouble)).red(),
             None => Line::from("q ends").dim(),
         };
         frame.render_widget(foot_line, foot);
@@ -331,7 +331,7 @@ impl<'v> View<'v> {
                 parked,
                 rebuild,
             ];
-            Row::new(cells).style(style)
+            row(cells).style(style)
         });
         let widths = [
             Constraint::Fill(1),
@@ -353,7 +353,7 @@ impl<'v> View<'v> {
             let owner = seen.claim.as_ref().map_or("-".to_owned(), |(_, owner)| owner.name.clone());
             let lag = self.index_lag(seen).map_or("-".to_owned(), thousands);
             let rate = format!("{:.0}", self.partition_rate(seen));
-            Row::new([seen.partition.to_string(), owner, thousands(seen.end.0), rate, lag])
+            row([seen.partition.to_string(), owner, thousands(seen.end.0), rate, lag])
         });
         let widths = [
             Constraint::Length(10),
@@ -364,6 +364,10 @@ impl<'v> View<'v> {
         ];
         table(rows, widths, ["PARTITION", "OWNER", "END", "RECORDS/S", "INDEX LAG"])
     }
+}
+
+fn row<const N: usize>(cells: [String; N]) -> Row<'static> {
+    Row::new(cells.map(|cell| printable(&cell).into_owned()))
 }
 
 fn table<const N: usize>(
@@ -389,7 +393,8 @@ mod tests {
 
     fn partition(end: u64) -> PartitionView {
         let started_at = chrono::DateTime::UNIX_EPOCH;
-        let owner = Owner { name: "node-a".into(), address: String::new(), started_at };
+        let owner =
+            Owner { name: "node\u{202e}\u{9b}a".into(), address: String::new(), started_at };
         PartitionView {
             partition: Partition(3),
             start: Offset(0),
@@ -414,9 +419,12 @@ mod tests {
         let mut terminal = Terminal::new(TestBackend::new(100, 14)).expect("in memory");
         terminal.draw(|frame| view.render(frame)).expect("in memory");
         let screen = terminal.backend().to_string();
-        for words in
-            ["kafka://here/orders   1 500 records, 250/s", "node-a (started", "PROJECTION", "600"]
-        {
+        for words in [
+            "kafka://here/orders   1 500 records, 250/s",
+            "node\\u202e\\u009ba (started",
+            "PROJECTION",
+            "600",
+        ] {
             assert!(screen.contains(words), "{words:?} is not in\n{screen}");
         }
         assert_eq!(view.json()["records_per_second"], 250.0);

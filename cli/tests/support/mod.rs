@@ -148,9 +148,18 @@ pub(crate) fn event(event_type: &str, payload: &str) -> NewEvent {
 
 /// Appends one event; answers its version.
 pub(crate) async fn append(store: &Arc<dyn EventStore>, stream: &str, payload: &str) -> Version {
+    let type_name = format!("{}.changed.v1", stream.split('-').next().expect("a category"));
+    append_event(store, stream, event(&type_name, payload)).await
+}
+
+/// Appends this event; answers its version.
+pub(crate) async fn append_event(
+    store: &Arc<dyn EventStore>,
+    stream: &str,
+    event: NewEvent,
+) -> Version {
     let stream: StreamId = stream.parse().expect("a stream");
-    let type_name = format!("{}.changed.v1", stream.category());
-    let commit = Commit::new(CommandId(RandomIds.event_id()), vec![event(&type_name, payload)]);
+    let commit = Commit::new(CommandId(RandomIds.event_id()), vec![event]);
     let commit = commit.expect("one event");
     let appended = store.append(&stream, ExpectedVersion::Any, commit).await;
     appended.unwrap_or_else(|error| panic!("{stream}: {error}")).version

@@ -4,14 +4,16 @@
 //! - [`queries`]: the read models and the stream of an order;
 //! - [`health`]: liveness, readiness, metrics;
 //! - [`extract`] and [`problem`]: what comes in, and errors going out;
-//! - [`observe`]: around every request.
+//! - [`observe`]: around every request; [`bearer`]: who may send one;
+//! - [`server`]: connections and their limits.
 
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
 use axum::Router;
-use axum::http::StatusCode;
+use axum::http::{HeaderName, StatusCode, header};
 use axum::middleware::from_fn_with_state;
+use axum::response::IntoResponse;
 use axum::routing::{get, post};
 use kafold::{Clock, IdGenerator};
 use metrics_exporter_prometheus::PrometheusHandle;
@@ -19,14 +21,17 @@ use tokio::sync::Semaphore;
 use tower_http::catch_panic::CatchPanicLayer;
 
 use crate::service::Service;
+use bearer::BearerToken;
 use problem::{Problem, RETRY_SOON};
 
+pub(crate) mod bearer;
 mod commands;
 mod extract;
 mod health;
 mod observe;
 pub(crate) mod problem;
 mod queries;
+pub(crate) mod server;
 
 /// Requests under way at most; one more is answered 503 at once.
 const REQUESTS_MAX: usize = 1024;
@@ -107,9 +112,9 @@ impl App {
     }
 }
 
-/// The whole outside surface.
-pub(crate) fn router(app: Arc<App>) -> Router {
-    Router::new()
+/// The whole outside surface; with a bearer token all but health and the list of endpoints wants it.
+pub(crate) fn router(app: Arc<App>, token: Option<Arc<BearerToken>>) -> Router {
+    let router = Router::new()
         .route("/", get(index))
         .route("/orders", post(commands::place))
         .route("/orders/{id}", get(queries::order))
@@ -124,7 +129,12 @@ pub(crate) fn router(app: Arc<App>) -> Router {
         .route("/metrics", get(health::metrics))
         .route("/nodes", get(health::nodes))
         .method_not_allowed_fallback(method_not_allowed)
-        .fallback(no_route)
+        .fallback(no_route);
+    let router = match token {
+        Some(token) => router.layer(from_fn_with_state(token, bearer::check)),
+        None => router,
+    };
+    router
         .layer(CatchPanicLayer::custom(observe::panicked))
         .layer(from_fn_with_state(app.clone(), observe::around))
         .with_state(app)
@@ -146,8 +156,16 @@ GET  /health/live  /health/ready  /metrics
 GET  /nodes    which node owns which partition, since when
 ";
 
-async fn index() -> &'static str {
-    INDEX
+/// For a page that a browser shows: it is what it says, holds nothing that runs, and is framed by nobody.
+const PAGE_HEADERS: [(HeaderName, &str); 4] = [
+    (header::X_CONTENT_TYPE_OPTIONS, "nosniff"),
+    (header::CONTENT_SECURITY_POLICY, "default-src 'none'; frame-ancestors 'none'"),
+    (header::REFERRER_POLICY, "no-referrer"),
+    (header::X_FRAME_OPTIONS, "DENY"),
+];
+
+async fn index() -> impl IntoResponse {
+    (PAGE_HEADERS, INDEX)
 }
 
 async fn no_route() -> Problem {

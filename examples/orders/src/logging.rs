@@ -1,10 +1,9 @@
 //! Structured logs on standard error, and spans to a collector where one is named.
 
-use std::io::IsTerminal;
-
 use clap::ValueEnum;
 #[cfg(feature = "otlp")]
 use kafold::otlp::Otlp;
+use kafold_cli::PrintableStderr;
 use tracing::Subscriber;
 use tracing_subscriber::fmt::layer;
 use tracing_subscriber::prelude::*;
@@ -75,7 +74,8 @@ fn lines<S>(format: LogFormat) -> Box<dyn Layer<S> + Send + Sync>
 where
     S: Subscriber + for<'span> LookupSpan<'span>,
 {
-    let lines = layer().with_ansi(std::io::stderr().is_terminal()).with_writer(std::io::stderr);
+    // Without colours, whose bytes cannot be told from those that a request brings.
+    let lines = layer().with_ansi(false).with_writer(PrintableStderr::new);
     match format {
         LogFormat::Text => lines.boxed(),
         LogFormat::Json => lines.json().flatten_event(true).boxed(),

@@ -12,7 +12,7 @@ use std::io::Write;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
-use kafold_cli::{Admin, AdminArgs};
+use kafold_cli::{Admin, AdminArgs, PrintableStderr, printable};
 
 use import::ImportArgs;
 use order::Order;
@@ -112,12 +112,14 @@ fn run<T>(work: impl Future<Output = T>) -> T {
 }
 
 fn failed(code: u8, error: &(dyn std::error::Error + 'static)) -> ExitCode {
-    eprintln!("orders: {}", http::problem::chain(error));
+    let line = format!("orders: {}", http::problem::chain(error));
+    // Nobody is left to be told when standard error is closed.
+    drop(writeln!(PrintableStderr::new(), "{line}"));
     ExitCode::from(code)
 }
 
 /// To standard output, for people and scripts; the log goes to standard error.
 fn say(text: &str) {
     // A closed pipe is the reader's choice, not a failure.
-    drop(writeln!(std::io::stdout(), "{text}"));
+    drop(writeln!(std::io::stdout(), "{}", printable(text)));
 }

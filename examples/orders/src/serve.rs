@@ -4,15 +4,15 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use axum::serve::ListenerExt;
 use kafold::clock::{RandomIds, SystemClock, backoff};
 use kafold::{Clock, Database, DatabaseError, IdGenerator, Log, LogOptions, Mode, OpenError};
 use metrics_exporter_prometheus::{BuildError, Matcher, PrometheusBuilder, PrometheusHandle};
 use tokio::net::TcpListener;
 use tokio::sync::oneshot;
 
+use crate::http::bearer::{BearerToken, BearerTokenError};
 use crate::http::problem::chain;
-use crate::http::{App, Limits, router};
+use crate::http::{App, Limits, router, server};
 use crate::logging::{LogFormat, Spans};
 use crate::say;
 use crate::service::Service;
@@ -33,6 +33,14 @@ const SECONDS_BUCKETS: &[f64] =
     &[0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0];
 
 /// Where events are kept, where read models are, where to listen.
+///
+/// HTTP is spoken in clear text, to everybody who reaches the address: the service is meant to stand behind a
+/// proxy that ends TLS and knows who may send what. So it listens on the loopback address unless
+/// --behind-proxy says that there is one.
+///
+/// Limits: 4096 connections (at the limit the one that has waited longest for a request makes room); a request
+/// head and a request body of at most 10 s each; 60 s for a connection without a request and for a client that
+/// does not take its answer; heads of 128 KiB, bodies of 1 MiB, 1024 requests under way.
 #[derive(Debug, clap::Args)]
 pub(crate) struct ServeArgs {
     /// The event log: sqlite://FILE, or kafka://HOST:PORT,HOST:PORT/NAME (one broker or several).
@@ -41,7 +49,7 @@ pub(crate) struct ServeArgs {
     /// NAME.commands and NAME.replies are created when absent, with
     /// ?partitions=N&replication=R (default 12, and 3 or as many as there are brokers); any option
     /// of librdkafka goes as ?librdkafka.KEY=VALUE.
-    #[arg(long, value_name = "URL", env = "KAFOLD_LOG", default_value = LOG_DEFAULT, value_parser = log_url)]
+    #[arg(long, value_name = "URL", env = "KAFOLD_LOG", hide_env_values = true, default_value = LOG_DEFAULT, value_parser = log_url)]
     log: String,
     /// The read models: sqlite://FILE or postgres://USER:PASSWORD@HOST:PORT/NAME.
     ///
@@ -51,12 +59,64 @@ pub(crate) struct ServeArgs {
     /// Where to listen for HTTP; port 0 takes a free one.
     #[arg(long, value_name = "ADDR", env = "KAFOLD_LISTEN", default_value = "127.0.0.1:8080")]
     listen: SocketAddr,
+    /// A proxy stands in front of the address, ends TLS and decides who may send what.
+    ///
+    /// Without it an address that others can reach is refused.
+    #[arg(long, env = "KAFOLD_BEHIND_PROXY")]
+    behind_proxy: bool,
+    /// The token that commands and queries need as 'authorization: Bearer TOKEN': @FILE or $NAME, a variable.
+    ///
+    /// /health and the list of endpoints at / stay open.
+    #[arg(long, value_name = "@FILE|$NAME", env = "KAFOLD_BEARER_TOKEN", hide_env_values = true)]
+    bearer_token: Option<String>,
+    /// Allows by name what is refused as unsafe; each start warns of it.
+    #[arg(long, value_enum, value_name = "NAME", value_delimiter = ',')]
+    allow_unsafe: Vec<Unsafe>,
     /// Every request is answered within this time, such as 10s or 500ms; 100ms to 5 minutes.
     #[arg(long, value_name = "TIME", default_value = "10s", value_parser = deadline)]
     deadline: Duration,
     /// How log lines look, on standard error.
     #[arg(long, value_enum, default_value_t = LogFormat::Text)]
     pub(crate) log_format: LogFormat,
+}
+
+/// What is refused unless it is allowed by name.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+#[value(rename_all = "snake_case")]
+enum Unsafe {
+    /// Listening on an address that others can reach, without a proxy in front.
+    OpenListener,
+    /// A token in a file that others on this machine can read.
+    ReadableSecret,
+}
+
+impl ServeArgs {
+    fn allows(&self, what: Unsafe) -> bool {
+        self.allow_unsafe.contains(&what)
+    }
+
+    /// Refuses a listener that is open to others by mistake.
+    fn check_listener(&self) -> Result<(), ServeError> {
+        let address = self.listen;
+        if address.ip().to_canonical().is_loopback() || self.behind_proxy {
+            return Ok(());
+        }
+        if !self.allows(Unsafe::OpenListener) {
+            return Err(ServeError::OpenListener(address));
+        }
+        tracing::warn!(%address, "open_listener is allowed: whoever reaches the address is served, in clear text");
+        Ok(())
+    }
+
+    fn token(&self) -> Result<Option<Arc<BearerToken>>, ServeError> {
+        let Some(source) = &self.bearer_token else { return Ok(None) };
+        let allow_readable = self.allows(Unsafe::ReadableSecret);
+        if allow_readable {
+            tracing::warn!("readable_secret is allowed: others on this machine may read the token");
+        }
+        let token = BearerToken::read(source, allow_readable).map_err(ServeError::Token)?;
+        Ok(Some(Arc::new(token)))
+    }
 }
 
 fn log_url(text: &str) -> Result<String, String> {
@@ -96,14 +156,21 @@ pub(crate) enum ServeError {
         "cannot listen on {address}: {error}; stop what listens there, or choose another address with --listen"
     )]
     Listen { address: SocketAddr, error: std::io::Error },
+    #[error(
+        "{0} can be reached by others, and HTTP has neither TLS nor rights here: put a proxy in front and say \
+         --behind-proxy, listen on 127.0.0.1, or allow it with --allow-unsafe open_listener"
+    )]
+    OpenListener(SocketAddr),
+    #[error("--bearer-token: {0}")]
+    Token(BearerTokenError),
     #[error("the log cannot be used: {0}")]
     Log(OpenError),
     #[error("the database cannot be used: {0}")]
     Database(DatabaseError),
     #[error("the metrics recorder: {0}")]
     Metrics(#[from] BuildError),
-    #[error("the HTTP server ended: {0}")]
-    Http(std::io::Error),
+    #[error("the HTTP server ended by itself")]
+    Http,
     #[error("cannot watch for signals: {0}")]
     Signals(std::io::Error),
     #[error(
@@ -116,7 +183,7 @@ impl ServeError {
     /// As the program ends with it.
     pub(crate) fn exit_code(&self) -> u8 {
         match self {
-            Self::NoDatabase => 2,
+            Self::NoDatabase | Self::OpenListener(_) | Self::Token(_) => 2,
             _ => 1,
         }
     }
@@ -127,6 +194,8 @@ pub(crate) async fn run(args: ServeArgs, spans: Spans) -> Result<(), ServeError>
     if args.log.starts_with("kafka://") && args.database.is_none() {
         return Err(ServeError::NoDatabase);
     }
+    args.check_listener()?;
+    let token = args.token()?;
     let stop = Signals::new()?;
     let clock: Arc<dyn Clock> = Arc::new(SystemClock);
     let ids: Arc<dyn IdGenerator> = Arc::new(RandomIds);
@@ -139,14 +208,16 @@ pub(crate) async fn run(args: ServeArgs, spans: Spans) -> Result<(), ServeError>
     let limits = Limits::new(args.deadline);
     let app = Arc::new(App::new(clock.clone(), ids.clone(), limits, metrics));
     let (drain, drained) = oneshot::channel::<()>();
-    let listener = listener.tap_io(|connection| {
-        // Answers are small and waited for. Without the option they are only slower.
-        drop(connection.set_nodelay(true));
-    });
-    let server = axum::serve(listener, router(app.clone()))
-        // A dropped sender asks to stop as well.
-        .with_graceful_shutdown(async move { drop(drained.await) });
-    let mut server = tokio::spawn(server.into_future());
+    // A dropped sender asks to stop as well.
+    let stopped = async move { drop(drained.await) };
+    let server = server::serve(
+        listener,
+        router(app.clone(), token),
+        clock.clone(),
+        server::connections_max(),
+        stopped,
+    );
+    let mut server = tokio::spawn(server);
     tracing::info!(%address, log = args.log.split('?').next(), "listening");
 
     let opened = tokio::select! {
@@ -161,7 +232,7 @@ pub(crate) async fn run(args: ServeArgs, spans: Spans) -> Result<(), ServeError>
     tokio::select! {
         biased;
         () = stop.asked(1) => {}
-        ended = &mut server => return ended.map_or(Ok(()), |served| served.map_err(ServeError::Http)),
+        _ = &mut server => return Err(ServeError::Http),
     }
     tracing::info!("stopping: finishing the requests under way; a second signal ends at once");
     drop(drain);

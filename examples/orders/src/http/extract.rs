@@ -12,10 +12,12 @@ use futures_util::StreamExt;
 use kafold::clock::within;
 use kafold::{CommandId, ExpectedVersion, Position, Version};
 use serde::de::DeserializeOwned;
+use serde_path_to_error::Segment;
 use uuid::Uuid;
 
 use super::App;
 use super::problem::Problem;
+use super::server::BODY_TIMEOUT;
 
 /// Largest body that is read; an order of the most and longest lines has a tenth of it.
 pub(crate) const BODY_BYTES_MAX: usize = 1024 * 1024;
@@ -69,7 +71,7 @@ impl<T: DeserializeOwned> FromRequest<Arc<App>> for JsonOf<T> {
     async fn from_request(request: Request, app: &Arc<App>) -> Result<Self, Problem> {
         let (parts, body) = request.into_parts();
         let is_json = is_json(&parts.headers);
-        let patience = app.limits.work();
+        let patience = app.limits.work().min(BODY_TIMEOUT);
         let read = within(&*app.clock, patience, read_body(&parts.headers, body)).await;
         let bytes = read.unwrap_or_else(|| {
             let detail = format!("the body was not complete within {patience:?}: nothing was done");
@@ -82,11 +84,42 @@ impl<T: DeserializeOwned> FromRequest<Arc<App>> for JsonOf<T> {
                 "the body must be JSON: send the header 'content-type: application/json'",
             ));
         }
-        match serde_json::from_slice(&bytes) {
+        match from_json(&bytes) {
             Ok(value) => Ok(Self(value)),
-            Err(error) => Err(Problem::malformed(format!("the body cannot be read: {error}"))),
+            Err(reason) => Err(Problem::malformed(format!("the body cannot be read: {reason}"))),
         }
     }
+}
+
+/// The document as `T`, or what is wrong where: `/lines/0/quantity: …`, by JSON pointer (RFC 6901).
+///
+/// A field that is unknown or missing is named behind its parent's pointer; the whole document's is empty
+/// and left out.
+fn from_json<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, String> {
+    let mut document = serde_json::Deserializer::from_slice(bytes);
+    let value = serde_path_to_error::deserialize(&mut document).map_err(|error| {
+        // serde names fields in backquotes.
+        let reason = error.inner().to_string().replace('`', "\"");
+        let pointer = pointer(error.path(), &reason);
+        if pointer.is_empty() { reason } else { format!("{pointer}: {reason}") }
+    })?;
+    document.end().map_err(|error| error.to_string())?;
+    Ok(value)
+}
+
+fn pointer(path: &serde_path_to_error::Path, reason: &str) -> String {
+    let mut keys: Vec<String> = path
+        .iter()
+        .map(|segment| match segment {
+            Segment::Seq { index } => index.to_string(),
+            Segment::Map { key } | Segment::Enum { variant: key } => key.clone(),
+            Segment::Unknown => "?".to_owned(),
+        })
+        .collect();
+    // The path of an unknown field ends with it, that of a missing one with the parent.
+    keys.pop_if(|last| reason.starts_with(&format!("unknown field \"{last}\"")));
+    let escaped = |key: &String| format!("/{}", key.replace('~', "~0").replace('/', "~1"));
+    keys.iter().map(escaped).collect()
 }
 
 fn is_json(headers: &HeaderMap) -> bool {
@@ -282,6 +315,43 @@ mod tests {
         for bad in ["/%", "/%4", "/%zz", "/a%4/b", "/%%41"] {
             assert!(!has_valid_escapes(bad), "{bad}");
         }
+    }
+
+    #[test]
+    fn what_is_wrong_in_a_body_is_named_by_its_pointer() {
+        #[derive(Debug, serde::Deserialize)]
+        #[serde(deny_unknown_fields)]
+        #[expect(dead_code, reason = "only read")]
+        struct Body {
+            lines: Vec<Line>,
+            #[serde(default, rename = "a/b~")]
+            odd: Option<u8>,
+        }
+        #[derive(Debug, serde::Deserialize)]
+        #[serde(deny_unknown_fields)]
+        #[expect(dead_code, reason = "only read")]
+        struct Line {
+            quantity: i64,
+        }
+        for (body, begin) in [
+            (r#"{"lines":[{"quantity":"1"}]}"#, "/lines/0/quantity: invalid type: string \"1\""),
+            (r#"{"lines":[{"quantity":1},{}]}"#, "/lines/1: missing field \"quantity\""),
+            (r#"{"lines":[{"quantity":1,"x":1}]}"#, "/lines/0: unknown field \"x\""),
+            (
+                r#"{"lines":[{"quantity":1,"quantity":1}]}"#,
+                "/lines/0: duplicate field \"quantity\"",
+            ),
+            (r#"{"lines":7}"#, "/lines: invalid type: integer `7`".replace('`', "\"").as_str()),
+            (r#"{"a/b~":-1,"lines":[]}"#, "/a~1b~0: invalid value"),
+            ("{}", "missing field \"lines\""),
+            (r#"{"x":1}"#, "unknown field \"x\""),
+            (r#"{"lines":[]} {}"#, "trailing characters"),
+            ("", "EOF while parsing"),
+        ] {
+            let reason = from_json::<Body>(body.as_bytes()).expect_err(body);
+            assert!(reason.starts_with(begin), "{body}: {reason}");
+        }
+        assert!(from_json::<Body>(br#"{"lines":[]}"#).is_ok());
     }
 
     #[test]
