@@ -118,9 +118,10 @@ async fn watch_rights(
     mut prober: Prober,
     refusals: Arc<Refusals>,
 ) {
-    let rights = role.rights(&config).into_iter().filter(|right| {
-        right.without.is_none() && matches!(right.resource, Resource::Topic(_))
-    });
+    let rights = role
+        .rights(&config)
+        .into_iter()
+        .filter(|right| right.without.is_none() && matches!(right.resource, Resource::Topic(_)));
     let rights: Arc<[Right]> = rights.collect();
     refusals.clock.sleep(RIGHTS_DELAY).await;
     loop {
@@ -161,7 +162,8 @@ async fn watch_logins(config: KafkaConfig, inquirer: Arc<Inquirer>, refusals: Ar
             match answer {
                 Knock::Open => refusals.clear(&login(&broker), ""),
                 Knock::Refused(Refusal { cause, remedy }) => {
-                    let reason = || format!("kafka at {broker} refuses this process: {cause}; {remedy}");
+                    let reason =
+                        || format!("kafka at {broker} refuses this process: {cause}; {remedy}");
                     refusals.raise(&login(&broker), "", reason);
                     refused.push(broker);
                 }

@@ -58,7 +58,15 @@ impl Prober {
         clock: Arc<dyn Clock>,
     ) -> Self {
         let config = config.clone();
-        Self { config, inquirer, clock, reader: None, writer: None, admin: None, takes_trials: false }
+        Self {
+            config,
+            inquirer,
+            clock,
+            reader: None,
+            writer: None,
+            admin: None,
+            takes_trials: false,
+        }
     }
 
     /// Tries the right.
@@ -148,7 +156,10 @@ impl Prober {
         };
         match refused {
             None => {
-                tracing::warn!(topic, "a broker has taken a record with acks=2: Write is not tried");
+                tracing::warn!(
+                    topic,
+                    "a broker has taken a record with acks=2: Write is not tried"
+                );
                 self.takes_trials = true;
                 Ok(Answer::Granted)
             }
@@ -225,7 +236,9 @@ fn await_fetch(reader: &BaseConsumer<Context>, clock: &dyn Clock, deadline: Inst
     loop {
         match reader.poll(POLL) {
             Some(Ok(_) | Err(KafkaError::PartitionEOF(_))) => return Answer::Granted,
-            Some(Err(error)) if code(&error) == Some(RDKafkaErrorCode::TopicAuthorizationFailed) => {
+            Some(Err(error))
+                if code(&error) == Some(RDKafkaErrorCode::TopicAuthorizationFailed) =>
+            {
                 return Answer::Missing;
             }
             _ if clock.instant() >= deadline => return timed_out(),

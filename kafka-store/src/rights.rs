@@ -122,7 +122,12 @@ impl Role {
                 session(),
             ],
             Self::Worker => {
-                vec![topic(Read, events.clone()), topic(DescribeConfigs, events), readers(), session()]
+                vec![
+                    topic(Read, events.clone()),
+                    topic(DescribeConfigs, events),
+                    readers(),
+                    session(),
+                ]
             }
             Self::Reader => vec![topic(Read, events)],
             Self::Doctor => vec![
@@ -153,8 +158,12 @@ impl Right {
         let resource = match resource {
             Resource::Topic(name) => format!("--topic {name}"),
             Resource::Group(name) => format!("--group {name}"),
-            Resource::TopicPrefix(name) => format!("--resource-pattern-type prefixed --topic {name}"),
-            Resource::GroupPrefix(name) => format!("--resource-pattern-type prefixed --group {name}"),
+            Resource::TopicPrefix(name) => {
+                format!("--resource-pattern-type prefixed --topic {name}")
+            }
+            Resource::GroupPrefix(name) => {
+                format!("--resource-pattern-type prefixed --group {name}")
+            }
             Resource::Cluster => "--cluster".into(),
         };
         format!(
@@ -187,7 +196,11 @@ impl KafkaConfig {
 /// For a shell, should it not be plain.
 fn quoted(text: &str) -> String {
     let is_plain = |c: char| c.is_ascii_alphanumeric() || ":._@=,/+-".contains(c);
-    if text.chars().all(is_plain) { text.into() } else { format!("'{}'", text.replace('\'', r"'\''")) }
+    if text.chars().all(is_plain) {
+        text.into()
+    } else {
+        format!("'{}'", text.replace('\'', r"'\''"))
+    }
 }
 
 impl fmt::Display for Operation {
@@ -225,7 +238,8 @@ mod tests {
             role.rights(&log).iter().map(|right| right.command(&log.brokers, principal)).collect()
         };
         let worker = commands(Role::Worker, "User:w");
-        let add = "kafka-acls.sh --bootstrap-server a:1,b:2 --add --allow-principal User:w --operation";
+        let add =
+            "kafka-acls.sh --bootstrap-server a:1,b:2 --add --allow-principal User:w --operation";
         assert_eq!(
             worker,
             [

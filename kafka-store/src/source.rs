@@ -224,7 +224,8 @@ impl Subscription for KafkaSubscription {
                 self.ask_again(&message);
                 return Ok(message);
             }
-            let is_unsettled = self.group.as_ref().is_some_and(|(member, _)| member.unsettled().is_some());
+            let is_unsettled =
+                self.group.as_ref().is_some_and(|(member, _)| member.unsettled().is_some());
             let rebalances = async {
                 match &mut self.group {
                     Some((_, rebalances)) => rebalances.recv().await,

@@ -221,15 +221,14 @@ impl KafkaStore {
             }
             Assignment::Group => {
                 let group = config.owners_group();
-                let (membership, rebalances) =
-                    Membership::join(
-                        &config,
-                        &group,
-                        config.commands_topic(),
-                        denials.clone(),
-                        &*clock,
-                    )
-                    .map_err(client_error)?;
+                let (membership, rebalances) = Membership::join(
+                    &config,
+                    &group,
+                    config.commands_topic(),
+                    denials.clone(),
+                    &*clock,
+                )
+                .map_err(client_error)?;
                 tasks.spawn(Arc::clone(&ownership).follow(rebalances));
                 Some(membership)
             }

@@ -77,9 +77,7 @@ pub(crate) fn run(context: &mut Context, command: AclCommand) -> Result<(), Erro
     let rights = role.rights(&log);
     let command = |right: &Right| right.command(&log.brokers, &principal);
     if context.out.json {
-        let right = |right: &Right| {
-            json!({ "right": right.to_string(), "without": right.without, "command": command(right) })
-        };
+        let right = |right: &Right| json!({ "right": right.to_string(), "without": right.without, "command": command(right) });
         let rights: Vec<_> = rights.iter().map(right).collect();
         return context
             .out
