@@ -75,6 +75,9 @@ impl Admin {
         let AdminArgs { options, command } = args;
         let program = self.program;
         let mut context = self.context(options);
+        for warning in context.options.warnings() {
+            drop(writeln!(std::io::stderr(), "{program}: {warning}"));
+        }
         let ended = interruptible(commands::run(command, &mut context)).await;
         finish(program, &mut context.out, ended)
     }

@@ -27,7 +27,7 @@
 //! all is well, 1 when something failed or is not as it should be, 2 for wrong usage, 130 when
 //! interrupted. A closed pipe is the reader's choice and no failure.
 //!
-//! - [`admin`]: what a service mounts; `program`: the binary, which adds completions and man pages;
+//! - [`parse`]: arguments, whose errors repeat no secret; [`admin`]: what a service mounts; `program`: the binary, which adds completions and man pages;
 //! - `commands`: a module a command;
 //! - `options`: which log and which database are meant; `log`: a log that is only read; `tables`: the
 //!   toolkit's tables, only read; `overview`: both side by side;
@@ -35,6 +35,7 @@
 //! - `output`, `progress`, `event`, `diff`: what is printed and how; `error`: how it ends.
 
 pub mod admin;
+mod arguments;
 mod commands;
 mod diff;
 mod domain;
@@ -49,5 +50,6 @@ mod progress;
 mod tables;
 
 pub use admin::{Admin, AdminArgs};
+pub use arguments::parse;
 pub use output::{PrintableStderr, printable};
 pub use program::main;

@@ -1,9 +1,10 @@
 //! Which log and which database a command is about.
 
+use std::fmt;
 use std::time::Duration;
 
 use kafold::kafka::KafkaConfig;
-use kafold::{Database, Mode};
+use kafold::{Database, Mode, shown_url};
 
 use crate::error::Error;
 
@@ -18,9 +19,10 @@ const LOW_END_PATIENCE: Duration = Duration::from_secs(2);
 pub(crate) struct Options {
     /// The event log: sqlite://FILE, or kafka://HOST:PORT,HOST:PORT/NAME (one broker or several).
     ///
-    /// Any option of librdkafka goes as ?librdkafka.KEY=VALUE.
+    /// ?tls=true&ca=FILE encrypts, and sasl=scram-sha-512&user=NAME&password=@FILE logs in (@FILE: from
+    /// a file, $NAME: from the environment); any option of librdkafka goes as ?librdkafka.KEY=VALUE.
     #[arg(long, value_name = "URL", env = "KAFOLD_LOG", hide_env_values = true, global = true)]
-    log: Option<String>,
+    log: Option<UrlText>,
     /// The database of stream index and read models: sqlite://FILE or
     /// postgres://USER:PASSWORD@HOST:PORT/NAME.
     ///
@@ -32,10 +34,26 @@ pub(crate) struct Options {
         hide_env_values = true,
         global = true
     )]
-    database: Option<String>,
+    database: Option<UrlText>,
     /// Prints one JSON document instead of text.
     #[arg(long, global = true)]
     pub(crate) json: bool,
+}
+
+/// A URL, which may hold a password: `Debug` shows its place only.
+#[derive(Clone)]
+struct UrlText(String);
+
+impl From<String> for UrlText {
+    fn from(text: String) -> Self {
+        Self(text)
+    }
+}
+
+impl fmt::Debug for UrlText {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&shown_url(&self.0))
+    }
 }
 
 /// A log by its URL.
@@ -50,7 +68,13 @@ pub(crate) enum LogUrl {
 impl Options {
     /// The log when none is named.
     pub(crate) fn default_log(&mut self, url: Option<&str>) {
-        self.log = self.log.take().or_else(|| url.map(str::to_owned));
+        self.log = self.log.take().or_else(|| url.map(|url| UrlText(url.to_owned())));
+    }
+
+    /// What the log's URL accepts although it is unsafe. A URL that is none is told elsewhere.
+    pub(crate) fn warnings(&self) -> Vec<String> {
+        let config = self.log.as_ref().and_then(|url| url.0.parse::<KafkaConfig>().ok());
+        config.map(|config| config.warnings()).unwrap_or_default()
     }
 
     /// The log, which the command cannot do without.
@@ -65,7 +89,7 @@ impl Options {
 
     /// The log, if one is named.
     pub(crate) fn maybe_log(&self) -> Result<Option<LogUrl>, Error> {
-        let Some(url) = &self.log else { return Ok(None) };
+        let Some(UrlText(url)) = &self.log else { return Ok(None) };
         match url.split_once("://") {
             Some(("sqlite", file)) if !file.is_empty() => Ok(Some(LogUrl::Sqlite(url.clone()))),
             Some(("kafka", _)) => {
@@ -76,9 +100,9 @@ impl Options {
                 Ok(Some(LogUrl::Kafka(Box::new(config))))
             }
             _ => Err(Error::usage(format!(
-                "{:?} is not the URL of a log: write sqlite://FILE or \
+                "{} is not the URL of a log: write sqlite://FILE or \
                  kafka://HOST:PORT[,HOST:PORT]/NAME",
-                without_secrets(url)
+                shown_url(url)
             ))),
         }
     }
@@ -108,7 +132,7 @@ impl Options {
 
     /// The URL of the database, if one is named; else the log's own file, if it is one.
     pub(crate) fn maybe_database_url(&self) -> Result<Option<String>, Error> {
-        let Some(url) = &self.database else {
+        let Some(UrlText(url)) = &self.database else {
             return Ok(match self.maybe_log()? {
                 Some(LogUrl::Sqlite(url)) => Some(url),
                 Some(LogUrl::Kafka(_)) | None => None,
@@ -119,9 +143,9 @@ impl Options {
                 Ok(Some(url.clone()))
             }
             _ => Err(Error::usage(format!(
-                "{:?} is not the URL of a database: write sqlite://FILE or \
+                "{} is not the URL of a database: write sqlite://FILE or \
                  postgres://USER:PASSWORD@HOST:PORT/NAME",
-                without_secrets(url)
+                shown_url(url)
             ))),
         }
     }
@@ -146,14 +170,4 @@ impl LogUrl {
             Self::Kafka(config) => format!("kafka://{}/{}", config.brokers, config.name),
         }
     }
-}
-
-/// A text that was to be a URL, as it may be shown: neither login nor options.
-fn without_secrets(url: &str) -> String {
-    let place = url.split('?').next().unwrap_or_default();
-    let (scheme, rest) =
-        place.split_once("://").map_or(("", place), |(scheme, rest)| (scheme, rest));
-    let rest = rest.rsplit_once('@').map_or(rest, |(_, rest)| rest);
-    let shown = if scheme.is_empty() { rest.to_owned() } else { format!("{scheme}://{rest}") };
-    shown.chars().take(60).collect()
 }

@@ -8,6 +8,7 @@ use clap_complete::Shell;
 use tracing_subscriber::EnvFilter;
 
 use crate::admin::{Admin, finish};
+use crate::arguments::parse;
 use crate::commands::Command;
 use crate::error::Error;
 use crate::options::Options;
@@ -56,7 +57,7 @@ enum ProgramCommand {
 
 /// The program `kafold`, from its arguments to its exit code.
 pub fn main() -> ExitCode {
-    let Cli { options, command } = Cli::parse();
+    let Cli { options, command } = parse();
     let mut out = Output::new(options.json);
     if let Err(error) = start_logging() {
         return finish(PROGRAM, &mut out, Err(error));

@@ -2,8 +2,9 @@
 //! assignment.
 
 use std::io;
-use std::net::ToSocketAddrs;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::net::{SocketAddr, ToSocketAddrs};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::Duration;
 
 use chrono::{DateTime, Utc};
@@ -18,7 +19,13 @@ use rdkafka::topic_partition_list::{Offset as RawOffset, TopicPartitionList};
 
 use crate::config::KafkaConfig;
 use crate::error::OpenError;
+use crate::handshake;
+use crate::refusal;
 pub(crate) use crate::refusal::Refusal;
+use crate::transport::CLEAR_TEXT;
+
+/// The first wait for a broker; later ones are twice as long each.
+const FIRST_STEP: Duration = Duration::from_millis(600);
 
 /// An error that the client told beside any question, with librdkafka's own words.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -28,6 +35,17 @@ pub(crate) struct Complaint {
     pub(crate) reason: String,
     /// Why it does not pass by itself, if it does not.
     pub(crate) refusal: Option<Refusal>,
+}
+
+impl Complaint {
+    /// Whether a look at the broker may say more: librdkafka has one text for all faults of a
+    /// certificate, and a lost connection may come from TLS at one end only.
+    fn is_suspect(&self) -> bool {
+        refusal::is_certificate(&self.reason)
+            || self.reason.contains("PLAINTEXT broker listener")
+            || self.reason.contains("incorrect security.protocol")
+            || refusal::wants_certificate(&self.reason)
+    }
 }
 
 /// Turns what librdkafka says into `tracing` events and remembers its newest complaint, which says
@@ -44,6 +62,11 @@ impl Context {
 
     fn complain(&self, complaint: Complaint) {
         *self.newest.lock().unwrap_or_else(PoisonError::into_inner) = Some(complaint);
+    }
+
+    /// Forgets the complaint, once a broker answers.
+    fn forgive(&self) {
+        *self.newest.lock().unwrap_or_else(PoisonError::into_inner) = None;
     }
 }
 
@@ -89,21 +112,115 @@ pub(crate) struct TopicShape {
     pub(crate) led: bool,
 }
 
-/// Asks brokers; every call blocks for at most the request timeout.
+/// Asks brokers; every call blocks for at most the request timeout, and some seconds more when it is to
+/// be found out why nobody answers.
 pub(crate) struct Inquirer {
-    client: BaseConsumer<Context>,
+    config: KafkaConfig,
+    client: RwLock<Arc<Client>>,
     timeout: Duration,
+}
+
+struct Client {
+    consumer: BaseConsumer<Context>,
+    /// Of the files and secrets that it was made with.
+    fingerprint: u64,
+    /// Whether a broker has ever answered.
+    is_connected: AtomicBool,
+    /// Whether it is settled that no broker would be sent clear text that must not be.
+    is_private: AtomicBool,
 }
 
 impl Inquirer {
     pub(crate) fn new(config: &KafkaConfig) -> KafkaResult<Self> {
-        let client = BaseConsumer::from_config_and_context(&config.inquirer(), Context::default())?;
-        Ok(Self { client, timeout: config.limits.request_timeout })
+        let client = RwLock::new(Arc::new(Client::new(config)?));
+        Ok(Self { config: config.clone(), client, timeout: config.limits.request_timeout })
     }
 
     /// What the client last complained about, for when a question was not answered.
     pub(crate) fn last_error(&self) -> Option<Complaint> {
-        self.client.context().complaint()
+        self.client().consumer.context().complaint()
+    }
+
+    fn client(&self) -> Arc<Client> {
+        Arc::clone(&self.client.read().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Asks, and looks into it when there is no answer. As long as nobody has ever answered it asks in
+    /// growing steps, so that what does not pass by itself is told at once.
+    fn ask<T>(
+        &self,
+        timeout: Duration,
+        question: impl Fn(&BaseConsumer<Context>, Duration) -> KafkaResult<T>,
+    ) -> KafkaResult<T> {
+        let client = self.client();
+        let mut left = timeout;
+        let mut step = match client.is_connected.load(Ordering::Relaxed) {
+            true => timeout,
+            false => FIRST_STEP,
+        };
+        loop {
+            let wait = step.min(left);
+            let answer = question(&client.consumer, wait);
+            client.serve();
+            left -= wait;
+            match answer {
+                Err(error) if is_silence(&error) => {
+                    self.look_into(&client);
+                    let is_refused = client.complaint().is_some_and(|said| said.refusal.is_some());
+                    if is_refused || left.is_zero() {
+                        return Err(error);
+                    }
+                }
+                answered => {
+                    client.is_connected.store(true, Ordering::Relaxed);
+                    client.consumer.context().forgive();
+                    return answered;
+                }
+            }
+            step *= 2;
+        }
+    }
+
+    /// Puts the reason why nobody answers into the complaint, and makes the client anew where a file or
+    /// a secret has changed since it was made.
+    fn look_into(&self, client: &Client) {
+        let complaint = client.complaint();
+        let is_suspect = complaint.as_ref().is_some_and(Complaint::is_suspect);
+        if is_suspect || !client.is_connected.load(Ordering::Relaxed) {
+            let reason = complaint.as_ref().map(|complaint| complaint.reason.as_str());
+            let place = reason.and_then(refusal::place);
+            if let Some(refusal) = handshake::examine(&self.config.inquirer(), place) {
+                let complaint = complaint.unwrap_or(Complaint {
+                    error: KafkaError::Global(RDKafkaErrorCode::BrokerTransportFailure),
+                    reason: String::new(),
+                    refusal: None,
+                });
+                let refusal = Some(refusal);
+                client.consumer.context().complain(Complaint { refusal, ..complaint });
+            }
+        }
+        if client.fingerprint != self.config.fingerprint()
+            && let Ok(renewed) = Client::new(&self.config)
+        {
+            *self.client.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(renewed);
+        }
+    }
+
+    /// Refuses to send anything in clear text to brokers on other machines, which the first one may name.
+    pub(crate) fn check_private(&self) -> Result<(), OpenError> {
+        let client = self.client();
+        if !must_be_private(&self.config) || client.is_private.load(Ordering::Relaxed) {
+            return Ok(());
+        }
+        let brokers = self.brokers().map_err(|error| {
+            open_error(&self.config, "asking for the brokers", error, self.last_error())
+        })?;
+        for (_, broker) in brokers {
+            let addresses = broker.to_socket_addrs().into_iter().flatten();
+            check_local(&broker, addresses)?;
+        }
+        client.is_private.store(true, Ordering::Relaxed);
+        Ok(())
     }
 
     /// The shape of a topic, if it exists, and how many brokers there are.
@@ -116,9 +233,8 @@ impl Inquirer {
         topic: &str,
         timeout: Duration,
     ) -> KafkaResult<(Option<TopicShape>, usize)> {
-        let metadata = self.client.fetch_metadata(Some(topic), timeout);
-        self.serve();
-        let metadata = metadata?;
+        let metadata =
+            self.ask(timeout, |client, wait| client.fetch_metadata(Some(topic), wait))?;
         let brokers = metadata.brokers().len();
         let Some(found) = metadata.topics().iter().find(|found| found.name() == topic) else {
             return Ok((None, brokers));
@@ -142,9 +258,7 @@ impl Inquirer {
 
     /// The brokers that are up: id, host and port of each.
     pub(crate) fn brokers(&self) -> KafkaResult<Vec<(i32, String)>> {
-        let metadata = self.client.fetch_metadata(None, self.timeout);
-        self.serve();
-        let metadata = metadata?;
+        let metadata = self.ask(self.timeout, |client, wait| client.fetch_metadata(None, wait))?;
         let brokers = metadata.brokers().iter();
         Ok(brokers.map(|b| (b.id(), format!("{}:{}", b.host(), b.port()))).collect())
     }
@@ -160,9 +274,9 @@ impl Inquirer {
         partition: Partition,
         timeout: Duration,
     ) -> KafkaResult<(Offset, Offset)> {
-        let ends = self.client.fetch_watermarks(topic, raw_partition(partition), timeout);
-        self.serve();
-        let (start, end) = ends?;
+        let raw = raw_partition(partition);
+        let (start, end) =
+            self.ask(timeout, |client, wait| client.fetch_watermarks(topic, raw, wait))?;
         Ok((offset(start)?, offset(end)?))
     }
 
@@ -177,21 +291,44 @@ impl Inquirer {
         let from = time.timestamp_millis();
         let mut asked = TopicPartitionList::with_capacity(1);
         asked.add_partition_offset(topic, raw_partition(partition), RawOffset::Offset(from))?;
-        let found = self.client.offsets_for_times(asked, self.timeout);
-        self.serve();
-        let found = found?;
+        let found =
+            self.ask(self.timeout, |client, wait| client.offsets_for_times(asked.clone(), wait))?;
         Ok(match found.elements().first().map(|element| element.offset()) {
             Some(RawOffset::Offset(raw)) => offset(raw)?,
             _ => end,
         })
     }
+}
+
+impl Client {
+    fn new(config: &KafkaConfig) -> KafkaResult<Self> {
+        let settings = config.inquirer();
+        let consumer = BaseConsumer::from_config_and_context(&settings, Context::default())?;
+        Ok(Self {
+            consumer,
+            fingerprint: crate::transport::fingerprint(&settings),
+            is_connected: AtomicBool::new(false),
+            is_private: AtomicBool::new(false),
+        })
+    }
+
+    fn complaint(&self) -> Option<Complaint> {
+        self.consumer.context().complaint()
+    }
 
     /// Hands the client's log lines and errors to its context.
     fn serve(&self) {
-        while let Some(event) = self.client.poll(Duration::ZERO) {
+        while let Some(event) = self.consumer.poll(Duration::ZERO) {
             drop(event);
         }
     }
+}
+
+/// Whether nobody answered, rather than with an error.
+fn is_silence(error: &KafkaError) -> bool {
+    use RDKafkaErrorCode as C;
+    let silent = [C::BrokerTransportFailure, C::OperationTimedOut, C::AllBrokersDown, C::Resolve];
+    error.rdkafka_error_code().is_some_and(|code| silent.contains(&code))
 }
 
 /// librdkafka's number of a partition; ours are at most [`crate::config::PARTITIONS_MAX`].
@@ -206,22 +343,44 @@ pub(crate) fn offset(raw: i64) -> KafkaResult<Offset> {
 }
 
 /// Refuses brokers of which none has an address: a name that nobody knows is a slip in the URL, while
-/// a broker that does not answer may be on its way. Blocks while names are looked up.
+/// a broker that does not answer may be on its way. Refuses clear text to other machines. Blocks while
+/// names are looked up.
 pub(crate) fn check_hosts(config: &KafkaConfig) -> Result<(), OpenError> {
     let mut unknown: Option<io::Error> = None;
+    let mut is_one_known = false;
     for broker in config.brokers.split(',') {
         match broker.to_socket_addrs() {
             Err(error) if is_unknown_host(&error) => unknown = Some(error),
-            _ => return Ok(()),
+            Ok(addresses) => {
+                is_one_known = true;
+                if must_be_private(config) {
+                    check_local(broker, addresses)?;
+                }
+            }
+            Err(_) => is_one_known = true,
         }
     }
-    let Some(error) = unknown else { return Ok(()) };
+    let Some(error) = unknown.filter(|_| !is_one_known) else { return Ok(()) };
     Err(OpenError::Refused {
         brokers: config.brokers.clone(),
         doing: "looking up the brokers' hosts".into(),
         remedy: "check the host names in the URL".into(),
         cause: Arc::new(error),
     })
+}
+
+fn must_be_private(config: &KafkaConfig) -> bool {
+    !config.allow_unsafe.contains(CLEAR_TEXT) && !config.is_encrypted()
+}
+
+fn check_local(
+    broker: &str,
+    mut addresses: impl Iterator<Item = SocketAddr>,
+) -> Result<(), OpenError> {
+    match addresses.all(|address| address.ip().to_canonical().is_loopback()) {
+        true => Ok(()),
+        false => Err(OpenError::ClearText { broker: broker.to_owned() }),
+    }
 }
 
 /// The system gives an unknown name no error kind of its own; a name server that does not answer

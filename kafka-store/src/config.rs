@@ -1,14 +1,19 @@
 //! Where the log is and how it is used.
 
 use std::collections::BTreeSet;
+use std::fmt;
 use std::str::FromStr;
 use std::time::Duration;
 
 use percent_encoding::percent_decode_str;
 use rdkafka::ClientConfig;
 use rdkafka::error::KafkaError;
+use secrecy::{ExposeSecret, SecretString};
 
 use crate::error::ConfigError;
+use crate::judge::UNSAFE_SETTINGS;
+use crate::secret::{self, is_secret};
+use crate::transport::{self, Login, Tls, UNSAFE_TRANSPORT};
 
 /// Most partitions a log may have: every one costs a writer, a tail and a row.
 pub const PARTITIONS_MAX: u32 = 1_000;
@@ -25,10 +30,18 @@ const OUTBOX_TIMEOUT_MS: &str = "15000";
 
 /// A log on Kafka: `kafka://HOST:PORT[,HOST:PORT]/NAME?partitions=N&replication=R`.
 ///
-/// Also `librdkafka.KEY=VALUE` for any setting of the client that the protocol does not rely on, and
-/// `allow_unsafe=SETTING` to accept one unsafe setting of an existing topic, and `commands=begin_anew`
-/// for a commands topic that was deleted and made anew. Values are percent-decoded.
-#[derive(Debug, Clone, PartialEq, Eq)]
+/// - `tls=true` encrypts and verifies; `ca=FILE` names the trusted authorities, `cert=FILE&key=FILE` the
+///   client's own certificate;
+/// - `sasl=scram-sha-512&user=NAME&password=@FILE` logs in. A password is a file's contents (`@FILE`), a
+///   variable of the environment (`$NAME`), or, with a warning, itself; see [`Secret`](crate::secret::Secret);
+/// - `librdkafka.KEY=VALUE` is any setting of the client that the protocol does not rely on;
+/// - `allow_unsafe=NAME,NAME` accepts unsafe settings by name: of an existing topic, and `clear_text`,
+///   `unverified_tls`, `readable_secret`;
+/// - `commands=begin_anew` is for a commands topic that was deleted and made anew.
+///
+/// Values are percent-decoded. Files and secrets are read when the URL is, and again for every client
+/// that is made. `Debug` shows no secret.
+#[derive(Clone)]
 pub struct KafkaConfig {
     /// `HOST:PORT[,HOST:PORT]`: where to find the cluster.
     pub brokers: String,
@@ -38,13 +51,17 @@ pub struct KafkaConfig {
     pub partitions: Option<u32>,
     /// Copies of each partition of a new topic; 3, or one a broker if there are fewer, by default.
     pub replication: Option<u16>,
-    /// Unsafe settings of an existing topic that are accepted by name.
+    /// TLS; clear text without.
+    pub tls: Option<Tls>,
+    /// The login; none without.
+    pub login: Option<Login>,
+    /// What is unsafe and accepted by name: settings of an existing topic, and ways to reach brokers.
     pub allow_unsafe: BTreeSet<String>,
     /// Whether a commands topic that ends below where the log says that it was read to, because it was
     /// deleted and made anew, is handled from its beginning. A topic that is as it was is not touched.
     pub begin_commands_anew: bool,
     /// Settings of librdkafka, none of which the protocol relies on.
-    pub librdkafka: Vec<(String, String)>,
+    pub librdkafka: Vec<(String, SecretString)>,
     /// Who says which partitions a process is to own. Not part of a URL.
     pub assignment: Assignment,
     /// Limits on queues, batches and waits.
@@ -187,10 +204,60 @@ impl KafkaConfig {
             .set("reconnect.backoff.ms", "50")
             .set("reconnect.backoff.max.ms", "1000");
         for (key, value) in &self.librdkafka {
-            config.set(key, value);
+            config.set(key, value.expose_secret());
         }
+        transport::apply(self.tls.as_ref(), self.login.as_ref(), &mut config);
         config.set("bootstrap.servers", &self.brokers);
         config
+    }
+
+    /// A number that differs when a file or a secret behind the settings has changed since, so that
+    /// clients must be made anew to use it.
+    pub(crate) fn fingerprint(&self) -> u64 {
+        transport::fingerprint(&self.client())
+    }
+
+    /// What this configuration accepts although it is unsafe, a sentence each. They are logged whenever
+    /// the log is opened.
+    pub fn warnings(&self) -> Vec<String> {
+        let mut warnings = Vec::new();
+        let is_literal = self.login.as_ref().is_some_and(|login| login.password.is_literal());
+        if is_literal || self.librdkafka.iter().any(|(key, _)| is_secret(key)) {
+            warnings.push(
+                "a secret stands in the log's URL, where process lists and histories show it; write \
+                 password=@FILE or password=$VARIABLE"
+                    .to_owned(),
+            );
+        }
+        let client = self.client();
+        let accepted = |name: &str| self.allow_unsafe.contains(name);
+        if accepted(transport::CLEAR_TEXT) && !transport::is_encrypted(&client) {
+            warnings.push(
+                "unsafe: everything is sent to the brokers in clear text, accepted by \
+                 allow_unsafe=clear_text"
+                    .to_owned(),
+            );
+        }
+        if accepted(transport::UNVERIFIED_TLS) && unverified(&client).is_some() {
+            warnings.push(
+                "unsafe: the brokers' certificates are not verified, accepted by \
+                 allow_unsafe=unverified_tls"
+                    .to_owned(),
+            );
+        }
+        if accepted(secret::READABLE) {
+            warnings.push(
+                "unsafe: a file with a secret may be readable for others, accepted by \
+                 allow_unsafe=readable_secret"
+                    .to_owned(),
+            );
+        }
+        warnings
+    }
+
+    /// Whether everything that is sent to brokers is encrypted.
+    pub(crate) fn is_encrypted(&self) -> bool {
+        transport::is_encrypted(&self.client())
     }
 
     /// Settings of the one producer; `record_bytes_max` is the topic's `max.message.bytes`.
@@ -286,9 +353,7 @@ impl FromStr for KafkaConfig {
 
     // By hand: a general parser takes a list of hosts for an invalid port.
     fn from_str(url: &str) -> Result<Self, ConfigError> {
-        let rest = url
-            .strip_prefix("kafka://")
-            .ok_or_else(|| ConfigError::Scheme { url: url.chars().take(60).collect() })?;
+        let rest = url.strip_prefix("kafka://").ok_or(ConfigError::Scheme)?;
         let (place, query) = rest.split_once('?').unwrap_or((rest, ""));
         let (brokers, name) = place.split_once('/').unwrap_or((place, ""));
         check_brokers(brokers)?;
@@ -298,54 +363,74 @@ impl FromStr for KafkaConfig {
             name: name.into(),
             partitions: None,
             replication: None,
+            tls: None,
+            login: None,
             allow_unsafe: BTreeSet::new(),
             begin_commands_anew: false,
             librdkafka: Vec::new(),
             assignment: Assignment::default(),
             limits: Limits::default(),
         };
+        let mut reach = transport::Options::default();
         for option in query.split('&').filter(|option| !option.is_empty()) {
-            let (key, value) = option.split_once('=').unwrap_or((option, ""));
-            config.set_option(key, value)?;
+            let Some((key, value)) = option.split_once('=') else {
+                // Without a value it may be the rest of a secret that holds an `&`.
+                return Err(match option {
+                    "partitions" => invalid(option, partition_count()),
+                    _ => ConfigError::UnknownOption("without a value".into()),
+                });
+            };
+            config.set_option(key, value, &mut reach)?;
         }
+        (config.tls, config.login) = reach.finish(&config.allow_unsafe)?;
+        config.check_overlap()?;
         config.check_librdkafka()?;
         Ok(config)
     }
 }
 
 impl KafkaConfig {
-    fn set_option(&mut self, key: &str, raw: &str) -> Result<(), ConfigError> {
-        let invalid = |expected: String| ConfigError::Value {
-            option: key.into(),
-            value: raw.chars().take(60).collect(),
-            expected,
+    fn set_option(
+        &mut self,
+        key: &str,
+        raw: &str,
+        reach: &mut transport::Options,
+    ) -> Result<(), ConfigError> {
+        // A password is decoded later: only as it was written it tells a file's name from itself.
+        let value = match key {
+            "password" => "".into(),
+            _ => percent_decode_str(raw)
+                .decode_utf8()
+                .map_err(|_| invalid(&shown_key(key), "UTF-8 when percent-decoded"))?,
         };
-        let value = percent_decode_str(raw)
-            .decode_utf8()
-            .map_err(|_| invalid("UTF-8 when percent-decoded".into()))?;
+        if reach.set(key, &value, raw)? {
+            return Ok(());
+        }
         match key {
             "partitions" => {
                 let within = |count: &u32| (1..=PARTITIONS_MAX).contains(count);
                 let count = value.parse().ok().filter(within);
-                let expected = || invalid(format!("a number from 1 to {PARTITIONS_MAX}"));
-                self.partitions = Some(count.ok_or_else(expected)?);
+                self.partitions = Some(count.ok_or_else(|| invalid(key, partition_count()))?);
             }
             "replication" => {
                 let count = value.parse().ok().filter(|count| (1..=100).contains(count));
-                let expected = || invalid("a number from 1 to 100".into());
-                self.replication = Some(count.ok_or_else(expected)?);
+                self.replication =
+                    Some(count.ok_or_else(|| invalid(key, "a number from 1 to 100"))?);
             }
             "allow_unsafe" => {
-                if !crate::judge::UNSAFE_SETTINGS.contains(&&*value) {
-                    return Err(invalid(crate::judge::UNSAFE_SETTINGS.join(" or ")));
+                let known = || UNSAFE_SETTINGS.iter().chain(&UNSAFE_TRANSPORT).copied();
+                for name in value.split(',') {
+                    if !known().any(|known| known == name) {
+                        return Err(invalid(key, known().collect::<Vec<_>>().join(" or ")));
+                    }
+                    self.allow_unsafe.insert(name.to_owned());
                 }
-                self.allow_unsafe.insert(value.into_owned());
             }
             "commands" if value == "begin_anew" => self.begin_commands_anew = true,
-            "commands" => return Err(invalid("begin_anew".into())),
+            "commands" => return Err(invalid(key, "begin_anew")),
             _ => match key.strip_prefix("librdkafka.") {
                 Some(setting) => self.set_librdkafka(setting, &value)?,
-                None => return Err(ConfigError::UnknownOption(key.chars().take(60).collect())),
+                None => return Err(ConfigError::UnknownOption(shown_key(key))),
             },
         }
         Ok(())
@@ -361,31 +446,132 @@ impl KafkaConfig {
             let possible = least..=i32::MAX as u64;
             let milliseconds = value.parse().ok().filter(|ms| *ms == 0 || possible.contains(ms));
             self.limits.message_timeout =
-                milliseconds.map(Duration::from_millis).ok_or_else(|| ConfigError::Value {
-                    option: format!("librdkafka.{key}"),
-                    value: value.into(),
-                    expected: format!("0 (never) or {least} to {} milliseconds", i32::MAX),
+                milliseconds.map(Duration::from_millis).ok_or_else(|| {
+                    invalid(
+                        &format!("librdkafka.{key}"),
+                        format!("0 (never) or {least} to {} milliseconds", i32::MAX),
+                    )
                 })?;
             return Ok(());
         }
-        self.librdkafka.push((key.into(), value.into()));
+        self.librdkafka.push((key.into(), value.to_owned().into()));
+        Ok(())
+    }
+
+    /// Refuses settings of librdkafka that the URL's own options say already.
+    fn check_overlap(&self) -> Result<(), ConfigError> {
+        for (key, _) in &self.librdkafka {
+            let why = match key.as_str() {
+                "security.protocol" if self.tls.is_some() || self.login.is_some() => {
+                    "tls= and sasl= say it"
+                }
+                "sasl.mechanism" | "sasl.mechanisms" | "sasl.username" | "sasl.password"
+                    if self.login.is_some() =>
+                {
+                    "sasl=, user= and password= say it"
+                }
+                _ => continue,
+            };
+            return Err(ConfigError::Forbidden { key: key.clone(), why });
+        }
         Ok(())
     }
 
     /// Lets librdkafka itself judge the settings, without connecting.
     fn check_librdkafka(&self) -> Result<(), ConfigError> {
-        match self.client().create_native_config() {
-            Ok(_) => Ok(()),
-            Err(KafkaError::ClientConfig(_, reason, key, value)) => {
-                Err(ConfigError::Librdkafka { key, value, reason })
+        let client = self.client();
+        match client.create_native_config() {
+            Ok(_) => {}
+            Err(KafkaError::ClientConfig(_, reason, key, _)) => {
+                let reason = without_values(&reason, &key);
+                return Err(ConfigError::Librdkafka { key: shown_key(&key), reason });
             }
-            Err(other) => Err(ConfigError::Librdkafka {
-                key: "settings".into(),
-                value: String::new(),
-                reason: other.to_string(),
-            }),
+            // Its text may hold a value.
+            Err(_) => {
+                return Err(ConfigError::Librdkafka {
+                    key: "the settings".into(),
+                    reason: "one of them has a byte of 0".into(),
+                });
+            }
+        }
+        match unverified(&client) {
+            Some(key) if !self.allow_unsafe.contains(transport::UNVERIFIED_TLS) => {
+                Err(ConfigError::Unsafe {
+                    key: key.into(),
+                    why: "anybody on the way may pose as a broker and read everything",
+                    name: transport::UNVERIFIED_TLS,
+                })
+            }
+            _ => Ok(()),
         }
     }
+}
+
+impl fmt::Debug for KafkaConfig {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let shown = |(key, value): &(String, SecretString)| match is_secret(key) {
+            true => (key.clone(), secret::HIDDEN.to_owned()),
+            false => (key.clone(), value.expose_secret().to_owned()),
+        };
+        f.debug_struct("KafkaConfig")
+            .field("brokers", &self.brokers)
+            .field("name", &self.name)
+            .field("partitions", &self.partitions)
+            .field("replication", &self.replication)
+            .field("tls", &self.tls)
+            .field("login", &self.login)
+            .field("allow_unsafe", &self.allow_unsafe)
+            .field("begin_commands_anew", &self.begin_commands_anew)
+            .field("librdkafka", &self.librdkafka.iter().map(shown).collect::<Vec<_>>())
+            .field("assignment", &self.assignment)
+            .field("limits", &self.limits)
+            .finish()
+    }
+}
+
+fn invalid(option: &str, expected: impl Into<String>) -> ConfigError {
+    ConfigError::Value { option: option.into(), expected: expected.into() }
+}
+
+fn partition_count() -> String {
+    format!("a number from 1 to {PARTITIONS_MAX}")
+}
+
+/// The setting by which certificates are not verified, if there is one.
+fn unverified(client: &ClientConfig) -> Option<&'static str> {
+    // As librdkafka understood them: it takes several words for no.
+    let native = client.create_native_config().ok()?;
+    let unsafe_values = [
+        ("enable.ssl.certificate.verification", "false"),
+        ("ssl.endpoint.identification.algorithm", "none"),
+    ];
+    let found = unsafe_values.iter().find(|(key, value)| {
+        native.get(key).is_ok_and(|found| found.trim_end_matches('\0') == *value)
+    });
+    found.map(|(key, _)| *key)
+}
+
+/// A key that may be shown: what looks otherwise may be a secret in the wrong place.
+fn shown_key(key: &str) -> String {
+    let is_plain = |b: u8| b.is_ascii_lowercase() || b"._".contains(&b);
+    match !key.is_empty() && key.len() <= 60 && key.bytes().all(is_plain) {
+        true => format!("{key:?}"),
+        false => "(not shown, it may hold a secret)".to_owned(),
+    }
+}
+
+/// A part of the URL's place that may be shown.
+fn shown_part(part: &str) -> String {
+    match part.len() <= 2 * NAME_BYTES_MAX && !part.contains(['=', '&', '%', '@', '?']) {
+        true => format!("{part:?}"),
+        false => "(not shown, it may hold a secret)".to_owned(),
+    }
+}
+
+/// librdkafka's words without what it quotes, which is the value, or a part of it.
+fn without_values(reason: &str, key: &str) -> String {
+    let parts = reason.split('"').enumerate();
+    parts.map(|(at, part)| if at % 2 == 0 || part == key { part } else { "…" }).collect()
 }
 
 fn check_brokers(brokers: &str) -> Result<(), ConfigError> {
@@ -393,10 +579,10 @@ fn check_brokers(brokers: &str) -> Result<(), ConfigError> {
         return Err(ConfigError::NoBroker);
     }
     for broker in brokers.split(',') {
-        let wrong = |problem| {
-            let broker = broker.chars().take(60).collect();
-            Err(ConfigError::Broker { broker, problem })
-        };
+        if broker.contains('@') {
+            return Err(ConfigError::Login);
+        }
+        let wrong = |problem| Err(ConfigError::Broker { broker: shown_part(broker), problem });
         // The last colon: an IPv6 address in brackets has more of them.
         let Some((host, port)) = broker.rsplit_once(':') else { return wrong("has no port") };
         if host.is_empty() {
@@ -420,7 +606,7 @@ fn check_name(name: &str) -> Result<(), ConfigError> {
     let first_is_letter = name.starts_with(|c: char| c.is_ascii_lowercase());
     let plain = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b"_.-".contains(&b);
     if !first_is_letter || name.len() > NAME_BYTES_MAX || !name.bytes().all(plain) {
-        return Err(ConfigError::Name(name.chars().take(NAME_BYTES_MAX + 1).collect()));
+        return Err(ConfigError::Name(shown_part(name)));
     }
     Ok(())
 }
@@ -496,7 +682,7 @@ mod tests {
         assert_eq!(config.events_topic(), "shop-1.eu.events");
         assert_eq!((config.partitions, config.replication), (Some(3), Some(2)));
         assert!(config.allow_unsafe.contains("retention.ms"));
-        assert_eq!(config.librdkafka, [("client.id".to_owned(), "x&y".to_owned())]);
+        assert_eq!(config.librdkafka[0].0, "client.id");
         assert_eq!(config.limits.message_timeout, Duration::from_secs(9));
         assert_eq!(config.producer(1_000).get("client.id"), Some("x&y"));
         assert_eq!(config.producer(1_000).get("message.timeout.ms"), Some("9000"));
@@ -534,7 +720,7 @@ mod tests {
 
     #[test]
     fn a_url_without_a_place_is_refused_by_its_part() {
-        refused("postgres://a/b", &["postgres://a/b", "kafka://"]);
+        refused("postgres://a/b", &["kafka://"]);
         refused("kafka://", &["no broker"]);
         refused("kafka:///orders", &["no broker"]);
         refused("kafka://a:1", &["names no log", "/NAME"]);
@@ -545,7 +731,7 @@ mod tests {
         for port in ["0", "65536", "x", "", "+1", "99999999999"] {
             refused(&format!("kafka://a:{port}/orders"), &["1 to 65535"]);
         }
-        refused("kafka://user@a:1/orders", &["user@a"]);
+        refused("kafka://user@a:1/orders", &["login", "sasl="]);
         let long = "n".repeat(NAME_BYTES_MAX + 1);
         for name in ["Orders", "1a", "a b", "a/b", "-a", &long] {
             refused(&format!("kafka://a:1/{name}"), &["[a-z]"]);
@@ -560,11 +746,127 @@ mod tests {
             refused(&format!("kafka://a:1/o?partitions={count}"), &["partitions", "1 to 1000"]);
         }
         refused("kafka://a:1/o?replication=0", &["replication", "1 to 100"]);
-        refused("kafka://a:1/o?allow_unsafe=all", &["allow_unsafe", "\"all\"", "retention.ms"]);
+        refused("kafka://a:1/o?allow_unsafe=all", &["allow_unsafe", "retention.ms", "clear_text"]);
         refused("kafka://a:1/o?librdkafka.linger.mss=1", &["linger.mss"]);
-        refused("kafka://a:1/o?librdkafka.linger.ms=soon", &["linger.ms", "soon"]);
+        refused("kafka://a:1/o?librdkafka.linger.ms=soon", &["linger.ms"]);
         refused("kafka://a:1/o?librdkafka.message.timeout.ms=10", &["message.timeout.ms", "5000"]);
         refused("kafka://a:1/o?librdkafka.client.id=%ff", &["client.id", "UTF-8"]);
+    }
+
+    #[test]
+    fn tls_and_login_are_said_by_name() {
+        let config = parse("kafka://a:1/o?tls=true&sasl=SCRAM-SHA-512&user=ann&password=x%26y");
+        let client = config.expect("valid").inquirer();
+        assert_eq!(client.get("security.protocol"), Some("sasl_ssl"));
+        assert_eq!(client.get("sasl.mechanism"), Some("SCRAM-SHA-512"));
+        assert_eq!(client.get("sasl.username"), Some("ann"));
+        assert_eq!(client.get("sasl.password"), Some("x&y"));
+        let config = parse("kafka://a:1/o?tls=true").expect("valid");
+        assert_eq!(config.inquirer().get("security.protocol"), Some("ssl"));
+        assert!(config.is_encrypted());
+        let config = parse("kafka://a:1/o?sasl=plain&user=ann&password=x").expect("valid");
+        assert_eq!(config.inquirer().get("security.protocol"), Some("sasl_plaintext"));
+        assert!(!config.is_encrypted());
+        let config = parse("kafka://a:1/o?librdkafka.security.protocol=SASL_SSL").expect("valid");
+        assert!(config.is_encrypted());
+        assert_eq!(config.fingerprint(), config.fingerprint());
+    }
+
+    #[test]
+    fn options_of_tls_and_login_that_lack_another_are_refused() {
+        refused("kafka://a:1/o?sasl=plain", &["sasl", "user=NAME"]);
+        refused("kafka://a:1/o?sasl=plain&user=a", &["sasl", "password=@FILE"]);
+        refused("kafka://a:1/o?user=a&password=b", &["user", "sasl="]);
+        refused("kafka://a:1/o?password=b", &["password", "sasl="]);
+        refused("kafka://a:1/o?sasl=gssapi&user=a&password=b", &["sasl", "scram-sha-512"]);
+        refused("kafka://a:1/o?tls=yes", &["tls", "true or false"]);
+        refused("kafka://a:1/o?ca=/etc/hostname", &["ca", "tls=true"]);
+        refused("kafka://a:1/o?tls=true&ca=/does/not/exist", &["ca", "/does/not/exist", "PEM"]);
+        refused("kafka://a:1/o?tls=true&ca=/etc/hostname", &["ca", "no PEM file"]);
+        refused("kafka://a:1/o?tls=true&cert=/etc/hostname", &["cert", "key=FILE"]);
+        let both = "kafka://a:1/o?tls=true&librdkafka.security.protocol=plaintext";
+        refused(both, &["security.protocol", "tls="]);
+        let both = "kafka://a:1/o?sasl=plain&user=a&password=b&librdkafka.sasl.password=c";
+        refused(both, &["sasl.password", "password="]);
+    }
+
+    #[test]
+    fn certificates_that_nobody_checks_are_refused_and_accepted_by_name() {
+        for setting in [
+            "enable.ssl.certificate.verification=false",
+            "enable.ssl.certificate.verification=0",
+            "ssl.endpoint.identification.algorithm=none",
+        ] {
+            let url = format!("kafka://a:1/o?tls=true&librdkafka.{setting}");
+            refused(&url, &["unsafe", "allow_unsafe=unverified_tls"]);
+            let config = parse(&format!("{url}&allow_unsafe=retention.ms,unverified_tls"));
+            let warnings = config.expect("accepted").warnings();
+            assert!(warnings[0].contains("unverified_tls"), "{warnings:?}");
+        }
+    }
+
+    #[test]
+    fn a_secret_is_in_no_error_and_in_no_debug_text() {
+        const CANARY: &str = "Canary-17:x";
+        let beside = "tls=true&sasl=plain&user=a";
+        let mistyped = [
+            format!("kafka://ann:{CANARY}@a:1/o"),
+            format!("kafka://a:1,ann:{CANARY}@b:1/o"),
+            format!("kafka://a:1/o&password={CANARY}"),
+            format!("kafka://a:1&password={CANARY}/o"),
+            format!("kafka:/a:1/o?password={CANARY}"),
+            format!("kafka//ann:{CANARY}@a:1/o"),
+            format!("Kafka://a:1/o?password={CANARY}"),
+            format!("postgres://ann:{CANARY}@h/d"),
+            format!("kafka://a:1/o?{CANARY}"),
+            format!("kafka://a:1/o?={CANARY}"),
+            format!("kafka://a:1/o?passwort={CANARY}"),
+            format!("kafka://a:1/o?Password={CANARY}"),
+            format!("kafka://a:1/o?pass={CANARY}"),
+            format!("kafka://a:1/o?password={CANARY}"),
+            format!("kafka://a:1/o?password:{CANARY}"),
+            format!("kafka://a:1/o?password%3d{CANARY}"),
+            format!("kafka://a:1/o?{beside}&password=a&{CANARY}"),
+            format!("kafka://a:1/o?{beside}&password={CANARY}&b"),
+            format!("kafka://a:1/o?{beside}&password=@{CANARY}"),
+            format!("kafka://a:1/o?{beside}&password=${CANARY}"),
+            format!("kafka://a:1/o?{beside}&password={CANARY}%00"),
+            format!("kafka://a:1/o?{beside}&password={CANARY}%ff"),
+            format!("kafka://a:1/o?sasl={CANARY}&user=a&password=b"),
+            format!("kafka://a:1/o?tls={CANARY}"),
+            format!("kafka://a:1/o?partitions={CANARY}"),
+            format!("kafka://a:1/o?partitions=3;password={CANARY}"),
+            format!("kafka://a:1/o?replication={CANARY}"),
+            format!("kafka://a:1/o?allow_unsafe={CANARY}"),
+            format!("kafka://a:1/o?commands={CANARY}"),
+            format!("kafka://a:1/o?librdkafka={CANARY}"),
+            format!("kafka://a:1/o?librdkafka.{CANARY}"),
+            format!("kafka://a:1/o?librdkafka.{CANARY}=1"),
+            format!("kafka://a:1/o?librdkafka.sasl.passwort={CANARY}"),
+            format!("kafka://a:1/o?librdkafka.sasl.password:{CANARY}=1"),
+            format!("kafka://a:1/o?librdkafka.sasl.password={CANARY}%ff"),
+            format!("kafka://a:1/o?librdkafka.sasl.password={CANARY}%00"),
+            format!("kafka://a:1/o?librdkafka.sasl.jaas.config={CANARY}"),
+            format!("kafka://a:1/o?librdkafka.security.protocol={CANARY}"),
+            format!("kafka://a:1/o?librdkafka.security.protocol=ssl,sasl.password={CANARY}"),
+            format!("kafka://a:1/o?librdkafka.debug=all,{CANARY}"),
+            format!("kafka://a:1/o?librdkafka.linger.ms={CANARY}"),
+            format!("kafka://a:1/o?librdkafka.message.timeout.ms={CANARY}"),
+            format!("kafka://a:1/o?librdkafka.acks={CANARY}"),
+            format!("kafka://a:1/o?librdkafka.enable.sparse.connections={CANARY}"),
+            format!("kafka://a:1/o?librdkafka.SASL.PASSWORD={CANARY}"),
+        ];
+        for url in &mistyped {
+            let said = match parse(url) {
+                Ok(config) => format!("{config:?} {:?}", config.warnings()),
+                Err(error) => format!("{error} {error:?}"),
+            };
+            assert!(!said.contains("Canary"), "{url}: {said}");
+        }
+        let good = format!("kafka://a:1/o?{beside}&password={CANARY}&librdkafka.ssl.key.password={CANARY}");
+        let config = parse(&good).expect("valid");
+        assert!(!format!("{config:?}").contains("Canary"), "{config:?}");
+        assert!(config.warnings()[0].contains("password=@FILE"));
     }
 
     #[test]

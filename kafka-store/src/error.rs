@@ -9,18 +9,21 @@ use kafold_core::store::Cause;
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum ConfigError {
     /// The text does not begin with `kafka://`.
-    #[error("log URL {url:?} does not begin with kafka://; {EXPECTED}")]
-    Scheme {
-        /// The text.
-        url: String,
-    },
+    #[error("the log URL does not begin with kafka://; {EXPECTED}")]
+    Scheme,
     /// There is no broker in front of the name.
     #[error("log URL has no broker; {EXPECTED}")]
     NoBroker,
+    /// A login stands in front of a broker.
+    #[error(
+        "a login does not stand before the broker; write \
+         ?sasl=scram-sha-512&user=NAME&password=@FILE behind the log's name"
+    )]
+    Login,
     /// A broker is not `HOST:PORT`.
-    #[error("broker {broker:?} {problem}; write HOST:PORT, such as localhost:9092")]
+    #[error("broker {broker} {problem}; write HOST:PORT, such as localhost:9092")]
     Broker {
-        /// The part between the commas.
+        /// The part between the commas, if it holds nothing but what a place does.
         broker: String,
         /// What is wrong with it.
         problem: &'static str,
@@ -29,22 +32,47 @@ pub enum ConfigError {
     #[error("log URL names no log; {EXPECTED}")]
     NoName,
     /// The name could not be part of topic names.
-    #[error("log name {0:?} is not [a-z][a-z0-9_.-]{{0,100}}: choose another name")]
+    #[error("log name {0} is not [a-z][a-z0-9_.-]{{0,100}}: choose another name")]
     Name(String),
     /// An option that is not known.
     #[error(
-        "unknown option {0:?}; known are partitions, replication, librdkafka.KEY, allow_unsafe, commands"
+        "unknown option {0}; known are partitions, replication, tls, ca, cert, key, sasl, user, \
+         password, allow_unsafe, commands, librdkafka.KEY; an & in a value is written %26"
     )]
     UnknownOption(String),
-    /// An option that has no usable value.
-    #[error("option {option}={value:?} is not {expected}")]
+    /// An option that has no usable value. Values are not repeated: one may be a secret.
+    #[error("the value of option {option} is not {expected}")]
     Value {
         /// The option.
         option: String,
-        /// What was given.
-        value: String,
         /// What it takes.
         expected: String,
+    },
+    /// A secret, or a file of TLS, that cannot be used.
+    #[error("option {option} {problem}")]
+    Secret {
+        /// The option.
+        option: String,
+        /// What is wrong, and the remedy.
+        problem: String,
+    },
+    /// An option that means nothing without another.
+    #[error("option {option} needs {needed} beside it")]
+    Needs {
+        /// The option.
+        option: &'static str,
+        /// What is to be added.
+        needed: &'static str,
+    },
+    /// An unsafe setting that was not accepted by name.
+    #[error("librdkafka.{key} is unsafe: {why}; remove it, or accept it with ?allow_unsafe={name}")]
+    Unsafe {
+        /// The setting.
+        key: String,
+        /// What could happen.
+        why: &'static str,
+        /// The name by which it is accepted.
+        name: &'static str,
     },
     /// A librdkafka setting that would break a promise of the store.
     #[error("librdkafka.{key} may not be set: {why}; remove it from the URL")]
@@ -55,13 +83,11 @@ pub enum ConfigError {
         why: &'static str,
     },
     /// librdkafka does not know the setting or does not take the value.
-    #[error("librdkafka refuses {key}={value}: {reason}; see librdkafka's CONFIGURATION.md")]
+    #[error("librdkafka refuses {key}: {reason}; see librdkafka's CONFIGURATION.md")]
     Librdkafka {
         /// The setting.
         key: String,
-        /// The value.
-        value: String,
-        /// librdkafka's words.
+        /// librdkafka's words, without the value.
         reason: String,
     },
 }
@@ -97,6 +123,15 @@ pub enum OpenError {
         /// The client's error.
         #[source]
         cause: Cause,
+    },
+    /// What is sent could be read on the way.
+    #[error(
+        "broker {broker} is on another machine, and everything would be sent to it in clear text; \
+         connect to a TLS listener with ?tls=true&ca=FILE, or accept it with ?allow_unsafe=clear_text"
+    )]
+    ClearText {
+        /// The broker, as `HOST:PORT`.
+        broker: String,
     },
     /// An existing topic would lose or misplace events.
     #[error("topic {topic} is refused:{}", list(findings))]

@@ -15,9 +15,10 @@
 //! [`KafkaConfig`] and is an [`EventStore`](kafold_core::EventStore); [`KafkaSource`] is the
 //! [`EventSource`](kafold_core::EventSource) of the same log:
 //!
-//! - [`config`]: the log's URL and the limits; [`error`]: why it cannot be opened;
+//! - [`config`]: the log's URL and the limits; [`transport`]: TLS and login; [`secret`]: passwords that are never shown; [`error`]: why it cannot be opened;
 //! - `topic`: topics are created safe, unsafe ones are refused by name; `judge`: what is unsafe, and why;
 //!   `refusal`: errors that do not pass by themselves, with cause and remedy;
+//!   `handshake`: finds out why no connection comes about;
 //! - `driver`: the thread that joins all writers to one `producer`; `reader`: the thread that reads
 //!   the log for them;
 //! - `membership`: a place in a consumer group; `ownership`: takes over what the group assigns and hands
@@ -40,6 +41,7 @@ pub mod fold;
 mod forward;
 mod gatherer;
 mod guard;
+mod handshake;
 pub mod identity;
 mod indexer;
 mod inspect;
@@ -57,12 +59,14 @@ mod producer;
 mod reader;
 mod refusal;
 pub mod rights;
+pub mod secret;
 #[cfg(test)]
 mod sim;
 pub mod source;
 pub mod store;
 pub mod tail;
 mod topic;
+pub mod transport;
 pub mod wire;
 pub mod writer;
 

@@ -1,7 +1,7 @@
 //! A log as its operator looks at it: brokers, topics, partitions. Nothing here claims a partition,
 //! joins a group or commits an offset, and only [`Operator::create_topics`] makes anything.
 
-mod api;
+pub(crate) mod api;
 mod readable;
 
 use std::io;
@@ -13,11 +13,13 @@ use rdkafka::error::KafkaError;
 use crate::client::{Inquirer, TopicShape, check_hosts, open_error};
 use crate::config::KafkaConfig;
 use crate::error::{Finding, OpenError};
+use crate::handshake;
 use crate::judge::{self, Settings};
 use crate::prober::Prober;
 use crate::rights::{Answer, Right, Role};
 use crate::topic::{self, Preparation};
 
+pub use crate::handshake::Peer;
 pub use api::BrokerApi;
 pub use readable::{PartitionFacts, ReadableLog};
 
@@ -107,11 +109,16 @@ impl Operator {
         .await
     }
 
-    /// Which requests the broker understands.
-    pub async fn broker_api(&self, broker: &Broker) -> io::Result<BrokerApi> {
-        let (address, timeout) = (broker.address.clone(), self.config.limits.request_timeout);
-        let asked = tokio::task::spawn_blocking(move || api::ask(&address, timeout)).await;
-        asked.unwrap_or_else(|_| Err(io::ErrorKind::Interrupted.into()))
+    /// Which requests the broker understands, and whom the connection to it shows at the other end;
+    /// `None` in clear text.
+    pub async fn broker_api(&self, broker: &Broker) -> io::Result<(BrokerApi, Option<Peer>)> {
+        let (address, config) = (broker.address.clone(), Arc::clone(&self.config));
+        let asked = tokio::task::spawn_blocking(move || {
+            let timeout = config.limits.request_timeout;
+            let mut stream = handshake::connect(&config.inquirer(), &address, timeout)?;
+            Ok((api::ask(&mut *stream)?, stream.peer()))
+        });
+        asked.await.unwrap_or_else(|_| Err(io::ErrorKind::Interrupted.into()))
     }
 
     /// Those of the wanted settings that the broker tells, with their values.

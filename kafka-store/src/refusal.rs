@@ -23,8 +23,8 @@ impl Refusal {
     pub(crate) fn of(error: &KafkaError, reason: &str) -> Option<Self> {
         match error {
             KafkaError::ClientCreation(text) => Some(of_creation(text)),
-            KafkaError::ClientConfig(_, text, key, _) => {
-                Some(of_creation(&format!("{key}: {text}")))
+            KafkaError::ClientConfig(_, _, key, _) => {
+                Some(of_creation(&format!("librdkafka does not take {key}")))
             }
             error => of_code(code(error)?, reason),
         }

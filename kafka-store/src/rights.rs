@@ -6,6 +6,8 @@
 
 use std::fmt;
 
+use secrecy::ExposeSecret;
+
 use crate::config::KafkaConfig;
 
 /// What a process does with a log.
@@ -189,7 +191,9 @@ impl KafkaConfig {
     /// The user of a login by name and password.
     pub(crate) fn user(&self) -> Option<&str> {
         let mut settings = self.librdkafka.iter().rev();
-        settings.find(|(key, _)| key == "sasl.username").map(|(_, user)| user.as_str())
+        let named = settings.find(|(key, _)| key == "sasl.username");
+        let named = named.map(|(_, user)| user.expose_secret());
+        self.login.as_ref().map(|login| login.user.as_str()).or(named)
     }
 }
 

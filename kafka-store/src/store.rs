@@ -16,7 +16,7 @@ use kafold_core::{
 use rdkafka::error::{KafkaError, RDKafkaErrorCode};
 use tokio::task::JoinSet;
 
-use crate::client::{Inquirer, open_error};
+use crate::client::{Inquirer, check_hosts, open_error};
 use crate::config::{Assignment, KafkaConfig};
 use crate::driver::{Driver, Message, Parts, Slot};
 use crate::error::OpenError;
@@ -420,6 +420,7 @@ pub(crate) async fn connect(
 ) -> Result<(EventsTopic, Arc<Inquirer>), OpenError> {
     let (asked, clock) = (config.clone(), Arc::clone(clock));
     let prepared = tokio::task::spawn_blocking(move || {
+        check_hosts(&asked)?;
         let inquirer = Inquirer::new(&asked)
             .map_err(|error| open_error(&asked, "creating a client", error, None))?;
         let topic = prepare(&asked, &inquirer, &clock)?;

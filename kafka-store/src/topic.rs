@@ -7,11 +7,11 @@ use kafold_core::Clock;
 use rdkafka::admin::{
     AdminClient, AdminOptions, ConfigResource, NewTopic, ResourceSpecifier, TopicReplication,
 };
-use rdkafka::client::DefaultClientContext;
+use rdkafka::config::FromClientConfigAndContext;
 use rdkafka::error::{KafkaError, RDKafkaErrorCode};
 use tokio::runtime::Handle;
 
-use crate::client::{Inquirer, TopicShape, check_hosts, open_error};
+use crate::client::{Context, Inquirer, TopicShape, open_error};
 use crate::config::KafkaConfig;
 use crate::error::OpenError;
 use crate::judge::{FOR_EVER, REPLICAS_SAFE, Settings, findings, judge_beside};
@@ -49,7 +49,6 @@ pub(crate) fn prepare(
     inquirer: &Inquirer,
     clock: &Arc<dyn Clock>,
 ) -> Result<(EventsTopic, Vec<MadeTopic>), OpenError> {
-    check_hosts(config)?;
     let preparation = Preparation::new(config, inquirer, &**clock)?;
     let topic = config.events_topic();
     let (found, brokers) = preparation.look(&topic)?;
@@ -69,6 +68,9 @@ pub(crate) fn prepare(
         made.push(MadeTopic { topic, existed: found.is_some() });
     }
     let session_timeout_min = preparation.session_timeout_min();
+    for warning in config.warnings() {
+        tracing::warn!("{warning}");
+    }
     Ok((EventsTopic { session_timeout_min, ..events }, made))
 }
 
@@ -79,7 +81,6 @@ pub(crate) fn find(
     inquirer: &Inquirer,
     clock: &Arc<dyn Clock>,
 ) -> Result<EventsTopic, OpenError> {
-    check_hosts(config)?;
     let preparation = Preparation::new(config, inquirer, &**clock)?;
     let topic = config.events_topic();
     if preparation.look(&topic)?.0.is_none() {
@@ -92,6 +93,9 @@ pub(crate) fn find(
         });
     }
     let events = preparation.check(&topic)?;
+    for warning in config.warnings() {
+        tracing::warn!("{warning}");
+    }
     Ok(EventsTopic { session_timeout_min: preparation.session_timeout_min(), ..events })
 }
 
@@ -119,7 +123,9 @@ fn look(
 ) -> Result<(Option<TopicShape>, usize), OpenError> {
     let doing = || format!("looking for topic {topic}");
     let found = inquirer.topic(topic);
-    found.map_err(|error| open_error(config, doing(), error, inquirer.last_error()))
+    let found = found.map_err(|error| open_error(config, doing(), error, inquirer.last_error()))?;
+    inquirer.check_private()?;
+    Ok(found)
 }
 
 fn shape(config: &KafkaConfig, inquirer: &Inquirer, topic: &str) -> Result<TopicShape, OpenError> {
@@ -130,8 +136,8 @@ fn shape(config: &KafkaConfig, inquirer: &Inquirer, topic: &str) -> Result<Topic
     })
 }
 
-fn admin(config: &KafkaConfig) -> Result<AdminClient<DefaultClientContext>, OpenError> {
-    let create = config.inquirer().create();
+fn admin(config: &KafkaConfig) -> Result<AdminClient<Context>, OpenError> {
+    let create = AdminClient::from_config_and_context(&config.inquirer(), Context::default());
     create.map_err(|error| open_error(config, "creating a client", error, None))
 }
 
@@ -140,7 +146,7 @@ pub(crate) struct Preparation<'a> {
     config: &'a KafkaConfig,
     inquirer: &'a Inquirer,
     clock: &'a dyn Clock,
-    admin: AdminClient<DefaultClientContext>,
+    admin: AdminClient<Context>,
 }
 
 impl<'a> Preparation<'a> {

@@ -7,10 +7,10 @@ use std::error::Error;
 pub enum OpenError {
     /// The text is not the URL of a log.
     #[error(
-        "{url:?} is not the URL of a log: write sqlite://FILE or kafka://HOST:PORT[,HOST:PORT]/NAME"
+        "{url} is not the URL of a log: write sqlite://FILE or kafka://HOST:PORT[,HOST:PORT]/NAME"
     )]
     Url {
-        /// The text.
+        /// The text as it may be shown; see [`shown_url`](crate::shown_url).
         url: String,
     },
     /// The log does not answer now: wait and try again.

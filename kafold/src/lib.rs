@@ -30,7 +30,7 @@ mod reader;
 pub use kafold_core::*;
 
 pub use error::OpenError;
-pub use log::{Log, LogOptions, open_log};
+pub use log::{Log, LogOptions, open_log, shown_url};
 pub use reader::LogReader;
 
 #[cfg(any(feature = "embedded", feature = "projections"))]

@@ -36,7 +36,10 @@ pub struct LogOptions {
 
 impl fmt::Debug for LogOptions {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("LogOptions").field("url", &self.url).field("owner", &self.owner).finish()
+        f.debug_struct("LogOptions")
+            .field("url", &shown_url(&self.url))
+            .field("owner", &self.owner)
+            .finish()
     }
 }
 
@@ -87,7 +90,7 @@ impl LogOptions {
             Some("sqlite") => self.open_embedded().await,
             #[cfg(feature = "kafka")]
             Some("kafka") => self.open_kafka().await,
-            _ => Err(OpenError::Url { url: self.url }),
+            _ => Err(OpenError::Url { url: shown_url(&self.url) }),
         }
     }
 
@@ -108,7 +111,7 @@ impl LogOptions {
         };
         let database = Database::open(&self.url, Mode::Migrate).await.map_err(refused)?;
         let Database::Sqlite(file) = &database else {
-            return Err(OpenError::Url { url: self.url });
+            return Err(OpenError::Url { url: shown_url(&self.url) });
         };
         let config = EmbeddedConfig::default();
         let store =
@@ -272,11 +275,69 @@ impl Log {
     }
 }
 
+/// The URL of a log or a database as it may be shown: scheme, hosts and name, without login and options,
+/// which may hold a password. `…` stands for what cannot be told apart from one.
+pub fn shown_url(url: &str) -> String {
+    let Some((scheme, rest)) = url.split_once("://") else { return "…".to_owned() };
+    if !scheme.bytes().all(|b| b.is_ascii_lowercase()) {
+        return "…".to_owned();
+    }
+    let (place, options) = rest.split_once('?').unwrap_or((rest, ""));
+    if scheme == "sqlite" {
+        return format!("sqlite://{place}");
+    }
+    let place = place.rsplit_once('@').map_or(place, |(_, place)| place);
+    let (hosts, name) = place.split_once('/').map_or((place, None), |(h, name)| (h, Some(name)));
+    let is_host = |host: &str| {
+        let (name, port) = host.rsplit_once(':').unwrap_or((host, ""));
+        let is_plain = |c: char| c.is_ascii_alphanumeric() || "-_.:[]%".contains(c);
+        name.chars().all(is_plain) && port.bytes().all(|b| b.is_ascii_digit())
+    };
+    // A `?` in a password that is not encoded cuts the login in two.
+    let mut logins = options.match_indices('@').map(|(at, _)| &options[..at]);
+    let is_login_cut = logins.any(|before| !before.ends_with('='));
+    let is_name = |name: &str| !name.contains(['=', '&', '@']);
+    match hosts.split(',').all(is_host) && !is_login_cut && name.is_none_or(is_name) {
+        true => format!("{scheme}://{place}"),
+        false => format!("{scheme}://…"),
+    }
+}
+
 fn node_name() -> String {
     let host = std::fs::read_to_string("/proc/sys/kernel/hostname");
     let host = host.ok().or_else(|| std::env::var("HOSTNAME").ok()).unwrap_or_default();
     match host.trim() {
         "" => format!("pid-{}", std::process::id()),
         host => format!("{host}-{}", std::process::id()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_url_is_shown_without_login_and_options() {
+        for (url, shown) in [
+            ("kafka://a:1,[::1]:2/o?password=hunter2", "kafka://a:1,[::1]:2/o"),
+            ("kafka://a:1/o?password=@/run/x", "kafka://a:1/o"),
+            ("kafka://u:hunter2@a:1/o", "kafka://a:1/o"),
+            ("postgres://u:hunter2@h/d", "postgres://h/d"),
+            ("postgres://u:hun@ter2@h/d", "postgres://h/d"),
+            ("postgres://u:a?hunter2@h/d", "postgres://…"),
+            ("postgres://u:1?hunter2@h/d", "postgres://…"),
+            ("kafka://a:1/o&password=hunter2", "kafka://…"),
+            ("hunter2", "…"),
+            ("HUNTER2://a", "…"),
+            ("sqlite://a@b.db?mode=ro", "sqlite://a@b.db"),
+        ] {
+            assert_eq!(shown_url(url), shown, "{url}");
+        }
+    }
+
+    #[test]
+    fn options_show_no_password() {
+        let options = LogOptions::new("kafka://u:hunter2@a:1/o?password=hunter2");
+        assert!(!format!("{options:?}").contains("hunter2"), "{options:?}");
     }
 }

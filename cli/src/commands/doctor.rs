@@ -66,13 +66,17 @@ impl Checks {
     }
 
     fn warning(&mut self, name: &'static str, found: impl Into<String>, remedy: impl Into<String>) {
-        let remedy = Some(remedy.into());
-        self.0.push(Check { name, level: Level::Warning, found: found.into(), remedy });
+        self.push(Level::Warning, name, found.into(), remedy.into());
     }
 
     fn problem(&mut self, name: &'static str, found: impl Into<String>, remedy: impl Into<String>) {
-        let remedy = Some(remedy.into());
-        self.0.push(Check { name, level: Level::Problem, found: found.into(), remedy });
+        self.push(Level::Problem, name, found.into(), remedy.into());
+    }
+
+    /// A remedy that the finding tells already is not told again.
+    fn push(&mut self, level: Level, name: &'static str, found: String, remedy: String) {
+        let remedy = Some(remedy).filter(|remedy| !found.contains(remedy.as_str()));
+        self.0.push(Check { name, level, found, remedy });
     }
 
     /// An error, which tells its own remedy.

@@ -40,7 +40,7 @@ pub(crate) struct ImportArgs {
     /// The service, as it is reached over HTTP; again, or separated by commas, for more nodes of it,
     /// which are asked in turn.
     #[arg(
-        long, env = "ORDERS_URL", default_value = "http://127.0.0.1:8080", value_parser = http_url,
+        long, env = "ORDERS_URL", hide_env_values = true, default_value = "http://127.0.0.1:8080", value_parser = http_url,
         value_delimiter = ','
     )]
     url: Vec<Url>,

@@ -5,7 +5,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use kafold::clock::{RandomIds, SystemClock, backoff};
-use kafold::{Clock, Database, DatabaseError, IdGenerator, Log, LogOptions, Mode, OpenError};
+use kafold::{
+    Clock, Database, DatabaseError, IdGenerator, Log, LogOptions, Mode, OpenError, shown_url,
+};
 use metrics_exporter_prometheus::{BuildError, Matcher, PrometheusBuilder, PrometheusHandle};
 use tokio::net::TcpListener;
 use tokio::sync::oneshot;
@@ -50,8 +52,9 @@ pub(crate) struct ServeArgs {
     ///
     /// A file is created when absent, its folder is not. On Kafka the topics NAME.events,
     /// NAME.commands and NAME.replies are created when absent, with
-    /// ?partitions=N&replication=R (default 12, and 3 or as many as there are brokers); any option
-    /// of librdkafka goes as ?librdkafka.KEY=VALUE.
+    /// ?partitions=N&replication=R (default 12, and 3 or as many as there are brokers).
+    /// ?tls=true&ca=FILE encrypts, and sasl=scram-sha-512&user=NAME&password=@FILE logs in (@FILE: from
+    /// a file, $NAME: from the environment); any option of librdkafka goes as ?librdkafka.KEY=VALUE.
     #[arg(long, value_name = "URL", env = "KAFOLD_LOG", hide_env_values = true, default_value = LOG_DEFAULT, value_parser = log_url)]
     log: String,
     /// The read models: sqlite://FILE or postgres://USER:PASSWORD@HOST:PORT/NAME.
@@ -222,7 +225,7 @@ pub(crate) async fn run(args: ServeArgs, spans: Spans) -> Result<(), ServeError>
         stopped,
     );
     let mut server = tokio::spawn(server);
-    tracing::info!(%address, log = args.log.split('?').next(), "listening");
+    tracing::info!(%address, log = shown_url(&args.log), "listening");
 
     let opened = tokio::select! {
         biased;
@@ -388,7 +391,7 @@ fn welcome(address: SocketAddr, args: &ServeArgs, ids: &Arc<dyn IdGenerator>) ->
         _ => address.to_string(),
     };
     let url = format!("http://{host}");
-    let log = args.log.split('?').next().unwrap_or_default();
+    let log = shown_url(&args.log);
     // A new one at every start, so that the lines work again.
     let order = format!("try-{:08x}", ids.random() as u32);
     let json = "-H 'content-type: application/json'";

@@ -2,8 +2,6 @@
 //! and does not tell.
 
 use std::io::{self, Read, Write};
-use std::net::{TcpStream, ToSocketAddrs};
-use std::time::Duration;
 
 /// `DescribeCluster`, which came with Kafka 2.8.
 const DESCRIBE_CLUSTER: i16 = 60;
@@ -22,15 +20,35 @@ pub struct BrokerApi {
     pub is_new_enough: bool,
 }
 
-/// Asks the broker. Blocks; each step takes at most `timeout`. Works before any login, and not through
-/// TLS, which this build of the client does not have either.
-pub(super) fn ask(address: &str, timeout: Duration) -> io::Result<BrokerApi> {
-    let unknown = || io::Error::new(io::ErrorKind::NotFound, "the host has no address");
-    let address = address.to_socket_addrs()?.next().ok_or_else(unknown)?;
-    let mut stream = TcpStream::connect_timeout(&address, timeout)?;
-    stream.set_read_timeout(Some(timeout))?;
-    stream.set_write_timeout(Some(timeout))?;
-    stream.write_all(&request())?;
+/// Asks the broker which requests it understands. Works before any login.
+pub(crate) fn ask<S: Read + Write + ?Sized>(stream: &mut S) -> io::Result<BrokerApi> {
+    // `ApiVersions` of version 0, which has no body.
+    parse(&call(stream, 18, 0, &[])?).ok_or_else(invalid)
+}
+
+/// Asks for the topics, without naming one; a broker that wants a login ends the connection.
+pub(crate) fn ask_topics<S: Read + Write + ?Sized>(stream: &mut S) -> io::Result<()> {
+    // `Metadata` of version 1, with an empty array of topics.
+    call(stream, 3, 1, &[0, 0, 0, 0]).map(drop)
+}
+
+/// Sends a request and gives its answer: key, version, correlation id, the client's name, body.
+fn call<S: Read + Write + ?Sized>(
+    stream: &mut S,
+    key: i16,
+    version: i16,
+    body: &[u8],
+) -> io::Result<Vec<u8>> {
+    let mut request = Vec::new();
+    request.extend(key.to_be_bytes());
+    request.extend(version.to_be_bytes());
+    request.extend([0, 0, 0, 1, 0, 6]);
+    request.extend(b"kafold");
+    request.extend(body);
+    let mut framed = u32::try_from(request.len()).unwrap_or(0).to_be_bytes().to_vec();
+    framed.append(&mut request);
+    stream.write_all(&framed)?;
+    stream.flush()?;
     let mut length = [0; 4];
     stream.read_exact(&mut length)?;
     let length = usize::try_from(i32::from_be_bytes(length)).unwrap_or(usize::MAX);
@@ -39,20 +57,11 @@ pub(super) fn ask(address: &str, timeout: Duration) -> io::Result<BrokerApi> {
     }
     let mut answer = vec![0; length];
     stream.read_exact(&mut answer)?;
-    parse(&answer).ok_or_else(invalid)
+    Ok(answer)
 }
 
 fn invalid() -> io::Error {
     io::Error::new(io::ErrorKind::InvalidData, "it does not answer as a broker does")
-}
-
-/// `ApiVersions` of version 0: key, version, correlation id and the client's name.
-fn request() -> Vec<u8> {
-    let mut body = vec![0, 18, 0, 0, 0, 0, 0, 1, 0, 6];
-    body.extend_from_slice(b"kafold");
-    let mut request = u32::try_from(body.len()).unwrap_or(0).to_be_bytes().to_vec();
-    request.append(&mut body);
-    request
 }
 
 /// The answer: correlation id, error code, and an array of key, lowest and highest version.

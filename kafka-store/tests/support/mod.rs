@@ -301,3 +301,77 @@ impl Drop for Cluster {
         self.run(&["down"]);
     }
 }
+
+/// Brokers with TLS and rights: what `dev/kafka env` says of a cluster that was made with `--tls`.
+pub(crate) struct Tls {
+    /// SASL_SSL.
+    pub(crate) client: String,
+    /// SSL with client certificates.
+    pub(crate) mutual: String,
+    /// SASL_SSL; the certificate is of another host.
+    pub(crate) other_host: String,
+    /// SASL_SSL; the certificate is expired.
+    pub(crate) expired: String,
+    /// SASL_PLAINTEXT.
+    pub(crate) clear: String,
+    files: PathBuf,
+}
+
+impl Tls {
+    /// The cluster of the tests, or a line that says what is skipped.
+    pub(crate) fn of_environment(test: &str) -> Option<Self> {
+        let variable = |more: &str| std::env::var(format!("KAFOLD_TEST_KAFKA_TLS{more}")).ok();
+        let Some(client) = variable("") else {
+            assert!(
+                std::env::var_os("KAFOLD_TEST_REQUIRE_ALL").is_none(),
+                "KAFOLD_TEST_KAFKA_TLS names no broker, and nothing may be skipped"
+            );
+            eprintln!(
+                "skipped {test}: KAFOLD_TEST_KAFKA_TLS names no broker (dev/kafka up --tls; dev/kafka env)"
+            );
+            return None;
+        };
+        let demand = |more: &str| variable(more).unwrap_or_else(|| panic!("{more} is not set"));
+        Some(Self {
+            client,
+            mutual: demand("_MUTUAL"),
+            other_host: demand("_OTHER_HOST"),
+            expired: demand("_EXPIRED"),
+            clear: demand("_CLEAR"),
+            files: demand("_FILES").into(),
+        })
+    }
+
+    /// The path of one of the cluster's files, such as `ca.crt`.
+    pub(crate) fn file(&self, name: &str) -> String {
+        self.files.join(name).display().to_string()
+    }
+
+    /// The options of a URL by which a user logs in.
+    pub(crate) fn login(&self, user: &str) -> String {
+        format!("sasl=scram-sha-512&user={user}&password=@{}", self.file(&format!("passwords/{user}")))
+    }
+
+    /// Runs `dev/kafka COMMAND --name CLUSTER …`.
+    pub(crate) fn run(&self, arguments: &[&str]) {
+        let state = self.files.parent().and_then(|state| state.file_name());
+        let script = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../dev/kafka");
+        let out = Command::new(script)
+            .arg(arguments[0])
+            .arg("--name")
+            .arg(state.expect("the cluster's folder"))
+            .args(&arguments[1..])
+            .output()
+            .expect("dev/kafka can be run");
+        assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
+    }
+
+    /// Writes a secret into a file of the test's own that nobody else can read.
+    pub(crate) fn secret_file(&self, name: &str, secret: &str) -> PathBuf {
+        use std::os::unix::fs::PermissionsExt;
+        let path = std::env::temp_dir().join(name);
+        std::fs::write(&path, secret).expect("a file");
+        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600)).expect("its mode");
+        path
+    }
+}

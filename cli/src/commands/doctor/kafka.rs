@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use kafold::kafka::Operator;
-use kafold::kafka::operate::Broker;
+use kafold::kafka::operate::{Broker, Peer};
 
 use super::Checks;
 use crate::admin::Context;
@@ -17,6 +17,9 @@ use crate::output::count;
 const BROKERS_SAFE: usize = 3;
 /// How soon a node that died is to be noticed, in milliseconds: the store's own wish.
 const SESSION_TIMEOUT_WANTED_MS: u64 = 2_000;
+
+/// A certificate that expires sooner should be replaced.
+const CERTIFICATE_DAYS_SAFE: i32 = 30;
 
 const AUTO_CREATE: &str = "auto.create.topics.enable";
 const SESSION_TIMEOUT_MIN: &str = "group.min.session.timeout.ms";
@@ -36,6 +39,9 @@ pub(super) async fn check(context: &Context, url: &LogUrl, checks: &mut Checks) 
             return false;
         }
     };
+    for warning in operator.config().warnings() {
+        checks.warning("brokers: URL", warning, "change the log's URL");
+    }
     check_brokers(&brokers, checks);
     check_versions(&operator, &brokers, checks).await;
     check_settings(&operator, &brokers, checks).await;
@@ -63,8 +69,11 @@ async fn check_versions(operator: &Operator, brokers: &[Broker], checks: &mut Ch
     for broker in brokers {
         let address = &broker.address;
         match operator.broker_api(broker).await {
-            Ok(api) if api.is_new_enough => {
+            Ok((api, peer)) if api.is_new_enough => {
                 shown.insert(format!("Fetch up to {} of {} requests", api.fetch_max, api.kinds));
+                if let Some(peer) = peer {
+                    check_peer(address, &peer, checks);
+                }
             }
             Ok(_) => {
                 let found = format!("{address} is older than Kafka 2.8");
@@ -79,6 +88,20 @@ async fn check_versions(operator: &Operator, brokers: &[Broker], checks: &mut Ch
     if !shown.is_empty() {
         let shown: Vec<_> = shown.into_iter().collect();
         checks.ok(NAME, shown.join(", "));
+    }
+}
+
+/// Whom the connection to a broker shows at its other end, and for how long.
+fn check_peer(address: &str, peer: &Peer, checks: &mut Checks) {
+    const NAME: &str = "brokers: TLS";
+    let Peer { protocol, names, issuer, days_left } = peer;
+    let found = format!(
+        "{address}: {protocol}, certificate for {} by {issuer}, {days_left} days left",
+        names.join(", ")
+    );
+    match *days_left < CERTIFICATE_DAYS_SAFE {
+        true => checks.warning(NAME, found, "give the broker a new certificate before it expires"),
+        false => checks.ok(NAME, found),
     }
 }
 
