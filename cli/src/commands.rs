@@ -1,9 +1,10 @@
 //! The commands, a module each.
 
-pub(crate) mod acl;
+mod acl;
 mod audit;
 mod doctor;
 mod events;
+mod grants;
 mod migrate;
 mod parked;
 mod projections;
@@ -49,6 +50,9 @@ pub(crate) enum Command {
     /// Shows events of all streams.
     #[command(subcommand)]
     Events(events::EventsCommand),
+    /// Prints which SQL rights a role needs.
+    #[command(subcommand)]
+    Grants(grants::GrantsCommand),
     /// Makes or checks the topics of a log on Kafka.
     #[command(subcommand)]
     Topic(topic::TopicCommand),
@@ -70,6 +74,7 @@ pub(crate) async fn run(command: Command, context: &mut Context) -> Result<(), E
         Command::Verify => verify::run(context).await,
         Command::Stream(stream::StreamCommand::Show(args)) => stream::show(context, args).await,
         Command::Events(events::EventsCommand::Tail(args)) => events::tail(context, args).await,
+        Command::Grants(command) => grants::run(context, command),
         Command::Topic(topic::TopicCommand::Create) => topic::create(context).await,
         Command::Topic(topic::TopicCommand::Check) => topic::check(context).await,
         Command::Migrate => migrate::run(context).await,

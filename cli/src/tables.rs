@@ -2,6 +2,7 @@
 
 use chrono::{DateTime, Utc};
 use kafold::Database;
+use kafold::PostgresDatabase;
 use kafold::projections::sqlx;
 
 /// The migrations that were applied: number and name, in order.
@@ -36,4 +37,22 @@ pub(crate) async fn server(database: &Database) -> Result<Option<Server>, sqlx::
     let (version, now, connections, connections_max, synchronous_commit): Row =
         sqlx::query_as(sql).fetch_one(database.pool()).await?;
     Ok(Some(Server { version, now, connections, connections_max, synchronous_commit }))
+}
+
+/// The version of TLS of a session with the server; `None` when it is in clear text.
+pub(crate) async fn session_tls(
+    database: &PostgresDatabase,
+) -> Result<Option<String>, sqlx::Error> {
+    let sql = "SELECT version FROM pg_stat_ssl WHERE pid = pg_backend_pid() AND ssl";
+    sqlx::query_scalar(sql).fetch_optional(database.pool()).await
+}
+
+/// Whether there is a login of this name that may read one of the toolkit's tables: the logins of a
+/// server are those of all its databases.
+pub(crate) async fn has_login(database: &Database, login: &str) -> Result<bool, sqlx::Error> {
+    let Database::Postgres(database) = database else { return Ok(false) };
+    let sql = "SELECT EXISTS (SELECT 1 FROM pg_roles r JOIN pg_class c \
+                 ON c.relkind = 'r' AND c.relname LIKE 'kafold\\_%' AND pg_table_is_visible(c.oid) \
+               WHERE r.rolname = $1 AND has_table_privilege(r.oid, c.oid, 'SELECT'))";
+    sqlx::query_scalar(sql).bind(login).fetch_one(database.pool()).await
 }

@@ -19,6 +19,7 @@
 //! - [`memory`]: the exact in-memory store and index: whoever writes another reads them first;
 //! - [`trace`]: trace context on its way through commands, events and readers;
 //! - [`scenario`]: given, when, then for the tests of a domain;
+//! - [`secret`]: passwords and keys that a connection's URL names by file or variable;
 //! - [`clock`]: the only way here to time and randomness.
 
 // The derives write `::kafold_core::…`, also in this crate's own tests.
@@ -39,6 +40,7 @@ pub mod memory;
 pub mod mutant;
 pub mod row;
 pub mod scenario;
+pub mod secret;
 pub mod snapshot;
 pub mod store;
 #[cfg(feature = "testing")]

@@ -863,7 +863,9 @@ mod tests {
             };
             assert!(!said.contains("Canary"), "{url}: {said}");
         }
-        let good = format!("kafka://a:1/o?{beside}&password={CANARY}&librdkafka.ssl.key.password={CANARY}");
+        let good = format!(
+            "kafka://a:1/o?{beside}&password={CANARY}&librdkafka.ssl.key.password={CANARY}"
+        );
         let config = parse(&good).expect("valid");
         assert!(!format!("{config:?}").contains("Canary"), "{config:?}");
         assert!(config.warnings()[0].contains("password=@FILE"));

@@ -88,16 +88,16 @@ async fn each_wrong_transport_is_refused_in_time_by_a_sentence_of_its_own() {
         ),
         (format!("{client}/o?"), ["takes TLS only", "?tls=true"]),
         (format!("{client}/o?{login}"), ["takes TLS only", "?tls=true"]),
-        (format!("{clear}/o?tls=true&ca={ca}&{login}"), ["takes clear text only", "remove tls=true"]),
+        (
+            format!("{clear}/o?tls=true&ca={ca}&{login}"),
+            ["takes clear text only", "remove tls=true"],
+        ),
         (format!("{client}/o?tls=true&ca={ca}"), ["wants a login", "sasl=scram-sha-512"]),
         (
             format!("{mutual}/o?tls=true&ca={ca}&cert={certificate}&key={key}&{login}"),
             ["takes no login at this port", "remove sasl="],
         ),
-        (
-            format!("{client}/o?tls=true&ca={key}&{login}"),
-            ["ca", "key"],
-        ),
+        (format!("{client}/o?tls=true&ca={key}&{login}"), ["ca", "key"]),
     ];
     let tasks = cases.map(|(place, words)| {
         tokio::spawn(async move { (refused(&format!("kafka://{place}")).await, place, words) })
@@ -106,7 +106,9 @@ async fn each_wrong_transport_is_refused_in_time_by_a_sentence_of_its_own() {
     for task in tasks {
         let ((text, is_transient), place, words) = task.await.expect("no panic");
         if is_transient || !words.iter().all(|word| text.contains(word)) || text.contains('\n') {
-            wrong.push(format!("{place}\n  is not {words:?} but {text:?} (transient: {is_transient})"));
+            wrong.push(format!(
+                "{place}\n  is not {words:?} but {text:?} (transient: {is_transient})"
+            ));
         }
     }
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
@@ -143,7 +145,12 @@ async fn every_login_and_a_client_certificate_reach_the_log() {
 #[tokio::test(flavor = "multi_thread")]
 async fn the_other_end_of_a_connection_is_shown() {
     let Some(tls) = Tls::of_environment("the_other_end_of_a_connection") else { return };
-    let url = format!("kafka://{}/o?tls=true&ca={}&{}", tls.client, tls.file("ca.crt"), tls.login("admin"));
+    let url = format!(
+        "kafka://{}/o?tls=true&ca={}&{}",
+        tls.client,
+        tls.file("ca.crt"),
+        tls.login("admin")
+    );
     let config: KafkaConfig = url.parse().expect("a valid URL");
     let operator = Operator::connect(config, support::clock()).await.expect("connected");
     let brokers = operator.brokers().await.expect("brokers");

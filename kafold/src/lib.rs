@@ -34,7 +34,9 @@ pub use log::{Log, LogOptions, open_log, shown_url};
 pub use reader::LogReader;
 
 #[cfg(any(feature = "embedded", feature = "projections"))]
-pub use kafold_migrations::{Database, DatabaseError, Mode, is_transient};
+pub use kafold_migrations::{
+    Database, DatabaseError, Mode, PostgresDatabase, is_transient, rights,
+};
 
 /// The log in one SQLite file, for those who need more of it than [`open_log`] gives.
 #[cfg(feature = "embedded")]

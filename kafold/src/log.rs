@@ -138,6 +138,13 @@ impl LogOptions {
             .parse()
             .map_err(|error: kafold_kafka_store::ConfigError| OpenError::of(false, error))?;
         #[cfg(feature = "projections")]
+        if let Some(database) = &self.index {
+            use kafold_migrations::{DatabaseError, rights::Role};
+            database.require(Role::Service).await.map_err(|error| {
+                OpenError::of(matches!(error, DatabaseError::Unavailable { .. }), error)
+            })?;
+        }
+        #[cfg(feature = "projections")]
         let index: Arc<dyn StreamIndex> = match self.index {
             Some(database) => Arc::new(kafold_projections::SqlIndex::new(database)),
             None => Arc::new(MemoryIndex::default()),

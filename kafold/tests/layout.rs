@@ -8,7 +8,7 @@ use cargo_metadata::{DependencyKind, Metadata, MetadataCommand};
 const ARROWS: &[(&str, &[&str])] = &[
     ("kafold-core-macros", &[]),
     ("kafold-core", &["kafold-core-macros"]),
-    ("kafold-migrations", &[]),
+    ("kafold-migrations", &["kafold-core"]),
     ("kafold-embedded-store", &["kafold-core", "kafold-migrations"]),
     ("kafold-kafka-store", &["kafold-core"]),
     ("kafold-projections", &["kafold-core", "kafold-migrations"]),

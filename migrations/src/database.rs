@@ -2,6 +2,7 @@
 
 use crate::error::DatabaseError;
 use crate::postgres::PostgresDatabase;
+use crate::rights::Role;
 use crate::sqlite::SqliteDatabase;
 use crate::url::{self, Target};
 
@@ -26,13 +27,18 @@ pub enum Database {
 
 impl Database {
     /// Opens `sqlite://FILE` (relative to the working directory; `sqlite:///abs/path` is absolute)
-    /// or `postgres://…`.
+    /// or `postgres://USER@HOST:PORT/DATABASE?password=@FILE`.
+    ///
+    /// A password is `@FILE` or `$NAME` of an environment variable, read anew for each probe of a
+    /// [watched](Self::watch) database, or literal. Off this machine a session is encrypted and the
+    /// server verified; `allow_unsafe=clear_text,unverified_tls,readable_secret` names exceptions,
+    /// and a warning tells of each that is used.
     ///
     /// Connects once and waits for nothing: after [`DatabaseError::Unavailable`] the caller waits
     /// and tries again; every other error is for good. Folders are never created.
     pub async fn open(url: &str, mode: Mode) -> Result<Self, DatabaseError> {
         match url::parse(url)? {
-            Target::Postgres => Ok(Self::Postgres(PostgresDatabase::open(url, mode).await?)),
+            Target::Postgres(url) => Ok(Self::Postgres(PostgresDatabase::open(url, mode).await?)),
             Target::Sqlite(file) => Ok(Self::Sqlite(SqliteDatabase::open_file(&file, mode).await?)),
         }
     }
@@ -42,6 +48,33 @@ impl Database {
         match self {
             Self::Postgres(database) => database.url(),
             Self::Sqlite(database) => database.url(),
+        }
+    }
+
+    /// Rejects a login on PostgreSQL that lacks rights of the role, naming the GRANT lines, and
+    /// watches the database from then on.
+    pub async fn require(&self, role: Role) -> Result<(), DatabaseError> {
+        match self {
+            Self::Postgres(database) => database.require(role).await,
+            Self::Sqlite(_) => Ok(()),
+        }
+    }
+
+    /// Watches a PostgreSQL database on behalf of the role: a new connection each 5 s notices a
+    /// changed password, certificate or right, which [`Database::complaint`] returns and the log
+    /// repeats once a minute. Needs a tokio runtime around it.
+    pub fn watch(&self, role: Role) {
+        match self {
+            Self::Postgres(database) => database.watch(role),
+            Self::Sqlite(_) => {}
+        }
+    }
+
+    /// Why a watched database refuses this process, with the remedy, until the mend is noticed.
+    pub fn complaint(&self) -> Option<String> {
+        match self {
+            Self::Postgres(database) => database.complaint(),
+            Self::Sqlite(_) => None,
         }
     }
 

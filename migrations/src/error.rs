@@ -2,8 +2,10 @@
 
 use std::io;
 
+use rustls::{AlertDescription, CertificateError};
 use sqlx::error::DatabaseError as _;
 use sqlx::migrate::MigrateError;
+use sqlx::sqlite::SqliteError;
 
 /// Why a database cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -71,6 +73,152 @@ impl DatabaseError {
     }
 }
 
+/// A failure that lasts until somebody changes the server, the role's rights or this program's settings.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{what}; {remedy}")]
+pub struct Refusal {
+    /// The cause, without any secret.
+    pub what: String,
+    /// The remedy, as an imperative.
+    pub remedy: String,
+}
+
+/// Returns cause and remedy of an error that is not the statement's fault and that waiting alone does
+/// not cure: a certificate that is not trusted, a wrong password, a missing right. `None` for all others.
+///
+/// Work that meets it is tried again for as long as it takes: somebody may mend it at any time.
+pub fn refusal(error: &sqlx::Error) -> Option<Refusal> {
+    let refused = |what: String, remedy: &str| Some(Refusal { what, remedy: remedy.to_owned() });
+    match error {
+        sqlx::Error::Io(cause) if is_unknown_host(cause) => {
+            refused(format!("the host is not known: {cause}"), "check the host name in the URL")
+        }
+        sqlx::Error::Io(cause) => {
+            let tls = cause.get_ref().and_then(|cause| cause.downcast_ref::<rustls::Error>());
+            tls.and_then(of_tls)
+        }
+        sqlx::Error::Tls(cause) => match cause.downcast_ref::<rustls::Error>().and_then(of_tls) {
+            Some(refusal) => Some(refusal),
+            None if cause.to_string().contains("does not support TLS") => refused(
+                "the server offers no TLS".to_owned(),
+                "turn on ssl in its postgresql.conf, or give sslmode=disable to go without, which \
+                 off this machine also needs allow_unsafe=clear_text",
+            ),
+            None => refused(
+                format!("TLS cannot be set up: {cause}"),
+                "check the files of sslrootcert, sslcert and sslkey, and the host name",
+            ),
+        },
+        sqlx::Error::Configuration(cause) => {
+            refused(format!("the connection cannot be set up: {cause}"), "check the URL")
+        }
+        sqlx::Error::Database(error) if error.try_downcast_ref::<SqliteError>().is_none() => {
+            of_postgres(&error.code().unwrap_or_default(), error.message())
+        }
+        _ => None,
+    }
+}
+
+fn of_postgres(code: &str, message: &str) -> Option<Refusal> {
+    let remedy = match code {
+        "28000" if message.contains("no encryption") => {
+            "give sslmode=verify-full instead of sslmode=disable: the server refuses clear text"
+        }
+        "28P01" | "28000" => "check user and password in the URL, and the server's pg_hba.conf",
+        "3D000" => "create the database, or name another one in the URL",
+        "42501" if message.contains("must be owner") => {
+            "run `kafold migrate` as the role that owns the tables"
+        }
+        "42501" => {
+            "grant the role what `kafold grants print` prints for it, such as GRANT CREATE, USAGE ON \
+             SCHEMA public"
+        }
+        // A schema that a role may not use is left out of its search path, with all that is in it.
+        "42P01" if names_own_table(message) => {
+            "grant the role USAGE on the schema, or make the tables with `kafold migrate`"
+        }
+        "3F000" => {
+            "grant the role USAGE and CREATE on the schema, or create the schema that its \
+             search_path names"
+        }
+        _ => return None,
+    };
+    Some(Refusal { what: message.to_owned(), remedy: remedy.to_owned() })
+}
+
+/// Whether a relation is one of the toolkit's tables or a generation of a read model.
+fn names_own_table(message: &str) -> bool {
+    message.contains("\"kafold_") || message.contains("__g")
+}
+
+fn of_tls(error: &rustls::Error) -> Option<Refusal> {
+    let (what, remedy) = match error {
+        rustls::Error::InvalidCertificate(cause) => return Some(of_certificate(cause)),
+        rustls::Error::AlertReceived(alert) => match alert {
+            AlertDescription::CertificateRequired | AlertDescription::NoCertificate => (
+                "the server wants a certificate of its client".to_owned(),
+                "give sslcert=FILE and sslkey=FILE in the URL",
+            ),
+            AlertDescription::BadCertificate
+            | AlertDescription::UnsupportedCertificate
+            | AlertDescription::CertificateRevoked
+            | AlertDescription::CertificateExpired
+            | AlertDescription::CertificateUnknown
+            | AlertDescription::UnknownCA
+            | AlertDescription::AccessDenied => (
+                format!("the server refuses this client's certificate: {alert:?}"),
+                "give a certificate that the server trusts with sslcert=FILE and sslkey=FILE",
+            ),
+            AlertDescription::HandshakeFailure | AlertDescription::ProtocolVersion => (
+                format!("the server's TLS is not the client's: {alert:?}"),
+                "let the server offer TLS 1.2 or 1.3 with common ciphers",
+            ),
+            _ => return None,
+        },
+        rustls::Error::PeerIncompatible(cause) => (
+            format!("the server's TLS is not the client's: {cause:?}"),
+            "let the server offer TLS 1.2 or 1.3 with common ciphers",
+        ),
+        _ => return None,
+    };
+    Some(Refusal { what, remedy: remedy.to_owned() })
+}
+
+fn of_certificate(error: &CertificateError) -> Refusal {
+    let (what, remedy) = match error {
+        CertificateError::UnknownIssuer => (
+            "the server's certificate is signed by no authority that is trusted here".to_owned(),
+            "name the file of its authority with sslrootcert=FILE in the URL, or add the authority \
+             to the system's",
+        ),
+        CertificateError::NotValidForName | CertificateError::NotValidForNameContext { .. } => {
+            let names = match error {
+                CertificateError::NotValidForNameContext { presented, .. } => {
+                    format!(", but for {}", presented.join(", "))
+                }
+                _ => String::new(),
+            };
+            (
+                format!("the server's certificate is not for the host name in the URL{names}"),
+                "connect by a name that the certificate has, or give the server a certificate for \
+                 this one",
+            )
+        }
+        CertificateError::Expired | CertificateError::ExpiredContext { .. } => {
+            ("the server's certificate has expired".to_owned(), "renew it on the server")
+        }
+        CertificateError::NotValidYet | CertificateError::NotValidYetContext { .. } => (
+            "the server's certificate is not valid yet".to_owned(),
+            "set the clocks of both machines, or give the server another certificate",
+        ),
+        other => (
+            format!("the server's certificate is not acceptable: {other}"),
+            "give the server a certificate of version 3 with its host name, signed by an authority",
+        ),
+    };
+    Refusal { what, remedy: remedy.to_owned() }
+}
+
 /// Whether the same work may succeed later without anyone changing it: the connection is lost, the
 /// server stops, starts or is full, a lock was not to be had, another transaction was in the way, or
 /// a prepared statement is older than the view it reads.
@@ -78,13 +226,14 @@ impl DatabaseError {
 /// An error that is not transient is the fault of the statement or of its values.
 pub fn is_transient(error: &sqlx::Error) -> bool {
     match error {
-        sqlx::Error::Io(_)
-        | sqlx::Error::PoolTimedOut
+        // A name server may be away for a while too.
+        sqlx::Error::Io(cause) => refusal(error).is_none() || is_unknown_host(cause),
+        sqlx::Error::PoolTimedOut
         | sqlx::Error::PoolClosed
         | sqlx::Error::WorkerCrashed
         | sqlx::Error::BeginFailed => true,
         sqlx::Error::Database(error) => {
-            if let Some(error) = error.try_downcast_ref::<sqlx::sqlite::SqliteError>() {
+            if let Some(error) = error.try_downcast_ref::<SqliteError>() {
                 return SqliteCode::of(error).is_transient();
             }
             let code = error.code().unwrap_or_default();
@@ -125,7 +274,7 @@ impl SqliteCode {
     pub(crate) const PROTOCOL: Self = Self(15);
     pub(crate) const NOTADB: Self = Self(26);
 
-    pub(crate) fn of(error: &sqlx::sqlite::SqliteError) -> Self {
+    pub(crate) fn of(error: &SqliteError) -> Self {
         // The driver hands the extended code out as text; its low byte is the primary one.
         let extended = error.code().and_then(|code| code.parse::<i32>().ok());
         Self(extended.map_or(0, |code| code & 0xff))
@@ -134,7 +283,7 @@ impl SqliteCode {
     /// The code of an error that SQLite gave, if it did.
     pub(crate) fn of_error(error: &sqlx::Error) -> Option<Self> {
         let error = error.as_database_error()?;
-        error.try_downcast_ref::<sqlx::sqlite::SqliteError>().map(Self::of)
+        error.try_downcast_ref::<SqliteError>().map(Self::of)
     }
 
     /// Locks, and what an operator sets right without touching the program: space, rights, the disk.
@@ -161,6 +310,42 @@ pub(crate) fn is_unknown_host(error: &io::Error) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn each_kind_of_certificate_fault_has_a_sentence_of_its_own() {
+        let io = |cause: CertificateError| {
+            let tls = rustls::Error::InvalidCertificate(cause);
+            sqlx::Error::Io(io::Error::new(io::ErrorKind::InvalidData, tls))
+        };
+        let sentences: std::collections::BTreeSet<_> = [
+            CertificateError::UnknownIssuer,
+            CertificateError::NotValidForName,
+            CertificateError::Expired,
+            CertificateError::NotValidYet,
+            CertificateError::BadSignature,
+        ]
+        .map(|cause| {
+            let error = io(cause);
+            assert!(!is_transient(&error), "{error}");
+            refusal(&error).expect("is refused").to_string()
+        })
+        .into();
+        assert_eq!(sentences.len(), 5, "{sentences:#?}");
+        let cut = sqlx::Error::Io(io::ErrorKind::UnexpectedEof.into());
+        assert!(refusal(&cut).is_none() && is_transient(&cut));
+    }
+
+    #[test]
+    fn rights_and_logins_are_refused_and_the_fault_of_a_statement_is_not() {
+        for code in ["28P01", "28000", "3D000", "42501", "3F000"] {
+            assert!(of_postgres(code, "m").is_some(), "{code}");
+        }
+        for code in ["23505", "42601", "42P01", "22003", "0A000", "57P01"] {
+            assert!(of_postgres(code, "relation \"mine\" does not exist").is_none(), "{code}");
+        }
+        let hidden = of_postgres("42P01", "relation \"kafold_event\" does not exist");
+        assert!(hidden.expect("refused").to_string().contains("USAGE"));
+    }
 
     #[test]
     fn what_the_server_gets_over_is_transient_and_bad_statements_are_not() {

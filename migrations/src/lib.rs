@@ -8,7 +8,9 @@
 //! - [`database`]: opening either kind of database by its URL;
 //! - [`postgres`] and [`sqlite`]: pools with their limits; SQLite's one writer a file and process;
 //! - [`identifier`]: names of tables and columns, and the only way here to SQL made at run time;
-//! - [`error`]: what is worth waiting for, and what is refused for good.
+//! - [`rights`]: the SQL rights of each role;
+//! - [`certificate`]: what a server shows to whoever asks for TLS;
+//! - [`error`]: what is worth waiting for, and what is refused until somebody mends it.
 //!
 //! ```
 //! # async fn example() -> Result<(), kafold_migrations::DatabaseError> {
@@ -20,18 +22,23 @@
 //! # }
 //! ```
 
+pub mod certificate;
 pub mod database;
 pub mod error;
 pub mod identifier;
 pub mod micros;
 pub mod postgres;
+pub mod rights;
 mod schema;
 pub mod sqlite;
+mod transport;
 mod url;
 
+pub use certificate::ServerTls;
 pub use database::{Database, Mode};
-pub use error::{DatabaseError, is_transient};
+pub use error::{DatabaseError, Refusal, is_transient, refusal};
 pub use identifier::{Identifier, InvalidIdentifier, SqlText};
 pub use postgres::PostgresDatabase;
+pub use rights::Role;
 pub use sqlite::{SqliteDatabase, WriteTransaction, WriteTurn};
 pub use sqlx;

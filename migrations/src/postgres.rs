@@ -1,16 +1,22 @@
 //! A PostgreSQL database: a pool with its limits.
 
 use std::str::FromStr;
-use std::sync::Arc;
-use std::time::Duration;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::time::{Duration, Instant};
 
-use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
+use kafold_core::Clock;
+use kafold_core::clock::SystemClock;
+use sqlx::postgres::{PgConnectOptions, PgPoolOptions, PgSslMode};
 use sqlx::{Connection, PgConnection, PgPool};
+use tokio::time::timeout;
 
+use crate::certificate::{self, ServerTls};
 use crate::database::Mode;
-use crate::error::{DatabaseError, is_transient, is_unknown_host};
+use crate::error::{DatabaseError, is_transient, refusal};
+use crate::rights::{self, Role};
 use crate::schema::{self, Applied, Standing};
-use crate::url;
+use crate::transport::{self, Decided, SslMode};
+use crate::url::PostgresUrl;
 
 /// Most connections of one process to one database.
 pub const CONNECTIONS_MAX: u32 = 10;
@@ -30,34 +36,51 @@ pub const IDLE_IN_TRANSACTION_TIMEOUT: Duration = Duration::from_secs(5);
 /// Names the advisory lock that is held while tables are made: two processes at once are safe.
 const MIGRATION_LOCK: i64 = 0x6b61_666f_6c64; // "kafold"
 
+/// How often a watched database is probed with a new connection, beside those of the pool.
+pub const PROBE_INTERVAL: Duration = Duration::from_secs(5);
+/// How often the log repeats why a watched database refuses.
+pub const COMPLAINT_INTERVAL: Duration = Duration::from_secs(60);
+/// Most rights that one complaint names.
+const COMPLAINT_RIGHTS_MAX: usize = 8;
+
 /// A pool of connections to a PostgreSQL database whose tables are current. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct PostgresDatabase {
+    inner: Arc<Inner>,
+}
+
+#[derive(Debug)]
+struct Inner {
     pool: PgPool,
-    url: Arc<str>,
+    url: PostgresUrl,
+    watch: Mutex<Watch>,
+}
+
+/// What the probes of a database are for and what they found.
+#[derive(Debug, Default)]
+struct Watch {
+    /// The role whose rights are probed; `None` before the database is watched.
+    role: Option<Role>,
+    complaint: Option<String>,
+    complained_at: Option<Instant>,
 }
 
 impl PostgresDatabase {
     /// The connections.
     pub fn pool(&self) -> &PgPool {
-        &self.pool
+        &self.inner.pool
     }
 
     /// The URL without password.
     pub fn url(&self) -> &str {
-        &self.url
+        &self.inner.url.shown
     }
 
-    pub(crate) async fn open(url: &str, mode: Mode) -> Result<Self, DatabaseError> {
-        let shown = url::shown(url);
-        let options = options(url, &shown)?;
-        let opening = prepare(&shown, &options, mode);
-        match tokio::time::timeout(ACQUIRE_TIMEOUT, opening).await {
-            Ok(prepared) => prepared?,
-            Err(_) => {
-                let cause = sqlx::Error::PoolTimedOut;
-                return Err(DatabaseError::Unavailable { url: shown, cause });
-            }
+    pub(crate) async fn open(url: PostgresUrl, mode: Mode) -> Result<Self, DatabaseError> {
+        let (options, warnings) = options(&url)?;
+        within(&url.shown, prepare(&url.shown, &options, mode)).await?;
+        for warning in warnings {
+            tracing::warn!(database = url.shown, "{warning}");
         }
         let pool = PgPoolOptions::new()
             .max_connections(CONNECTIONS_MAX)
@@ -73,27 +96,225 @@ impl PostgresDatabase {
                 })
             })
             .connect_lazy_with(options);
-        Ok(Self { pool, url: shown.into() })
+        Ok(Self { inner: Arc::new(Inner { pool, url, watch: Mutex::default() }) })
+    }
+
+    /// Rejects a login that lacks rights of the role, and [watches](Self::watch) the database.
+    pub(crate) async fn require(&self, role: Role) -> Result<(), DatabaseError> {
+        self.inner.probe(role).await?;
+        self.watch(role);
+        Ok(())
+    }
+
+    /// Probes the database from now on, each [`PROBE_INTERVAL`], until all handles are gone or one is
+    /// closed: with a new connection, so that a changed password, certificate or right is noticed
+    /// while old connections still work. Watched for two roles, it is for the one with more rights.
+    pub(crate) fn watch(&self, role: Role) {
+        let before = {
+            let mut watch = self.inner.watch();
+            let before = watch.role;
+            watch.role = before.max(Some(role));
+            before
+        };
+        if before.is_none() {
+            tokio::spawn(keep_watch(Arc::downgrade(&self.inner)));
+        }
+    }
+
+    /// Why new connections are refused or rights are missing, as the latest probe found it.
+    pub(crate) fn complaint(&self) -> Option<String> {
+        self.inner.watch().complaint.clone()
+    }
+
+    /// The lines of SQL that give the login of this database's URL, or another one, the rights of a
+    /// role that it lacks.
+    pub async fn missing_rights(
+        &self,
+        role: Role,
+        login: Option<&str>,
+    ) -> Result<Vec<String>, sqlx::Error> {
+        let mut connection = self.pool().acquire().await?;
+        rights::missing(&mut connection, role, login).await
+    }
+
+    /// What the server shows to whoever asks for TLS; `None` when it offers none, or is reached over a
+    /// Unix socket.
+    pub async fn server_tls(&self) -> Result<Option<ServerTls>, sqlx::Error> {
+        let options = self.pool().connect_options();
+        if is_socket(&options) {
+            return Ok(None);
+        }
+        let (host, port) = (options.get_host().to_owned(), options.get_port());
+        let looked = tokio::task::spawn_blocking(move || certificate::look(&host, port)).await;
+        looked.map_err(|_| sqlx::Error::WorkerCrashed)?.map_err(sqlx::Error::Io)
     }
 
     pub(crate) async fn close(self) {
-        self.pool.close().await;
+        self.inner.pool.close().await;
     }
 }
 
-fn options(url: &str, shown: &str) -> Result<PgConnectOptions, DatabaseError> {
-    let options = PgConnectOptions::from_str(url).map_err(|error| {
+impl Inner {
+    fn watch(&self) -> MutexGuard<'_, Watch> {
+        self.watch.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Connects as a start does, with the secret as it is now, and looks at the rights of the role.
+    async fn probe(&self, role: Role) -> Result<(), DatabaseError> {
+        let shown = &self.url.shown;
+        let (options, _) = options(&self.url)?;
+        let failed = |error| opening_failed(shown, error);
+        let probing = async {
+            let mut connection = PgConnection::connect_with(&options).await.map_err(failed)?;
+            let missing = rights::missing(&mut connection, role, None).await.map_err(failed)?;
+            connection.close().await.map_err(failed)?;
+            Ok(missing)
+        };
+        let missing = within(shown, probing).await?;
+        // The secret and the certificates with which connections can be made now.
+        self.pool.set_connect_options(options);
+        if missing.is_empty() {
+            return Ok(());
+        }
+        let more = missing.len().saturating_sub(COMPLAINT_RIGHTS_MAX);
+        let mut lines = missing[..missing.len() - more].join(" ");
+        if more > 0 {
+            lines += &format!(" and {more} more");
+        }
+        let role = role.name();
+        Err(DatabaseError::refused(
+            format!("{shown}: the login lacks rights of the role {role}"),
+            format!("run {lines}"),
+        ))
+    }
+
+    /// Keeps what a probe found, and says so in the log, at most each [`COMPLAINT_INTERVAL`].
+    fn found(&self, probed: Result<(), DatabaseError>, now: Instant) {
+        let mut watch = self.watch();
+        match probed {
+            Ok(()) => {
+                if watch.complaint.take().is_some() {
+                    tracing::info!(database = self.url.shown, "the database refuses no more");
+                }
+                watch.complained_at = None;
+            }
+            // Whoever uses the database notices and waits; what it refused before may last.
+            Err(DatabaseError::Unavailable { .. }) => {}
+            Err(refused) => {
+                let refused = refused.to_string();
+                let is_due = watch
+                    .complained_at
+                    .is_none_or(|at| now.saturating_duration_since(at) >= COMPLAINT_INTERVAL);
+                if is_due || watch.complaint.as_ref() != Some(&refused) {
+                    tracing::error!("the database refuses: {refused}");
+                    watch.complained_at = Some(now);
+                }
+                watch.complaint = Some(refused);
+            }
+        }
+    }
+}
+
+async fn keep_watch(database: Weak<Inner>) {
+    let clock = SystemClock;
+    loop {
+        clock.sleep(PROBE_INTERVAL).await;
+        let Some(database) = database.upgrade().filter(|inner| !inner.pool.is_closed()) else {
+            return;
+        };
+        let role = database.watch().role;
+        if let Some(role) = role {
+            database.found(database.probe(role).await, clock.instant());
+        }
+    }
+}
+
+/// Bounds what a start or a probe does: a server that does not answer is unavailable.
+async fn within<T>(
+    shown: &str,
+    opening: impl Future<Output = Result<T, DatabaseError>>,
+) -> Result<T, DatabaseError> {
+    timeout(ACQUIRE_TIMEOUT, opening).await.unwrap_or_else(|_| {
+        let cause = sqlx::Error::PoolTimedOut;
+        Err(DatabaseError::Unavailable { url: shown.to_owned(), cause })
+    })
+}
+
+/// What connections are made with, with the secret as it is now, and what has to be warned of.
+fn options(url: &PostgresUrl) -> Result<(PgConnectOptions, Vec<String>), DatabaseError> {
+    let shown = &url.shown;
+    let parsed = PgConnectOptions::from_str(&url.driver).map_err(|error| {
         DatabaseError::refused(
             format!("{shown} is not a database URL: {error}"),
-            "give postgres://USER:PASSWORD@HOST:PORT/DATABASE, with special characters as %XX",
+            "give postgres://USER@HOST:PORT/DATABASE?password=@FILE, with special characters as %XX",
         )
     })?;
     let millis = |timeout: Duration| timeout.as_millis().to_string();
-    Ok(options.options([
+    let mut options = parsed.options([
         ("statement_timeout", millis(STATEMENT_TIMEOUT)),
         ("lock_timeout", millis(LOCK_TIMEOUT)),
         ("idle_in_transaction_session_timeout", millis(IDLE_IN_TRANSACTION_TIMEOUT)),
-    ]))
+    ]);
+    let mut warnings = Vec::new();
+    if let Some(source) = &url.password {
+        let secret = source.read(url.allowed.readable_secret);
+        let refused = |error| DatabaseError::refused(format!("{shown}: no password"), error);
+        options = options.password(secret.map_err(|error| refused(error.to_string()))?.expose());
+        if source.is_exposed_file() {
+            warnings.push(
+                "allow_unsafe=readable_secret: other users can read or write the password's file"
+                    .to_owned(),
+            );
+        }
+    }
+    if url.has_literal_password {
+        warnings.push(
+            "the password stands in the URL, where process lists and shell histories may have it; \
+             give ?password=@FILE or ?password=$NAME"
+                .to_owned(),
+        );
+    }
+    for (name, file) in &url.files {
+        // The driver would take a missing file for a server that is down.
+        std::fs::File::open(file).map_err(|error| {
+            DatabaseError::refused(
+                format!("{shown}: the file {} of {name} cannot be read: {error}", file.display()),
+                "name a file that this user can read",
+            )
+        })?;
+    }
+    let is_local = is_socket(&options) || transport::is_loopback(options.get_host());
+    let has_authorities = url.files.iter().any(|(name, _)| *name == "sslrootcert")
+        || std::env::var_os("PGSSLROOTCERT").is_some();
+    let asked = url.ssl_mode.or_else(|| of_environment(options.get_ssl_mode()));
+    let mode = match transport::decide(asked, is_local, has_authorities, url.allowed) {
+        // PostgreSQL has no TLS there, and its own clients do not ask for it.
+        _ if is_socket(&options) => PgSslMode::Disable,
+        Decided::Safe(mode) => mode.into(),
+        Decided::Unsafe(mode, warning) => {
+            warnings.push(warning.to_owned());
+            mode.into()
+        }
+        Decided::Refused(why, remedy) => {
+            return Err(DatabaseError::refused(format!("{shown} {why}"), remedy));
+        }
+    };
+    Ok((options.ssl_mode(mode), warnings))
+}
+
+fn is_socket(options: &PgConnectOptions) -> bool {
+    options.get_socket().is_some() || options.get_host().starts_with('/')
+}
+
+/// What PGSSLMODE says; the driver has `Prefer` when it is not set.
+fn of_environment(mode: PgSslMode) -> Option<SslMode> {
+    match mode {
+        PgSslMode::Disable => Some(SslMode::Disable),
+        PgSslMode::Allow | PgSslMode::Prefer => None,
+        PgSslMode::Require => Some(SslMode::Require),
+        PgSslMode::VerifyCa => Some(SslMode::VerifyCa),
+        PgSslMode::VerifyFull => Some(SslMode::VerifyFull),
+    }
 }
 
 /// Connects once, so that what is wrong shows as itself and not as a pool's timeout, and sees to
@@ -143,23 +364,12 @@ async fn standing(shown: &str, connection: &mut PgConnection) -> Result<Standing
 
 /// Tells a server that is down from a URL or rights that are wrong.
 fn opening_failed(shown: &str, error: sqlx::Error) -> DatabaseError {
-    let refused = |remedy: &str| DatabaseError::refused(format!("{shown}: {error}"), remedy);
-    if let sqlx::Error::Io(cause) = &error
-        && is_unknown_host(cause)
-    {
-        return refused("check the host name in the URL");
+    if let Some(refusal) = refusal(&error) {
+        return DatabaseError::refused(format!("{shown}: {}", refusal.what), refusal.remedy);
     }
+    let refused = |remedy: &str| DatabaseError::refused(format!("{shown}: {error}"), remedy);
     let code = error.as_database_error().and_then(|error| error.code()).unwrap_or_default();
     match code.as_ref() {
-        "28P01" | "28000" => {
-            refused("check user and password in the URL, and the server's pg_hba.conf")
-        }
-        "3D000" => refused("create the database, or name another one in the URL"),
-        "42501" => refused(
-            "give the role the right: GRANT CREATE, USAGE ON SCHEMA public TO the role, \
-             and ownership of tables named kafold_",
-        ),
-        "3F000" => refused("create the schema that the role's search_path names"),
         "25006" => refused("name the primary in the URL: this server is read-only"),
         _ if is_transient(&error) => {
             DatabaseError::Unavailable { url: shown.to_owned(), cause: error }

@@ -273,9 +273,35 @@ fn shared(path: PathBuf, url: String) -> Arc<OpenFile> {
     if let Some(file) = open.get(&path).and_then(Weak::upgrade) {
         return file;
     }
+    warn_if_exposed(&path, &url);
     let file = Arc::new(OpenFile::new(path.clone(), url));
     open.insert(path, Arc::downgrade(&file));
     file
+}
+
+/// Creates a new file for its owner alone; SQLite gives its -wal and -shm the same mode.
+///
+/// What cannot be created is left to SQLite, whose error is told.
+fn create_private(file: &Path) {
+    let mut options = std::fs::OpenOptions::new();
+    options.write(true).create_new(true);
+    #[cfg(unix)]
+    std::os::unix::fs::OpenOptionsExt::mode(&mut options, 0o600);
+    drop(options.open(file));
+}
+
+/// Warns of a file of earlier versions, or of the operator's own making: events hold personal data.
+fn warn_if_exposed(path: &Path, url: &str) {
+    #[cfg(unix)]
+    if let Ok(data) = path.metadata()
+        && std::os::unix::fs::PermissionsExt::mode(&data.permissions()) & 0o007 != 0
+    {
+        let shown = path.display();
+        tracing::warn!(
+            database = url,
+            "other users can read or write {shown}; run chmod o-rwx {shown}*"
+        );
+    }
 }
 
 impl OpenFile {
@@ -336,6 +362,9 @@ fn check_place(url: &str, file: &Path, mode: Mode) -> Result<(), DatabaseError> 
 /// Sees to the tables over a connection of its own.
 async fn prepare(url: &str, file: &Path, mode: Mode) -> Result<(), DatabaseError> {
     let failed = |error| opening_failed(url, file, error);
+    if mode == Mode::Migrate {
+        create_private(file);
+    }
     let options = connect_options(file).create_if_missing(mode == Mode::Migrate);
     let mut connection = SqliteConnection::connect_with(&options).await.map_err(failed)?;
     // A look before anything is written, so that a file of someone else's stays untouched.

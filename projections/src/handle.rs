@@ -75,13 +75,15 @@ impl Projections {
         self.inner.statuses.iter().map(SharedStatus::now).collect()
     }
 
-    /// Whether every projection of this worker runs, and if not, why, for readiness. Also brings the
-    /// metrics of the lag up to date.
+    /// Whether every projection of this worker runs and the database grants all that they need, and if
+    /// not, why, for readiness. Also brings the metrics of the lag up to date.
     pub fn health(&self) -> Health {
         let now = self.inner.context.clock.now();
         self.inner.statuses.iter().for_each(|status| status.measure_lag(now));
-        let complaints: Vec<_> =
+        let mut complaints: Vec<_> =
             self.status().iter().flat_map(ProjectionStatus::complaints).collect();
+        let refuses = |complaint| format!("the database refuses: {complaint}");
+        complaints.extend(self.inner.context.database.complaint().map(refuses));
         if complaints.is_empty() { Health::Ready } else { Health::NotReady(complaints) }
     }
 

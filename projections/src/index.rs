@@ -25,7 +25,7 @@ use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use crate::sql::reading;
-use crate::transaction::is_unavailable;
+use crate::transaction::unavailable;
 
 /// What [`ReadError::Unavailable`] of a database suggests as the wait.
 pub(crate) const RETRY_AFTER: Duration = Duration::from_secs(1);
@@ -153,11 +153,12 @@ impl From<RowError> for ReadError {
     }
 }
 
-/// A database that is away is unavailable; anything else it says will not go away by waiting.
+/// A database that is away, or refuses until somebody mends something, is unavailable; anything else it
+/// says will not go away by waiting.
 pub(crate) fn read_error(error: sqlx::Error) -> ReadError {
-    match is_unavailable(&error) {
-        true => ReadError::unavailable(RETRY_AFTER, error),
-        false => ReadError::diverged("the database's tables", error),
+    match unavailable(&error) {
+        Some(reason) => ReadError::unavailable(RETRY_AFTER, reason),
+        None => ReadError::diverged("the database's tables", error),
     }
 }
 

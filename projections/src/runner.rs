@@ -31,7 +31,7 @@ use crate::parked;
 use crate::reader::{Message, Reader, RoundLimit};
 use crate::registry;
 use crate::status::{PartitionStatus, ProjectionState, SharedStatus};
-use crate::transaction::{is_of_values, is_unavailable};
+use crate::transaction::{is_of_values, unavailable};
 use crate::worker::Context;
 
 /// Events in one batch of the source; rounds are made of several. Small enough on SQLite that a
@@ -513,10 +513,10 @@ async fn until_asked<T>(
 
 impl From<sqlx::Error> for Failed {
     fn from(error: sqlx::Error) -> Self {
-        match is_unavailable(&error) {
-            true => Self::Unavailable(format!("the database is unavailable: {error}")),
-            false if is_of_values(&error) => Self::Fault(Fault::somewhere(error)),
-            false => Self::Fault(Fault::of_all(error)),
+        match unavailable(&error) {
+            Some(reason) => Self::Unavailable(reason),
+            None if is_of_values(&error) => Self::Fault(Fault::somewhere(error)),
+            None => Self::Fault(Fault::of_all(error)),
         }
     }
 }

@@ -1,6 +1,6 @@
 //! The open transaction of the chosen database, as a [`Projection`](crate::Projection) gets it.
 
-use kafold_migrations::{Database, WriteTransaction, is_transient};
+use kafold_migrations::{Database, WriteTransaction, is_transient, refusal};
 use sqlx::{PgConnection, Postgres, SqliteConnection};
 
 /// An open transaction on one of the two databases.
@@ -88,10 +88,16 @@ impl OpenTransaction {
     }
 }
 
-/// Whether the database, not the statement or its values, is the reason: waiting may cure it.
-pub(crate) fn is_unavailable(error: &sqlx::Error) -> bool {
+/// Returns why the database, not the statement or its values, is the reason; `None` when it is not.
+/// The work is tried again: an outage passes by itself, and what somebody has to mend, such as a right
+/// or a password, may be mended at any time.
+pub(crate) fn unavailable(error: &sqlx::Error) -> Option<String> {
+    if let Some(refusal) = refusal(error) {
+        return Some(format!("the database refuses: {refusal}"));
+    }
     // A server that dies between two messages shows as a breach of the protocol.
-    is_transient(error) || matches!(error, sqlx::Error::Protocol(_) | sqlx::Error::Tls(_))
+    let is_away = is_transient(error) || matches!(error, sqlx::Error::Protocol(_));
+    is_away.then(|| format!("the database is unavailable: {error}"))
 }
 
 /// Whether the database refuses the values of these events, so that others may go through; else it

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use kafold_core::clock::{RandomIds, SystemClock};
 use kafold_core::{Clock, EventSource, IdGenerator};
-use kafold_migrations::Database;
+use kafold_migrations::{Database, Role};
 use tokio::sync::{Notify, watch};
 
 use crate::config::ProjectionConfig;
@@ -116,6 +116,7 @@ impl ProjectionWorker {
             started.push((status, task));
         }
         drop(desired);
+        self.context.database.watch(Role::Worker);
         tokio::spawn(desired::poll(self.context.clone(), told));
         Projections::new(self.context, started, shutdown)
     }

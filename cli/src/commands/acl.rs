@@ -1,10 +1,12 @@
 //! `acl print`: the rights of a role on Kafka, as commands of Kafka's own tool.
 
-use clap::{Subcommand, ValueEnum};
+use clap::Subcommand;
 use kafold::kafka::rights::{Right, Role};
+use kafold::rights::Role as RoleName;
 use serde_json::json;
 
 use crate::admin::Context;
+use crate::commands::grants::role_parser;
 use crate::error::Error;
 use crate::options::LogUrl;
 
@@ -20,7 +22,7 @@ pub(crate) enum AclCommand {
 #[derive(Debug, Clone, clap::Args)]
 pub(crate) struct PrintArgs {
     /// What the process does.
-    #[arg(long, value_name = "ROLE")]
+    #[arg(long, value_parser = role_parser())]
     role: RoleName,
     /// Who is to have the rights; by default User:kafold_ROLE.
     ///
@@ -30,31 +32,14 @@ pub(crate) struct PrintArgs {
     principal: Option<String>,
 }
 
-/// What a process does with a log.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub(crate) enum RoleName {
-    /// Writes the log, and runs projections.
-    Service,
-    /// Runs projections only.
-    Worker,
-    /// Shows what there is: status, events tail, stream show, verify.
-    Reader,
-    /// Judges what there is: doctor, topic check.
-    Doctor,
-    /// Makes topics and tables, and mends: topic create, index rebuild, positions reset.
-    Admin,
-}
-
-impl RoleName {
-    /// On Kafka.
-    pub(crate) fn on_kafka(self) -> Role {
-        match self {
-            Self::Service => Role::Service,
-            Self::Worker => Role::Worker,
-            Self::Reader => Role::Reader,
-            Self::Doctor => Role::Doctor,
-            Self::Admin => Role::Admin,
-        }
+/// The same role on Kafka.
+pub(crate) fn on_kafka(role: RoleName) -> Role {
+    match role {
+        RoleName::Service => Role::Service,
+        RoleName::Worker => Role::Worker,
+        RoleName::Reader => Role::Reader,
+        RoleName::Doctor => Role::Doctor,
+        RoleName::Admin => Role::Admin,
     }
 }
 
@@ -72,7 +57,7 @@ pub(crate) fn run(context: &mut Context, command: AclCommand) -> Result<(), Erro
             "a log in a file has no rights on Kafka: give --log kafka://HOST:PORT[,HOST:PORT]/NAME",
         ));
     };
-    let role = role.on_kafka();
+    let role = on_kafka(role);
     let principal = principal.unwrap_or_else(|| format!("User:kafold_{}", role.name()));
     let rights = role.rights(&log);
     let command = |right: &Right| right.command(&log.brokers, &principal);

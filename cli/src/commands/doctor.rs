@@ -7,10 +7,11 @@ mod rights;
 
 use std::fmt;
 
+use ::kafold::rights::Role;
 use serde::Serialize;
 
 use crate::admin::Context;
-use crate::commands::acl::RoleName;
+use crate::commands::grants::role_parser;
 use crate::error::Error;
 use crate::log::Log;
 use crate::options::LogUrl;
@@ -23,8 +24,8 @@ const CLOCK_DIFFERENCE_MAX_MS: i64 = 1_000;
 #[derive(Debug, Clone, clap::Args)]
 pub(crate) struct DoctorArgs {
     /// Tries each right of this role instead, as the user of the URLs; changes nothing.
-    #[arg(long = "as", value_name = "ROLE")]
-    role: Option<RoleName>,
+    #[arg(long = "as", value_parser = role_parser())]
+    role: Option<Role>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -169,14 +170,16 @@ async fn check_all(context: &Context, url: Option<&LogUrl>, checks: &mut Checks)
     }
 }
 
-async fn check_rights(
-    context: &Context,
-    url: Option<&LogUrl>,
-    role: RoleName,
-    checks: &mut Checks,
-) {
+async fn check_rights(context: &Context, url: Option<&LogUrl>, role: Role, checks: &mut Checks) {
     if let Some(url) = url {
         rights::check_kafka(context, url, role, checks).await;
+    }
+    let checked = async {
+        let Some(database) = context.options.maybe_database().await? else { return Ok(()) };
+        database::check_rights(&database, role, None, checks).await
+    };
+    if let Err(error) = checked.await {
+        checks.failed("database: rights", &error);
     }
 }
 

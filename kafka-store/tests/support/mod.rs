@@ -349,7 +349,10 @@ impl Tls {
 
     /// The options of a URL by which a user logs in.
     pub(crate) fn login(&self, user: &str) -> String {
-        format!("sasl=scram-sha-512&user={user}&password=@{}", self.file(&format!("passwords/{user}")))
+        format!(
+            "sasl=scram-sha-512&user={user}&password=@{}",
+            self.file(&format!("passwords/{user}"))
+        )
     }
 
     /// Runs `dev/kafka COMMAND --name CLUSTER …`.

@@ -1,6 +1,7 @@
 //! The database: reachable, current, with room.
 
 use kafold::Database;
+use kafold::rights::Role;
 
 use super::Checks;
 use crate::admin::Context;
@@ -9,6 +10,8 @@ use crate::tables::{self, Server};
 
 /// Connections that one process takes at most; as many must be free for one that is to start.
 const CONNECTIONS_WANTED: i64 = 10;
+/// A certificate with fewer days left is to be renewed.
+const CERTIFICATE_DAYS_MIN: i64 = 30;
 
 /// The database, if one is named and can be used.
 pub(super) async fn check(context: &Context, checks: &mut Checks) -> Option<Database> {
@@ -53,6 +56,13 @@ async fn check_server(
     let ahead = (server.now - middle).num_milliseconds();
     checks.clock("database: clock", "the database's clock", ahead);
     check_connections(&server, checks);
+    check_transport(context, database, checks).await?;
+    for role in Role::ALL {
+        let login = role.default_login();
+        if tables::has_login(database, &login).await? {
+            check_rights(database, role, Some(&login), checks).await?;
+        }
+    }
     match server.synchronous_commit.as_str() {
         "off" => checks.warning(
             "database: durability",
@@ -77,4 +87,57 @@ fn check_connections(server: &Server, checks: &mut Checks) {
         ),
         false => checks.ok("database: connections", found),
     }
+}
+
+/// How the session with the server is protected, and how long the server's certificate lasts.
+async fn check_transport(
+    context: &Context,
+    database: &Database,
+    checks: &mut Checks,
+) -> Result<(), Error> {
+    const NAME: &str = "database: transport";
+    let Database::Postgres(postgres) = database else { return Ok(()) };
+    let Some(protocol) = tables::session_tls(postgres).await? else {
+        checks.ok(NAME, "clear text, on this machine or as the URL allows");
+        return Ok(());
+    };
+    let Some(shown) = postgres.server_tls().await? else {
+        checks.ok(NAME, protocol);
+        return Ok(());
+    };
+    let left_s = i64::try_from(shown.not_after).unwrap_or(i64::MAX);
+    let days = left_s.saturating_sub(context.clock.now().timestamp()).div_euclid(86_400);
+    let found = format!(
+        "{protocol}, certificate of {}, signed by {}, {days} days left",
+        shown.subject, shown.issuer
+    );
+    match days {
+        ..0 => checks.problem(NAME, found, "renew the server's certificate: it has expired"),
+        ..CERTIFICATE_DAYS_MIN => checks.warning(NAME, found, "renew the server's certificate"),
+        _ => checks.ok(NAME, found),
+    }
+    Ok(())
+}
+
+/// Which SQL rights of a role the login of the database's URL lacks, or another login.
+pub(super) async fn check_rights(
+    database: &Database,
+    role: Role,
+    login: Option<&str>,
+    checks: &mut Checks,
+) -> Result<(), Error> {
+    const NAME: &str = "database: rights";
+    let Database::Postgres(postgres) = database else { return Ok(()) };
+    let missing = postgres.missing_rights(role, login).await?;
+    let login = login.unwrap_or("the login");
+    let role = role.name();
+    match missing.is_empty() {
+        true => checks.ok(NAME, format!("{login} has all of the role {role}")),
+        false => checks.problem(
+            NAME,
+            format!("{login} lacks rights of the role {role}"),
+            format!("run {}", missing.join(" ")),
+        ),
+    }
+    Ok(())
 }

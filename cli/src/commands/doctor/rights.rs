@@ -1,10 +1,11 @@
 //! `doctor --as ROLE`: tries each right of a role, as the user of the URL.
 
 use kafold::kafka::rights::Answer;
+use kafold::rights::Role;
 
 use super::Checks;
 use crate::admin::Context;
-use crate::commands::acl::RoleName;
+use crate::commands::acl::on_kafka;
 use crate::error::Error;
 use crate::log::operator;
 use crate::options::LogUrl;
@@ -12,14 +13,9 @@ use crate::options::LogUrl;
 const NAME: &str = "rights: kafka";
 
 /// Tries the rights on the topics, the groups and the cluster.
-pub(super) async fn check_kafka(
-    context: &Context,
-    url: &LogUrl,
-    role: RoleName,
-    checks: &mut Checks,
-) {
+pub(super) async fn check_kafka(context: &Context, url: &LogUrl, role: Role, checks: &mut Checks) {
     let LogUrl::Kafka(log) = url else { return };
-    let role = role.on_kafka();
+    let role = on_kafka(role);
     let tried = async {
         let operator = operator(url, &context.clock).await?;
         Ok::<_, Error>(operator.try_rights(role).await?)

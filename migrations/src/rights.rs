@@ -1,0 +1,255 @@
+//! The SQL rights that each role needs on PostgreSQL, as GRANT lines, and those that one lacks.
+//!
+//! The role `admin` owns the toolkit's tables: it runs `migrate` and operators' commands. A service
+//! owns the tables and views of its read models, which it makes itself; of the toolkit's tables it
+//! gets what it writes and no more: it never updates or deletes an event or an audit row.
+
+use sqlx::PgConnection;
+
+use crate::schema;
+
+/// What a login is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Role {
+    /// Looks: `status`, `events tail`, `stream show`, queries of read models.
+    Reader,
+    /// `doctor`.
+    Doctor,
+    /// Runs projections only.
+    Worker,
+    /// Takes commands and runs projections.
+    Service,
+    /// Owns the tables: `migrate`, and the commands that change something.
+    Admin,
+}
+
+impl Role {
+    /// All roles.
+    pub const ALL: [Self; 5] =
+        [Self::Service, Self::Worker, Self::Reader, Self::Doctor, Self::Admin];
+
+    /// The name in lower case.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Reader => "reader",
+            Self::Doctor => "doctor",
+            Self::Worker => "worker",
+            Self::Service => "service",
+            Self::Admin => "admin",
+        }
+    }
+
+    /// The name of the SQL role when none is given: `kafold_NAME`.
+    pub fn default_login(self) -> String {
+        format!("kafold_{}", self.name())
+    }
+
+    fn on_schema(self) -> &'static [&'static str] {
+        match self {
+            Self::Reader | Self::Doctor => &["USAGE"],
+            // Rebuilds make tables.
+            Self::Worker | Self::Service | Self::Admin => &["USAGE", "CREATE"],
+        }
+    }
+}
+
+type Rights = &'static [&'static str];
+
+/// The rights of a service and of a worker on each table; readers SELECT from all of them.
+const TABLES: &[(&str, Rights, Rights)] = &[
+    ("kafold_migrations", &["SELECT"], &["SELECT"]),
+    ("kafold_event", &["SELECT", "INSERT"], &[]),
+    ("kafold_stream", &["SELECT", "INSERT", "UPDATE"], &[]),
+    ("kafold_partition", &["SELECT", "INSERT", "UPDATE"], &[]),
+    ("kafold_snapshot", &["SELECT", "INSERT", "UPDATE"], &[]),
+    ("kafold_projection", &["SELECT", "INSERT", "UPDATE"], &["SELECT", "INSERT", "UPDATE"]),
+    (
+        "kafold_checkpoint",
+        &["SELECT", "INSERT", "UPDATE", "DELETE"],
+        &["SELECT", "INSERT", "UPDATE", "DELETE"],
+    ),
+    (
+        "kafold_parked_event",
+        &["SELECT", "INSERT", "UPDATE", "DELETE"],
+        &["SELECT", "INSERT", "UPDATE", "DELETE"],
+    ),
+    ("kafold_skipped_event", &["SELECT", "DELETE"], &["SELECT", "DELETE"]),
+    ("kafold_audit", &["SELECT", "INSERT"], &["SELECT", "INSERT"]),
+];
+
+/// The rights of a role on the tables that there are in this version's migration set.
+fn on_tables(role: Role) -> impl Iterator<Item = (&'static str, Rights)> {
+    let set = schema::postgres();
+    let exists = move |table: &str| {
+        let create = format!("CREATE TABLE {table} ");
+        let made = |migration: &sqlx::migrate::Migration| migration.sql.as_str().contains(&create);
+        table == schema::TABLE || set.iter().any(made)
+    };
+    let rights = move |(table, service, worker): &(&'static str, Rights, Rights)| {
+        let rights: Rights = match role {
+            Role::Service => service,
+            Role::Worker => worker,
+            Role::Reader | Role::Doctor => &["SELECT"],
+            Role::Admin => &[],
+        };
+        (*table, rights)
+    };
+    let tables = TABLES.iter().filter(move |(table, ..)| exists(table)).map(rights);
+    tables.filter(|(_, rights)| !rights.is_empty())
+}
+
+/// Returns the lines of SQL that give a login the rights of a role, for the schema `public`.
+///
+/// `service` names the login that makes the read models: readers are given what it will make.
+pub fn grants(role: Role, login: &str, service: &str) -> Vec<String> {
+    let (to, service) = (quoted(login), quoted(service));
+    let mut lines = vec![grant(role.on_schema(), "SCHEMA public", &to)];
+    lines.extend(on_tables(role).map(|(table, rights)| grant(rights, table, &to)));
+    if matches!(role, Role::Reader | Role::Admin) {
+        lines.push(format!(
+            "ALTER DEFAULT PRIVILEGES FOR ROLE {service} IN SCHEMA public GRANT SELECT ON TABLES \
+             TO {to};"
+        ));
+    }
+    lines
+}
+
+fn grant(rights: &[&str], object: &str, to: &str) -> String {
+    format!("GRANT {} ON {object} TO {to};", rights.join(", "))
+}
+
+/// An SQL name, in quotation marks where it needs them.
+fn quoted(name: &str) -> String {
+    let is_plain = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'_';
+    let begins = name.starts_with(|c: char| c.is_ascii_lowercase() || c == '_');
+    if begins && name.bytes().all(is_plain) {
+        return name.to_owned();
+    }
+    format!("\"{}\"", name.replace('"', "\"\""))
+}
+
+/// Returns the lines of SQL that give the login of a connection, or another one, the rights of a role
+/// that it lacks; none when it has all of them. A table that is not there is passed over.
+pub async fn missing(
+    connection: &mut PgConnection,
+    role: Role,
+    login: Option<&str>,
+) -> Result<Vec<String>, sqlx::Error> {
+    let sql = "SELECT COALESCE($1, current_user)::text, COALESCE(current_schema(), 'public')::text";
+    let (login, schema): (String, String) =
+        sqlx::query_as(sql).bind(login).fetch_one(&mut *connection).await?;
+    let (to, in_schema) = (quoted(&login), format!("SCHEMA {}", quoted(&schema)));
+
+    let sql = "SELECT r FROM UNNEST($3::text[]) WITH ORDINALITY AS asked (r, i) \
+               WHERE NOT has_schema_privilege($1, $2, r) ORDER BY i";
+    let query = sqlx::query_scalar(sql).bind(&login).bind(&schema).bind(role.on_schema());
+    let on_schema: Vec<String> = query.fetch_all(&mut *connection).await?;
+    let mut lines = Vec::new();
+    if !on_schema.is_empty() {
+        let rights: Vec<_> = on_schema.iter().map(String::as_str).collect();
+        lines.push(grant(&rights, &in_schema, &to));
+    }
+
+    let asked: Vec<_> = on_tables(role)
+        .flat_map(|(table, rights)| rights.iter().map(move |right| (table, *right)))
+        .collect();
+    let (tables, rights): (Vec<_>, Vec<_>) = asked.into_iter().unzip();
+    // Not by to_regclass, which finds nothing in a schema that this login may not use.
+    let sql = "SELECT c.relname::text, string_agg(r, ', ' ORDER BY i) \
+               FROM UNNEST($3::text[], $4::text[]) WITH ORDINALITY AS asked (t, r, i) \
+               JOIN pg_class c ON c.relname = t AND c.relkind = 'r' \
+               JOIN pg_namespace n ON n.oid = c.relnamespace AND n.nspname = $2 \
+               WHERE NOT has_table_privilege($1, c.oid, r) GROUP BY c.relname ORDER BY MIN(i)";
+    let query = sqlx::query_as(sql).bind(&login).bind(&schema).bind(tables).bind(rights);
+    let on_tables: Vec<(String, String)> = query.fetch_all(&mut *connection).await?;
+    lines.extend(on_tables.iter().map(|(table, rights)| grant(&[rights], table, &to)));
+
+    if role == Role::Admin {
+        lines.extend(foreign_tables(connection, &login, &schema, &to).await?);
+    }
+    if matches!(role, Role::Reader | Role::Admin) {
+        lines.extend(hidden_read_models(connection, &login, &schema, &to).await?);
+    }
+    Ok(lines)
+}
+
+/// Tables of the toolkit that the login does not own.
+async fn foreign_tables(
+    connection: &mut PgConnection,
+    login: &str,
+    schema: &str,
+    to: &str,
+) -> Result<Vec<String>, sqlx::Error> {
+    let sql = "SELECT c.relname::text FROM pg_class c \
+               JOIN pg_namespace n ON n.oid = c.relnamespace AND n.nspname = $2 \
+               WHERE c.relname = ANY($3) AND c.relkind = 'r' \
+                 AND NOT pg_has_role($1, c.relowner, 'USAGE') ORDER BY 1";
+    let tables: Vec<_> = on_tables(Role::Reader).map(|(table, _)| table).collect();
+    let query = sqlx::query_scalar(sql).bind(login).bind(schema).bind(tables);
+    let names: Vec<String> = query.fetch_all(connection).await?;
+    Ok(names.iter().map(|name| format!("ALTER TABLE {name} OWNER TO {to};")).collect())
+}
+
+/// Views of read models from which the login may not read, at most [`HIDDEN_MAX`].
+async fn hidden_read_models(
+    connection: &mut PgConnection,
+    login: &str,
+    schema: &str,
+    to: &str,
+) -> Result<Vec<String>, sqlx::Error> {
+    // A read model is a view on the table of one of its generations.
+    let sql = "SELECT v.relname::text FROM pg_class v \
+               JOIN pg_namespace n ON n.oid = v.relnamespace AND n.nspname = $2 \
+               WHERE v.relkind = 'v' AND NOT has_table_privilege($1, v.oid, 'SELECT') \
+                 AND EXISTS (SELECT 1 FROM pg_class t WHERE t.relnamespace = v.relnamespace \
+                   AND t.relkind = 'r' AND starts_with(t.relname, v.relname || '__g')) \
+               ORDER BY 1 LIMIT $3";
+    let query = sqlx::query_scalar(sql).bind(login).bind(schema).bind(HIDDEN_MAX);
+    let names: Vec<String> = query.fetch_all(connection).await?;
+    Ok(names.iter().map(|name| grant(&["SELECT"], &quoted(name), to)).collect())
+}
+
+/// Most read models that are named as hidden from a reader.
+const HIDDEN_MAX: i64 = 20;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn lines(role: Role) -> Vec<String> {
+        grants(role, &role.default_login(), "kafold_service")
+    }
+
+    #[test]
+    fn every_table_of_the_migration_set_has_its_rights() {
+        let sql: Vec<_> = schema::postgres().iter().map(|m| m.sql.as_str().to_owned()).collect();
+        for made in sql.iter().flat_map(|sql| sql.split("CREATE TABLE ").skip(1)) {
+            let table = made.split([' ', '(']).next().expect("a name");
+            assert!(TABLES.iter().any(|(known, ..)| *known == table), "{table} is not in TABLES");
+        }
+    }
+
+    #[test]
+    fn a_service_never_changes_events_or_audit_rows() {
+        for role in [Role::Service, Role::Worker, Role::Reader, Role::Doctor] {
+            for line in lines(role) {
+                let is_kept = line.contains("kafold_event") || line.contains("kafold_audit");
+                let changes = line.contains("UPDATE") || line.contains("DELETE");
+                assert!(!(is_kept && changes), "{line}");
+            }
+        }
+        let service = lines(Role::Service);
+        assert!(
+            service.contains(&"GRANT SELECT, INSERT ON kafold_event TO kafold_service;".into())
+        );
+        assert!(lines(Role::Worker).iter().all(|line| !line.contains("kafold_event ")));
+    }
+
+    #[test]
+    fn a_login_that_is_no_plain_name_is_quoted() {
+        assert_eq!(quoted("kafold_2"), "kafold_2");
+        assert_eq!(quoted("Bo\"b"), "\"Bo\"\"b\"");
+        assert_eq!(quoted("2"), "\"2\"");
+        assert_eq!(quoted(""), "\"\"");
+    }
+}
