@@ -24,7 +24,7 @@ const RIGHTS_INTERVAL: Duration = Duration::from_secs(5);
 const RIGHTS_DELAY: Duration = Duration::from_millis(500);
 /// Between two new connections to every broker.
 const LOGIN_INTERVAL: Duration = Duration::from_secs(10);
-/// How long one question may take.
+/// How long one question about a right may take.
 const TIMEOUT: Duration = Duration::from_secs(2);
 /// Between two log lines about the same refusal.
 const LOG_INTERVAL: Duration = Duration::from_secs(60);
@@ -107,8 +107,8 @@ pub(crate) fn spawn(
     let mut asking = config.clone();
     asking.limits.request_timeout = asking.limits.request_timeout.min(TIMEOUT);
     let prober = Prober::new(&asking, Arc::clone(inquirer), clock);
-    tasks.spawn(watch_rights(asking.clone(), role, prober, Arc::clone(refusals)));
-    tasks.spawn(watch_logins(asking, Arc::clone(inquirer), Arc::clone(refusals)));
+    tasks.spawn(watch_rights(asking, role, prober, Arc::clone(refusals)));
+    tasks.spawn(watch_logins(config.clone(), Arc::clone(inquirer), Arc::clone(refusals)));
 }
 
 /// Tries the rights on topics; those on groups are told by the members of the groups.
