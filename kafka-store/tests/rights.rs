@@ -186,29 +186,29 @@ async fn each_role_works_under_the_printed_rights_and_names_each_that_is_taken_a
         let url = format!("kafka://{brokers}/{name}?partitions=1&tls=true&ca={ca}&{login}");
         url.parse().expect("a valid URL")
     };
-    let mut logs = Vec::new();
-    for role in Role::ALL {
-        for index in 0..needed(role, &place("any", USER)).len() {
-            let name = support::new_name(&format!("rights-{}", role.name()));
-            let made = Operator::connect(place(&name, "admin"), support::clock()).await;
-            made.expect("connected").create_topics().await.expect("made");
-            let config = place(&name, USER);
-            let right = needed(role, &config).swap_remove(index);
-            logs.push((role, config, right));
-        }
-    }
+    let wanted = Role::ALL.into_iter().flat_map(|role| {
+        (0..needed(role, &place("any", USER)).len()).map(move |index| (role, index))
+    });
+    let made = wanted.map(async |(role, index)| {
+        let name = support::new_name(&format!("rights-{}", role.name()));
+        let operator = Operator::connect(place(&name, "admin"), support::clock()).await;
+        operator.expect("connected").create_topics().await.expect("made");
+        let config = place(&name, USER);
+        let right = needed(role, &config).swap_remove(index);
+        (role, config, right)
+    });
+    let logs = join_all(made).await;
     let all: Vec<_> = logs.iter().flat_map(|(role, config, _)| needed(*role, config)).collect();
     acl(&tls, "--add", &all.iter().collect::<Vec<_>>()).await;
-    let mut cases = Vec::new();
-    for (role, config, right) in logs {
+    let started = logs.into_iter().map(async |(role, config, right)| {
         let running = start(role, &config).await;
-        cases.push(Case { role, config, right, running });
-    }
-    for case in &cases {
-        let what = format!("a {} is ready", case.role.name());
+        let case = Case { role, config, right, running };
+        let what = format!("a {} is ready", role.name());
         until(&what, support::WAIT_MAX, &case.running, <[_]>::is_empty).await;
-        work(case).await;
-    }
+        work(&case).await;
+        case
+    });
+    let cases = join_all(started).await;
 
     acl(&tls, "--remove", &cases.iter().map(|case| &case.right).collect::<Vec<_>>()).await;
     join_all(cases.iter().map(missing)).await;
@@ -216,11 +216,12 @@ async fn each_role_works_under_the_printed_rights_and_names_each_that_is_taken_a
     let runs = |case: &&Case| !matches!(case.running, Running::Nothing);
     let taken: Vec<_> = cases.iter().filter(runs).map(|case| &case.right).collect();
     acl(&tls, "--add", &taken).await;
-    for case in cases.iter().filter(runs) {
+    let going_on = cases.iter().filter(runs).map(async |case| {
         let what = format!("a {} goes on with {}", case.role.name(), case.right);
         until(&what, READY_WITHIN, &case.running, <[_]>::is_empty).await;
         work(case).await;
-    }
+    });
+    join_all(going_on).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
