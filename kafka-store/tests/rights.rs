@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::future::join_all;
+use futures_util::{StreamExt, stream};
 use kafold_core::clock::{RandomIds, SystemClock};
 use kafold_core::memory::MemoryIndex;
 use kafold_core::store::{Health, Subscription};
@@ -20,6 +21,7 @@ use support::Tls;
 const NAMED_WITHIN: Duration = Duration::from_secs(15);
 /// How soon a process goes on when it has the right again.
 const READY_WITHIN: Duration = Duration::from_secs(30);
+const STARTS_AT_ONCE: usize = 4;
 /// Has the rights of every role here, each on logs of its own.
 const USER: &str = "service";
 const PROJECTION: &str = "things";
@@ -141,17 +143,24 @@ async fn work(case: &Case) {
     }
 }
 
-/// The right of the case is named by whoever runs, by who tries all rights, and by a start.
-async fn missing(case: &Case) {
+/// The right of the case is named by whoever runs.
+async fn named(case: &Case) {
     let Case { role, config, right, running } = case;
-    let command = right.command(&config.brokers, &format!("User:{USER}"));
-    if !matches!(running, Running::Nothing) {
-        let says = |reason: &String| {
-            reason.contains(&format!("{right} is missing")) && reason.contains(&command)
-        };
-        let what = format!("a {} says that {right} is missing", role.name());
-        until(&what, NAMED_WITHIN, running, |reasons| reasons.iter().any(says)).await;
+    if matches!(running, Running::Nothing) {
+        return;
     }
+    let command = right.command(&config.brokers, &format!("User:{USER}"));
+    let says = |reason: &String| {
+        reason.contains(&format!("{right} is missing")) && reason.contains(&command)
+    };
+    let what = format!("a {} says that {right} is missing", role.name());
+    until(&what, NAMED_WITHIN, running, |reasons| reasons.iter().any(says)).await;
+}
+
+/// It is named by who tries all rights, and by a start.
+async fn missing(case: &Case) {
+    let Case { role, config, right, .. } = case;
+    let command = right.command(&config.brokers, &format!("User:{USER}"));
     let operator = Operator::connect(config.clone(), support::clock()).await;
     let tried = operator.expect("connected").try_rights(*role).await.expect("tried");
     for (tried, answer) in tried.into_iter().filter(|(tried, _)| tried.without.is_none()) {
@@ -208,10 +217,12 @@ async fn each_role_works_under_the_printed_rights_and_names_each_that_is_taken_a
         work(&case).await;
         case
     });
-    let cases = join_all(started).await;
+    let cases: Vec<_> = stream::iter(started).buffered(STARTS_AT_ONCE).collect().await;
 
     acl(&tls, "--remove", &cases.iter().map(|case| &case.right).collect::<Vec<_>>()).await;
-    join_all(cases.iter().map(missing)).await;
+    join_all(cases.iter().map(named)).await;
+    // A few at a time: each makes clients, and each client a handshake.
+    stream::iter(&cases).for_each_concurrent(STARTS_AT_ONCE, missing).await;
 
     let runs = |case: &&Case| !matches!(case.running, Running::Nothing);
     let taken: Vec<_> = cases.iter().filter(runs).map(|case| &case.right).collect();
