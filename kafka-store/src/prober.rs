@@ -171,8 +171,12 @@ impl Prober {
     }
 
     fn configs(&mut self, topic: &str) -> KafkaResult<Answer> {
-        if let Some(absent) = self.absent(topic)? {
-            return Ok(absent);
+        match self.absent(topic) {
+            Ok(None) => {}
+            // Settings may be read without Describe.
+            Err(error) if is_denial(&error) => {}
+            Ok(Some(absent)) => return Ok(absent),
+            Err(error) => return Err(error),
         }
         self.read_configs(&ResourceSpecifier::Topic(topic))
     }
