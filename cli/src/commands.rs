@@ -1,5 +1,6 @@
 //! The commands, a module each.
 
+mod acl;
 mod audit;
 mod doctor;
 mod events;
@@ -26,7 +27,10 @@ pub(crate) enum Command {
     /// Shows log, stream index and projections on one screen.
     Status,
     /// Checks everything that a service needs, and says what to do about what is wrong.
-    Doctor,
+    Doctor(doctor::DoctorArgs),
+    /// Prints the rights that a role needs on Kafka.
+    #[command(subcommand)]
+    Acl(acl::AclCommand),
     /// Shows nodes, projections and partitions on the terminal, live, with rates; q ends.
     Top(top::TopArgs),
     /// Tells how projections stand, and has them paused, resumed, rebuilt.
@@ -69,7 +73,8 @@ pub(crate) enum Command {
 pub(crate) async fn run(command: Command, context: &mut Context) -> Result<(), Error> {
     match command {
         Command::Status => status::run(context).await,
-        Command::Doctor => doctor::run(context).await,
+        Command::Doctor(args) => doctor::run(context, args).await,
+        Command::Acl(command) => acl::run(context, command),
         Command::Top(args) => top::run(context, args).await,
         Command::Projections(command) => projections::run(context, command).await,
         Command::Parked(command) => parked::run(context, command).await,

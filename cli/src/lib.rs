@@ -50,6 +50,6 @@ mod progress;
 mod tables;
 
 pub use admin::{Admin, AdminArgs};
-pub use output::{PrintableStderr, printable};
 pub use arguments::parse;
+pub use output::{PrintableStderr, printable};
 pub use program::main;

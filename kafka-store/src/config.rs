@@ -26,6 +26,7 @@ pub const MESSAGE_TIMEOUT_MIN: Duration = Duration::from_secs(5);
 
 /// Signs of life of a node in the time in which one must come.
 const HEARTBEATS: u32 = 6;
+const RECONNECT_BACKOFF_MAX: &str = "reconnect.backoff.max.ms";
 /// How long a forwarded command or a reply may take into its topic.
 const OUTBOX_TIMEOUT_MS: &str = "15000";
 
@@ -203,11 +204,16 @@ impl KafkaConfig {
             // A frozen broker is given up after this, and its partitions' new leader is asked.
             .set("socket.timeout.ms", "10000")
             .set("reconnect.backoff.ms", "50")
-            .set("reconnect.backoff.max.ms", "1000");
+            .set(RECONNECT_BACKOFF_MAX, "1000");
         for (key, value) in &self.librdkafka {
             config.set(key, value.expose_secret());
         }
         transport::apply(self.tls.as_ref(), self.login.as_ref(), &mut config);
+        // A refused login costs both ends a handshake, and a process has many clients.
+        let costs = transport::is_encrypted(&config) || transport::logs_in(&config);
+        if costs && !self.librdkafka.iter().any(|(key, _)| key == RECONNECT_BACKOFF_MAX) {
+            config.set(RECONNECT_BACKOFF_MAX, "3000");
+        }
         config.set("bootstrap.servers", &self.brokers);
         config
     }

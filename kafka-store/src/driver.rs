@@ -571,6 +571,9 @@ impl Work {
             Err(failure) => {
                 metrics::counter!("kafold_failed_reports_total").increment(1);
                 tracing::debug!(%partition, reason = failure.reason, "record failed");
+                if let Some(slot) = self.parts.slots.get(partition.0 as usize) {
+                    slot.shared.standing().trouble = Some(failure.reason.clone());
+                }
                 // The producer that failed has been replaced already.
                 failure.fatal &= generation == self.generation;
             }
@@ -610,6 +613,7 @@ impl Work {
                 return self.input(partition, Input::Halt(Arc::new(corrupt)));
             }
             ReadFailure::Unavailable(_) | ReadFailure::Replaced => {
+                slot.shared.standing().trouble = Some(failure.to_string());
                 return self.input(partition, Input::ReadFailed);
             }
         };
@@ -665,6 +669,7 @@ impl Work {
         self.parts.reader.forget(partition);
         let Some(slot) = self.slot(partition) else { return };
         let mut standing = slot.shared.standing();
+        (standing.trouble, standing.since) = (None, None);
         let took = standing.assigned_at.map(|since| now.saturating_duration_since(since));
         let (epoch, took) = (claim.epoch, took.unwrap_or_default());
         match &mut standing.take_over {
@@ -687,8 +692,10 @@ impl Work {
 
     /// The claim is over; what was found out under it is not true of the next.
     fn not_owned(&mut self, partition: Partition) {
+        let at = self.parts.clock.now();
         let Some(slot) = self.slot(partition) else { return };
         if slot.shared.hold.send_replace(None).is_some() {
+            slot.shared.standing().since = Some(at);
             metrics::gauge!("kafold_partition_owned", "partition" => partition.to_string()).set(0);
             self.driver.reach.ownership_changed.notify_one();
             self.parts.watcher.forget(partition);

@@ -27,6 +27,8 @@
 //! - `indexer`: feeds the index behind the write, `gatherer`: for all partitions together; `loader`:
 //!   streams from index and tail;
 //! - [`store`], [`source`]: the two seams;
+//! - [`rights`]: what each kind of process must be allowed; `prober` tries it without changing
+//!   anything, `guard` again and again while a process runs;
 //! - [`operate`]: a log as its operator looks at it, without being a part of the service.
 
 mod client;
@@ -38,6 +40,7 @@ pub mod error;
 pub mod fold;
 mod forward;
 mod gatherer;
+mod guard;
 mod handshake;
 pub mod identity;
 mod indexer;
@@ -51,9 +54,11 @@ pub mod operate;
 mod ownership;
 mod partition;
 pub mod partitioner;
+mod prober;
 mod producer;
 mod reader;
 mod refusal;
+pub mod rights;
 pub mod secret;
 #[cfg(test)]
 mod sim;

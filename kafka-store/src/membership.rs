@@ -10,11 +10,12 @@ use std::sync::mpsc::{Receiver, Sender, TryRecvError, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use kafold_core::Partition;
+use chrono::{DateTime, Utc};
+use kafold_core::{Clock, Partition};
 use rdkafka::client::ClientContext;
 use rdkafka::config::{FromClientConfigAndContext, RDKafkaLogLevel};
 use rdkafka::consumer::{BaseConsumer, Consumer, ConsumerContext};
-use rdkafka::error::{KafkaError, KafkaResult};
+use rdkafka::error::{KafkaError, KafkaResult, RDKafkaErrorCode};
 use rdkafka::statistics::Statistics;
 use rdkafka::topic_partition_list::{Offset as RawOffset, TopicPartitionList};
 use rdkafka::types::RDKafkaRespErr;
@@ -22,6 +23,9 @@ use tokio::sync::{mpsc, oneshot};
 
 use crate::client::{Renewal, log};
 use crate::config::KafkaConfig;
+use crate::guard::{Refusals, shown};
+use crate::refusal::code;
+use crate::rights::{Resource, Right, Role};
 
 /// How long the thread waits for the group at once; a leave waits as long.
 const POLL: Duration = Duration::from_millis(100);
@@ -46,6 +50,9 @@ pub(crate) enum Rebalance {
 pub(crate) struct Membership {
     leave: Sender<oneshot::Sender<()>>,
     state: Arc<MemberState>,
+    group: String,
+    /// When it was made.
+    since: DateTime<Utc>,
 }
 
 /// What others want to know of a member.
@@ -55,17 +62,22 @@ struct MemberState {
     settled: AtomicBool,
     /// And nothing is about to change.
     steady: AtomicBool,
+    /// The group was refused since the member was last settled.
+    denied: AtomicBool,
     /// What the client last complained about.
     complaint: Mutex<Option<KafkaError>>,
 }
 
 impl Membership {
     /// Joins the group that shares the partitions of `topic`. Whatever is decided comes out of the
-    /// receiver, the last being that everything is revoked.
+    /// receiver, the last being that everything is revoked. That the group is refused is told to
+    /// `denials`.
     pub(crate) fn join(
         config: &KafkaConfig,
         group: &str,
         topic: String,
+        denials: Denials,
+        clock: &dyn Clock,
     ) -> KafkaResult<(Self, mpsc::UnboundedReceiver<Rebalance>)> {
         let state = Arc::new(MemberState::default());
         let context = MemberContext { events: Mutex::default(), state: Arc::clone(&state) };
@@ -73,13 +85,21 @@ impl Membership {
         consumer.subscribe(&[&topic])?;
         let (leave, asked) = channel();
         let (told, rebalances) = mpsc::unbounded_channel();
-        let renewal = Renewal::new(config);
-        let member = Member { consumer, renewal, topic, told, heard: false, settling: Vec::new() };
+        let member = Member {
+            consumer,
+            renewal: Renewal::new(config),
+            topic,
+            told,
+            heard: false,
+            settling: Vec::new(),
+            denials: denials.of_group(config, group),
+        };
         std::thread::Builder::new()
             .name("kafold-member".into())
             .spawn(move || member.run(&asked))
             .map_err(|error| KafkaError::ClientCreation(error.to_string()))?;
-        Ok((Self { leave, state }, rebalances))
+        let (group, since) = (group.to_owned(), clock.now());
+        Ok((Self { leave, state, group, since }, rebalances))
     }
 
     /// Why it is not known yet what is this member's own, while the group has not told.
@@ -89,7 +109,13 @@ impl Membership {
         }
         let complaint = self.state.complaint.lock().unwrap_or_else(PoisonError::into_inner);
         let complaint = complaint.as_ref().map_or(String::new(), |error| format!(": {error}"));
-        Some(format!("the group of the nodes has not told what is to be owned{complaint}"))
+        let (group, since) = (&self.group, shown(self.since));
+        Some(format!("group {group} has not told since {since} what is to be owned{complaint}"))
+    }
+
+    /// Since when it has been a member, whether or not the group knows.
+    pub(crate) fn since(&self) -> DateTime<Utc> {
+        self.since
     }
 
     /// Gives up everything and leaves the group; returns when it has left.
@@ -98,6 +124,55 @@ impl Membership {
         // A thread that is gone has left.
         let _ = self.leave.send(told);
         let _ = left.await;
+    }
+}
+
+/// Where a member tells that its group is refused.
+#[derive(Clone)]
+pub(crate) struct Denials {
+    pub(crate) refusals: Arc<Refusals>,
+    /// What the process does.
+    pub(crate) role: Role,
+}
+
+impl Denials {
+    fn of_group(self, config: &KafkaConfig, group: &str) -> GroupDenial {
+        let mut rights = self.role.rights(config).into_iter();
+        let right = rights.find(|right| match &right.resource {
+            Resource::Group(name) => name == group,
+            Resource::GroupPrefix(prefix) => group.starts_with(prefix.as_str()),
+            _ => false,
+        });
+        let right = right.unwrap_or_else(|| Right::of_group(group));
+        let complaint = right.complaint(config, self.role);
+        let (what, by) = (right.to_string(), group.to_owned());
+        GroupDenial { refusals: self.refusals, what, by, complaint, is_told: false }
+    }
+}
+
+/// The refusal of one group.
+struct GroupDenial {
+    refusals: Arc<Refusals>,
+    what: String,
+    by: String,
+    complaint: String,
+    is_told: bool,
+}
+
+impl GroupDenial {
+    fn follow(&mut self, is_denied: bool) {
+        if is_denied {
+            self.refusals.raise(&self.what, &self.by, || self.complaint.clone());
+        } else if self.is_told {
+            self.refusals.clear(&self.what, &self.by);
+        }
+        self.is_told = is_denied;
+    }
+}
+
+impl Drop for GroupDenial {
+    fn drop(&mut self) {
+        self.follow(false);
     }
 }
 
@@ -110,6 +185,7 @@ struct Member {
     heard: bool,
     /// What is to be given up, and who says when that may be.
     settling: Vec<(Vec<Partition>, oneshot::Receiver<()>)>,
+    denials: GroupDenial,
 }
 
 impl Member {
@@ -127,6 +203,8 @@ impl Member {
                 self.follow(event);
             }
             self.tell_of_nothing();
+            let is_denied = self.consumer.context().state.denied.load(Ordering::Acquire);
+            self.denials.follow(is_denied);
             self.give_up_settled();
             match leave.try_recv() {
                 Err(TryRecvError::Empty) => continue,
@@ -238,6 +316,9 @@ impl MemberContext {
 
     fn complain(&self, error: KafkaError) {
         tracing::debug!(%error, "group member");
+        if code(&error) == Some(RDKafkaErrorCode::GroupAuthorizationFailed) {
+            self.state.denied.store(true, Ordering::Release);
+        }
         *self.state.complaint.lock().unwrap_or_else(PoisonError::into_inner) = Some(error);
     }
 }
@@ -251,6 +332,9 @@ impl ClientContext for MemberContext {
         let steady = statistics.cgrp.is_some_and(|group| group.join_state == STEADY);
         self.state.steady.store(steady, Ordering::Release);
         self.state.settled.fetch_or(steady, Ordering::AcqRel);
+        if steady {
+            self.state.denied.store(false, Ordering::Release);
+        }
     }
 
     fn error(&self, error: KafkaError, _: &str) {

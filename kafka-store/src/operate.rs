@@ -16,6 +16,8 @@ use crate::config::KafkaConfig;
 use crate::error::{Finding, OpenError};
 use crate::handshake;
 use crate::judge::{self, Settings};
+use crate::prober::Prober;
+use crate::rights::{Answer, Right, Role};
 use crate::topic::{self, Preparation};
 
 pub use crate::handshake::Peer;
@@ -166,6 +168,17 @@ impl Operator {
     /// Whether this user may make the topics; tried without making any.
     pub async fn may_create_topics(&self) -> Result<(), OpenError> {
         self.blocking("trying to create a topic", |this| this.preparation()?.try_creation()).await
+    }
+
+    /// Tries each right of a role, those included without which it works; changes nothing.
+    pub async fn try_rights(&self, role: Role) -> Result<Vec<(Right, Answer)>, OpenError> {
+        self.blocking("trying rights", move |this| {
+            let inquirer = Arc::clone(&this.inquirer);
+            let mut prober = Prober::new(&this.config, inquirer, Arc::clone(&this.clock));
+            let rights = role.rights(&this.config).into_iter();
+            Ok(rights.map(|right| (right.clone(), prober.ask(&right))).collect())
+        })
+        .await
     }
 
     /// The events topic, to be read; `None` when there is none.

@@ -116,7 +116,7 @@ impl Ownership {
             return;
         }
         let tenure = Tenure(self.tenures.fetch_add(1, Ordering::Relaxed) + 1);
-        shared.assign(self.clock.instant());
+        shared.assign(self.clock.instant(), self.clock.now());
         self.inboxes.open(partition);
         self.driver.tell(Message::Assign(partition, tenure));
         let feeding = tokio::spawn(Arc::clone(&self.indexer).run(Arc::clone(shared), tenure));

@@ -11,6 +11,7 @@ use rdkafka::error::KafkaError;
 use tokio::sync::{Notify, watch};
 
 use crate::fold::Checkpoint;
+use crate::guard::shown;
 use crate::tail::Tail;
 use crate::wire::{ClaimId, Epoch};
 use crate::writer::Status;
@@ -88,6 +89,10 @@ pub(crate) struct Standing {
     pub(crate) damage: Option<Damage>,
     /// Why forwarded commands are not handled.
     pub(crate) commands: Option<String>,
+    /// The newest failure while it is not owned.
+    pub(crate) trouble: Option<String>,
+    /// Since when it is not owned.
+    pub(crate) since: Option<DateTime<Utc>>,
     pub(crate) assigned_at: Option<Instant>,
     pub(crate) take_over: Option<TakeOver>,
 }
@@ -108,8 +113,8 @@ impl Shared {
     }
 
     /// The partition is to be ours: everything about it begins anew.
-    pub(crate) fn assign(&self, now: Instant) {
-        *self.standing() = Standing::new(Some(now));
+    pub(crate) fn assign(&self, now: Instant, at: DateTime<Utc>) {
+        *self.standing() = Standing { since: Some(at), ..Standing::new(Some(now)) };
         self.handing_over.store(false, Ordering::Release);
         self.assigned.store(true, Ordering::Release);
     }
@@ -207,7 +212,7 @@ impl Shared {
         if let Some(reason) = damage.or(standing.index.as_ref()).or(standing.commands.as_ref()) {
             return Some(format!("partition {partition}: {reason}"));
         }
-        let why = match (&standing.status, &standing.waiting) {
+        let mut why = match (&standing.status, &standing.waiting) {
             (Status::Owning, _) => return None,
             (Status::Superseded(owner), _) => format!("superseded by {owner}"),
             (Status::Halted(cause), _) => format!("halted: {cause}"),
@@ -218,6 +223,12 @@ impl Shared {
             }
             (Status::Claiming, None) => "its claim is on its way into the log".into(),
         };
+        if let Some(since) = standing.since {
+            why = format!("{why}, since {}", shown(since));
+        }
+        if let Some(trouble) = &standing.trouble {
+            why = format!("{why}; its newest failure: {trouble}");
+        }
         Some(format!("partition {partition}: {why}"))
     }
 }
@@ -232,6 +243,8 @@ impl Standing {
             index: None,
             damage: None,
             commands: None,
+            trouble: None,
+            since: None,
             assigned_at,
             take_over: None,
         }

@@ -8,18 +8,23 @@ use async_trait::async_trait;
 use futures_util::StreamExt;
 use futures_util::future::BoxFuture;
 use futures_util::stream::FuturesUnordered;
-use kafold_core::store::{Batch, Consumer, Cursor, SourceMessage, Subscription};
+use kafold_core::store::{Batch, Consumer, Cursor, Health, SourceMessage, Subscription};
 use kafold_core::{Clock, EventSource, Offset, Partition, Position, ReadError, RecordedEvent};
 use tokio::sync::{mpsc, oneshot};
+use tokio::task::JoinSet;
 
 use crate::client::Inquirer;
 use crate::config::{Assignment, KafkaConfig};
 use crate::error::OpenError;
 use crate::fold::{Checkpoint, CommitReader, LogDiverged, Read};
+use crate::guard::{self, Refusals};
 use crate::inspect::Inspector;
-use crate::membership::{Membership, Rebalance};
+use crate::membership::{Denials, Membership, Rebalance};
+use crate::partition::Reach;
 use crate::reader::{Chunk, LogReader, ReadFailure};
-use crate::store::connect;
+use crate::rights::Role;
+use crate::store::{connect, watch};
+use crate::topic;
 use crate::wire::{Body, Content, LogRecord, Record};
 
 /// A read of a partition that has nothing new is asked for again after this: the answer tells the
@@ -29,6 +34,10 @@ const WAIT: Duration = Duration::from_secs(60);
 const FETCH_WAIT: Duration = Duration::from_millis(100);
 /// Between two attempts while no broker answers.
 const RETRY_AFTER: Duration = Duration::from_millis(500);
+/// How often it is looked whether a silent group has told anything.
+const UNSETTLED_POLL: Duration = Duration::from_secs(1);
+/// How long a group may be silent before that is told.
+const SILENCE_MAX: Duration = Duration::from_secs(10);
 
 /// Reads the events topic. Subscriptions of one name, in whatever process, share the partitions through
 /// a consumer group of that name; with [`Assignment::Everything`] each gets all of them.
@@ -37,14 +46,45 @@ pub struct KafkaSource {
     partitions: u32,
     inquirer: Arc<Inquirer>,
     clock: Arc<dyn Clock>,
+    denials: Denials,
+    /// `None` where somebody else watches the brokers.
+    watch: Option<Watch>,
+}
+
+/// Watches the brokers as long as the source lives.
+struct Watch {
+    reach: Arc<Reach>,
+    _tasks: JoinSet<()>,
 }
 
 impl KafkaSource {
-    /// The source of a log that this process does not write: topics are made and checked as
-    /// [`KafkaStore::open`](crate::KafkaStore::open) does it.
-    pub async fn open(mut config: KafkaConfig, clock: Arc<dyn Clock>) -> Result<Self, OpenError> {
-        let (topic, inquirer) = connect(&mut config, &clock).await?;
-        Ok(Self::new(config, topic.partitions, inquirer, clock))
+    /// The source of a log that this process does not write: nothing is made, and only the events topic
+    /// is looked at. An unsafe one is refused as [`KafkaStore::open`](crate::KafkaStore::open) does it.
+    ///
+    /// Needs the rights of [`Role::Worker`]. Fails with a transient error when no broker answers, or
+    /// when there is no such topic yet: call again.
+    pub async fn open(config: KafkaConfig, clock: Arc<dyn Clock>) -> Result<Self, OpenError> {
+        match Self::open_log(config.clone(), &clock).await {
+            Ok(opened) => Ok(opened),
+            Err(error) => Err(guard::explain(error, &config, Role::Worker, &clock).await),
+        }
+    }
+
+    async fn open_log(mut config: KafkaConfig, clock: &Arc<dyn Clock>) -> Result<Self, OpenError> {
+        let (topic, inquirer) = connect(&mut config, clock, topic::find).await?;
+        let refusals = Arc::new(Refusals::new(Arc::clone(clock)));
+        let (reach, mut tasks) = (Arc::new(Reach::default()), JoinSet::new());
+        guard::spawn(&mut tasks, &config, Role::Worker, &inquirer, &refusals);
+        tasks.spawn(watch(
+            config.clone(),
+            Arc::clone(&inquirer),
+            Arc::clone(&reach),
+            Arc::clone(clock),
+        ));
+        let denials = Denials { refusals, role: Role::Worker };
+        let mut source = Self::new(config, topic.partitions, inquirer, Arc::clone(clock), denials);
+        source.watch = Some(Watch { reach, _tasks: tasks });
+        Ok(source)
     }
 
     pub(crate) fn new(
@@ -52,8 +92,31 @@ impl KafkaSource {
         partitions: u32,
         inquirer: Arc<Inquirer>,
         clock: Arc<dyn Clock>,
+        denials: Denials,
     ) -> Self {
-        Self { config, partitions, inquirer, clock }
+        Self { config, partitions, inquirer, clock, denials, watch: None }
+    }
+
+    /// How many partitions the log has.
+    pub fn partitions(&self) -> u32 {
+        self.partitions
+    }
+
+    /// Whether the log can be read: a broker answers, lets this process in and allows what it needs. The
+    /// source of a [`KafkaStore`](crate::KafkaStore) leaves that to the store.
+    pub fn health(&self) -> Health {
+        let down = self.watch.as_ref().and_then(|watch| watch.reach.down());
+        let reasons: Vec<_> = self.refusals().into_iter().chain(down).collect();
+        if reasons.is_empty() { Health::Ready } else { Health::NotReady(reasons) }
+    }
+
+    /// What the brokers refuse, a sentence each with cause and remedy: it lasts until somebody changes
+    /// something.
+    pub fn refusals(&self) -> Vec<String> {
+        match self.watch {
+            Some(_) => self.denials.refusals.sentences(),
+            None => Vec::new(),
+        }
     }
 }
 
@@ -82,8 +145,14 @@ impl EventSource for KafkaSource {
             }
             Assignment::Group => {
                 let group = self.config.readers_group(name);
-                let member = Membership::join(&self.config, &group, self.config.events_topic())
-                    .map_err(|error| ReadError::unavailable(RETRY_AFTER, error))?;
+                let member = Membership::join(
+                    &self.config,
+                    &group,
+                    self.config.events_topic(),
+                    self.denials.clone(),
+                    &*self.clock,
+                )
+                .map_err(|error| ReadError::unavailable(RETRY_AFTER, error))?;
                 (Some(member), Some(group), VecDeque::new())
             }
         };
@@ -155,6 +224,8 @@ impl Subscription for KafkaSubscription {
                 self.ask_again(&message);
                 return Ok(message);
             }
+            let is_unsettled =
+                self.group.as_ref().is_some_and(|(member, _)| member.unsettled().is_some());
             let rebalances = async {
                 match &mut self.group {
                     Some((_, rebalances)) => rebalances.recv().await,
@@ -165,6 +236,7 @@ impl Subscription for KafkaSubscription {
                 biased;
                 Some(rebalance) = rebalances => self.follow(rebalance),
                 Some(answer) = self.reads.next() => self.take(answer)?,
+                () = self.clock.sleep(UNSETTLED_POLL), if is_unsettled => self.complain()?,
                 // Nothing is started, and no group decides: only a start changes that.
                 else => std::future::pending().await,
             }
@@ -232,6 +304,16 @@ impl KafkaSubscription {
         }
         self.ready.retain(|message| !partitions.iter().any(|p| is_of(message, *p)));
         self.ready.push_back(SourceMessage::Revoked(partitions));
+    }
+
+    /// Says what is waited for, when the group has been silent for too long.
+    fn complain(&self) -> Result<(), ReadError> {
+        let Some((member, _)) = &self.group else { return Ok(()) };
+        let waited = (self.clock.now() - member.since()).to_std().unwrap_or_default();
+        match member.unsettled() {
+            Some(why) if waited >= SILENCE_MAX => Err(ReadError::unavailable(RETRY_AFTER, why)),
+            _ => Ok(()),
+        }
     }
 
     fn what(&self, partition: Partition) -> String {

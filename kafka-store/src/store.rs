@@ -23,14 +23,16 @@ use crate::error::OpenError;
 use crate::forward::nodes::{self, Nodes};
 use crate::forward::wire::{ReplyContent, ReplyRecord};
 use crate::forward::{Bus, Inboxes, Outbox};
+use crate::guard::{self, Refusals};
 use crate::indexer::Indexer;
 use crate::inspect::{InspectError, Inspector};
 use crate::loader::Loader;
-use crate::membership::Membership;
+use crate::membership::{Denials, Membership};
 use crate::ownership::Ownership;
 use crate::partition::{Reach, Shared};
 use crate::partitioner::partition_of;
 use crate::reader::{Decode, Reader};
+use crate::rights::Role;
 use crate::source::KafkaSource;
 use crate::topic::{self, EventsTopic};
 use crate::verifier::Verifier;
@@ -75,6 +77,7 @@ pub struct KafkaStore {
     bus: Arc<Bus>,
     inquirer: Arc<Inquirer>,
     reach: Arc<Reach>,
+    denials: Denials,
     clock: Arc<dyn Clock>,
     /// Ended when the store is dropped.
     tasks: Mutex<JoinSet<()>>,
@@ -89,14 +92,34 @@ impl KafkaStore {
     /// `owner` is what other processes are told when they find that this one owns a partition. Fails
     /// with a transient error when no broker answers: call again. An index that does not answer is
     /// waited for in the background.
+    ///
+    /// Needs the rights of [`Role::Service`]: where it is refused for want of one, the error names it.
     pub async fn open(
+        config: KafkaConfig,
+        index: Arc<dyn StreamIndex>,
+        owner: Owner,
+        clock: Arc<dyn Clock>,
+        ids: Arc<dyn IdGenerator>,
+    ) -> Result<Self, OpenError> {
+        match Self::open_log(config.clone(), index, owner, Arc::clone(&clock), ids).await {
+            Ok(opened) => Ok(opened),
+            Err(error) => Err(guard::explain(error, &config, Role::Service, &clock).await),
+        }
+    }
+
+    async fn open_log(
         mut config: KafkaConfig,
         index: Arc<dyn StreamIndex>,
         owner: Owner,
         clock: Arc<dyn Clock>,
         ids: Arc<dyn IdGenerator>,
     ) -> Result<Self, OpenError> {
-        let (topic, inquirer) = connect(&mut config, &clock).await?;
+        let prepare = |config: &KafkaConfig, inquirer: &Inquirer, clock: &Arc<dyn Clock>| {
+            Ok(topic::prepare(config, inquirer, clock)?.0)
+        };
+        let (topic, inquirer) = connect(&mut config, &clock, prepare).await?;
+        let refusals = Arc::new(Refusals::new(Arc::clone(&clock)));
+        let denials = Denials { refusals, role: Role::Service };
         let client_error = |error| open_error(&config, "starting a client", error, None);
         let readers = Readers { config: &config, inquirer: &inquirer, clock: &clock };
         // The inspector looks at any partition at any time: a read of its own must not replace one
@@ -191,6 +214,7 @@ impl KafkaStore {
             Arc::clone(&reach),
             Arc::clone(&clock),
         ));
+        guard::spawn(&mut tasks, &config, Role::Service, &inquirer, &denials.refusals);
         let ownership = Arc::new(Ownership::new(
             shared.clone(),
             driver.clone(),
@@ -207,9 +231,14 @@ impl KafkaStore {
             }
             Assignment::Group => {
                 let group = config.owners_group();
-                let (membership, rebalances) =
-                    Membership::join(&config, &group, config.commands_topic())
-                        .map_err(client_error)?;
+                let (membership, rebalances) = Membership::join(
+                    &config,
+                    &group,
+                    config.commands_topic(),
+                    denials.clone(),
+                    &*clock,
+                )
+                .map_err(client_error)?;
                 tasks.spawn(Arc::clone(&ownership).follow(rebalances));
                 Some(membership)
             }
@@ -227,6 +256,7 @@ impl KafkaStore {
             bus,
             inquirer,
             reach,
+            denials,
             clock,
             tasks,
         })
@@ -239,7 +269,14 @@ impl KafkaStore {
             self.topic.partitions,
             Arc::clone(&self.inquirer),
             Arc::clone(&self.clock),
+            self.denials.clone(),
         )
+    }
+
+    /// What the brokers refuse, a sentence each with cause and remedy: it lasts until somebody changes
+    /// something. [`EventStore::health`] tells it too.
+    pub fn refusals(&self) -> Vec<String> {
+        self.denials.refusals.sentences()
     }
 
     /// Carries commands to the nodes that own their streams.
@@ -387,13 +424,16 @@ async fn hear_others(
 pub(crate) async fn connect(
     config: &mut KafkaConfig,
     clock: &Arc<dyn Clock>,
+    prepare: impl FnOnce(&KafkaConfig, &Inquirer, &Arc<dyn Clock>) -> Result<EventsTopic, OpenError>
+    + Send
+    + 'static,
 ) -> Result<(EventsTopic, Arc<Inquirer>), OpenError> {
     let (asked, clock) = (config.clone(), Arc::clone(clock));
     let prepared = tokio::task::spawn_blocking(move || {
         check_hosts(&asked)?;
         let inquirer = Inquirer::new(&asked)
             .map_err(|error| open_error(&asked, "creating a client", error, None))?;
-        let (topic, _) = topic::prepare(&asked, &inquirer, &clock)?;
+        let topic = prepare(&asked, &inquirer, &clock)?;
         Ok::<_, OpenError>((topic, Arc::new(inquirer)))
     });
     let canceled = |_| open_error(config, "preparing topics", KafkaError::Canceled, None);
@@ -482,7 +522,7 @@ fn slot(
 }
 
 /// Asks again and again whether a broker answers: an idle process would not notice otherwise.
-async fn watch(
+pub(crate) async fn watch(
     config: KafkaConfig,
     inquirer: Arc<Inquirer>,
     reach: Arc<Reach>,
@@ -547,7 +587,8 @@ impl EventStore for KafkaStore {
 
     fn health(&self) -> Health {
         let joining = self.membership.as_ref().and_then(Membership::unsettled);
-        let reasons: Vec<_> = (self.reach.down().into_iter())
+        let reasons: Vec<_> = (self.refusals().into_iter())
+            .chain(self.reach.down())
             .chain(joining)
             .chain(self.partitions.iter().filter_map(|shared| shared.reason()))
             .collect();

@@ -74,6 +74,31 @@ pub(crate) fn prepare(
     Ok((EventsTopic { session_timeout_min, ..events }, made))
 }
 
+/// The events topic as it is, checked like [`prepare`] does it; makes nothing, and looks at no other
+/// topic. Blocks.
+pub(crate) fn find(
+    config: &KafkaConfig,
+    inquirer: &Inquirer,
+    clock: &Arc<dyn Clock>,
+) -> Result<EventsTopic, OpenError> {
+    let preparation = Preparation::new(config, inquirer, &**clock)?;
+    let topic = config.events_topic();
+    if preparation.look(&topic)?.0.is_none() {
+        let remedy = "start the service, or make it with `kafold topic create`";
+        let cause = format!("there is no topic {topic} yet: {remedy}");
+        return Err(OpenError::Unavailable {
+            brokers: config.brokers.clone(),
+            doing: format!("looking for topic {topic}"),
+            cause: Box::<dyn std::error::Error + Send + Sync>::from(cause).into(),
+        });
+    }
+    let events = preparation.check(&topic)?;
+    for warning in config.warnings() {
+        tracing::warn!("{warning}");
+    }
+    Ok(EventsTopic { session_timeout_min: preparation.session_timeout_min(), ..events })
+}
+
 /// The topics of commands and replies have as many partitions as that of the events: who owns one of
 /// these handles the commands of the same number. Blocks like [`prepare`], and comes after the log
 /// itself was checked: where somebody added partitions to the events topic, that is what is wrong.
@@ -251,6 +276,7 @@ impl<'a> Preparation<'a> {
     /// The settings of a topic that is there.
     pub(crate) fn describe_topic(&self, topic: &str) -> Result<ConfigResource, OpenError> {
         let deadline = self.clock.instant() + self.config.limits.request_timeout;
+        let mut pause = CREATION_POLL;
         let wanted = ResourceSpecifier::Topic(topic);
         let doing = format!("reading the settings of topic {topic}");
         loop {
@@ -259,8 +285,10 @@ impl<'a> Preparation<'a> {
             match self.describe(&wanted, &doing)? {
                 Some(resource) => return Ok(resource),
                 None if self.clock.instant() >= deadline => return Err(self.unreadable(topic)),
-                None => Handle::current().block_on(self.clock.sleep(CREATION_POLL)),
+                None => Handle::current().block_on(self.clock.sleep(pause)),
             }
+            // Few requests, for a user who is not allowed any.
+            pause *= 2;
         }
     }
 

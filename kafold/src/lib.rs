@@ -25,11 +25,13 @@ mod error;
 mod log;
 #[cfg(feature = "otlp")]
 pub mod otlp;
+mod reader;
 
 pub use kafold_core::*;
 
 pub use error::OpenError;
 pub use log::{Log, LogOptions, open_log, shown_url};
+pub use reader::LogReader;
 
 #[cfg(any(feature = "embedded", feature = "projections"))]
 pub use kafold_migrations::{

@@ -16,6 +16,7 @@ use kafold_kafka_store::{KafkaConfig, KafkaSource, KafkaStore};
 use kafold_migrations::Database;
 
 use crate::error::OpenError;
+use crate::reader::LogReader;
 
 /// Opens a log by its URL, with the defaults of [`LogOptions`].
 pub async fn open_log(url: &str) -> Result<Log, OpenError> {
@@ -91,6 +92,12 @@ impl LogOptions {
             Some("kafka") => self.open_kafka().await,
             _ => Err(OpenError::Url { url: shown_url(&self.url) }),
         }
+    }
+
+    /// Opens it to be read only, for a process that runs nothing but projections. Nothing is created: a
+    /// topic that is absent is waited for ([`OpenError::Unavailable`]), a file that is absent is refused.
+    pub async fn open_reader(self) -> Result<LogReader, OpenError> {
+        LogReader::open(&self.url, self.clock).await
     }
 
     #[cfg(feature = "embedded")]
@@ -244,6 +251,17 @@ impl Log {
             Kind::Embedded { .. } => 1,
             #[cfg(feature = "kafka")]
             Kind::Kafka { store, .. } => store.partitions(),
+        }
+    }
+
+    /// What the brokers refuse, a sentence each with cause and remedy: it lasts until somebody changes
+    /// something. A program that has just started ends with it; one that runs is not ready.
+    pub fn refusals(&self) -> Vec<String> {
+        match &self.kind {
+            #[cfg(feature = "embedded")]
+            Kind::Embedded { .. } => Vec::new(),
+            #[cfg(feature = "kafka")]
+            Kind::Kafka { store, .. } => store.refusals(),
         }
     }
 

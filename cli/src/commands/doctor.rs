@@ -3,12 +3,15 @@
 mod database;
 mod kafka;
 mod lag;
+mod rights;
 
 use std::fmt;
 
+use ::kafold::rights::Role;
 use serde::Serialize;
 
 use crate::admin::Context;
+use crate::commands::grants::role_parser;
 use crate::error::Error;
 use crate::log::Log;
 use crate::options::LogUrl;
@@ -17,6 +20,13 @@ use crate::overview::{self, PartitionView};
 
 /// Clocks that differ by more make times in events and deadlines of forwarded commands misleading.
 const CLOCK_DIFFERENCE_MAX_MS: i64 = 1_000;
+
+#[derive(Debug, Clone, clap::Args)]
+pub(crate) struct DoctorArgs {
+    /// Tries each right of this role instead, as the user of the URLs; changes nothing.
+    #[arg(long = "as", value_parser = role_parser())]
+    role: Option<Role>,
+}
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
@@ -121,18 +131,14 @@ fn ahead_or_behind(ahead_ms: i64) -> &'static str {
     if ahead_ms < 0 { "behind this machine" } else { "ahead of this machine" }
 }
 
-pub(crate) async fn run(context: &mut Context) -> Result<(), Error> {
+pub(crate) async fn run(context: &mut Context, args: DoctorArgs) -> Result<(), Error> {
     context.options.check_any()?;
     let url = context.options.maybe_log()?;
     let mut checks = Checks::default();
     checks.ok("program", versions());
-    let log = match &url {
-        Some(url) => log(context, url, &mut checks).await,
-        None => None,
-    };
-    let database = database::check(context, &mut checks).await;
-    if let Some(database) = &database {
-        lag::check(log.as_ref(), database, &mut checks).await;
+    match args.role {
+        Some(role) => check_rights(context, url.as_ref(), role, &mut checks).await,
+        None => check_all(context, url.as_ref(), &mut checks).await,
     }
     let problems = checks.count(Level::Problem);
     match context.out.json {
@@ -150,6 +156,30 @@ pub(crate) async fn run(context: &mut Context) -> Result<(), Error> {
             count(problems, "problem"),
             count(checks.0.len() as u64, "check")
         ))),
+    }
+}
+
+async fn check_all(context: &Context, url: Option<&LogUrl>, checks: &mut Checks) {
+    let log = match url {
+        Some(url) => log(context, url, checks).await,
+        None => None,
+    };
+    let database = database::check(context, checks).await;
+    if let Some(database) = &database {
+        lag::check(log.as_ref(), database, checks).await;
+    }
+}
+
+async fn check_rights(context: &Context, url: Option<&LogUrl>, role: Role, checks: &mut Checks) {
+    if let Some(url) = url {
+        rights::check_kafka(context, url, role, checks).await;
+    }
+    let checked = async {
+        let Some(database) = context.options.maybe_database().await? else { return Ok(()) };
+        database::check_rights(&database, role, None, checks).await
+    };
+    if let Err(error) = checked.await {
+        checks.failed("database: rights", &error);
     }
 }
 

@@ -4,7 +4,7 @@
 //! - [`read_models`] and [`sales_by_sku`]: what is read, folded by kafold and by hand;
 //! - [`service`]: both joined to a log and a database;
 //! - [`http`]: the outside surface;
-//! - [`serve`]: start, waiting for what is down, graceful stop;
+//! - [`serve`]: start, waiting for what is down, graceful stop; [`work`]: the same for projections only;
 //! - [`import`]: a client that feeds the service a file;
 //! - `admin`: the operator's commands of kafold, with the code of this domain.
 
@@ -17,6 +17,7 @@ use kafold_cli::{Admin, AdminArgs, PrintableStderr, printable};
 use import::ImportArgs;
 use order::Order;
 use serve::ServeArgs;
+use work::WorkArgs;
 
 mod http;
 mod import;
@@ -26,6 +27,7 @@ mod read_models;
 mod sales_by_sku;
 mod serve;
 mod service;
+mod work;
 
 /// Events are allocated on one thread and freed on another all the time, which the allocator of the C
 /// library pays dearly for; librdkafka shares this one.
@@ -60,6 +62,8 @@ OTEL_EXPORTER_OTLP_ENDPOINT names a collector for the spans, if built with --fea
 enum Command {
     /// Runs the service; the same as no subcommand at all.
     Serve(ServeArgs),
+    /// Runs the projections only, without the right to write the log.
+    Work(WorkArgs),
     /// Feeds a file of purchases to a running service; again, and nothing changes.
     Import(ImportArgs),
     /// Looks at the log and the read models, and keeps them well.
@@ -77,6 +81,16 @@ fn main() -> ExitCode {
                 Err(error) => return failed(2, &error),
             };
             match run(serve::run(args, spans)) {
+                Ok(()) => ExitCode::SUCCESS,
+                Err(error) => failed(error.exit_code(), &error),
+            }
+        }
+        Command::Work(args) => {
+            let spans = match logging::start_with_spans("info", args.log_format) {
+                Ok(spans) => spans,
+                Err(error) => return failed(2, &error),
+            };
+            match run(work::run(args, spans)) {
                 Ok(()) => ExitCode::SUCCESS,
                 Err(error) => failed(error.exit_code(), &error),
             }

@@ -21,12 +21,15 @@ use crate::service::Service;
 /// Where events are kept when nothing is said: in a file of the working directory.
 pub(crate) const LOG_DEFAULT: &str = "sqlite://orders.db";
 /// How long the start waits before it tries again to reach what is down.
-const OPEN_BACKOFF_BASE: Duration = Duration::from_millis(200);
-const OPEN_BACKOFF_MAX: Duration = Duration::from_secs(5);
+pub(crate) const OPEN_BACKOFF_BASE: Duration = Duration::from_millis(200);
+pub(crate) const OPEN_BACKOFF_MAX: Duration = Duration::from_secs(5);
 /// How long requests under way may take after the signal to stop, beyond their own deadline.
-const DRAIN_GRACE: Duration = Duration::from_secs(1);
+pub(crate) const DRAIN_GRACE: Duration = Duration::from_secs(1);
 /// How long log and projections may take to settle, after that.
-const SETTLE_TIMEOUT: Duration = Duration::from_secs(15);
+pub(crate) const SETTLE_TIMEOUT: Duration = Duration::from_secs(15);
+/// For how long after the start a refusal of the brokers, such as a missing right, ends the program.
+const FIRST_REFUSALS: Duration = Duration::from_secs(8);
+const REFUSALS_POLL: Duration = Duration::from_millis(200);
 /// How often measurements are folded into histograms, which bounds their memory.
 const METRICS_UPKEEP_INTERVAL: Duration = Duration::from_secs(5);
 /// Bounds of the buckets of every duration, in seconds.
@@ -85,7 +88,7 @@ pub(crate) struct ServeArgs {
 /// What is refused unless it is allowed by name.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
 #[value(rename_all = "snake_case")]
-enum Unsafe {
+pub(crate) enum Unsafe {
     /// Listening on an address that others can reach, without a proxy in front.
     OpenListener,
     /// A token in a file that others on this machine can read.
@@ -93,28 +96,9 @@ enum Unsafe {
 }
 
 impl ServeArgs {
-    fn allows(&self, what: Unsafe) -> bool {
-        self.allow_unsafe.contains(&what)
-    }
-
-    /// Refuses a listener that is open to others by mistake.
-    fn check_listener(&self) -> Result<(), ServeError> {
-        let address = self.listen;
-        if address.ip().to_canonical().is_loopback() || self.behind_proxy {
-            return Ok(());
-        }
-        if !self.allows(Unsafe::OpenListener) {
-            return Err(ServeError::OpenListener(address));
-        }
-        tracing::warn!(
-            "open_listener is allowed: whoever reaches {address} is served, in clear text"
-        );
-        Ok(())
-    }
-
     fn token(&self) -> Result<Option<Arc<BearerToken>>, ServeError> {
         let Some(source) = &self.bearer_token else { return Ok(None) };
-        let allow_readable = self.allows(Unsafe::ReadableSecret);
+        let allow_readable = self.allow_unsafe.contains(&Unsafe::ReadableSecret);
         if allow_readable {
             tracing::warn!("readable_secret is allowed: others on this machine may read the token");
         }
@@ -123,13 +107,29 @@ impl ServeArgs {
     }
 }
 
-fn log_url(text: &str) -> Result<String, String> {
+/// Refuses a listener that is open to others by mistake.
+pub(crate) fn check_listener(
+    address: SocketAddr,
+    behind_proxy: bool,
+    allowed: &[Unsafe],
+) -> Result<(), ServeError> {
+    if address.ip().to_canonical().is_loopback() || behind_proxy {
+        return Ok(());
+    }
+    if !allowed.contains(&Unsafe::OpenListener) {
+        return Err(ServeError::OpenListener(address));
+    }
+    tracing::warn!(%address, "open_listener is allowed: whoever reaches the address is served, in clear text");
+    Ok(())
+}
+
+pub(crate) fn log_url(text: &str) -> Result<String, String> {
     let is_known = text.starts_with("sqlite://") || text.starts_with("kafka://");
     let expected = "write sqlite://FILE or kafka://HOST:PORT[,HOST:PORT]/NAME";
     if is_known { Ok(text.to_owned()) } else { Err(expected.to_owned()) }
 }
 
-fn database_url(text: &str) -> Result<String, String> {
+pub(crate) fn database_url(text: &str) -> Result<String, String> {
     let known = ["sqlite://", "postgres://", "postgresql://"];
     let is_known = known.iter().any(|scheme| text.starts_with(scheme));
     let expected = "write sqlite://FILE or postgres://USER:PASSWORD@HOST:PORT/NAME";
@@ -169,6 +169,8 @@ pub(crate) enum ServeError {
     Token(BearerTokenError),
     #[error("the log cannot be used: {0}")]
     Log(OpenError),
+    #[error("the log cannot be used: {0}")]
+    Refused(String),
     #[error("the database cannot be used: {0}")]
     Database(DatabaseError),
     #[error("the metrics recorder: {0}")]
@@ -198,7 +200,7 @@ pub(crate) async fn run(args: ServeArgs, spans: Spans) -> Result<(), ServeError>
     if args.log.starts_with("kafka://") && args.database.is_none() {
         return Err(ServeError::NoDatabase);
     }
-    args.check_listener()?;
+    check_listener(args.listen, args.behind_proxy, &args.allow_unsafe)?;
     let token = args.token()?;
     let stop = Signals::new()?;
     let clock: Arc<dyn Clock> = Arc::new(SystemClock);
@@ -236,6 +238,7 @@ pub(crate) async fn run(args: ServeArgs, spans: Spans) -> Result<(), ServeError>
     tokio::select! {
         biased;
         () = stop.asked(1) => {}
+        error = refused(&*clock, || log.refusals()) => return Err(error),
         _ = &mut server => return Err(ServeError::Http),
     }
     tracing::info!("stopping: finishing the requests under way; a second signal ends at once");
@@ -267,6 +270,19 @@ pub(crate) async fn run(args: ServeArgs, spans: Spans) -> Result<(), ServeError>
         // Nothing acknowledged is lost: it is as if the process had been killed.
         () = stop.asked(2) => Ok(()),
     }
+}
+
+/// Why the brokers refuse a process that has just started; one that runs is not ready instead.
+pub(crate) async fn refused(clock: &dyn Clock, refusals: impl Fn() -> Vec<String>) -> ServeError {
+    let deadline = clock.instant() + FIRST_REFUSALS;
+    while clock.instant() < deadline {
+        clock.sleep(REFUSALS_POLL).await;
+        let refusals = refusals();
+        if !refusals.is_empty() {
+            return ServeError::Refused(refusals.join("; "));
+        }
+    }
+    std::future::pending().await
 }
 
 async fn settle(log: Log, service: &Service) {
@@ -326,10 +342,10 @@ async fn try_open(
 }
 
 /// SIGINT and SIGTERM.
-struct Signals(tokio::sync::watch::Receiver<u32>);
+pub(crate) struct Signals(tokio::sync::watch::Receiver<u32>);
 
 impl Signals {
-    fn new() -> Result<Self, ServeError> {
+    pub(crate) fn new() -> Result<Self, ServeError> {
         use tokio::signal::unix::{SignalKind, signal};
         let mut interrupt = signal(SignalKind::interrupt()).map_err(ServeError::Signals)?;
         let mut terminate = signal(SignalKind::terminate()).map_err(ServeError::Signals)?;
@@ -347,20 +363,20 @@ impl Signals {
     }
 
     /// Returns once that many signals have come.
-    async fn asked(&self, times: u32) {
+    pub(crate) async fn asked(&self, times: u32) {
         let mut counted = self.0.clone();
         // The sender lives as long as the process.
         drop(counted.wait_for(|count| *count >= times).await);
     }
 }
 
-fn install_metrics() -> Result<PrometheusHandle, BuildError> {
+pub(crate) fn install_metrics() -> Result<PrometheusHandle, BuildError> {
     PrometheusBuilder::new()
         .set_buckets_for_metric(Matcher::Suffix("_seconds".to_owned()), SECONDS_BUCKETS)?
         .install_recorder()
 }
 
-async fn upkeep(metrics: PrometheusHandle, clock: Arc<dyn Clock>) {
+pub(crate) async fn upkeep(metrics: PrometheusHandle, clock: Arc<dyn Clock>) {
     loop {
         clock.sleep(METRICS_UPKEEP_INTERVAL).await;
         metrics.run_upkeep();

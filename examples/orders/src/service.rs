@@ -123,22 +123,26 @@ impl Service {
                 Health::NotReady(reasons) => reasons,
             })
             .collect();
-        complaints.extend(self.database_complaint().await);
+        let url = self.database.url();
+        complaints.extend(database_complaint(&self.orders, url, &*self.clock).await);
         complaints
     }
+}
 
-    /// Idle projections do not notice that the database is gone; queries would.
-    async fn database_complaint(&self) -> Option<String> {
-        let url = self.database.url();
-        tokio::select! {
-            biased;
-            answered = self.orders.freshness() => {
-                let error = answered.err()?;
-                Some(format!("the database {url} cannot be read: {error}"))
-            }
-            () = self.clock.sleep(DATABASE_TIMEOUT) => {
-                Some(format!("the database {url} does not answer within {DATABASE_TIMEOUT:?}"))
-            }
+/// Idle projections do not notice that the database is gone; queries would.
+pub(crate) async fn database_complaint(
+    orders: &Query<OrderDetails>,
+    url: &str,
+    clock: &dyn Clock,
+) -> Option<String> {
+    tokio::select! {
+        biased;
+        answered = orders.freshness() => {
+            let error = answered.err()?;
+            Some(format!("the database {url} cannot be read: {error}"))
+        }
+        () = clock.sleep(DATABASE_TIMEOUT) => {
+            Some(format!("the database {url} does not answer within {DATABASE_TIMEOUT:?}"))
         }
     }
 }

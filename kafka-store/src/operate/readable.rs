@@ -15,9 +15,12 @@ use crate::client::{Inquirer, open_error};
 use crate::config::{Assignment, KafkaConfig};
 use crate::error::OpenError;
 use crate::fold::{Anchor, Checkpoint, CommitReader, Fold, FoldState, LogIdentity, Read, Verdict};
+use crate::guard::Refusals;
 use crate::inspect::{InspectError, Inspector};
+use crate::membership::Denials;
 use crate::partitioner::partition_of;
 use crate::reader::LogReader;
+use crate::rights::Role;
 use crate::source::KafkaSource;
 use crate::wire::{Body, Claim, ClaimId, Content, LogRecord, Record, Stamp};
 
@@ -161,7 +164,9 @@ impl ReadableLog {
     pub fn source(&self) -> KafkaSource {
         let config = KafkaConfig { assignment: Assignment::Everything, ..(*self.config).clone() };
         let (inquirer, clock) = (Arc::clone(&self.inquirer), Arc::clone(&self.clock));
-        KafkaSource::new(config, self.partitions, inquirer, clock)
+        let refusals = Arc::new(Refusals::new(Arc::clone(&clock)));
+        let denials = Denials { refusals, role: Role::Reader };
+        KafkaSource::new(config, self.partitions, inquirer, clock, denials)
     }
 
     async fn checkpoint_before(

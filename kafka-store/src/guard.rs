@@ -1,0 +1,277 @@
+//! Watches, while a process runs, whether the brokers let it in and allow what it needs.
+//!
+//! Neither shows in what a process does: a connection that is logged in stays, and a right that is taken
+//! away is missed when it is next used. So both are asked for, and what is refused is told: by `health`,
+//! and by one log line a minute. Whatever is granted again is noticed the same way.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use chrono::{DateTime, SecondsFormat, Utc};
+use kafold_core::Clock;
+use tokio::task::JoinSet;
+
+use crate::client::{Inquirer, Refusal};
+use crate::config::KafkaConfig;
+use crate::error::OpenError;
+use crate::prober::{Prober, is_denial};
+use crate::rights::{Answer, Resource, Right, Role};
+
+/// Between two rounds in which every right on a topic is tried.
+const RIGHTS_INTERVAL: Duration = Duration::from_secs(5);
+/// Before the first one: what a start does comes first.
+const RIGHTS_DELAY: Duration = Duration::from_millis(500);
+/// Between two new connections to every broker.
+const LOGIN_INTERVAL: Duration = Duration::from_secs(10);
+/// How long one question about a right may take.
+const TIMEOUT: Duration = Duration::from_secs(2);
+/// Between two log lines about the same refusal.
+const LOG_INTERVAL: Duration = Duration::from_secs(60);
+
+/// What brokers refuse now, by what it is about.
+pub(crate) struct Refusals {
+    clock: Arc<dyn Clock>,
+    all: Mutex<BTreeMap<String, Told>>,
+}
+
+struct Told {
+    reason: String,
+    since: DateTime<Utc>,
+    logged: Instant,
+    /// Who has met it; it is over when all have got through.
+    by: BTreeSet<String>,
+}
+
+impl Refusals {
+    pub(crate) fn new(clock: Arc<dyn Clock>) -> Self {
+        Self { clock, all: Mutex::default() }
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, BTreeMap<String, Told>> {
+        self.all.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// It is refused, for this reason; call it again while that lasts.
+    pub(crate) fn raise(&self, what: &str, by: &str, reason: impl FnOnce() -> String) {
+        let now = self.clock.instant();
+        let mut all = self.lock();
+        let is_new = !all.contains_key(what);
+        let told = all.entry(what.to_owned()).or_insert_with(|| Told {
+            reason: reason(),
+            since: self.clock.now(),
+            logged: now,
+            by: BTreeSet::new(),
+        });
+        if !told.by.contains(by) {
+            told.by.insert(by.to_owned());
+        }
+        if is_new || now.saturating_duration_since(told.logged) >= LOG_INTERVAL {
+            told.logged = now;
+            tracing::warn!(since = %shown(told.since), "{}", told.reason);
+        }
+    }
+
+    /// Who met it got through.
+    pub(crate) fn clear(&self, what: &str, by: &str) {
+        let mut all = self.lock();
+        let Some(told) = all.get_mut(what) else { return };
+        told.by.remove(by);
+        if told.by.is_empty() {
+            all.remove(what);
+            tracing::info!("allowed again: {what}");
+        }
+    }
+
+    /// A sentence each.
+    pub(crate) fn sentences(&self) -> Vec<String> {
+        let sentence = |told: &Told| format!("{} (since {})", told.reason, shown(told.since));
+        self.lock().values().map(sentence).collect()
+    }
+}
+
+/// A moment, as sentences name it.
+pub(crate) fn shown(moment: DateTime<Utc>) -> String {
+    moment.to_rfc3339_opts(SecondsFormat::Secs, true)
+}
+
+/// Watches until the tasks are ended.
+pub(crate) fn spawn(
+    tasks: &mut JoinSet<()>,
+    config: &KafkaConfig,
+    role: Role,
+    inquirer: &Arc<Inquirer>,
+    refusals: &Arc<Refusals>,
+) {
+    let clock = Arc::clone(&refusals.clock);
+    let mut asking = config.clone();
+    asking.limits.request_timeout = asking.limits.request_timeout.min(TIMEOUT);
+    let prober = Prober::new(&asking, Arc::clone(inquirer), clock);
+    tasks.spawn(watch_rights(asking, role, prober, Arc::clone(refusals)));
+    tasks.spawn(watch_logins(config.clone(), Arc::clone(inquirer), Arc::clone(refusals)));
+}
+
+/// Tries the rights on topics; those on groups are told by the members of the groups.
+async fn watch_rights(
+    config: KafkaConfig,
+    role: Role,
+    mut prober: Prober,
+    refusals: Arc<Refusals>,
+) {
+    let rights = role
+        .rights(&config)
+        .into_iter()
+        .filter(|right| right.without.is_none() && matches!(right.resource, Resource::Topic(_)));
+    let rights: Arc<[Right]> = rights.collect();
+    refusals.clock.sleep(RIGHTS_DELAY).await;
+    loop {
+        let asked = Arc::clone(&rights);
+        let round = tokio::task::spawn_blocking(move || {
+            let answers: Vec<_> = asked.iter().map(|right| prober.ask(right)).collect();
+            (prober, answers)
+        });
+        // Else the runtime is ending.
+        let Ok((back, answers)) = round.await else { return };
+        prober = back;
+        for (right, answer) in rights.iter().zip(answers) {
+            let what = right.to_string();
+            match answer {
+                Answer::Granted => refusals.clear(&what, ""),
+                Answer::Missing => refusals.raise(&what, "", || right.complaint(&config, role)),
+                Answer::Untried(why) => tracing::debug!(%right, why, "a right was not tried"),
+            }
+        }
+        refusals.clock.sleep(RIGHTS_INTERVAL).await;
+    }
+}
+
+/// Connects anew to each broker.
+async fn watch_logins(config: KafkaConfig, inquirer: Arc<Inquirer>, refusals: Arc<Refusals>) {
+    let mut refused: Vec<String> = Vec::new();
+    loop {
+        refusals.clock.sleep(LOGIN_INTERVAL).await;
+        let (config, inquirer) = (config.clone(), Arc::clone(&inquirer));
+        let knocking = tokio::task::spawn_blocking(move || knock_at_all(&config, &inquirer));
+        let Ok(answers) = knocking.await else { return };
+        let is_known = |broker: &String| answers.iter().any(|(known, _)| known == broker);
+        // A broker that was taken out of the cluster.
+        for gone in refused.extract_if(.., |broker| !is_known(broker)) {
+            refusals.clear(&login(&gone), "");
+        }
+        for (broker, answer) in answers {
+            match answer {
+                Knock::Open => refusals.clear(&login(&broker), ""),
+                Knock::Refused(Refusal { cause, remedy }) => {
+                    let reason =
+                        || format!("kafka at {broker} refuses this process: {cause}; {remedy}");
+                    refusals.raise(&login(&broker), "", reason);
+                    refused.push(broker);
+                }
+                Knock::Silent => {}
+            }
+        }
+    }
+}
+
+fn login(broker: &str) -> String {
+    format!("a connection to {broker}")
+}
+
+/// What became of a new connection.
+enum Knock {
+    Open,
+    Refused(Refusal),
+    /// Nobody answers: whether that lasts, others watch.
+    Silent,
+}
+
+fn knock_at_all(config: &KafkaConfig, inquirer: &Inquirer) -> Vec<(String, Knock)> {
+    let known = inquirer.brokers().map(|brokers| brokers.into_iter().map(|(_, address)| address));
+    let brokers: Vec<_> = match known {
+        Ok(brokers) => brokers.collect(),
+        Err(_) => config.brokers.split(',').map(str::to_owned).collect(),
+    };
+    let knock = |broker: String| {
+        let config = KafkaConfig { brokers: broker.clone(), ..config.clone() };
+        (broker, knock(&config))
+    };
+    brokers.into_iter().map(knock).collect()
+}
+
+fn knock(config: &KafkaConfig) -> Knock {
+    let inquirer = match Inquirer::new(config) {
+        Ok(inquirer) => inquirer,
+        Err(error) => return Refusal::of(&error, "").map_or(Knock::Silent, Knock::Refused),
+    };
+    match inquirer.topic(&config.events_topic()) {
+        Ok(_) => Knock::Open,
+        // It was let in to be told so.
+        Err(error) if is_denial(&error) => Knock::Open,
+        Err(_) => {
+            let complaint = inquirer.last_error().and_then(|complaint| complaint.refusal);
+            complaint.map_or(Knock::Silent, Knock::Refused)
+        }
+    }
+}
+
+/// Why the log was not opened: the rights that are missing, where any is.
+pub(crate) async fn explain(
+    error: OpenError,
+    config: &KafkaConfig,
+    role: Role,
+    clock: &Arc<dyn Clock>,
+) -> OpenError {
+    if !matches!(error, OpenError::Unavailable { .. } | OpenError::Refused { .. }) {
+        return error;
+    }
+    let (mut config, clock) = (config.clone(), Arc::clone(clock));
+    config.limits.request_timeout = config.limits.request_timeout.min(TIMEOUT);
+    let asked = tokio::task::spawn_blocking(move || missing(&config, role, clock));
+    asked.await.ok().flatten().unwrap_or(error)
+}
+
+fn missing(config: &KafkaConfig, role: Role, clock: Arc<dyn Clock>) -> Option<OpenError> {
+    let inquirer = Inquirer::new(config).ok()?;
+    match inquirer.topic(&config.events_topic()) {
+        Ok(_) => {}
+        Err(error) if is_denial(&error) => {}
+        Err(_) => return None,
+    }
+    let mut prober = Prober::new(config, Arc::new(inquirer), clock);
+    let needed = role.rights(config).into_iter().filter(|right| right.without.is_none());
+    let missing: Vec<_> = needed.filter(|right| prober.ask(right) == Answer::Missing).collect();
+    let (first, others) = missing.split_first()?;
+    let mut cause = format!("{first} is missing for this user");
+    if !others.is_empty() {
+        let others: Vec<_> = others.iter().map(ToString::to_string).collect();
+        cause = format!("{cause}, and {}", others.join(", "));
+    }
+    Some(OpenError::Refused {
+        brokers: config.brokers.clone(),
+        doing: format!("what a {} does", role.name()),
+        remedy: first.remedy(config, role),
+        cause: Box::<dyn std::error::Error + Send + Sync>::from(cause).into(),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use kafold_core::clock::SystemClock;
+
+    use super::*;
+
+    #[test]
+    fn a_refusal_is_over_when_everybody_got_through() {
+        let refusals = Refusals::new(Arc::new(SystemClock));
+        for by in ["a", "b", "b"] {
+            refusals.raise("Read on groups o.reader*", by, || "Read is missing".into());
+        }
+        let sentences = refusals.sentences();
+        assert_eq!(sentences.len(), 1);
+        assert!(sentences[0].starts_with("Read is missing (since 20"), "{sentences:?}");
+        refusals.clear("Read on groups o.reader*", "a");
+        assert_eq!(refusals.sentences().len(), 1, "b is still refused");
+        refusals.clear("Read on groups o.reader*", "b");
+        assert!(refusals.sentences().is_empty());
+    }
+}
