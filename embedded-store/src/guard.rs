@@ -363,6 +363,14 @@ impl FileTotals {
     }
 }
 
+/// Compares what a file says of its log: its events, the heads of its streams, and their sums. Returns how
+/// many events there are; tables that contradict each other are [`ReadError::Diverged`].
+pub async fn check_heads(database: &SqliteDatabase) -> Result<u64, ReadError> {
+    let totals = FileTotals::read(database).await?;
+    totals.check(None)?;
+    Ok(totals.declared.events)
+}
+
 /// Makes the heads of the streams in a file again from its events, or what `kafold_log` says of them, and
 /// returns how many events there are. Of the three, two must agree: a file whose events agree with neither
 /// is [`ReadError::Diverged`], and nothing of it is changed.

@@ -42,6 +42,7 @@ pub mod store;
 mod writer;
 
 pub use config::EmbeddedConfig;
-pub use guard::rebuild_heads;
+pub use guard::{check_heads, rebuild_heads};
+pub use kafold_migrations::SqliteDatabase;
 pub use source::EmbeddedSource;
 pub use store::EmbeddedStore;

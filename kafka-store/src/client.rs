@@ -305,9 +305,7 @@ impl Inquirer {
 
     /// The consumer groups of all brokers that this user may see, and how many members each has.
     pub(crate) fn group_members(&self) -> KafkaResult<Vec<(String, usize)>> {
-        let groups = self.client.fetch_group_list(None, self.timeout);
-        self.serve();
-        let groups = groups?;
+        let groups = self.ask(self.timeout, |client, wait| client.fetch_group_list(None, wait))?;
         let groups = groups.groups().iter();
         Ok(groups.map(|group| (group.name().to_owned(), group.members().len())).collect())
     }

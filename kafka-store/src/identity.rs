@@ -275,7 +275,13 @@ mod tests {
     #[test]
     fn an_older_copy_that_went_on_is_refused() {
         let found = Anchor { seq: 4, ..anchor() };
-        let words = ["older copy", "offset 40", "record 4 of epoch 2", "record 5 of epoch 2", "kafold positions reset"];
+        let words = [
+            "older copy",
+            "offset 40",
+            "record 4 of epoch 2",
+            "record 5 of epoch 2",
+            "kafold positions reset",
+        ];
         refused(|log| log.anchor = AnchorFound::Ours(found), &words);
         refused(|log| log.anchor = AnchorFound::Other, &["older copy", "not ours"]);
         refused(|log| log.anchor = AnchorFound::NotRead, &["older copy"]);

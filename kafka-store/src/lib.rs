@@ -66,8 +66,8 @@ pub mod source;
 pub mod store;
 pub mod tail;
 mod topic;
-mod verifier;
 pub mod transport;
+mod verifier;
 pub mod wire;
 pub mod writer;
 

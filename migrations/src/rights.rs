@@ -75,6 +75,7 @@ const TABLES: &[(&str, Rights, Rights)] = &[
     ),
     ("kafold_skipped_event", &["SELECT", "DELETE"], &["SELECT", "DELETE"]),
     ("kafold_audit", &["SELECT", "INSERT"], &["SELECT", "INSERT"]),
+    ("kafold_audit_head", &["SELECT", "UPDATE"], &["SELECT", "UPDATE"]),
 ];
 
 /// The rights of a role on the tables that there are in this version's migration set.

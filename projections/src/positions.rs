@@ -14,7 +14,6 @@ use sqlx::{ConnectOptions, Connection, Executor};
 
 use crate::audit::{self, Act};
 use crate::control::{By, Control, ControlError};
-use crate::generation;
 use crate::index::read_error;
 use crate::registry;
 use crate::sql::either;
@@ -95,10 +94,10 @@ impl Control {
             }
             done.index_events = Some(clear_index(tx).await?);
         }
-        done.checkpoints = delete(tx, "DELETE FROM kafold_checkpoint").await?;
-        done.snapshots = delete(tx, "DELETE FROM kafold_snapshot").await?;
-        done.parked_events = delete(tx, "DELETE FROM kafold_parked_event").await?
-            + delete(tx, "DELETE FROM kafold_skipped_event").await?;
+        done.checkpoints = execute(tx, "DELETE FROM kafold_checkpoint").await?;
+        done.snapshots = execute(tx, "DELETE FROM kafold_snapshot").await?;
+        done.parked_events = execute(tx, "DELETE FROM kafold_parked_event").await?
+            + execute(tx, "DELETE FROM kafold_skipped_event").await?;
         for found in registry::find_all(tx).await? {
             match registry::reset(tx, &found, now).await? {
                 Some(generation) => done.rebuilds.push(ResetProjection {
@@ -165,15 +164,22 @@ async fn holds_log(tx: &mut Transaction<'_>) -> Result<bool, sqlx::Error> {
 
 /// Returns how many events it had.
 async fn clear_index(tx: &mut Transaction<'_>) -> Result<u64, sqlx::Error> {
-    let events = delete(tx, "DELETE FROM kafold_event").await?;
-    if generation::exists(tx, "kafold_stream").await? {
-        delete(tx, "DELETE FROM kafold_stream").await?;
+    let is_sqlite = matches!(tx, Transaction::Sqlite(_));
+    if is_sqlite {
+        // PostgreSQL has a setting of the transaction for it.
+        execute(tx, "INSERT INTO kafold_unlocked VALUES (1)").await?;
     }
-    delete(tx, "DELETE FROM kafold_partition").await?;
+    let events = execute(tx, "DELETE FROM kafold_event").await?;
+    execute(tx, "DELETE FROM kafold_stream").await?;
+    execute(tx, "DELETE FROM kafold_partition").await?;
+    if is_sqlite {
+        execute(tx, "DELETE FROM kafold_unlocked").await?;
+    }
     Ok(events)
 }
 
-async fn delete(tx: &mut Transaction<'_>, sql: &'static str) -> Result<u64, sqlx::Error> {
+/// Runs a statement and returns how many rows it touched.
+async fn execute(tx: &mut Transaction<'_>, sql: &'static str) -> Result<u64, sqlx::Error> {
     either!(tx, connection => {
         Ok(sqlx::query(sql).execute(&mut **connection).await?.rows_affected())
     })

@@ -1,6 +1,7 @@
 //! `doctor`: everything that a service needs, each with what to do about it.
 
 mod database;
+mod index;
 mod kafka;
 mod lag;
 mod rights;
@@ -166,6 +167,7 @@ async fn check_all(context: &Context, url: Option<&LogUrl>, checks: &mut Checks)
     };
     let database = database::check(context, checks).await;
     if let Some(database) = &database {
+        index::check(log.as_ref(), database, checks).await;
         lag::check(log.as_ref(), database, checks).await;
     }
 }

@@ -16,7 +16,7 @@ use serde::{Deserialize, Serialize};
 use super::App;
 use super::extract::{CommandHeaders, JsonOf, PathId, Precondition};
 use super::observe::Origin;
-use super::problem::{Problem, RETRY_SOON};
+use super::problem::{Problem, RETRY_SOON, chain};
 use crate::order::{Line, Order, OrderCommand, OrderError};
 use crate::service::Service;
 
@@ -328,7 +328,11 @@ pub(super) fn read_problem(error: ReadError) -> Problem {
             retry_after,
             format!("it cannot be read now, nothing was changed: {cause}"),
         ),
-        error @ ReadError::Diverged { .. } => Problem::internal(&error),
+        // Nothing is decided on it until an operator has mended it; the service's health says so too.
+        error @ ReadError::Diverged { .. } => {
+            tracing::error!(error = %chain(&error), "a stream cannot be read");
+            Problem::unavailable("not-ready", RETRY_SOON, chain(&error))
+        }
     }
 }
 
