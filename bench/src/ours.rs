@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use kafold::clock::{RandomIds, SystemClock};
-use kafold::kafka::{Assignment, KafkaConfig, KafkaSource};
+use kafold::kafka::{Assignment, KafkaConfig, KafkaSource, Operator};
 use kafold::projections::{ProjectionState, Projections, SqlIndex};
 use kafold::store::Health;
 use kafold::{
@@ -43,7 +43,9 @@ pub async fn ready(log: &Log) -> Result<(), Failure> {
 
 /// Makes the topics of a log as ours are, for whoever writes them by hand.
 pub async fn make_log(brokers: &str, name: &str) -> Result<(), Failure> {
-    source(&log_url(brokers, name)).await.map(drop)
+    let config: KafkaConfig = log_url(brokers, name).parse()?;
+    let operator = Operator::connect(config, Arc::new(SystemClock)).await?;
+    Ok(operator.create_topics().await.map(drop)?)
 }
 
 /// A reader of the whole log that shares it with nobody.

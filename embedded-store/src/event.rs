@@ -56,6 +56,8 @@ pub(crate) struct Known {
     pub(crate) version: Version,
     /// The version of its head.
     pub(crate) head: Version,
+    /// Heads that have the stream's hash, of whatever name.
+    pub(crate) same_hash: u64,
     /// The digest of the heads in the stream's bucket, if it was asked for.
     pub(crate) bucket: Option<Digest>,
     pub(crate) first: Option<Appended>,
@@ -98,6 +100,7 @@ SELECT
         (SELECT max(version) FROM kafold_event INDEXED BY kafold_event_command
          WHERE category = asked.value ->> 0 AND stream_id = asked.value ->> 1
            AND command_id = unhex(asked.value ->> 2)),
+        (SELECT count(*) FROM kafold_stream WHERE partition = 0 AND hash = asked.value ->> 3),
         (SELECT json_group_array(digest) FROM kafold_stream
          WHERE partition = 0 AND hash BETWEEN asked.value ->> 4 AND asked.value ->> 5)
     ))
@@ -115,6 +118,7 @@ SELECT
      WHERE partition = 0 AND hash = ?4 AND category = ?1 AND stream_id = ?2),
     (SELECT max(version) FROM kafold_event INDEXED BY kafold_event_command
      WHERE category = ?1 AND stream_id = ?2 AND command_id = ?3),
+    (SELECT count(*) FROM kafold_stream WHERE partition = 0 AND hash = ?4),
     (SELECT json_group_array(digest) FROM kafold_stream
      WHERE partition = 0 AND hash BETWEEN ?5 AND ?6)
 "#;
@@ -141,7 +145,7 @@ pub(crate) async fn begin(
     };
     let mut known = Vec::with_capacity(questions.len());
     for (question, answer) in questions.iter().zip(answers) {
-        let Answer(version, head, found, bucket) = answer;
+        let Answer(version, head, found, same_hash, bucket) = answer;
         let first = match (found, question.command) {
             (Some(_), Some(command)) => {
                 find_command(&mut *connection, question.stream, command).await?
@@ -152,6 +156,7 @@ pub(crate) async fn begin(
             version: Version(version.unwrap_or(0)),
             // A version that is none matches no event, and so is told.
             head: Version(head.unwrap_or(0) as u64),
+            same_hash,
             bucket: question.last.is_none().then(|| xor(bucket)),
             first,
         });
@@ -161,10 +166,10 @@ pub(crate) async fn begin(
     Ok(Begun { end, declared_end, known })
 }
 
-/// The version of a stream, that of its head, the last version of the command, and the digests of the
-/// bucket.
+/// The version of a stream, that of its head, the last version of the command, the number of heads with its
+/// hash, and the digests of the bucket.
 #[derive(Deserialize)]
-struct Answer(Option<u64>, Option<i64>, Option<u64>, Vec<i64>);
+struct Answer(Option<u64>, Option<i64>, Option<u64>, u64, Vec<i64>);
 
 /// The end of the log, twice, and an answer for each question.
 type Answers = (i64, Option<i64>, Vec<Answer>);
@@ -177,9 +182,10 @@ async fn begin_one(
     let query = sqlx::query_as(BEGIN_ONE).bind(question.stream.category());
     let query = query.bind(question.stream.id()).bind(question.command.map(|command| command.0));
     let query = query.bind(hash).bind(lowest).bind(highest);
-    type Found = (i64, Option<i64>, Option<u64>, Option<i64>, Option<u64>, String);
-    let (end, declared, version, head, found, bucket): Found = query.fetch_one(connection).await?;
-    Ok((end, declared, vec![Answer(version, head, found, digests(&bucket)?)]))
+    type Found = (i64, Option<i64>, Option<u64>, Option<i64>, Option<u64>, u64, String);
+    let found: Found = query.fetch_one(connection).await?;
+    let (end, declared, version, head, found, same_hash, bucket) = found;
+    Ok((end, declared, vec![Answer(version, head, found, same_hash, digests(&bucket)?)]))
 }
 
 async fn begin_many(
@@ -200,6 +206,21 @@ async fn begin_many(
     let (end, declared, answers): (i64, Option<i64>, String) = query.fetch_one(connection).await?;
     let answers = serde_json::from_str(&answers);
     Ok((end, declared, answers.map_err(|error| sqlx::Error::Decode(error.into()))?))
+}
+
+/// Whether all heads that have a stream's hash are of streams that have that hash: then they collide. A
+/// head whose name was changed is of none.
+pub(crate) async fn heads_collide(
+    executor: impl SqliteExecutor<'_>,
+    stream: &StreamId,
+) -> Result<bool, sqlx::Error> {
+    let hash = stream_hash(stream);
+    let sql = "SELECT category, stream_id FROM kafold_stream WHERE partition = 0 AND hash = ?";
+    let heads: Vec<(String, String)> = sqlx::query_as(sql).bind(hash).fetch_all(executor).await?;
+    let has_hash = |(category, id): &(String, String)| {
+        StreamId::new(category, id).is_ok_and(|other| stream_hash(&other) == hash)
+    };
+    Ok(heads.iter().all(has_hash))
 }
 
 /// The digest of the heads in the bucket of a stream.
@@ -375,6 +396,8 @@ pub(crate) struct StreamPage {
     pub(crate) end: Offset,
     /// The stream's head.
     pub(crate) head: Option<IndexHead>,
+    /// Heads that have the stream's hash, of whatever name.
+    pub(crate) same_hash: u64,
     /// The digest of the heads in the stream's bucket.
     pub(crate) bucket: Digest,
 }
@@ -385,6 +408,7 @@ struct PageRow {
     end: i64,
     head_version: Option<i64>,
     head_digest: Option<i64>,
+    same_hash: u64,
     bucket: String,
     version: Option<i64>,
 }
@@ -399,12 +423,14 @@ pub(crate) async fn read_page(
     let sql = r#"
         WITH of_stream AS MATERIALIZED (
             SELECT l.next_offset AS end, s.version AS head_version, s.digest AS head_digest,
+                (SELECT count(*) FROM kafold_stream
+                 WHERE partition = 0 AND hash = ?4) AS same_hash,
                 (SELECT json_group_array(digest) FROM kafold_stream
                  WHERE partition = 0 AND hash BETWEEN ?5 AND ?6) AS bucket
             FROM kafold_log l
             LEFT JOIN kafold_stream s
                 ON s.partition = 0 AND s.hash = ?4 AND s.category = ?1 AND s.stream_id = ?2)
-        SELECT o.end, o.head_version, o.head_digest, o.bucket, e.category, e.stream_id, e.version,
+        SELECT o.end, o.head_version, o.head_digest, o.same_hash, o.bucket, e.category, e.stream_id, e.version,
             e.partition, e."offset", e.event_id, e.event_type, e.recorded_at, e.command_id, e.metadata,
             e.payload, e.digest
         FROM of_stream o
@@ -434,7 +460,14 @@ pub(crate) async fn read_page(
     }
     let more = events.len() as i64 == READ_PAGE_EVENTS;
     let bucket = xor(digests(&of_stream.bucket).map_err(not_read)?);
-    Ok(StreamPage { events, more, end: Offset(of_stream.end as u64), head, bucket })
+    Ok(StreamPage {
+        events,
+        more,
+        end: Offset(of_stream.end as u64),
+        head,
+        same_hash: of_stream.same_hash,
+        bucket,
+    })
 }
 
 /// What the heads of all streams add up to, and by bucket.

@@ -216,7 +216,13 @@ mod tests {
     }
 
     fn known(version: u64, first: Option<Appended>) -> Known {
-        Known { version: Version(version), head: Version(version), bucket: None, first }
+        Known {
+            version: Version(version),
+            head: Version(version),
+            same_hash: 0,
+            bucket: None,
+            first,
+        }
     }
 
     fn question(stream: &StreamId, command: Option<CommandId>) -> Question<'_> {

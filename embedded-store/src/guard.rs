@@ -117,6 +117,8 @@ impl Guard {
             if version != head {
                 return Err(self.differs_in(stream, version, head));
             }
+            let has_head = head != Version::EMPTY;
+            self.check_names(&mut *connection, stream, has_head, known.same_hash).await?;
             let bucket = match (known.bucket, last) {
                 (_, Some(last)) if *last == version => continue,
                 (Some(bucket), _) => bucket,
@@ -153,6 +155,8 @@ impl Guard {
             return Err(self.damaged(Some(stream), what));
         }
         let mut connection = database.readers().acquire().await.map_err(not_read)?;
+        let has_head = page.head.is_some();
+        self.check_names(&mut connection, stream, has_head, page.same_hash).await?;
         self.catch_up(&mut connection, page.end).await?;
         let known = self.known();
         if known.end != page.end {
@@ -161,6 +165,23 @@ impl Guard {
         let is_same = known.digests.get(Bucket::of(stream)) == page.bucket;
         drop(known);
         if is_same { Ok(true) } else { Err(self.damaged(None, beside(stream))) }
+    }
+
+    /// A head under the stream's hash that has another name was the stream's own.
+    async fn check_names(
+        &self,
+        connection: &mut SqliteConnection,
+        stream: &StreamId,
+        has_head: bool,
+        same_hash: u64,
+    ) -> Result<(), ReadError> {
+        if same_hash == u64::from(has_head)
+            || event::heads_collide(connection, stream).await.map_err(not_read)?
+        {
+            return Ok(());
+        }
+        let what = format!("kafold_stream: the head of {stream} stands under another name");
+        Err(self.damaged(Some(stream), what))
     }
 
     /// Remembers that a row of a stream has changed.

@@ -18,7 +18,7 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use kafold_core::clock::SystemClock;
-use kafold_core::digest::Digest;
+use kafold_core::digest::{Digest, stream_hash};
 use kafold_core::index::{
     Advanced, IndexBatch, IndexCount, IndexHead, IndexHeads, IndexLoad, IndexRead, IndexTotal,
     damaged,
@@ -147,7 +147,7 @@ impl StreamIndex for SqlIndex {
             query.fetch_one(pool).await
         });
         let (next, version, at, offset) = row.map_err(read_error)?;
-        let position = offset_of(next.unwrap_or(0))?;
+        let position = place(partition, next.unwrap_or(0))?;
         let (Some(version), Some(at), Some(offset)) = (version, at, offset) else {
             return Ok((position, None));
         };
@@ -333,7 +333,13 @@ fn cursor(
         let what = format!("its row, offset {next}, has changed since it was written");
         return Err(damaged(partition, "kafold_partition", what));
     }
-    Ok(Cursor { next: offset_of(next)?, state })
+    Ok(Cursor { next: place(partition, next)?, state })
+}
+
+/// The offset of a stored place.
+fn place(partition: Partition, next: i64) -> Result<Offset, ReadError> {
+    let invalid = |_| damaged(partition, "kafold_partition", format!("its row says offset {next}"));
+    u64::try_from(next).map(Offset).map_err(invalid)
 }
 
 /// The checksum of a place.
@@ -348,6 +354,18 @@ fn added(batch: &IndexBatch, from: Offset) -> IndexTotal {
     let events = batch.events.iter().filter(|event| event.position.offset >= from);
     events.for_each(|event| added.add(1, Digest::of(event)));
     added
+}
+
+/// Damage when a head that has the hash of a stream is that of another one whose hash is not that: its name
+/// was changed, and the stream's own head is missing. Streams whose hashes collide are no damage.
+fn check_other_head(request: &IndexLoad, other: Option<(String, String)>) -> Result<(), ReadError> {
+    let Some((category, id)) = other else { return Ok(()) };
+    let hash = StreamId::new(&category, &id).map(|other| stream_hash(&other));
+    if hash.is_ok_and(|hash| hash == stream_hash(&request.stream)) {
+        return Ok(());
+    }
+    let what = format!("the head of {} stands under another name", request.stream);
+    Err(damaged(request.partition, "kafold_stream", what))
 }
 
 fn total(events: i64, digest: i64) -> IndexTotal {

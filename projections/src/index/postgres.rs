@@ -13,8 +13,8 @@ use sqlx::{FromRow, PgConnection, PgPool, Postgres, Row};
 use crate::copy::CopyRows;
 
 use super::{
-    IndexedRow, More, RowError, Stored, added, bigint, check_stored, checksum, cursor, cut, head,
-    offset_of, partition_int, partition_of, read_error, total,
+    IndexedRow, More, RowError, Stored, added, bigint, check_other_head, check_stored, checksum,
+    cursor, cut, head, partition_int, partition_of, place, read_error, total,
 };
 
 type PgQuery<'q> = Query<'q, Postgres, PgArguments>;
@@ -285,7 +285,8 @@ pub(super) async fn load(
     limit: usize,
 ) -> Result<Vec<Result<IndexRead, ReadError>>, RowError> {
     let sql = "SELECT r.nth, COALESCE(p.next_offset, 0) AS next_offset, h.version AS head_version, \
-                 h.digest AS head_digest, COALESCE(b.digest, 0) AS bucket, e.category, e.stream_id, \
+                 h.digest AS head_digest, COALESCE(b.digest, 0) AS bucket, \
+                 o.category AS other_category, o.stream_id AS other_id, e.category, e.stream_id, \
                  e.version, e.partition, e.\"offset\", e.event_id, e.event_type, e.recorded_at, \
                  e.command_id, e.metadata, e.payload, e.digest \
                FROM UNNEST($1::int4[], $2::text[], $3::text[], $4::int8[], $6::int8[], $7::int8[], \
@@ -295,6 +296,9 @@ pub(super) async fn load(
                LEFT JOIN LATERAL (SELECT version, digest FROM kafold_stream s \
                  WHERE s.partition = r.partition AND s.hash = r.hash \
                    AND s.category = r.category AND s.stream_id = r.stream_id LIMIT 1) h ON true \
+               LEFT JOIN LATERAL (SELECT category, stream_id FROM kafold_stream s \
+                 WHERE s.partition = r.partition AND s.hash = r.hash \
+                   AND (s.category <> r.category OR s.stream_id <> r.stream_id) LIMIT 1) o ON true \
                LEFT JOIN LATERAL (SELECT bit_xor(digest) AS digest FROM kafold_stream s \
                  WHERE s.partition = r.partition AND s.hash BETWEEN r.lowest AND r.highest) b ON true \
                LEFT JOIN LATERAL (SELECT * FROM kafold_event e \
@@ -321,9 +325,21 @@ pub(super) async fn load(
         let index = usize::try_from(nth - 1).unwrap_or(usize::MAX);
         let answer = found.get_mut(index).expect("rows are numbered by the requests");
         let Ok(read) = answer else { continue };
-        read.position = offset_of(row.try_get("next_offset")?)?;
+        match place(requests[index].partition, row.try_get("next_offset")?) {
+            Ok(position) => read.position = position,
+            Err(error) => {
+                *answer = Err(error);
+                continue;
+            }
+        }
         read.head = head(row.try_get("head_version")?, row.try_get("head_digest")?);
         read.bucket = Digest(row.try_get::<i64, _>("bucket")? as u64);
+        let other: Option<String> = row.try_get("other_category")?;
+        let other = other.zip(row.try_get("other_id")?);
+        if let Err(error) = check_other_head(&requests[index], other) {
+            *answer = Err(error);
+            continue;
+        }
         if row.try_get::<Option<i64>, _>("version")?.is_some() {
             match IndexedRow::from_row(row)?.event() {
                 Ok(event) => read.events.push(event),
@@ -346,7 +362,7 @@ pub(super) async fn heads(pool: &PgPool, partition: Partition) -> Result<IndexHe
                  FROM kafold_stream WHERE partition = $1 GROUP BY 1) s ON true";
     let mut heads = IndexHeads::default();
     for row in &sqlx::query(sql).bind(partition_int(partition)).fetch_all(pool).await? {
-        heads.position = offset_of(row.try_get::<Option<i64>, _>(0)?.unwrap_or(0))?;
+        heads.position = place(partition, row.try_get::<Option<i64>, _>(0)?.unwrap_or(0))?;
         let declared = (row.try_get::<Option<i64>, _>(1)?, row.try_get::<Option<i64>, _>(2)?);
         heads.declared = total(declared.0.unwrap_or(0), declared.1.unwrap_or(0));
         let Some(bucket) = row.try_get::<Option<i64>, _>(3)? else { continue };

@@ -16,8 +16,8 @@ use sqlx::{FromRow, SqliteConnection, SqlitePool};
 use uuid::Uuid;
 
 use super::{
-    IndexedRow, More, RowError, Stored, added, bigint, check_stored, checksum, cursor, cut, head,
-    offset_of, partition_int, partition_of, total,
+    IndexedRow, More, RowError, Stored, added, bigint, check_other_head, check_stored, checksum,
+    cursor, cut, head, partition_int, partition_of, place, total,
 };
 use crate::table::list_places;
 
@@ -167,8 +167,8 @@ pub(super) async fn load(
     limit: usize,
 ) -> Result<Vec<Result<IndexRead, ReadError>>, RowError> {
     let position_sql = "SELECT next_offset FROM kafold_partition WHERE partition = $1";
-    let head_sql = "SELECT version, digest FROM kafold_stream \
-                    WHERE partition = $1 AND hash = $2 AND category = $3 AND stream_id = $4";
+    let head_sql = "SELECT category, stream_id, version, digest FROM kafold_stream \
+                    WHERE partition = $1 AND hash = $2";
     let bucket_sql = "SELECT digest FROM kafold_stream \
                       WHERE partition = $1 AND hash BETWEEN $2 AND $3";
     let events_sql = "SELECT category, stream_id, version, partition, \"offset\", event_id, \
@@ -184,8 +184,14 @@ pub(super) async fn load(
         let query = sqlx::query_scalar(position_sql).bind(partition);
         let position: Option<i64> = query.fetch_optional(&mut *tx).await?;
         let hash = stream_hash(&request.stream);
-        let query = sqlx::query_as(head_sql).bind(partition).bind(hash).bind(category).bind(id);
-        let found: Option<(i64, i64)> = query.fetch_optional(&mut *tx).await?;
+        let query = sqlx::query_as(head_sql).bind(partition).bind(hash);
+        let heads: Vec<(String, String, i64, i64)> = query.fetch_all(&mut *tx).await?;
+        let (own, others): (Vec<_>, Vec<_>) = heads
+            .into_iter()
+            .partition(|(of, stream_id, ..)| (&**of, &**stream_id) == (category, id));
+        let others = others.into_iter().map(|(category, stream_id, ..)| (category, stream_id));
+        let checked: Result<(), ReadError> =
+            others.map(|other| check_other_head(request, Some(other))).collect();
         let (lowest, highest) = Bucket::of_hash(hash).hashes();
         let query = sqlx::query_scalar(bucket_sql).bind(partition).bind(lowest).bind(highest);
         let mut bucket = Digest::default();
@@ -202,13 +208,14 @@ pub(super) async fn load(
         let rows = query.fetch_all(&mut *tx).await?;
         let events = rows.iter().map(|row| Ok(IndexedRow::from_row(row)?.event()));
         let events: Result<Result<Vec<_>, _>, sqlx::Error> = events.collect();
-        let position = offset_of(position.unwrap_or(0))?;
-        let head = found.and_then(|(version, digest)| head(Some(version), Some(digest)));
-        answers.push(
-            events?.map(|events| {
-                cut(IndexRead { position, events, more: false, head, bucket }, limit)
-            }),
-        );
+        let position = place(request.partition, position.unwrap_or(0));
+        let head =
+            own.first().and_then(|(.., version, digest)| head(Some(*version), Some(*digest)));
+        let read = events?.and_then(|events| {
+            let read = IndexRead { position: position?, events, more: false, head, bucket };
+            Ok(cut(read, limit))
+        });
+        answers.push(checked.and(read));
     }
     tx.commit().await?;
     Ok(answers)
@@ -222,9 +229,9 @@ pub(super) async fn heads(
     let mut tx = readers.begin().await?;
     let sql = "SELECT next_offset, events, digest FROM kafold_partition WHERE partition = $1";
     let query = sqlx::query_as(sql).bind(partition_int(partition));
-    let place: Option<(i64, i64, i64)> = query.fetch_optional(&mut *tx).await?;
-    let (next, events, digest) = place.unwrap_or_default();
-    let (position, declared) = (offset_of(next)?, total(events, digest));
+    let found: Option<(i64, i64, i64)> = query.fetch_optional(&mut *tx).await?;
+    let (next, events, digest) = found.unwrap_or_default();
+    let (position, declared) = (place(partition, next)?, total(events, digest));
     let mut heads = IndexHeads { position, declared, ..IndexHeads::default() };
     let sql = "SELECT hash, version, digest FROM kafold_stream WHERE partition = $1";
     let mut rows = sqlx::query_as(sql).bind(partition_int(partition)).fetch(&mut *tx);
