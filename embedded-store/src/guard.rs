@@ -6,14 +6,14 @@
 //! digests of all buckets of streams itself, and compares them with the file whenever it decides on a
 //! stream that it has not just written.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use kafold_core::digest::{Bucket, BucketDigests, Digest};
 use kafold_core::index::{IndexHead, IndexTotal};
 use kafold_core::mutant::{self, Mutant};
-use kafold_core::{Clock, Offset, ReadError, StreamId, Version};
+use kafold_core::{Clock, Offset, ReadError, RecordedEvent, StreamId, Version};
 use kafold_migrations::SqliteDatabase;
 use sqlx::SqliteConnection;
 
@@ -25,6 +25,9 @@ use crate::event::{self, Known, PARTITION, PlacedEvent, Question, StreamPage};
 const INTERVAL_MIN: Duration = Duration::from_secs(10);
 /// A comparison is not repeated before this many times as long has passed as it took.
 const INTERVAL_FACTOR: u32 = 100;
+/// Newest events whose digests are remembered one by one: 1 MiB. A page of a stream that was read before
+/// these were appended is read again.
+const NEWEST_EVENTS_MAX: usize = 65_536;
 /// Wait before a damaged file is looked at again.
 const DAMAGED_WAIT: Duration = Duration::from_secs(2);
 
@@ -37,7 +40,33 @@ struct KnownLog {
     /// The offset below which all events are in `digests`.
     end: Offset,
     digests: BucketDigests,
+    /// The newest of these events, the last one below `end` last: what was read a moment ago is compared
+    /// with the log as it was then.
+    newest: VecDeque<(Bucket, Digest)>,
     damage: Option<Damage>,
+}
+
+impl KnownLog {
+    /// Adds the event at `end`.
+    fn push(&mut self, event: &RecordedEvent) {
+        let (bucket, digest) = (Bucket::of(&event.stream), Digest::of(event));
+        self.digests.add(bucket, digest);
+        self.end = self.end.plus(1);
+        if self.newest.len() == NEWEST_EVENTS_MAX {
+            self.newest.pop_front();
+        }
+        self.newest.push_back((bucket, digest));
+    }
+
+    /// The digest of a bucket when the log ended at `end`; `None` when that is too long ago, or not yet.
+    fn bucket_at(&self, end: Offset, bucket: Bucket) -> Option<Digest> {
+        let since = usize::try_from(self.end.0.checked_sub(end.0)?).ok()?;
+        let first = self.newest.len().checked_sub(since)?;
+        let mut digest = self.digests.get(bucket);
+        let since = self.newest.range(first..).filter(|(of, _)| *of == bucket);
+        since.for_each(|(_, added)| digest ^= *added);
+        Some(digest)
+    }
 }
 
 struct Damage {
@@ -65,7 +94,8 @@ impl Guard {
         let totals = FileTotals::read(database).await?;
         totals.check(None)?;
         let end = Offset(totals.declared.events);
-        let known = KnownLog { end, digests: totals.digests, damage: None };
+        let (digests, newest) = (totals.digests, VecDeque::new());
+        let known = KnownLog { end, digests, newest, damage: None };
         Ok(Self { known: Mutex::new(known) })
     }
 
@@ -76,14 +106,11 @@ impl Guard {
 
     /// Adds a group that was committed.
     pub(crate) fn appended(&self, rows: &[PlacedEvent<'_>]) {
-        let (Some(first), Some(last)) = (rows.first(), rows.last()) else { return };
+        let Some(first) = rows.first() else { return };
         let mut known = self.known();
         // What another process has appended before is read first, and this with it.
         if known.end == first.offset {
-            for row in rows {
-                known.digests.toggle(&row.recorded());
-            }
-            known.end = last.offset.plus(1);
+            rows.iter().for_each(|row| known.push(&row.recorded()));
         }
     }
 
@@ -158,13 +185,10 @@ impl Guard {
         let has_head = page.head.is_some();
         self.check_names(&mut connection, stream, has_head, page.same_hash).await?;
         self.catch_up(&mut connection, page.end).await?;
-        let known = self.known();
-        if known.end != page.end {
+        let Some(known) = self.known().bucket_at(page.end, Bucket::of(stream)) else {
             return Ok(false);
-        }
-        let is_same = known.digests.get(Bucket::of(stream)) == page.bucket;
-        drop(known);
-        if is_same { Ok(true) } else { Err(self.damaged(None, beside(stream))) }
+        };
+        if known == page.bucket { Ok(true) } else { Err(self.damaged(None, beside(stream))) }
     }
 
     /// A head under the stream's hash that has another name was the stream's own.
@@ -218,8 +242,7 @@ impl Guard {
                     let what = format!("kafold_event: offset {expected} is missing");
                     return Err(self.damaged(None, what));
                 }
-                known.digests.toggle(event);
-                known.end = expected.plus(1);
+                known.push(event);
             }
             if events.is_empty() {
                 drop(known);
@@ -412,7 +435,7 @@ pub async fn rebuild_heads(database: &SqliteDatabase) -> Result<u64, ReadError> 
             let head = heads.entry(event.stream.clone()).or_default();
             if found != expected || event.version != head.version.plus(1) {
                 let (stream, version) = (&event.stream, event.version);
-                return Err(lost(format!(
+                return Err(lost(&format!(
                     "version {version} of {stream} at offset {found} follows version {} and offset \
                      {expected} is the next",
                     head.version
@@ -425,7 +448,7 @@ pub async fn rebuild_heads(database: &SqliteDatabase) -> Result<u64, ReadError> 
         }
     }
     if declared != Some(events) && events != old_heads {
-        return Err(lost(format!(
+        return Err(lost(&format!(
             "there are {} events, and kafold_log says {} and kafold_stream {}",
             events.events,
             declared.map_or("nothing".to_owned(), |declared| declared.events.to_string()),
@@ -437,7 +460,7 @@ pub async fn rebuild_heads(database: &SqliteDatabase) -> Result<u64, ReadError> 
     Ok(events.events)
 }
 
-fn lost(what: String) -> ReadError {
+fn lost(what: &str) -> ReadError {
     let cause = format!("the events are not whole: {what}; restore the file from a copy");
     ReadError::diverged("kafold_event", cause)
 }

@@ -153,20 +153,20 @@ impl Writer {
         };
         let (mut turn, Begun { end, declared_end, known }) = match begun.await {
             Ok(begun) => begun,
-            Err(error) => return self.refuse(submissions, nothing_written(error)),
+            Err(error) => return self.refuse(submissions, &nothing_written(error)),
         };
         let checked = self.guard.check_group(&mut turn, &questions, &known, declared_end, end);
         if let Err(error) = checked.await {
             // The transaction that was begun ends with its connection.
             drop(turn);
-            return self.refuse(submissions, AppendError::unavailable(RETRY_AFTER, error));
+            return self.refuse(submissions, &AppendError::unavailable(RETRY_AFTER, error));
         }
         let (bytes_max, now) = (self.config.event_bytes_max, self.clock.instant());
         let mut group = Group::new(&questions, &known, end, tickets, bytes_max, now);
         let verdicts: Vec<_> = submissions.iter().map(|one| one.decide(&mut group)).collect();
         let committed = match self.write(turn, group.rows()).await {
             Ok(committed) => committed,
-            Err(error) => return self.refuse(submissions, nothing_written(error)),
+            Err(error) => return self.refuse(submissions, &nothing_written(error)),
         };
         if let (Committed::Yes, false) = (&committed, group.rows().is_empty()) {
             self.guard.appended(group.rows());
@@ -244,7 +244,7 @@ impl Writer {
     }
 
     /// Answers everyone that nothing was written.
-    fn refuse(&self, submissions: Vec<Submission>, answer: AppendError) {
+    fn refuse(&self, submissions: Vec<Submission>, answer: &AppendError) {
         self.failure.set(Some(answer.to_string()));
         tracing::warn!(error = %answer, appends = submissions.len(), "cannot write");
         for submission in submissions {

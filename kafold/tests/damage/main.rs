@@ -10,14 +10,14 @@ use std::time::Duration;
 use fastrand::Rng;
 use futures_util::TryStreamExt;
 use futures_util::future::join_all;
-use kafold::clock::SystemClock;
+use kafold::clock::{RandomIds, SystemClock};
 use kafold::mutant::{self, Mutant};
 use kafold::projections::SqlIndex;
 use kafold::store::Health;
 use kafold::testing::{commit, eventually, exact};
 use kafold::{
-    AppendError, Clock, CommandId, Database, EventStore, ExpectedVersion, Log, LogOptions, Mode,
-    ReadError, StreamId, Version, embedded, open_log,
+    AppendError, Clock, CommandId, Database, EventStore, ExpectedVersion, IdGenerator, Log,
+    LogOptions, Mode, ReadError, StreamId, Version, embedded, open_log,
 };
 use tables::Tables;
 
@@ -328,7 +328,7 @@ async fn a_damaged_index_gets_no_version_twice_and_is_told_by_name_or_heals() {
 
 /// Damages the index of one log again and again. Returns how often it was told.
 async fn damage_a_log(brokers: &str, postgres: &str, nth: u64) -> u64 {
-    let name = format!("damage{}", uuid::Uuid::new_v4().simple());
+    let name = format!("damage{}", RandomIds.event_id().simple());
     let url = format!("kafka://{brokers}/{name}?partitions=2&replication=1");
     let database = database_of_its_own(postgres, &name).await;
     let mut log = open_kafka(&url, &database).await;
@@ -361,13 +361,13 @@ async fn damage_a_log(brokers: &str, postgres: &str, nth: u64) -> u64 {
                 }
             };
         }
+        let store = log.store();
+        ready_or_told(&*store).await;
         if is_damaged {
-            let store = log.store();
-            ready_or_told(&*store).await;
             probe(&mut truth, &*store, &mut random).await;
-            told += u64::from(mend(&truth, &*store, &database, &context).await);
         }
-        append_somewhere(&mut truth, &*log.store(), &mut random).await;
+        told += u64::from(mend(&truth, &*store, &database, &context).await);
+        append_somewhere(&mut truth, &*store, &mut random).await;
     }
     log.close().await;
     told

@@ -206,10 +206,10 @@ async fn each_right_that_is_missing_is_named(own: &TlsServer) {
         for line in lines.iter().filter(|line| line.starts_with("GRANT")) {
             run(&mut owner, &line.replace("GRANT", "REVOKE").replace(" TO ", " FROM ")).await;
             let missing = rights::missing(&mut owner, role, Some(&login)).await.expect("reads");
-            assert_eq!(missing, [line.clone()]);
+            assert_eq!(missing, std::slice::from_ref(line));
             // Asked for by the login itself, which may not even see the schema.
             let missing = database.missing_rights(role, None).await.expect("reads");
-            assert_eq!(missing, [line.clone()]);
+            assert_eq!(missing, std::slice::from_ref(line));
             run(&mut owner, line).await;
         }
         for kept in ["kafold_event SET version = 1", "kafold_audit SET actor = ''"] {

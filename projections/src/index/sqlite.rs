@@ -189,9 +189,8 @@ pub(super) async fn load(
         let (own, others): (Vec<_>, Vec<_>) = heads
             .into_iter()
             .partition(|(of, stream_id, ..)| (&**of, &**stream_id) == (category, id));
-        let others = others.into_iter().map(|(category, stream_id, ..)| (category, stream_id));
-        let checked: Result<(), ReadError> =
-            others.map(|other| check_other_head(request, Some(other))).collect();
+        let mut others = others.into_iter().map(|(category, stream_id, ..)| (category, stream_id));
+        let checked = others.try_for_each(|other| check_other_head(request, Some(other)));
         let (lowest, highest) = Bucket::of_hash(hash).hashes();
         let query = sqlx::query_scalar(bucket_sql).bind(partition).bind(lowest).bind(highest);
         let mut bucket = Digest::default();
