@@ -197,7 +197,7 @@ mod tests {
             Digest(3_968_515_222_993_230_159),
             "stored in the tables of every user"
         );
-        assert_eq!(stream_hash(&event().stream), 0);
+        assert_eq!(stream_hash(&event().stream), 2_543_671_532_102_667_198);
     }
 
     #[test]
