@@ -25,6 +25,9 @@ pub use api::BrokerApi;
 pub use presence::Presence;
 pub use readable::{PartitionFacts, ReadableLog};
 
+/// How often a right is tried of which the brokers did not tell whether it is there.
+const RIGHT_TRIES_MAX: u32 = 3;
+
 /// The version of the client library.
 pub fn client_version() -> String {
     rdkafka::util::get_rdkafka_version().1
@@ -176,7 +179,16 @@ impl Operator {
             let inquirer = Arc::clone(&this.inquirer);
             let mut prober = Prober::new(&this.config, inquirer, Arc::clone(&this.clock));
             let rights = role.rights(&this.config).into_iter();
-            Ok(rights.map(|right| (right.clone(), prober.ask(&right))).collect())
+            let mut ask = |right: &Right| {
+                let mut answer = prober.ask(right);
+                for _ in 1..RIGHT_TRIES_MAX {
+                    if let Answer::Untried(_) = answer {
+                        answer = prober.ask(right);
+                    }
+                }
+                answer
+            };
+            Ok(rights.map(|right| (right.clone(), ask(&right))).collect())
         })
         .await
     }
