@@ -103,7 +103,7 @@ async fn processes_that_migrate_at_once_make_one_set_of_tables() {
         .fetch_one(database.readers())
         .await
         .expect("reads");
-    assert_eq!(applied, 14);
+    assert_eq!(applied, 15);
 }
 
 #[tokio::test]
