@@ -147,9 +147,10 @@ fn of_postgres(code: &str, message: &str) -> Option<Refusal> {
     Some(Refusal { what: message.to_owned(), remedy: remedy.to_owned() })
 }
 
-/// Whether a relation is one of the toolkit's tables or a generation of a read model.
+/// Whether a relation is one of the toolkit's tables, which a login without rights on the schema does not
+/// see. A read model's table that is gone is no matter of rights.
 fn names_own_table(message: &str) -> bool {
-    message.contains("\"kafold_") || message.contains("__g")
+    message.contains("\"kafold_")
 }
 
 fn of_tls(error: &rustls::Error) -> Option<Refusal> {
