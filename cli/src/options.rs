@@ -13,8 +13,9 @@ const REQUEST_TIMEOUT: Duration = Duration::from_secs(3);
 /// How long an end of a partition that is too low is looked at again before it is believed.
 const LOW_END_PATIENCE: Duration = Duration::from_secs(2);
 
-/// Understood before and after any subcommand.
-#[derive(Debug, Clone, clap::Args)]
+/// Understood before and after any subcommand. The URLs are texts, as they are in a service's own options: clap
+/// takes options of one name for one.
+#[derive(Clone, clap::Args)]
 #[command(next_help_heading = "Options of every command")]
 pub(crate) struct Options {
     /// The event log: sqlite://FILE, or kafka://HOST:PORT,HOST:PORT/NAME (one broker or several).
@@ -22,7 +23,7 @@ pub(crate) struct Options {
     /// ?tls=true&ca=FILE encrypts, and sasl=scram-sha-512&user=NAME&password=@FILE logs in (@FILE: from
     /// a file, $NAME: from the environment); any option of librdkafka goes as ?librdkafka.KEY=VALUE.
     #[arg(long, value_name = "URL", env = "KAFOLD_LOG", hide_env_values = true, global = true)]
-    log: Option<UrlText>,
+    log: Option<String>,
     /// The database of stream index and read models: sqlite://FILE or
     /// postgres://USER:PASSWORD@HOST:PORT/NAME.
     ///
@@ -34,25 +35,21 @@ pub(crate) struct Options {
         hide_env_values = true,
         global = true
     )]
-    database: Option<UrlText>,
+    database: Option<String>,
     /// Prints one JSON document instead of text.
     #[arg(long, global = true)]
     pub(crate) json: bool,
 }
 
-/// A URL, which may hold a password: `Debug` shows its place only.
-#[derive(Clone)]
-struct UrlText(String);
-
-impl From<String> for UrlText {
-    fn from(text: String) -> Self {
-        Self(text)
-    }
-}
-
-impl fmt::Debug for UrlText {
+/// Of URLs, which may hold a password, their places only.
+impl fmt::Debug for Options {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&shown_url(&self.0))
+        let shown = |url: &Option<String>| url.as_deref().map(shown_url);
+        f.debug_struct("Options")
+            .field("log", &shown(&self.log))
+            .field("database", &shown(&self.database))
+            .field("json", &self.json)
+            .finish()
     }
 }
 
@@ -68,12 +65,12 @@ pub(crate) enum LogUrl {
 impl Options {
     /// The log when none is named.
     pub(crate) fn default_log(&mut self, url: Option<&str>) {
-        self.log = self.log.take().or_else(|| url.map(|url| UrlText(url.to_owned())));
+        self.log = self.log.take().or_else(|| url.map(str::to_owned));
     }
 
     /// What the log's URL accepts although it is unsafe. A URL that is none is told elsewhere.
     pub(crate) fn warnings(&self) -> Vec<String> {
-        let config = self.log.as_ref().and_then(|url| url.0.parse::<KafkaConfig>().ok());
+        let config = self.log.as_ref().and_then(|url| url.parse::<KafkaConfig>().ok());
         config.map(|config| config.warnings()).unwrap_or_default()
     }
 
@@ -89,7 +86,7 @@ impl Options {
 
     /// The log, if one is named.
     pub(crate) fn maybe_log(&self) -> Result<Option<LogUrl>, Error> {
-        let Some(UrlText(url)) = &self.log else { return Ok(None) };
+        let Some(url) = &self.log else { return Ok(None) };
         match url.split_once("://") {
             Some(("sqlite", file)) if !file.is_empty() => Ok(Some(LogUrl::Sqlite(url.clone()))),
             Some(("kafka", _)) => {
@@ -132,7 +129,7 @@ impl Options {
 
     /// The URL of the database, if one is named; else the log's own file, if it is one.
     pub(crate) fn maybe_database_url(&self) -> Result<Option<String>, Error> {
-        let Some(UrlText(url)) = &self.database else {
+        let Some(url) = &self.database else {
             return Ok(match self.maybe_log()? {
                 Some(LogUrl::Sqlite(url)) => Some(url),
                 Some(LogUrl::Kafka(_)) | None => None,
