@@ -119,7 +119,7 @@ pub(crate) fn check_listener(
     if !allowed.contains(&Unsafe::OpenListener) {
         return Err(ServeError::OpenListener(address));
     }
-    tracing::warn!(%address, "open_listener is allowed: whoever reaches the address is served, in clear text");
+    tracing::warn!(listen = %address, "open_listener is allowed: whoever reaches the address is served, in clear text");
     Ok(())
 }
 

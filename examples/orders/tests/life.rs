@@ -98,17 +98,17 @@ fn wrong_settings_end_it_with_a_message_that_names_them() {
     let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
     let taken = listener.local_addr().expect("an address").to_string();
     let cases: [(&[&str], i32, &[&str]); 16] = [
-        (&["--log", "mysql://x"], 2, &["mysql://x", "sqlite://FILE", "kafka://"]),
+        (&["--log", "mysql://x"], 2, &["--log", "sqlite://FILE", "kafka://"]),
         (&["--log", "kafka://localhost:9092/x"], 2, &["--database"]),
         (
             &["--log", "kafka://localhost/x y", "--database", "sqlite://x.db"],
             1,
-            &["kafka://localhost/x y"],
+            &["localhost", "no port"],
         ),
         (&["--log", "sqlite://absent/orders.db"], 1, &["absent"]),
         (&["--log", "sqlite://not-a-database"], 1, &["not-a-database"]),
         (&["--log", "sqlite://"], 1, &["sqlite://"]),
-        (&["--database", "mysql://x"], 2, &["mysql://x", "postgres://"]),
+        (&["--database", "mysql://x"], 2, &["--database", "postgres://"]),
         (&["--database", "postgres://127.0.0.1:port/x"], 1, &["database"]),
         (&["--listen", "nowhere"], 2, &["nowhere"]),
         (&["--listen", &taken], 1, &[&taken, "--listen"]),
@@ -116,7 +116,7 @@ fn wrong_settings_end_it_with_a_message_that_names_them() {
         (&["--bearer-token", "secret-text-that-is-long"], 2, &["@FILE", "$NAME"]),
         (&["--bearer-token", "@absent"], 2, &["--bearer-token", "absent"]),
         (&["--bearer-token", "$ABSENT"], 2, &["--bearer-token", "ABSENT"]),
-        (&["--deadline", "1h"], 2, &["1h"]),
+        (&["--deadline", "1h"], 2, &["--deadline", "100ms to 300s"]),
         (&["--colour", "red"], 2, &["--colour"]),
     ];
     for (args, code, told) in cases {
