@@ -159,8 +159,14 @@ impl Guard {
         Ok(())
     }
 
+    /// The offset below which all events are known.
+    pub(crate) fn end(&self) -> Offset {
+        self.known().end
+    }
+
     /// Compares the last page of a stream; `digest` is that of all its rows if the stream was read from its
-    /// begin. `false` when the file has moved on since the page was read.
+    /// begin, and `end` what was known before the page was read: the log never ends below that again.
+    /// `false` when the file has moved on since the page was read.
     pub(crate) async fn check_page(
         &self,
         database: &SqliteDatabase,
@@ -168,9 +174,14 @@ impl Guard {
         after: Version,
         page: &StreamPage,
         digest: Option<Digest>,
+        end: Offset,
     ) -> Result<bool, ReadError> {
         if mutant::active(Mutant::IndexBelieved) {
             return Ok(true);
+        }
+        if page.end < end {
+            let what = format!("kafold_log ends at offset {}, and ended at {end} before", page.end);
+            return Err(self.damaged(None, what));
         }
         let head = page.head.unwrap_or_default();
         let last = page.events.last().map_or(after.min(head.version), |last| last.version);
@@ -305,12 +316,14 @@ impl Guard {
     ) -> Result<(), ReadError> {
         let (mut after, mut digest) = (Version::EMPTY, Digest::default());
         loop {
+            let end = self.end();
             let page = event::read_page(database.readers(), stream, after).await?;
             page.events.iter().for_each(|event| digest ^= Digest::of(event));
             match page.events.last() {
                 Some(last) if page.more => after = last.version,
                 _ => {
-                    let checked = self.check_page(database, stream, after, &page, Some(digest));
+                    let checked =
+                        self.check_page(database, stream, after, &page, Some(digest), end);
                     return checked.await.map(drop);
                 }
             }

@@ -86,6 +86,7 @@ impl EmbeddedStore {
         before: Option<Digest>,
     ) -> Result<(StreamPage, Option<Digest>), ReadError> {
         for _ in 0..COMPARISONS_MAX {
+            let end = self.guard.end();
             let page = event::read_page(self.database.readers(), stream, after).await;
             let page = page.map_err(|error| self.guard.note(Some(stream), error))?;
             let digest = before.map(|mut digest| {
@@ -93,7 +94,7 @@ impl EmbeddedStore {
                 digest
             });
             if page.more
-                || self.guard.check_page(&self.database, stream, after, &page, digest).await?
+                || self.guard.check_page(&self.database, stream, after, &page, digest, end).await?
             {
                 return Ok((page, digest));
             }
