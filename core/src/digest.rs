@@ -49,13 +49,6 @@ impl Digest {
         Self(hash)
     }
 
-    /// The digest of several events.
-    pub fn of_all<'a>(events: impl IntoIterator<Item = &'a RecordedEvent>) -> Self {
-        let mut all = Self::default();
-        events.into_iter().for_each(|event| all ^= Self::of(event));
-        all
-    }
-
     /// The digest of bytes that are no event, such as a row of another table: each part is hashed
     /// behind the one before.
     pub fn of_parts<'a>(parts: impl IntoIterator<Item = &'a [u8]>) -> Self {

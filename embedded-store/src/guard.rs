@@ -77,9 +77,9 @@ struct Damage {
 
 /// What the tables add up to.
 struct FileTotals {
-    /// What `kafold_log` says.
+    /// The number and digest of events in `kafold_log`.
     declared: IndexTotal,
-    /// What the heads say.
+    /// The number and digest of events that the heads add up to.
     heads: IndexTotal,
     digests: BucketDigests,
     /// The number of rows of events.

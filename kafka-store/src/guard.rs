@@ -29,7 +29,7 @@ const TIMEOUT: Duration = Duration::from_secs(2);
 /// Between two log lines about the same refusal.
 const LOG_INTERVAL: Duration = Duration::from_secs(60);
 
-/// What brokers refuse now, by what it is about.
+/// The refusals of brokers that last, by the right or login that is refused.
 pub(crate) struct Refusals {
     clock: Arc<dyn Clock>,
     all: Mutex<BTreeMap<String, Told>>,
@@ -72,7 +72,7 @@ impl Refusals {
         }
     }
 
-    /// Who met it got through.
+    /// Forgets that `by` met the refusal; the refusal is over when no one meets it any more.
     pub(crate) fn clear(&self, what: &str, by: &str) {
         let mut all = self.lock();
         let Some(told) = all.get_mut(what) else { return };

@@ -23,7 +23,7 @@ pub struct Peer {
     pub protocol: String,
     /// The names that the certificate is for.
     pub names: Vec<String>,
-    /// Who signed it.
+    /// The authority that signed the certificate.
     pub issuer: String,
     /// Whole days until it expires.
     pub days_left: i32,

@@ -7,7 +7,7 @@ use rdkafka::error::{KafkaError, RDKafkaErrorCode};
 pub(crate) struct Refusal {
     /// What is wrong, with the client's own words in brackets.
     pub(crate) cause: String,
-    /// What to do about it.
+    /// The act that mends the cause.
     pub(crate) remedy: String,
 }
 

@@ -31,7 +31,7 @@ pub struct Tls {
 pub struct Login {
     /// How it is done.
     pub mechanism: Mechanism,
-    /// Who logs in.
+    /// The name of the user that logs in.
     pub user: String,
     /// With what.
     pub password: Password,

@@ -32,14 +32,14 @@ const PAGE_ROWS: i64 = 1_000;
 pub struct AuditContent {
     /// Its number, one more than that of the row before.
     pub id: i64,
-    /// When.
+    /// The time of the act.
     #[sqlx(try_from = "Time")]
     pub at: DateTime<Utc>,
-    /// Who.
+    /// The user who acted.
     pub actor: String,
-    /// What.
+    /// The act, such as `pause`.
     pub action: String,
-    /// To which projection.
+    /// The projection that the act changed.
     pub projection: Option<String>,
     /// More about it, as JSON.
     pub details: Option<String>,
