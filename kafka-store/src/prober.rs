@@ -3,7 +3,8 @@
 //! - Read on a topic: a fetch at its end.
 //! - Write on a topic: a record with `acks=2`. Brokers look at the right first, then refuse the record:
 //!   since Kafka 0.9 a producer may ask for the acknowledgement of one replica, of all, or of none.
-//! - Read on a group: a member that asks for a session of 1 ms, which brokers refuse after the right.
+//! - Read on a group: a commit for a partition that no topic has. Brokers check the right on the group first,
+//!   then the topic, and store nothing.
 //! - Create: a request that is only validated. Describe and DescribeConfigs: the requests themselves.
 
 use std::collections::HashMap;
@@ -12,9 +13,9 @@ use std::time::{Duration, Instant};
 
 use kafold_core::Clock;
 use rdkafka::admin::{AdminClient, AdminOptions, ResourceSpecifier};
-use rdkafka::client::{ClientContext, DefaultClientContext};
+use rdkafka::client::ClientContext;
 use rdkafka::config::{FromClientConfigAndContext, RDKafkaLogLevel};
-use rdkafka::consumer::{BaseConsumer, Consumer};
+use rdkafka::consumer::{BaseConsumer, CommitMode, Consumer};
 use rdkafka::error::{KafkaError, KafkaResult, RDKafkaErrorCode};
 use rdkafka::message::Message;
 use rdkafka::producer::{BaseProducer, BaseRecord, DeliveryResult, Producer as _, ProducerContext};
@@ -35,8 +36,11 @@ const POLL: Duration = Duration::from_millis(50);
 const PARTITION: i32 = 0;
 /// Acknowledgements that no broker knows.
 const ACKS: &str = "2";
-/// A session that no broker allows, in milliseconds.
-const SESSION_MS: &str = "1";
+/// How long a commit waits for the group's coordinator, in milliseconds: librdkafka takes the member's session timeout
+/// for it, and a client that is closed waits for its commits.
+const COMMIT_MS: &str = "1000";
+/// A partition that no topic has.
+const NO_PARTITION: i32 = i32::MAX;
 
 /// Tries rights. Every call blocks, for at most the request timeout a right.
 pub(crate) struct Prober {
@@ -46,7 +50,7 @@ pub(crate) struct Prober {
     /// `None` until it is needed, and after a denial, which the client tells only once.
     reader: Option<BaseConsumer<Context>>,
     writer: Option<BaseProducer<Trial>>,
-    admin: Option<AdminClient<DefaultClientContext>>,
+    admin: Option<AdminClient<Context>>,
     /// A broker has taken a record with `acks=2`: no further one is sent.
     takes_trials: bool,
 }
@@ -82,7 +86,7 @@ impl Prober {
                 self.configs(&self.config.events_topic())
             }
             (Operation::Read, Resource::Group(group) | Resource::GroupPrefix(group)) => {
-                self.join(group)
+                self.commit(group)
             }
             (Operation::DescribeConfigs, Resource::Cluster) => self.cluster_configs(),
             (operation, resource) => Ok(Answer::Untried(format!("{operation} on {resource}"))),
@@ -193,7 +197,10 @@ impl Prober {
         let timeout = Some(self.config.limits.request_timeout);
         let admin = match &mut self.admin {
             Some(admin) => admin,
-            none => none.insert(self.config.inquirer().create()?),
+            none => {
+                let settings = self.config.inquirer();
+                none.insert(AdminClient::from_config_and_context(&settings, Context::default())?)
+            }
         };
         let options = AdminOptions::new().request_timeout(timeout).operation_timeout(timeout);
         let described = Handle::current().block_on(admin.describe_configs([wanted], &options))?;
@@ -215,22 +222,31 @@ impl Prober {
         })
     }
 
-    fn join(&self, group: &str) -> KafkaResult<Answer> {
+    fn commit(&self, group: &str) -> KafkaResult<Answer> {
         let mut settings = self.config.inquirer();
-        settings.set("group.id", group).set("session.timeout.ms", SESSION_MS);
-        let member: BaseConsumer<Context> =
+        settings.set("group.id", group).set("session.timeout.ms", COMMIT_MS);
+        let committer: BaseConsumer<Context> =
             BaseConsumer::from_config_and_context(&settings, Context::default())?;
-        member.subscribe(&[&self.config.events_topic()])?;
+        let mut list = TopicPartitionList::with_capacity(1);
+        let topic = self.config.events_topic();
+        list.add_partition_offset(&topic, NO_PARTITION, RawOffset::Offset(0))?;
         let deadline = self.deadline();
         loop {
-            match member.poll(POLL) {
-                Some(Err(error)) => match code(&error) {
-                    Some(RDKafkaErrorCode::InvalidSessionTimeout) => return Ok(Answer::Granted),
+            let refused = committer.commit(&list, CommitMode::Sync).err();
+            // Without any right on the group, its coordinator is not found: `poll` returns this error.
+            let polled = || committer.poll(Duration::ZERO).and_then(Result::err);
+            for error in refused.into_iter().chain(polled()) {
+                match code(&error) {
                     Some(RDKafkaErrorCode::GroupAuthorizationFailed) => return Ok(Answer::Missing),
+                    Some(
+                        RDKafkaErrorCode::UnknownTopicOrPartition
+                        | RDKafkaErrorCode::TopicAuthorizationFailed,
+                    ) => return Ok(Answer::Granted),
                     _ => {}
-                },
-                _ if self.clock.instant() >= deadline => return Ok(timed_out()),
-                _ => {}
+                }
+            }
+            if self.clock.instant() >= deadline {
+                return Ok(timed_out());
             }
         }
     }
@@ -297,6 +313,10 @@ impl ClientContext for Trial {
     }
 
     fn stats(&self, _: Statistics) {}
+
+    fn error(&self, error: KafkaError, reason: &str) {
+        tracing::debug!(%error, reason, "kafka client");
+    }
 }
 
 impl ProducerContext for Trial {
