@@ -12,12 +12,12 @@ use crate::store::{Appended, Cursor, ReadError};
 /// Events by stream and version: a faithful copy of a prefix of each partition of the log.
 ///
 /// Everything written here is a true statement about a prefix of the log and only moves forward, so
-/// a late or second writer does no harm. It can be deleted at any time: it is fed again from the
-/// log.
+/// a late or second writer does no harm. An index can be deleted at any time and is fed again from
+/// the log.
 ///
-/// An index is not believed blindly, since other programs can change its tables. Beside the events
-/// an index keeps a head for each stream, and for each partition the number and the [`Digest`] of its
-/// events. Who decides on what an index says compares the three ([`IndexRead::bucket`],
+/// An index is verified before use, since other programs can change its tables. Beside the events
+/// an index keeps a head for each stream, and for each partition the number and the [`Digest`] of
+/// its events. A reader which decides on an index compares the three ([`IndexRead::bucket`],
 /// [`StreamIndex::heads`]).
 #[async_trait]
 pub trait StreamIndex: Send + Sync + 'static {
@@ -32,18 +32,19 @@ pub trait StreamIndex: Send + Sync + 'static {
     /// They may share a transaction, since many small ones cost more than what they write.
     async fn advance(&self, batches: Vec<IndexBatch>) -> Vec<Result<Advanced, ReadError>>;
 
-    /// Up to `limit` events of each request's stream above its version, in order, with the position
-    /// of the partition's cursor in the same snapshot. Answers are in the order of the requests:
-    /// many loads cost one round trip. Rows of one stream that cannot be read fail that answer alone.
+    /// Returns up to `limit` events of each request's stream above the request's version, in order,
+    /// with the position of the partition's cursor in the same snapshot. Answers follow the order
+    /// of the requests: many loads cost one round trip. Unreadable rows of one stream fail only the
+    /// answer for the stream.
     async fn load(&self, requests: &[IndexLoad], limit: usize)
     -> Vec<Result<IndexRead, ReadError>>;
 
-    /// The heads of all streams of a partition, added up, with the partition's cursor in the same
-    /// snapshot.
+    /// Returns the sums over the heads of all streams of a partition, with the partition's cursor
+    /// in the same snapshot.
     async fn heads(&self, partition: Partition) -> Result<IndexHeads, ReadError>;
 
-    /// How many events of each partition there are and their digest, as the rows of the events
-    /// themselves have it, with what the partition's heads have in the same snapshot. Reads every row.
+    /// Returns for each partition the number and digest of the rows of events, and the totals of
+    /// the partition's heads in the same snapshot. Reads every row.
     async fn count(&self) -> Result<Vec<IndexCount>, ReadError>;
 
     /// What the command came to if it is in the index, with the position of the partition's cursor
@@ -113,14 +114,15 @@ pub struct IndexHead {
     pub digest: Digest,
 }
 
-/// What the heads of a partition's streams add up to.
+/// The sums over the heads of a partition's streams.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct IndexHeads {
     /// The position of the partition's cursor.
     pub position: Offset,
-    /// The number and digest of events that the partition's cursor says there are.
+    /// The number of events declared by the partition's cursor, and the XOR of their digests and of the hashes of their
+    /// streams: a head in the wrong bucket changes the sum.
     pub declared: IndexTotal,
-    /// The number and digest of events that the heads add up to.
+    /// The same, summed over the heads.
     pub found: IndexTotal,
     /// The digests of the heads.
     pub buckets: BucketDigests,
@@ -129,25 +131,25 @@ pub struct IndexHeads {
 /// A number of events and their digest.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct IndexTotal {
-    /// How many events.
+    /// The number of events.
     pub events: u64,
-    /// Their digest.
+    /// The digest of the events.
     pub digest: Digest,
 }
 
-/// A partition's rows of events beside its heads.
+/// The totals of a partition's rows of events and of the partition's heads.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct IndexCount {
     /// The partition.
     pub partition: Partition,
-    /// The rows of its events.
+    /// The totals of the rows of events.
     pub rows: IndexTotal,
-    /// Its heads.
+    /// The totals of the heads.
     pub heads: IndexTotal,
 }
 
-/// [`ReadError::Diverged`] for an index whose tables are not what the log says: `what` differs in
-/// `table`. The remedy is part of the sentence.
+/// Returns [`ReadError::Diverged`] for a difference between the index and the log: `what` differs
+/// in `table`. The error's sentence includes the remedy.
 pub fn damaged(partition: Partition, table: &str, what: impl Display) -> ReadError {
     let cause = format!(
         "table {table} is damaged: {what}; feed it again from the log: kafold index rebuild --partition {partition}"
@@ -156,7 +158,7 @@ pub fn damaged(partition: Partition, table: &str, what: impl Display) -> ReadErr
 }
 
 impl IndexHeads {
-    /// Whether the heads add up to what the partition's cursor says.
+    /// Rejects heads with sums other than the totals declared by the partition's cursor.
     pub fn check(&self, partition: Partition) -> Result<(), ReadError> {
         let Self { declared, found, position, .. } = self;
         if declared == found {
@@ -174,7 +176,7 @@ impl IndexHeads {
 }
 
 impl IndexCount {
-    /// Whether the rows of the events add up to what the heads say.
+    /// Rejects rows of events with totals other than the totals of the heads.
     pub fn check(&self) -> Result<(), ReadError> {
         let Self { partition, rows, heads } = self;
         if rows == heads {
@@ -191,7 +193,7 @@ impl IndexCount {
 impl IndexTotal {
     /// Adds events.
     pub fn add(&mut self, events: u64, digest: Digest) {
-        // What somebody wrote into a table may be any number.
+        // A damaged table may hold any number, so the addition wraps.
         self.events = self.events.wrapping_add(events);
         self.digest ^= digest;
     }

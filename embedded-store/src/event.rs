@@ -34,7 +34,7 @@ pub(crate) struct PlacedEvent<'a> {
 }
 
 impl PlacedEvent<'_> {
-    /// The event as it is read back.
+    /// Returns the event in the form of a later read.
     pub(crate) fn recorded(&self) -> RecordedEvent {
         let Self { stream, version, offset, command_id, event } = *self;
         RecordedEvent {
@@ -54,29 +54,29 @@ impl PlacedEvent<'_> {
 pub(crate) struct Known {
     /// The version of the stream's last event.
     pub(crate) version: Version,
-    /// The version of its head.
+    /// The version of the stream's head.
     pub(crate) head: Version,
-    /// Heads that have the stream's hash, of whatever name.
+    /// Number of heads with the stream's hash, under any name.
     pub(crate) same_hash: u64,
-    /// The digest of the heads in the stream's bucket, if it was asked for.
+    /// The digest of the heads in the stream's bucket, if requested.
     pub(crate) bucket: Option<Digest>,
     pub(crate) first: Option<Appended>,
 }
 
-/// A stream to ask about.
+/// A query about a stream.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Question<'a> {
     pub(crate) stream: &'a StreamId,
     /// A command of the stream to find.
     pub(crate) command: Option<CommandId>,
-    /// The version that this process brought the stream to, if it remembers. Of any other stream the
-    /// bucket is compared.
+    /// The version of this process's latest commit to the stream, if remembered. Without a
+    /// remembered version the stream's bucket is compared.
     pub(crate) last: Option<Version>,
 }
 
 impl Question<'_> {
-    /// The stream's hash, and the hashes of the heads that are wanted, both within: none of a stream that
-    /// this process has just appended to.
+    /// Returns the stream's hash and the inclusive range of hashes of the heads to read. The range
+    /// is empty for a stream whose last commit this process remembers.
     fn hashes(&self) -> (i64, i64, i64) {
         let hash = stream_hash(self.stream);
         let (lowest, highest) = Bucket::of_hash(hash).hashes();
@@ -123,18 +123,18 @@ SELECT
      WHERE partition = 0 AND hash BETWEEN ?5 AND ?6)
 "#;
 
-/// What a transaction begins with.
+/// The answers at the beginning of a transaction.
 pub(crate) struct Begun {
-    /// The end of the log as its events have it.
+    /// The end of the log in `kafold_event`.
     pub(crate) end: Offset,
-    /// And as `kafold_log` has it, if that has its row.
+    /// The end of the log in `kafold_log`; `None` without a row.
     pub(crate) declared_end: Option<Offset>,
-    /// What the file says about each question, in their order.
+    /// The answers to the questions, in their order.
     pub(crate) known: Vec<Known>,
 }
 
-/// Begins a transaction, and asks for all streams and commands by one query, and by one more for each
-/// command that is there already.
+/// Begins a transaction. Queries all streams and commands in one statement, and each command
+/// already stored in another statement.
 pub(crate) async fn begin(
     connection: &mut SqliteConnection,
     questions: &[Question<'_>],
@@ -154,7 +154,7 @@ pub(crate) async fn begin(
         };
         known.push(Known {
             version: Version(version.unwrap_or(0)),
-            // A version that is none matches no event, and so is told.
+            // A negative version matches no event, so the comparison reports the damage.
             head: Version(head.unwrap_or(0) as u64),
             same_hash,
             bucket: question.last.is_none().then(|| xor(bucket)),
@@ -166,12 +166,12 @@ pub(crate) async fn begin(
     Ok(Begun { end, declared_end, known })
 }
 
-/// The version of a stream, that of its head, the last version of the command, the number of heads with its
-/// hash, and the digests of the bucket.
+/// The version of a stream, the version of the stream's head, the last version of the command, the
+/// number of heads with the stream's hash, and the digests of the bucket.
 #[derive(Deserialize)]
 struct Answer(Option<u64>, Option<i64>, Option<u64>, u64, Vec<i64>);
 
-/// The end of the log, twice, and an answer for each question.
+/// The end of the log in `kafold_event` and in `kafold_log`, and an answer for each question.
 type Answers = (i64, Option<i64>, Vec<Answer>);
 
 async fn begin_one(
@@ -208,8 +208,8 @@ async fn begin_many(
     Ok((end, declared, answers.map_err(|error| sqlx::Error::Decode(error.into()))?))
 }
 
-/// Whether all heads that have a stream's hash are of streams that have that hash: then they collide. A
-/// head whose name was changed is of none.
+/// Returns `true` if the name of every head with the stream's hash also has this hash: the hashes
+/// collide. A renamed head returns `false`.
 pub(crate) async fn heads_collide(
     executor: impl SqliteExecutor<'_>,
     stream: &StreamId,
@@ -223,7 +223,7 @@ pub(crate) async fn heads_collide(
     Ok(heads.iter().all(has_hash))
 }
 
-/// The digest of the heads in the bucket of a stream.
+/// Returns the digest of the heads in a stream's bucket.
 pub(crate) async fn bucket(
     executor: impl SqliteExecutor<'_>,
     stream: &StreamId,
@@ -234,7 +234,7 @@ pub(crate) async fn bucket(
     query.fetch_all(executor).await.map(xor)
 }
 
-/// The digests in a JSON array.
+/// Parses the digests in a JSON array.
 fn digests(json: &str) -> Result<Vec<i64>, sqlx::Error> {
     serde_json::from_str(json).map_err(|error| sqlx::Error::Decode(error.into()))
 }
@@ -245,7 +245,7 @@ fn xor(digests: Vec<i64>) -> Digest {
     xor
 }
 
-/// The end of the log and its digest, as `kafold_log` has them.
+/// Returns the end and the digest of the log in `kafold_log`.
 pub(crate) async fn declared(
     executor: impl SqliteExecutor<'_>,
 ) -> Result<Option<IndexTotal>, sqlx::Error> {
@@ -386,23 +386,23 @@ pub(crate) struct EventRow {
     digest: i64,
 }
 
-/// Some of the events of a stream, and what the file says of all of it at the same moment.
+/// A page of a stream's events, with the facts about the whole stream in the same snapshot.
 pub(crate) struct StreamPage {
     /// The events, in order.
     pub(crate) events: Vec<RecordedEvent>,
-    /// Whether there are more of them.
+    /// `true` if more events follow.
     pub(crate) more: bool,
-    /// The end of the log, as `kafold_log` has it.
+    /// The end of the log in `kafold_log`.
     pub(crate) end: Offset,
     /// The stream's head.
     pub(crate) head: Option<IndexHead>,
-    /// Heads that have the stream's hash, of whatever name.
+    /// Number of heads with the stream's hash, under any name.
     pub(crate) same_hash: u64,
     /// The digest of the heads in the stream's bucket.
     pub(crate) bucket: Digest,
 }
 
-/// A row of a page: what is said of the stream, and an event if there is any.
+/// A row of a page: the facts about the stream, and an event if any.
 #[derive(FromRow)]
 struct PageRow {
     end: i64,
@@ -413,8 +413,8 @@ struct PageRow {
     version: Option<i64>,
 }
 
-/// The events of a stream above a version, [`READ_PAGE_EVENTS`] at most. One statement, which is one
-/// snapshot.
+/// Returns the events of a stream above a version, [`READ_PAGE_EVENTS`] at most. Runs one
+/// statement, and so one snapshot.
 pub(crate) async fn read_page(
     executor: impl SqliteExecutor<'_>,
     stream: &StreamId,
@@ -470,23 +470,26 @@ pub(crate) async fn read_page(
     })
 }
 
-/// What the heads of all streams add up to, and by bucket.
+/// Returns the sums over the heads of all streams, in total and by bucket.
 pub(crate) async fn heads(
     connection: &mut SqliteConnection,
 ) -> Result<(IndexTotal, BucketDigests), sqlx::Error> {
     let (mut total, mut buckets) = (IndexTotal::default(), BucketDigests::default());
-    let sql = "SELECT hash, version, digest FROM kafold_stream WHERE partition = 0";
+    let sql = "SELECT hash, category, stream_id, version, digest FROM kafold_stream \
+               WHERE partition = 0";
     let mut rows = sqlx::query_as(sql).fetch(connection);
-    while let Some((hash, version, digest)) = rows.try_next().await? {
-        let (version, digest): (i64, i64) = (version, digest);
-        let digest = Digest(digest as u64);
-        total.add(version as u64, digest);
-        buckets.add(Bucket::of_hash(hash), digest);
+    while let Some((hash, category, id, version, digest)) = rows.try_next().await? {
+        let (category, id): (String, String) = (category, id);
+        let (hash, version, digest): (i64, i64, i64) = (hash, version, digest);
+        let of_name = StreamId::new(&category, &id).map_or(!hash, |stream| stream_hash(&stream));
+        // A hash of another stream changes the total, so a head in the wrong bucket is detected.
+        total.add(version as u64, Digest((digest ^ hash ^ of_name) as u64));
+        buckets.add(Bucket::of_hash(hash), Digest(digest as u64));
     }
     Ok((total, buckets))
 }
 
-/// Writes the heads of all streams anew, and what the log adds up to.
+/// Replaces the heads of all streams and the totals of the log.
 pub(crate) async fn replace_heads(
     connection: &mut SqliteConnection,
     heads: &HashMap<StreamId, IndexHead>,
@@ -502,7 +505,7 @@ pub(crate) async fn replace_heads(
         let query = query.bind(stream.id()).bind(signed(head.version.0));
         query.bind(head.digest.0 as i64).execute(&mut *connection).await?;
     }
-    // A log whose row is gone gets another id: its readers are told that their places are of another log.
+    // A log without its row gets a new id, so its readers report a foreign position.
     let sql = "INSERT INTO kafold_log (singleton, log_id, created_at, next_offset, digest) \
                VALUES (1, lower(hex(randomblob(16))), unixepoch() * 1000000, ?, ?) \
                ON CONFLICT (singleton) DO UPDATE \
@@ -512,14 +515,14 @@ pub(crate) async fn replace_heads(
     sqlx::query("DELETE FROM kafold_unlocked").execute(&mut *connection).await.map(drop)
 }
 
-/// Gives the events that a version of kafold without digests has left theirs, once.
+/// Fills in the digests of events written by a version without digests, once.
 pub(crate) async fn fill_in_digests(database: &SqliteDatabase) -> Result<(), sqlx::Error> {
     let missing = "SELECT EXISTS (SELECT 1 FROM kafold_log WHERE next_offset < 0)";
     if !sqlx::query_scalar::<_, bool>(missing).fetch_one(database.readers()).await? {
         return Ok(());
     }
     let mut tx = database.write().await?;
-    // Another process may have done it meanwhile.
+    // Another process may have filled in the digests meanwhile.
     if !sqlx::query_scalar::<_, bool>(missing).fetch_one(&mut *tx).await? {
         return tx.rollback().await;
     }
@@ -579,7 +582,7 @@ async fn read_rows(
 }
 
 impl EventRow {
-    /// The event, unless its row has changed since it was written.
+    /// Returns the event, or an error for a row which has changed since its insert.
     fn recorded(self) -> Result<RecordedEvent, ReadError> {
         let (place, digest) = (format!("event at {}:{}", self.partition, self.offset), self.digest);
         let event = self.unchecked()?;

@@ -21,7 +21,7 @@ ALTER TABLE kafold_event
 
 ALTER TABLE kafold_partition
     ADD COLUMN events   BIGINT NOT NULL,   -- how many are in kafold_event below next_offset
-    ADD COLUMN digest   BIGINT NOT NULL,   -- XOR of their digests
+    ADD COLUMN digest   BIGINT NOT NULL,   -- XOR of their digests and of the hashes of their streams
     ADD COLUMN checksum BIGINT NOT NULL;   -- of partition, next_offset and fold_state
 
 -- The planner knows nothing of the rows that a statement has added, and must never read all heads for them.

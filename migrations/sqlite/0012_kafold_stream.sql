@@ -19,7 +19,7 @@ ALTER TABLE kafold_event ADD COLUMN hash   INTEGER NOT NULL DEFAULT 0;     -- of
 ALTER TABLE kafold_event ADD COLUMN digest INTEGER NOT NULL DEFAULT 0;     -- of everything in the row
 
 ALTER TABLE kafold_partition ADD COLUMN events   INTEGER NOT NULL DEFAULT 0; -- how many are in kafold_event below next_offset
-ALTER TABLE kafold_partition ADD COLUMN digest   INTEGER NOT NULL DEFAULT 0; -- XOR of their digests
+ALTER TABLE kafold_partition ADD COLUMN digest   INTEGER NOT NULL DEFAULT 0; -- XOR of their digests and of the hashes of their streams
 ALTER TABLE kafold_partition ADD COLUMN checksum INTEGER NOT NULL DEFAULT 0; -- of partition, next_offset and fold_state
 
 -- What the log in this file holds. next_offset is -1 until the events that an older version left have their digests.

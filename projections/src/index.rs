@@ -1,9 +1,9 @@
 //! [`SqlIndex`]: events by stream and version, in the tables `kafold_event`, `kafold_stream` and
 //! `kafold_partition`.
 //!
-//! A trigger of the database keeps the heads in `kafold_stream` while events are added. Other programs
-//! can change the tables: every row of an event carries the digest of its content, and every row of a
-//! partition the checksum of its place.
+//! A trigger of the database updates the heads in `kafold_stream` in the statement which adds
+//! events. Other programs can change the tables. So every row of an event carries the digest of its
+//! content, and every row of a partition carries the checksum of its position.
 //!
 //! Fed by the owner of a partition with accepted events only. Whatever is written is a true
 //! statement about a prefix of the log and moves only forward, so two feeders at once do no harm.
@@ -52,8 +52,8 @@ impl SqlIndex {
         Self { database, clock: Arc::new(SystemClock) }
     }
 
-    /// What the index has at the streams and versions of these events, in their order. Rows that cannot
-    /// be read, or have changed since they were written, are errors.
+    /// Returns the index's events at the streams and versions of these events, in their order. A
+    /// row which is unreadable or has changed since its insert is an error.
     pub async fn find(
         &self,
         events: &[RecordedEvent],
@@ -65,8 +65,9 @@ impl SqlIndex {
         found.map_err(RowError::into)
     }
 
-    /// Empties the index, of one partition or of all, in one transaction. Its owner, or `kafold index
-    /// rebuild`, feeds it again from the log. Needs the rights of the tables' owner.
+    /// Empties the index of one partition or of all partitions, in one transaction. The partition's
+    /// owner or `kafold index rebuild` feeds the index again from the log. Needs the rights of the
+    /// tables' owner.
     pub async fn clear(&self, partition: Option<Partition>) -> Result<(), ReadError> {
         let cleared = match &self.database {
             Database::Postgres(database) => postgres::clear(database.pool(), partition).await,
@@ -184,8 +185,8 @@ impl From<RowError> for ReadError {
     }
 }
 
-/// A database that is away, or refuses until somebody mends something, is unavailable; anything else it
-/// says will not go away by waiting.
+/// Converts an error of the database: an unreachable or refusing database is unavailable; no wait
+/// repairs any other error.
 pub(crate) fn read_error(error: sqlx::Error) -> ReadError {
     match unavailable(&error) {
         Some(reason) => ReadError::unavailable(RETRY_AFTER, reason),
@@ -209,7 +210,7 @@ pub(crate) struct EventRow {
     payload: Vec<u8>,
 }
 
-/// An event as a row of the index, with the digest of what was written there.
+/// An event as a row of the index, with the digest of the event at its insert.
 #[derive(sqlx::FromRow)]
 struct IndexedRow {
     #[sqlx(flatten)]
@@ -218,7 +219,7 @@ struct IndexedRow {
 }
 
 impl IndexedRow {
-    /// The event, unless the row has changed since it was written.
+    /// Returns the event, or an error for a row which has changed since its insert.
     fn event(self) -> Result<RecordedEvent, ReadError> {
         let (partition, offset) = (self.row.partition, self.row.offset);
         let changed = |why: &dyn std::fmt::Display| {
@@ -288,8 +289,9 @@ impl More {
     }
 }
 
-/// Events that lay where others were to go, as `(category, stream id, version) → (partition, offset,
-/// event id, digest)`: each event of the batch must be there to the letter.
+/// Events that lay where others were to go, as
+/// `(category, stream id, version) → (partition, offset, event id, digest)`: each event of the
+/// batch must be stored unchanged.
 type Stored = HashMap<(String, String, i64), (i32, i64, Uuid, i64)>;
 
 /// Whether what could not be inserted is there already; else the log and the index contradict.
@@ -322,7 +324,8 @@ fn cut(mut read: IndexRead, limit: usize) -> IndexRead {
     read
 }
 
-/// A stored place, unless it was changed since the index wrote it.
+/// Returns a stored position, or an error for a row which has changed since the index wrote the
+/// row.
 fn cursor(
     partition: Partition,
     next: i64,
@@ -336,28 +339,31 @@ fn cursor(
     Ok(Cursor { next: place(partition, next)?, state })
 }
 
-/// The offset of a stored place.
+/// Returns the offset of a stored position.
 fn place(partition: Partition, next: i64) -> Result<Offset, ReadError> {
     let invalid = |_| damaged(partition, "kafold_partition", format!("its row says offset {next}"));
     u64::try_from(next).map(Offset).map_err(invalid)
 }
 
-/// The checksum of a place.
+/// Returns the checksum of a stored position.
 fn checksum(partition: Partition, next: i64, state: &str) -> i64 {
     let place = [&partition.0.to_le_bytes()[..], &next.to_le_bytes(), state.as_bytes()];
     Digest::of_parts(place).0 as i64
 }
 
-/// What a batch adds to a partition whose place is `from`.
+/// Returns the totals a batch adds to a partition at position `from`. The digest includes the hash
+/// of each new stream, so a head in the wrong bucket is detected.
 fn added(batch: &IndexBatch, from: Offset) -> IndexTotal {
     let mut added = IndexTotal::default();
-    let events = batch.events.iter().filter(|event| event.position.offset >= from);
-    events.for_each(|event| added.add(1, Digest::of(event)));
+    for event in batch.events.iter().filter(|event| event.position.offset >= from) {
+        let hash = if event.version == Version(1) { stream_hash(&event.stream) } else { 0 };
+        added.add(1, Digest(Digest::of(event).0 ^ hash as u64));
+    }
     added
 }
 
-/// Damage when a head that has the hash of a stream is that of another one whose hash is not that: its name
-/// was changed, and the stream's own head is missing. Streams whose hashes collide are no damage.
+/// Rejects a head with the hash of the stream and a name with another hash: the head was renamed,
+/// and the stream's own head is missing. Two streams with colliding hashes are no damage.
 fn check_other_head(request: &IndexLoad, other: Option<(String, String)>) -> Result<(), ReadError> {
     let Some((category, id)) = other else { return Ok(()) };
     let hash = StreamId::new(&category, &id).map(|other| stream_hash(&other));
@@ -373,7 +379,7 @@ fn total(events: i64, digest: i64) -> IndexTotal {
 }
 
 fn head(version: Option<i64>, digest: Option<i64>) -> Option<IndexHead> {
-    // A version that is none matches no event, and so is told.
+    // A negative version matches no event, so the comparison reports the damage.
     let version = Version(version? as u64);
     Some(IndexHead { version, digest: Digest(digest? as u64) })
 }

@@ -1,5 +1,5 @@
-//! Tables that a log and its index are in are damaged at random: no stream gets a version twice or a gap,
-//! no answer changes, and damage is told with the name of the table and the command that mends it.
+//! Random damage to the tables of a log and its index: no stream gets a version twice or a gap, no
+//! answer changes, and every reported damage names the table and the remedy.
 
 mod tables;
 
@@ -25,17 +25,17 @@ use tables::Tables;
 const EMBEDDED_SEEDS: u64 = 10_000;
 /// Seeds of the campaign on a log on Kafka with its index in PostgreSQL.
 const KAFKA_SEEDS: u64 = 200;
-/// Logs that these seeds damage, side by side.
+/// Logs damaged by these seeds, side by side.
 const KAFKA_LOGS: u64 = 8;
-/// How long a partition may take until it is ready, or says why it is not.
+/// Deadline of a partition for being ready or reporting a reason.
 const PATIENCE: Duration = Duration::from_secs(30);
 const REMEDY: &str = "kafold index rebuild";
 
-/// What was acknowledged: the command of each version.
+/// The acknowledged commands: the command of each version.
 #[derive(Clone, Default)]
 struct Truth {
     streams: BTreeMap<StreamId, Vec<CommandId>>,
-    /// What has been done to the tables, for messages.
+    /// The damage done to the tables, for messages.
     damage: String,
 }
 
@@ -69,7 +69,7 @@ impl Truth {
         Ok(())
     }
 
-    /// Every stream as it is read, where it can be.
+    /// Compares a readable stream with the acknowledged commands.
     async fn check(&self, store: &dyn EventStore, stream: &StreamId) -> Result<Version, ReadError> {
         let events: Vec<_> = store.read(stream, Version::EMPTY).try_collect().await?;
         let found: Vec<_> = events.iter().map(|event| event.command_id).collect();
@@ -83,7 +83,8 @@ impl Truth {
     }
 }
 
-/// A log of a few events, written in two parts; with the tables as they were in between.
+/// Fills a log with a few events in two parts. Returns the state of the tables between the parts
+/// too.
 async fn fill(store: &dyn EventStore, database: &Database, random: &mut Rng) -> (Truth, Tables) {
     let mut truth = Truth::default();
     for _ in 0..6 {
@@ -102,8 +103,8 @@ async fn append_somewhere(truth: &mut Truth, store: &dyn EventStore, random: &mu
     truth.append(store, &stream, exact(version)).await.expect("nothing is damaged yet");
 }
 
-/// Tries to append to every stream in the three ways there are, as far as the store lets it. Returns why
-/// it does not.
+/// Appends to every stream with one of the three expected versions. Returns the reasons for refused
+/// appends.
 async fn probe(truth: &mut Truth, store: &dyn EventStore, random: &mut Rng) -> Vec<String> {
     let mut refusals = Vec::new();
     for nth in 0..5 {
@@ -121,7 +122,7 @@ async fn probe(truth: &mut Truth, store: &dyn EventStore, random: &mut Rng) -> V
         };
         match truth.append(store, &stream, expected).await {
             Ok(()) => {}
-            // A stream that exists is no new one.
+            // `NoStream` conflicts with an existing stream.
             Err(AppendError::Conflict { .. }) if expected == ExpectedVersion::NoStream => {}
             Err(error) => refusals.push(words(&error)),
         }
@@ -150,14 +151,14 @@ fn is_told(reasons: &[String]) -> bool {
     reasons.iter().any(|reason| reason.contains("kafold_") && reason.contains(REMEDY))
 }
 
-/// A folder in memory where the system has one: nothing here rests on the disk.
+/// Creates a folder in memory where possible: no test here relies on the disk.
 fn folder() -> tempfile::TempDir {
     let memory = Path::new("/dev/shm");
     let folder = if memory.is_dir() { memory.to_owned() } else { std::env::temp_dir() };
     tempfile::tempdir_in(folder).expect("a folder")
 }
 
-/// One file, damaged once.
+/// Damages one file once.
 async fn damage_a_file(template: &Path, seed: u64) {
     let folder = folder();
     let file = folder.path().join("log.db");
@@ -170,7 +171,7 @@ async fn damage_a_file(template: &Path, seed: u64) {
     let before = Tables::read(&database).await;
     let mut damaged = before.clone();
     let what = damaged.damage(&mut random, &older);
-    // Without anything newer it is a log that was restored from a copy, which nothing can tell.
+    // With only older rows the file equals a log restored from a copy, which no check detects.
     let is_older_log = damaged.log() == older.log();
     let is_running = random.bool();
     if (is_older_log && !is_running) || !damaged.write(&database, &before).await {
@@ -205,7 +206,7 @@ fn runtime() -> tokio::runtime::Runtime {
     tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime")
 }
 
-/// A file with all tables and without events: to make one anew takes longer than a seed.
+/// Creates a file with all tables and without events: creating a new file takes longer than a seed.
 fn template(folder: &Path) -> std::path::PathBuf {
     let file = folder.join("template.db");
     runtime().block_on(async {
@@ -215,7 +216,7 @@ fn template(folder: &Path) -> std::path::PathBuf {
     file
 }
 
-/// Half of the seeds each in two threads.
+/// Runs the seeds in two threads, half of the seeds each.
 #[test]
 fn a_damaged_file_gets_no_version_twice_and_is_told_by_name() {
     let folder = folder();
@@ -266,7 +267,7 @@ async fn the_heads_of_a_file_are_made_again() {
     log.close().await;
 }
 
-/// The log on Kafka with its index in PostgreSQL that all seeds damage, one after the other.
+/// Opens the log on Kafka with its index in PostgreSQL.
 async fn open_kafka(url: &str, database: &Database) -> Log {
     LogOptions::new(url).index(database).open().await.expect("opens")
 }
@@ -284,8 +285,8 @@ async fn ready_or_told(store: &dyn EventStore) -> Vec<String> {
     }
 }
 
-/// Waits until every stream is whole and the store is ready; an index that is told to be damaged is made
-/// again. Whether it was.
+/// Waits until every stream is complete and the store is ready, and rebuilds an index reported as
+/// damaged. Returns `true` after a report.
 async fn mend(truth: &Truth, store: &dyn EventStore, database: &Database, context: &str) -> bool {
     let clock = SystemClock;
     let deadline = clock.instant() + PATIENCE;
@@ -308,25 +309,79 @@ async fn mend(truth: &Truth, store: &dyn EventStore, database: &Database, contex
     }
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn a_damaged_index_gets_no_version_twice_and_is_told_by_name_or_heals() {
+/// Returns the URLs of Kafka and PostgreSQL, if both are set.
+fn servers() -> Option<(String, String)> {
     let servers =
         std::env::var("KAFOLD_TEST_KAFKA").ok().zip(std::env::var("KAFOLD_TEST_POSTGRES").ok());
-    let Some((brokers, postgres)) = servers else {
+    if servers.is_none() {
         assert!(std::env::var_os("KAFOLD_TEST_REQUIRE_ALL").is_none(), "servers are missing");
-        eprintln!(
-            "skipped a_damaged_index: KAFOLD_TEST_KAFKA and KAFOLD_TEST_POSTGRES name no servers"
-        );
-        return;
+        eprintln!("skipped: KAFOLD_TEST_KAFKA and KAFOLD_TEST_POSTGRES name no servers");
+    }
+    servers
+}
+
+/// A stream with its head in another bucket and without events looks like a new stream.
+async fn hidden_stream_is_told(url: &str, database: Option<Database>) {
+    let open = async || match &database {
+        Some(database) => LogOptions::new(url).index(database).open().await,
+        None => open_log(url).await,
     };
-    // Most of a seed is waiting: logs of their own wait side by side.
+    let log = open().await.expect("opens");
+    eventually("it is ready", async || log.health() == Health::Ready).await;
+    let tables = database.clone().or_else(|| log.database().cloned()).expect("a database");
+    let (mut truth, _) = fill(&*log.store(), &tables, &mut Rng::with_seed(1)).await;
+    // The index is fed behind the write.
+    eventually("the index has all events", async || {
+        Tables::read(&tables).await.rows("kafold_event") == 12
+    })
+    .await;
+    let before = Tables::read(&tables).await;
+    let mut damaged = before.clone();
+    let hidden: StreamId = damaged.hide_stream().parse().expect("a stream");
+    if database.is_some() {
+        log.close().await;
+        assert!(damaged.write(&tables, &before).await);
+    } else {
+        assert!(damaged.write(&tables, &before).await);
+        log.close().await;
+    }
+    let log = match open().await {
+        Ok(log) => log,
+        Err(error) => return assert!(is_told(&[words(&error)]), "{}", words(&error)),
+    };
+    ready_or_told(&*log.store()).await;
+    let refused = truth.append(&*log.store(), &hidden, ExpectedVersion::NoStream).await;
+    let refused = words(&refused.expect_err("the stream exists"));
+    assert!(is_told(std::slice::from_ref(&refused)), "{refused}");
+    if let Some(database) = &database {
+        mend(&truth, &*log.store(), database, "a hidden stream").await;
+    }
+    log.close().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stream_whose_head_is_in_another_bucket_is_no_new_stream() {
+    let folder = folder();
+    let file = folder.path().join("log.db");
+    hidden_stream_is_told(&format!("sqlite://{}", file.display()), None).await;
+    let Some((brokers, postgres)) = servers() else { return };
+    let name = format!("damage{}", RandomIds.event_id().simple());
+    let url = format!("kafka://{brokers}/{name}?partitions=1&replication=1");
+    let database = database_of_its_own(&postgres, &name).await;
+    hidden_stream_is_told(&url, Some(database)).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_damaged_index_gets_no_version_twice_and_is_told_by_name_or_heals() {
+    let Some((brokers, postgres)) = servers() else { return };
+    // A seed mostly waits, so several logs run side by side.
     let logs = (0..KAFKA_LOGS).map(|nth| damage_a_log(&brokers, &postgres, nth));
     let told: u64 = join_all(logs).await.into_iter().sum();
     println!("{KAFKA_SEEDS} seeds, {told} of them told");
     assert!(told > KAFKA_SEEDS / 10, "{told} of {KAFKA_SEEDS} were told");
 }
 
-/// Damages the index of one log again and again. Returns how often it was told.
+/// Damages the index of one log repeatedly. Returns the number of reports.
 async fn damage_a_log(brokers: &str, postgres: &str, nth: u64) -> u64 {
     let name = format!("damage{}", RandomIds.event_id().simple());
     let url = format!("kafka://{brokers}/{name}?partitions=2&replication=1");
@@ -341,7 +396,7 @@ async fn damage_a_log(brokers: &str, postgres: &str, nth: u64) -> u64 {
         let mut damaged = before.clone();
         let what = damaged.damage(&mut random, &older);
         older = before.clone();
-        // To stop and start takes seconds.
+        // A stop and a start take seconds.
         let is_running = seed % 8 != 0;
         let context = format!("log {nth}, seed {seed}, running: {is_running}: {what}");
         truth.damage.clone_from(&context);

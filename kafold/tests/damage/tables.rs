@@ -1,4 +1,4 @@
-//! Tables of kafold as literals of SQL, which a test changes at will behind the back of their triggers.
+//! Tables of kafold as SQL literals, for changes by a test without the triggers.
 
 use std::collections::BTreeMap;
 
@@ -13,7 +13,7 @@ pub(crate) type Rows = Vec<Vec<String>>;
 #[derive(Clone, Default, PartialEq, Eq)]
 pub(crate) struct Tables(BTreeMap<&'static str, Rows>);
 
-/// The tables that decisions rest on, with the number of columns at the front that name a row.
+/// The tables behind decisions, with the number of leading columns in the key of a row.
 const KEYS: &[(&str, usize)] = &[
     ("kafold_event", 3),
     ("kafold_stream", 4),
@@ -34,17 +34,33 @@ impl Tables {
         Self(tables)
     }
 
-    /// The tables without those that no stream depends on.
+    /// Returns the tables with data of streams.
     pub(crate) fn log(&self) -> [Option<&Rows>; 3] {
         ["kafold_event", "kafold_stream", "kafold_log"].map(|table| self.0.get(table))
+    }
+
+    /// Returns the number of rows of a table.
+    pub(crate) fn rows(&self, table: &str) -> usize {
+        self.0.get(table).map_or(0, Vec::len)
     }
 
     pub(crate) fn clear(&mut self, table: &str) {
         self.0.get_mut(table).expect("a table").clear();
     }
 
-    /// Changes tables at random, `older` being their state at an earlier moment. Returns words for what
-    /// was done.
+    /// Moves the first head to another bucket and deletes the events of its stream. Returns the
+    /// stream's name.
+    pub(crate) fn hide_stream(&mut self) -> String {
+        let head = &mut self.0.get_mut("kafold_stream").expect("a table")[0];
+        let hash: i64 = head[1].trim_matches('\'').parse().expect("a number");
+        head[1] = (hash ^ (1 << 60)).to_string();
+        let name = head[2..4].to_vec();
+        self.0.get_mut("kafold_event").expect("a table").retain(|row| row[..2] != name);
+        name.join("-").replace('\'', "")
+    }
+
+    /// Changes tables at random; `older` is an earlier state of the tables. Returns a description
+    /// of the changes.
     pub(crate) fn damage(&mut self, random: &mut Rng, older: &Self) -> String {
         let names: Vec<_> = self.0.keys().copied().collect();
         let mut done = Vec::new();
@@ -86,8 +102,8 @@ impl Tables {
         done.join(", ")
     }
 
-    /// Writes the tables, whatever triggers say. `false` when the database takes none of it: a value that
-    /// a column cannot hold is no damage that can happen.
+    /// Writes the tables without the triggers. Returns `false` if the database rejects the
+    /// statements: a value no column can hold is no possible damage.
     pub(crate) async fn write(&self, database: &Database, before: &Self) -> bool {
         let changed = self.0.iter().filter(|(table, rows)| before.0.get(*table) != Some(rows));
         let mut statements = Vec::new();

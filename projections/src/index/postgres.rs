@@ -277,8 +277,8 @@ async fn stored(
         .collect()
 }
 
-/// All requests in one statement, which is one snapshot. Heads are looked up one by one: the planner
-/// may take their table for a small one and read all of it.
+/// Runs all requests in one statement, and so in one snapshot. Looks up each head by key, because
+/// the planner may underestimate the table of heads and read the whole table.
 pub(super) async fn load(
     pool: &PgPool,
     requests: &[IndexLoad],
@@ -350,15 +350,16 @@ pub(super) async fn load(
     Ok(found.into_iter().map(|answer| answer.map(|read| cut(read, limit))).collect())
 }
 
-/// One statement, which is one snapshot. The sum has a bound, so that no version that somebody wrote into
-/// a head makes it fail.
+/// Runs one statement, and so one snapshot. The sum saturates, so an invalid version in a head
+/// cannot overflow the sum.
 pub(super) async fn heads(pool: &PgPool, partition: Partition) -> Result<IndexHeads, RowError> {
-    let sql = "SELECT p.next_offset, p.events, p.digest, s.bucket, s.events, s.digest \
+    let sql = "SELECT p.next_offset, p.events, p.digest, s.bucket, s.events, s.digest, \
+                 s.hashes \
                FROM (SELECT 1) o \
                LEFT JOIN kafold_partition p ON p.partition = $1 \
                LEFT JOIN (SELECT hash >> 52 AS bucket, \
                    LEAST(sum(version), 9223372036854775807)::int8 AS events, \
-                   bit_xor(digest) AS digest \
+                   bit_xor(digest) AS digest, bit_xor(hash) AS hashes \
                  FROM kafold_stream WHERE partition = $1 GROUP BY 1) s ON true";
     let mut heads = IndexHeads::default();
     for row in &sqlx::query(sql).bind(partition_int(partition)).fetch_all(pool).await? {
@@ -367,13 +368,14 @@ pub(super) async fn heads(pool: &PgPool, partition: Partition) -> Result<IndexHe
         heads.declared = total(declared.0.unwrap_or(0), declared.1.unwrap_or(0));
         let Some(bucket) = row.try_get::<Option<i64>, _>(3)? else { continue };
         let of_bucket = total(row.try_get(4)?, row.try_get(5)?);
-        heads.found.add(of_bucket.events, of_bucket.digest);
+        let hashes: i64 = row.try_get(6)?;
+        heads.found.add(of_bucket.events, Digest(of_bucket.digest.0 ^ hashes as u64));
         heads.buckets.add(Bucket::of_hash(bucket << 52), of_bucket.digest);
     }
     Ok(heads)
 }
 
-/// One statement, which is one snapshot.
+/// Runs one statement, and so one snapshot.
 pub(super) async fn count(pool: &PgPool) -> Result<Vec<IndexCount>, RowError> {
     let sql = "SELECT partition, e.events, e.digest, s.events, s.digest \
                FROM (SELECT partition, count(*) AS events, bit_xor(digest) AS digest \
@@ -395,7 +397,7 @@ pub(super) async fn count(pool: &PgPool) -> Result<Vec<IndexCount>, RowError> {
     Ok(counts)
 }
 
-/// The rows at the streams and versions of events.
+/// Returns the rows at the streams and versions of the events.
 pub(super) async fn find(
     pool: &PgPool,
     events: &[RecordedEvent],
@@ -419,7 +421,7 @@ pub(super) async fn find(
     Ok(found)
 }
 
-/// One transaction, in which the triggers let it.
+/// Deletes in one transaction, with the setting which disarms the triggers.
 pub(super) async fn clear(pool: &PgPool, partition: Option<Partition>) -> Result<(), sqlx::Error> {
     let mut tx = pool.begin().await?;
     sqlx::query("SET LOCAL kafold.index_rebuild = 'on'").execute(&mut *tx).await?;
@@ -429,7 +431,7 @@ pub(super) async fn clear(pool: &PgPool, partition: Option<Partition>) -> Result
             sqlx::query(sql).execute(&mut *tx).await?;
         }
         Some(partition) => {
-            // The place first: whoever feeds the partition waits for its row.
+            // Deletes the position first: a feeder of the partition waits for this row.
             for sql in [
                 "DELETE FROM kafold_partition WHERE partition = $1",
                 "DELETE FROM kafold_event WHERE partition = $1",

@@ -29,7 +29,7 @@ pub(super) const FIND_COMMAND: &str = "SELECT p.next_offset, e.version, e.partit
      LEFT JOIN kafold_event e INDEXED BY kafold_event_command ON e.category = $2 AND e.stream_id = $3 AND e.command_id = $4 \
      ORDER BY e.version DESC LIMIT 1";
 const COLUMNS: usize = 13;
-/// Events in one statement: 13 values each, of 32 766 that SQLite takes.
+/// Most events in one statement: 13 values each, and SQLite's limit is 32 766 values.
 const EVENTS_MAX: usize = 500;
 
 /// Each batch in a transaction of its own: there is no round trip to save.
@@ -220,7 +220,7 @@ pub(super) async fn load(
     Ok(answers)
 }
 
-/// In one transaction, which is one snapshot.
+/// Reads in one transaction, and so in one snapshot.
 pub(super) async fn heads(
     readers: &SqlitePool,
     partition: Partition,
@@ -236,7 +236,7 @@ pub(super) async fn heads(
     let mut rows = sqlx::query_as(sql).bind(partition_int(partition)).fetch(&mut *tx);
     while let Some((hash, version, digest)) = rows.try_next().await? {
         let of_stream = total(version, digest);
-        heads.found.add(of_stream.events, of_stream.digest);
+        heads.found.add(of_stream.events, Digest(of_stream.digest.0 ^ hash as u64));
         heads.buckets.add(Bucket::of_hash(hash), of_stream.digest);
     }
     drop(rows);
@@ -244,7 +244,7 @@ pub(super) async fn heads(
     Ok(heads)
 }
 
-/// In one transaction, which is one snapshot.
+/// Reads in one transaction, and so in one snapshot.
 pub(super) async fn count(readers: &SqlitePool) -> Result<Vec<IndexCount>, RowError> {
     let mut totals: BTreeMap<i32, (IndexTotal, IndexTotal)> = BTreeMap::new();
     let mut tx = readers.begin().await?;
@@ -269,7 +269,7 @@ pub(super) async fn count(readers: &SqlitePool) -> Result<Vec<IndexCount>, RowEr
     counts.collect()
 }
 
-/// The rows at the streams and versions of events.
+/// Returns the rows at the streams and versions of the events.
 pub(super) async fn find(
     readers: &SqlitePool,
     events: &[RecordedEvent],
@@ -287,7 +287,7 @@ pub(super) async fn find(
     Ok(found)
 }
 
-/// One transaction, in which the triggers let it.
+/// Deletes in one transaction, with the row which disarms the triggers.
 pub(super) async fn clear(
     database: &SqliteDatabase,
     partition: Option<Partition>,
