@@ -1,25 +1,26 @@
-//! The SQL rights that each role needs on PostgreSQL, as GRANT lines, and those that one lacks.
+//! The SQL rights each role needs on PostgreSQL, as GRANT lines, and the rights a login lacks.
 //!
-//! The role `admin` owns the toolkit's tables: it runs `migrate` and operators' commands. A service
-//! owns the tables and views of its read models, which it makes itself; of the toolkit's tables it
-//! gets what it writes and no more: it never updates or deletes an event or an audit row.
+//! The role `admin` owns the toolkit's tables and runs `migrate` and the operators' commands. A
+//! service creates and owns the tables and views of its read models. On the toolkit's tables a
+//! service has exactly the rights for its own writes: a service never updates or deletes an event
+//! or an audit row.
 
 use sqlx::PgConnection;
 
 use crate::schema;
 
-/// What a login is for.
+/// The purpose of a login.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Role {
-    /// Looks: `status`, `events tail`, `stream show`, queries of read models.
+    /// Only reads: `status`, `events tail`, `stream show`, queries of read models.
     Reader,
-    /// `doctor`.
+    /// Runs `doctor`.
     Doctor,
     /// Runs projections only.
     Worker,
     /// Takes commands and runs projections.
     Service,
-    /// Owns the tables: `migrate`, and the commands that change something.
+    /// Owns the tables and runs `migrate` and all commands with changes.
     Admin,
 }
 
@@ -39,7 +40,7 @@ impl Role {
         }
     }
 
-    /// The name of the SQL role when none is given: `kafold_NAME`.
+    /// The default name of the SQL role: `kafold_NAME`.
     pub fn default_login(self) -> String {
         format!("kafold_{}", self.name())
     }
@@ -47,7 +48,7 @@ impl Role {
     fn on_schema(self) -> &'static [&'static str] {
         match self {
             Self::Reader | Self::Doctor => &["USAGE"],
-            // Rebuilds make tables.
+            // A rebuild creates tables.
             Self::Worker | Self::Service | Self::Admin => &["USAGE", "CREATE"],
         }
     }
@@ -55,7 +56,7 @@ impl Role {
 
 type Rights = &'static [&'static str];
 
-/// The rights of a service and of a worker on each table; readers SELECT from all of them.
+/// The rights of a service and of a worker on each table; readers have SELECT on every table.
 const TABLES: &[(&str, Rights, Rights)] = &[
     ("kafold_migrations", &["SELECT"], &["SELECT"]),
     ("kafold_event", &["SELECT", "INSERT"], &[]),
@@ -78,7 +79,7 @@ const TABLES: &[(&str, Rights, Rights)] = &[
     ("kafold_audit_head", &["SELECT", "UPDATE"], &["SELECT", "UPDATE"]),
 ];
 
-/// The rights of a role on the tables that there are in this version's migration set.
+/// Returns the rights of a role on the tables of this version's migration set.
 fn on_tables(role: Role) -> impl Iterator<Item = (&'static str, Rights)> {
     let set = schema::postgres();
     let exists = move |table: &str| {
@@ -99,19 +100,14 @@ fn on_tables(role: Role) -> impl Iterator<Item = (&'static str, Rights)> {
     tables.filter(|(_, rights)| !rights.is_empty())
 }
 
-/// Returns the lines of SQL that give a login the rights of a role, for the schema `public`.
+/// Returns the GRANT lines for the rights of a role, for the schema `public`.
 ///
-/// `service` names the login that makes the read models: readers are given what it will make.
-pub fn grants(role: Role, login: &str, service: &str) -> Vec<String> {
-    let (to, service) = (quoted(login), quoted(service));
+/// A login gets its rights on read models from the process which makes them: the same rights as the
+/// login's rights on `kafold_checkpoint`.
+pub fn grants(role: Role, login: &str) -> Vec<String> {
+    let to = quoted(login);
     let mut lines = vec![grant(role.on_schema(), "SCHEMA public", &to)];
     lines.extend(on_tables(role).map(|(table, rights)| grant(rights, table, &to)));
-    if matches!(role, Role::Reader | Role::Admin) {
-        lines.push(format!(
-            "ALTER DEFAULT PRIVILEGES FOR ROLE {service} IN SCHEMA public GRANT SELECT ON TABLES \
-             TO {to};"
-        ));
-    }
     lines
 }
 
@@ -119,7 +115,7 @@ fn grant(rights: &[&str], object: &str, to: &str) -> String {
     format!("GRANT {} ON {object} TO {to};", rights.join(", "))
 }
 
-/// An SQL name, in quotation marks where it needs them.
+/// Returns an SQL name, quoted where SQL requires quotation marks.
 fn quoted(name: &str) -> String {
     let is_plain = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'_';
     let begins = name.starts_with(|c: char| c.is_ascii_lowercase() || c == '_');
@@ -129,8 +125,8 @@ fn quoted(name: &str) -> String {
     format!("\"{}\"", name.replace('"', "\"\""))
 }
 
-/// Returns the lines of SQL that give the login of a connection, or another one, the rights of a role
-/// that it lacks; none when it has all of them. A table that is not there is passed over.
+/// Returns the missing rights of a role as SQL lines, for the login of the connection or for
+/// another login. Returns no lines when the login has all rights. Missing tables are skipped.
 pub async fn missing(
     connection: &mut PgConnection,
     role: Role,
@@ -155,7 +151,7 @@ pub async fn missing(
         .flat_map(|(table, rights)| rights.iter().map(move |right| (table, *right)))
         .collect();
     let (tables, rights): (Vec<_>, Vec<_>) = asked.into_iter().unzip();
-    // Not by to_regclass, which finds nothing in a schema that this login may not use.
+    // `to_regclass` finds nothing in a schema without USAGE.
     let sql = "SELECT c.relname::text, string_agg(r, ', ' ORDER BY i) \
                FROM UNNEST($3::text[], $4::text[]) WITH ORDINALITY AS asked (t, r, i) \
                JOIN pg_class c ON c.relname = t AND c.relkind = 'r' \
@@ -174,7 +170,7 @@ pub async fn missing(
     Ok(lines)
 }
 
-/// Tables of the toolkit that the login does not own.
+/// Returns the toolkit's tables with an owner other than the login.
 async fn foreign_tables(
     connection: &mut PgConnection,
     login: &str,
@@ -191,7 +187,8 @@ async fn foreign_tables(
     Ok(names.iter().map(|name| format!("ALTER TABLE {name} OWNER TO {to};")).collect())
 }
 
-/// Views of read models from which the login may not read, at most [`HIDDEN_MAX`].
+/// Returns the GRANT lines for the read models' views without SELECT for the login, at most
+/// [`HIDDEN_MAX`].
 async fn hidden_read_models(
     connection: &mut PgConnection,
     login: &str,
@@ -210,7 +207,7 @@ async fn hidden_read_models(
     Ok(names.iter().map(|name| grant(&["SELECT"], &quoted(name), to)).collect())
 }
 
-/// Most read models that are named as hidden from a reader.
+/// Most read models named as hidden from a reader.
 const HIDDEN_MAX: i64 = 20;
 
 #[cfg(test)]
@@ -218,7 +215,7 @@ mod tests {
     use super::*;
 
     fn lines(role: Role) -> Vec<String> {
-        grants(role, &role.default_login(), "kafold_service")
+        grants(role, &role.default_login())
     }
 
     #[test]

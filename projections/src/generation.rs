@@ -45,6 +45,50 @@ impl fmt::Display for Generation {
     }
 }
 
+/// The rights of every other login on `kafold_checkpoint`, granted on a table in quotes.
+const SHARE: &str = "; other record; BEGIN \
+     FOR other IN SELECT a.grantee::regrole AS login, \
+         string_agg(DISTINCT a.privilege_type, ', ') AS rights \
+       FROM pg_class c, aclexplode(c.relacl) a \
+       WHERE c.oid = to_regclass('kafold_checkpoint') AND a.grantee <> 0 \
+         AND a.grantee::regrole::text <> quote_ident(current_user) \
+       GROUP BY 1 \
+     LOOP EXECUTE format('GRANT %s ON %I TO %s', other.rights, made, other.login); END LOOP; \
+     END $$";
+
+/// Grants every other login with rights on the checkpoints the same rights on a generation's tables
+/// and views: a service and a worker with separate logins share the read models of both.
+pub(crate) async fn share(
+    tx: &mut Transaction<'_>,
+    definition: &Definition,
+    generation: Generation,
+) -> Result<(), sqlx::Error> {
+    if matches!(tx, Transaction::Sqlite(_)) {
+        return Ok(());
+    }
+    for table in definition.tables() {
+        for made in [&generation.table(table.as_str()), &table] {
+            if exists(tx, made.as_str()).await? && foreign_owner(tx, made).await?.is_none() {
+                let mut sql = SqlText::new("DO $$ DECLARE made text := ");
+                run(tx, sql.quoted(made).text(SHARE).finish()).await?;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Returns the owner of a table or view, or `None` if the current login has the owner's rights. On a
+/// foreign table a login may change rows, but may neither create an index nor drop the table.
+pub(crate) async fn foreign_owner(
+    tx: &mut Transaction<'_>,
+    table: &Identifier,
+) -> Result<Option<String>, sqlx::Error> {
+    let Transaction::Postgres(connection) = tx else { return Ok(None) };
+    let sql = "SELECT relowner::regrole::text FROM pg_class \
+               WHERE oid = to_regclass($1) AND NOT pg_has_role(relowner, 'USAGE')";
+    sqlx::query_scalar(sql).bind(table.as_str()).fetch_optional(&mut **connection).await
+}
+
 /// Makes the views of a new projection.
 pub(crate) async fn create_views(
     tx: &mut Transaction<'_>,
@@ -119,7 +163,7 @@ fn create_view(how: &'static str, table: &Identifier, generation: Generation) ->
     sql.name(table).text(" AS SELECT * FROM ").name(&generation.table(table.as_str())).finish()
 }
 
-/// The generations of which there is a table.
+/// Returns the generations with a table, except foreign tables.
 async fn generations(
     tx: &mut Transaction<'_>,
     table: &Identifier,
@@ -129,7 +173,7 @@ async fn generations(
         Transaction::Postgres(connection) => {
             let sql = "SELECT c.relname::text FROM pg_class c \
                        WHERE c.relkind = 'r' AND starts_with(c.relname, $1) \
-                         AND pg_table_is_visible(c.oid)";
+                         AND pg_table_is_visible(c.oid) AND pg_has_role(c.relowner, 'USAGE')";
             sqlx::query_scalar(sql).bind(&prefix).fetch_all(&mut **connection).await?
         }
         Transaction::Sqlite(connection) => {

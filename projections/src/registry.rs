@@ -27,8 +27,8 @@ const SWITCH_POLL: Duration = Duration::from_millis(10);
 pub(crate) const SWITCH_LAG_MAX: i64 = 1_000;
 /// How long a change of views or tables waits for queries that are under way; then it is tried again.
 const SWITCH_LOCK_TIMEOUT: &str = "SET LOCAL lock_timeout = '2s'";
-/// The mark before the fingerprint of a projection whose positions were reset: its rows are those of a
-/// log that is not there any more.
+/// The prefix of a projection's fingerprint after a reset of positions: the rows come from a log
+/// which no longer exists.
 const RESET: &str = "reset, was ";
 
 /// Enters the projection and makes its tables when it is new; else demands that its definition is
@@ -45,15 +45,16 @@ pub(crate) async fn register(
     let generation = match find(tx, &definition.name).await? {
         None => {
             refuse_foreign(tx, definition).await?;
-            handler.setup(Generation::FIRST, tx).await?;
+            set_up(tx, handler, Generation::FIRST).await?;
             generation::create_views(tx, definition, Generation::FIRST).await?;
+            generation::share(tx, definition, Generation::FIRST).await?;
             insert(tx, definition, now).await?;
             Generation::FIRST
         }
         Some(found) if found.is_reset() => begin_anew(tx, handler, &found, now).await?,
         Some(found) => {
             check(tx, definition, &found).await?;
-            handler.setup(found.live(), tx).await?;
+            set_up(tx, handler, found.live()).await?;
             set_state_in(tx, &definition.name, State::Running, None, now).await?;
             found.live()
         }
@@ -62,8 +63,24 @@ pub(crate) async fn register(
     Ok(generation)
 }
 
-/// Makes the generation that a reset of positions asked for the live one at once, empty: the rows of
-/// before are no progress that anything could be compared with.
+/// Creates and shares the tables of a generation, unless another login owns a table.
+async fn set_up(
+    tx: &mut Transaction<'_>,
+    handler: &dyn Handler,
+    generation: Generation,
+) -> Result<(), ApplyError> {
+    let definition = handler.definition();
+    for table in definition.tables() {
+        if generation::foreign_owner(tx, &generation.table(table.as_str())).await?.is_some() {
+            return Ok(());
+        }
+    }
+    handler.setup(generation, tx).await?;
+    Ok(generation::share(tx, definition, generation).await?)
+}
+
+/// Makes the generation requested by a reset of positions live at once, with empty rows: the old
+/// rows are no progress to compare with.
 async fn begin_anew(
     tx: &mut Transaction<'_>,
     handler: &dyn Handler,
@@ -75,14 +92,14 @@ async fn begin_anew(
         return Err(refused(reset_reason(found)));
     }
     let Some(next) = found.next() else { return Err(refused(reset_reason(found))) };
-    handler.setup(next, tx).await?;
+    set_up(tx, handler, next).await?;
     set_builder(tx, definition).await?;
     switch_views(tx, definition, found, next).await?;
     finish_switch(tx, &definition.name, found, next, now).await?;
     Ok(next)
 }
 
-/// The reason that a projection does not run whose positions were reset.
+/// Returns the reason for a projection which does not run after a reset of positions.
 fn reset_reason(found: &Found) -> String {
     let name = &found.name;
     match found.refuses_rebuild() {
@@ -95,8 +112,8 @@ fn reset_reason(found: &Found) -> String {
     }
 }
 
-/// Has the rows of a projection built anew by the next worker that starts, and used by none until then.
-/// `None`: it names no tables, and is only kept from running.
+/// Marks a projection for a rebuild by the next worker to start; no worker uses the rows before.
+/// Returns `None` for a projection without named tables, which is only kept from running.
 pub(crate) async fn reset(
     tx: &mut Transaction<'_>,
     found: &Found,
@@ -220,13 +237,13 @@ pub(crate) async fn begin_build(
     if definition.tables.is_empty() {
         return Err(refused(no_tables(&definition.name)));
     }
-    handler.setup(next, tx).await?;
+    set_up(tx, handler, next).await?;
     set_builder(tx, definition).await?;
     open.commit().await?;
     Ok(true)
 }
 
-/// Writes down by which definition the next generation is built.
+/// Stores the fingerprint of the definition which builds the next generation.
 async fn set_builder(tx: &mut Transaction<'_>, definition: &Definition) -> Result<(), sqlx::Error> {
     let sql = "UPDATE kafold_projection SET next_fingerprint = $2, next_reason = NULL \
                WHERE name = $1";
@@ -242,7 +259,7 @@ pub(crate) async fn is_wanted(
     tx: &mut Transaction<'_>,
     target: Target<'_>,
 ) -> Result<bool, sqlx::Error> {
-    // The rows that were live before a reset are no one's to write.
+    // After a reset no worker may write the previously live rows.
     let select = "SELECT 1 FROM kafold_projection \
                   WHERE name = $1 AND $2 IN (live_generation, next_generation) \
                     AND ($2 <> live_generation OR fingerprint NOT LIKE 'reset, was %')";
@@ -264,6 +281,11 @@ pub(crate) enum Switched {
     Parked(i64),
     /// It is not wanted any more.
     Gone,
+    /// A view belongs to another login, whose processes switch.
+    Foreign {
+        view: String,
+        owner: String,
+    },
 }
 
 /// Makes the next generation the live one, in one transaction, if it is as far as the live one in
@@ -312,7 +334,13 @@ async fn switch_in(
     if parked > 0 && !found.next_takes_parked {
         return Ok(Switched::Parked(parked));
     }
+    for view in definition.tables() {
+        if let Some(owner) = generation::foreign_owner(tx, &view).await? {
+            return Ok(Switched::Foreign { view: view.as_str().to_owned(), owner });
+        }
+    }
     switch_views(tx, definition, &found, next).await?;
+    generation::share(tx, definition, next).await?;
     finish_switch(tx, name, &found, next, clock.now()).await?;
     Ok(Switched::Done)
 }
@@ -428,12 +456,12 @@ impl Found {
         self.desired_state == State::Paused.text()
     }
 
-    /// Whether its positions were reset, and no worker has begun to build it anew.
+    /// Returns `true` after a reset of positions, until a worker has begun the rebuild.
     pub(crate) fn is_reset(&self) -> bool {
         is_reset(&self.fingerprint)
     }
 
-    /// The fingerprint of the definition that its rows were built by.
+    /// Returns the fingerprint of the definition which built the rows.
     fn built_by(&self) -> &str {
         self.fingerprint.strip_prefix(RESET).unwrap_or(&self.fingerprint)
     }
@@ -457,7 +485,7 @@ pub(crate) async fn find(
     })
 }
 
-/// The rows of all projections, by name, locked until the end of the transaction.
+/// Returns the rows of all projections, by name, locked until the end of the transaction.
 pub(crate) async fn find_all(tx: &mut Transaction<'_>) -> Result<Vec<Found>, sqlx::Error> {
     let sql = locking(tx, FIND, " FOR UPDATE");
     either!(tx, connection => {
@@ -465,13 +493,13 @@ pub(crate) async fn find_all(tx: &mut Transaction<'_>) -> Result<Vec<Found>, sql
     })
 }
 
-/// Of one projection, or of all.
+/// Selects one projection, or all.
 const FIND: &str = "SELECT name, live_generation, last_generation, fingerprint, next_generation, \
                       next_fingerprint, next_requested_at, next_takes_parked, next_reason, \
                       desired_state, actual_state \
                     FROM kafold_projection WHERE name = COALESCE($1, name) ORDER BY name";
 
-/// Whether a fingerprint is that of a projection whose positions were reset.
+/// Returns `true` for the fingerprint of a projection after a reset of positions.
 pub(crate) fn is_reset(fingerprint: &str) -> bool {
     fingerprint.starts_with(RESET)
 }

@@ -2,7 +2,7 @@
 //! is rebuilt, and the switch from one to the other.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tokio::sync::watch;
 use tokio::task::JoinSet;
@@ -24,6 +24,9 @@ pub(crate) const ATTEMPT_LAG_MAX: u64 = 10_000;
 /// One that comes as near as this is switched to at once, not at the next attempt: no partition of it is
 /// further behind than a switch takes.
 const SWITCH_LAG_NEAR: u64 = registry::SWITCH_LAG_MAX.unsigned_abs();
+
+/// How long a complete generation waits for a process of the login that owns the views, before that is reported.
+const FOREIGN_PATIENCE: Duration = Duration::from_secs(30);
 
 /// A runner under way.
 struct Running {
@@ -57,6 +60,8 @@ pub(crate) struct Supervisor {
     untold_stop: Option<String>,
     /// Why the rebuild does not go on, while that is not written down.
     untold_reason: Option<(Generation, String)>,
+    /// The next generation whose views another login owns, and since when it could be switched to.
+    foreign: Option<(Generation, Instant)>,
     /// Whether there may be tables of generations that are gone.
     has_stale_tables: bool,
 }
@@ -82,6 +87,7 @@ impl Supervisor {
             next_stopped: None,
             untold_stop: None,
             untold_reason: None,
+            foreign: None,
             has_stale_tables: true,
         }
     }
@@ -160,7 +166,7 @@ impl Supervisor {
         let is_mine = |fingerprint: &String| *fingerprint == self.handler.definition().fingerprint;
         let Some(wanted) = desired.next else { return };
         let by_others = !desired.next_fingerprint.as_ref().is_none_or(is_mine);
-        // After a reset the live generation begins anew as the next one, when it is registered.
+        // After a reset the live generation starts as the next generation, at its registration.
         if self.next.is_some() || by_others || desired.is_reset {
             return;
         }
@@ -253,13 +259,30 @@ impl Supervisor {
                      skipped with `kafold parked`, or switch all the same with `kafold projections \
                      rebuild {name} --with-parked`"
                 );
-                if desired.next_reason.as_ref() != Some(&reason) {
-                    tracing::warn!(projection = name, reason, "no switch");
-                    self.untold_reason = Some((next, reason));
+                self.report_no_switch(desired, next, reason);
+            }
+            Ok(Switched::Foreign { view, owner }) => {
+                let now = clock.instant();
+                let noticed = self.foreign.filter(|(generation, _)| *generation == next);
+                let (_, since) = *self.foreign.insert(noticed.unwrap_or((next, now)));
+                if now.saturating_duration_since(since) >= FOREIGN_PATIENCE {
+                    let reason = format!(
+                        "it is complete, but the view {view} belongs to {owner}, and no process that logs \
+                         in as {owner} switches to it: start one, or give all views and tables of the read \
+                         model to the login of this process (ALTER VIEW {view} OWNER TO …)"
+                    );
+                    self.report_no_switch(desired, next, reason);
                 }
             }
             Ok(Switched::Behind | Switched::Gone) => {}
             Err(error) => tracing::warn!(projection = name, %error, "cannot switch now"),
+        }
+    }
+
+    fn report_no_switch(&mut self, desired: &Desired, next: Generation, reason: String) {
+        if desired.next_reason.as_ref() != Some(&reason) {
+            tracing::warn!(projection = self.handler.definition().name, reason, "no switch");
+            self.untold_reason = Some((next, reason));
         }
     }
 

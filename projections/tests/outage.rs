@@ -248,7 +248,7 @@ async fn a_right_that_is_taken_away_is_waited_for_by_name_and_parks_nothing() {
     let login = format!("kafold_worker_{}", std::process::id());
     as_owner(&database, format!("CREATE ROLE {login} LOGIN PASSWORD 'kafold'")).await;
     as_owner(&database, "REVOKE ALL ON SCHEMA public FROM PUBLIC".to_owned()).await;
-    for line in rights::grants(Role::Worker, &login, &login) {
+    for line in rights::grants(Role::Worker, &login) {
         if line.starts_with("GRANT") {
             as_owner(&database, line).await;
         }
@@ -279,7 +279,7 @@ async fn a_right_that_is_taken_away_is_waited_for_by_name_and_parks_nothing() {
     eventually("it is ready again", async || projections.health() == Health::Ready).await;
     assert_eq!(database.number("SELECT COUNT(*) FROM kafold_parked_event").await, 0);
 
-    // A rebuild needs no more rights.
+    // A rebuild needs no further rights.
     let by = By { actor: "me", reason: Some("a test") };
     let control = Control::new(database.database.clone());
     let next = control.rebuild(CustomerTotals::NAME, false, by).await.expect("asked");

@@ -9,24 +9,23 @@ use crate::error::Error;
 
 #[derive(Debug, Clone, Subcommand)]
 pub(crate) enum GrantsCommand {
-    /// Prints the lines of SQL that give a login on PostgreSQL the rights of a role; contacts no server.
+    /// Prints the SQL lines which grant the rights of a role to a login on PostgreSQL; contacts no
+    /// server.
     ///
-    /// Run those of `admin` as a superuser, `migrate` as the login they are for, then the others as
-    /// that login. It owns the toolkit's tables; a service owns the read models that it makes.
+    /// Run the lines of `admin` as a superuser, then `migrate` as the admin login, then all other
+    /// lines as the admin login. The admin login owns the toolkit's tables. A service or worker owns the
+    /// read models which it makes, and grants the other logins the use of them.
     Print {
-        /// What the login is for.
+        /// The purpose of the login.
         #[arg(long, value_parser = role_parser())]
         role: Role,
         /// The login. Default: kafold_ROLE.
         #[arg(long, value_name = "NAME")]
         to: Option<String>,
-        /// The login of the service, whose read models others read.
-        #[arg(long, value_name = "NAME", default_value = "kafold_service")]
-        service: String,
     },
 }
 
-/// Reads the name of a role.
+/// Parses the name of a role.
 pub(crate) fn role_parser() -> impl TypedValueParser<Value = Role> {
     let named = |name: String| Role::ALL.into_iter().find(|role| role.name() == name);
     PossibleValuesParser::new(Role::ALL.map(Role::name))
@@ -34,9 +33,9 @@ pub(crate) fn role_parser() -> impl TypedValueParser<Value = Role> {
 }
 
 pub(crate) fn run(context: &mut Context, command: GrantsCommand) -> Result<(), Error> {
-    let GrantsCommand::Print { role, to, service } = command;
+    let GrantsCommand::Print { role, to } = command;
     let login = to.unwrap_or_else(|| role.default_login());
-    let lines = rights::grants(role, &login, &service);
+    let lines = rights::grants(role, &login);
     if context.out.json {
         return context.out.document(&serde_json::json!({ "login": login, "grants": lines }));
     }

@@ -1,4 +1,4 @@
-//! Transport, secrets and rights on a server with TLS of this program's own.
+//! Transport, secrets and rights on a TLS server started by this program.
 
 use std::path::Path;
 use std::process::Command;
@@ -11,10 +11,10 @@ use kafold_migrations::{Database, DatabaseError, Mode, rights, rights::Role};
 
 use super::{open, refusal, server};
 
-/// How long a change on the server may take to be noticed, and its mend.
+/// Deadline for the notice of a change on the server, and of its end.
 const NOTICED_WITHIN: Duration = Duration::from_secs(15);
 
-/// A server of `dev/postgres up --tls`, removed when the test is over.
+/// A server of `dev/postgres up --tls`, removed at the end of the test.
 struct TlsServer {
     name: String,
     /// The URL with `?sslmode=verify-full&sslrootcert=…`.
@@ -29,7 +29,7 @@ impl TlsServer {
         server
     }
 
-    /// Runs `dev/postgres`; returns the last line of its output.
+    /// Runs `dev/postgres`. Returns the last line of its output.
     fn dev(&self, arguments: &[&str]) -> String {
         let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../dev/postgres");
         let output = Command::new(script).args(arguments).args(["--name", &self.name]).output();
@@ -39,7 +39,7 @@ impl TlsServer {
         String::from_utf8_lossy(&output.stdout).lines().last().unwrap_or_default().to_owned()
     }
 
-    /// The URL of a database with other parameters.
+    /// Returns the URL of a database with other parameters.
     fn with(&self, database: &str, parameters: &str) -> String {
         let (place, _) = self.url.split_once("/kafold?").expect("a URL with parameters");
         format!("{place}/{database}?{parameters}")
@@ -114,7 +114,7 @@ async fn wrong_servers_and_logins_are_refused(own: &TlsServer, authorities: &str
     check(&format!("{plain}?sslmode=require"), "the server offers no TLS").await;
     check(&format!("{plain}?sslmode=verify-full"), "the server offers no TLS").await;
 
-    // An address of this machine that is none of the loopback's by name.
+    // An address of this machine outside the names of loopback.
     let remote = |url: &str| url.replace("@127.0.0.1:", "@0.0.0.0:");
     check(&remote(plain), "the server offers no TLS").await;
     check(&remote(&format!("{plain}?sslmode=disable")), "allow_unsafe=clear_text").await;
@@ -157,7 +157,7 @@ async fn what_changes_while_it_runs_is_noticed(own: &TlsServer, authorities: &st
     complains("check user and password").await;
     private(&file, "rotated\n");
     is_mended().await;
-    // Connections of the pool are made with it as well.
+    // The pool makes new connections with the changed password too.
     let Database::Postgres(postgres) = &database else { unreachable!("a PostgreSQL URL") };
     let sql = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity \
                WHERE usename = 'kafold' AND pid <> pg_backend_pid()";
@@ -184,7 +184,7 @@ async fn each_right_that_is_missing_is_named(own: &TlsServer) {
     run(&mut admin, "CREATE DATABASE grants").await;
     let (_, parameters) = own.url.split_once('?').expect("parameters");
     let owner = own.with("grants", parameters);
-    // Nothing is in use but what is granted: the owner's tables, and no rights for everybody.
+    // Only granted rights are in effect: the owner's tables, and no rights for PUBLIC.
     open(&owner).await;
     let mut owner = PgConnection::connect(&owner).await.expect("connects");
     run(&mut owner, "REVOKE ALL ON SCHEMA public FROM PUBLIC").await;
@@ -197,7 +197,7 @@ async fn each_right_that_is_missing_is_named(own: &TlsServer) {
         let login = role.default_login();
         let url =
             own.with("grants", parameters).replace("kafold:kafold@", &format!("{login}:kafold@"));
-        let lines = rights::grants(role, &login, "kafold_service");
+        let lines = rights::grants(role, &login);
         for line in &lines {
             run(&mut owner, line).await;
         }
@@ -207,7 +207,7 @@ async fn each_right_that_is_missing_is_named(own: &TlsServer) {
             run(&mut owner, &line.replace("GRANT", "REVOKE").replace(" TO ", " FROM ")).await;
             let missing = rights::missing(&mut owner, role, Some(&login)).await.expect("reads");
             assert_eq!(missing, std::slice::from_ref(line));
-            // Asked for by the login itself, which may not even see the schema.
+            // The login queries its own missing rights, even without USAGE on the schema.
             let missing = database.missing_rights(role, None).await.expect("reads");
             assert_eq!(missing, std::slice::from_ref(line));
             run(&mut owner, line).await;
