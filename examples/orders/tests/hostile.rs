@@ -48,9 +48,9 @@ fn no_request_of_the_corpus_harms_the_service(stack: &Stack) {
     assert!(!service.log().contains("ERROR"), "{}", service.log());
 }
 
-/// Half-sent requests end within it.
+/// Deadline for the end of half-sent requests.
 const HALF_SENT_MAX: Duration = Duration::from_secs(15);
-/// More than the service takes.
+/// Number of half-sent requests: above the limit of connections.
 const HALF_SENT: usize = 5_000;
 
 #[test]
@@ -69,7 +69,7 @@ fn half_sent_requests_end_in_time_and_keep_nobody_out() {
         let bodies =
             (0..10).map(|_| half(&format!("{head}content-length: 1000\r\n\r\n{{\"customer\"")));
         half_sent.extend(bodies);
-        // A head that goes on for ever, a byte at a time.
+        // A head without an end, one byte at a time.
         let mut trickle = half("GET / HTTP/1.1\r\nx: ");
         trickle.set_read_timeout(Some(Duration::from_millis(500))).expect("a timeout");
 
@@ -92,7 +92,7 @@ fn half_sent_requests_end_in_time_and_keep_nobody_out() {
         }
         for stream in &mut half_sent {
             stream.set_read_timeout(Some(HALF_SENT_MAX)).expect("a timeout");
-            // A body is answered 408 first, a head is not; either ends.
+            // A body is answered 408 first, a head has no answer; both connections end.
             let mut answer = Vec::new();
             if let Err(error) = stream.read_to_end(&mut answer) {
                 assert_eq!(
@@ -117,7 +117,7 @@ fn a_connection_is_kept_for_the_next_request_and_closed_when_none_comes() {
     let mut answer = [0; 1024];
     stream.write_all(ask).expect("a request");
     assert!(stream.read(&mut answer).expect("an answer") > 0);
-    // Longer than a head may take: an idle connection is none.
+    // Waits longer than the limit of a head, which does not apply to an idle connection.
     let waited = stream.read(&mut answer).expect_err("nothing comes");
     assert_eq!(waited.kind(), ErrorKind::WouldBlock);
     stream.write_all(ask).expect("a request");

@@ -1,4 +1,4 @@
-//! A password is shown nowhere, however it was given.
+//! A password given in any form appears in no output.
 
 mod support;
 
@@ -15,7 +15,7 @@ fn a_password_is_shown_nowhere_however_it_was_given() {
     let file = stack.folder.path().join("password");
     fs::write(&file, CANARY).expect("a file");
     fs::set_permissions(&file, fs::Permissions::from_mode(0o600)).expect("its mode");
-    // Nobody listens there: the service waits, and tells of it.
+    // No broker listens on port 1, so the service waits and reports the reason.
     let url =
         |password: &str| format!("kafka://127.0.0.1:1/o?sasl=plain&user=ann&password={password}");
     let database = format!("sqlite://{}", stack.folder.path().join("d.db").display());

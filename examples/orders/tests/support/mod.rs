@@ -21,17 +21,26 @@ pub(crate) mod collector;
 pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 const POLL_INTERVAL: Duration = Duration::from_millis(10);
 
-/// Waits until `probe` answers something; panics with `what` when it never does.
+/// Waits until `probe` returns a value; panics with `what` after the limit.
 #[expect(clippy::disallowed_methods, reason = "the one place that waits for another process")]
-pub(crate) fn wait_for<T>(what: &str, mut probe: impl FnMut() -> Option<T>) -> T {
+pub(crate) fn wait_at_most<T>(
+    limit: Duration,
+    what: &str,
+    mut probe: impl FnMut() -> Option<T>,
+) -> T {
     let begun = Instant::now();
     loop {
         if let Some(found) = probe() {
             return found;
         }
-        assert!(begun.elapsed() < PATIENCE, "gave up waiting: {what}");
+        assert!(begun.elapsed() < limit, "gave up waiting: {what}");
         thread::sleep(POLL_INTERVAL);
     }
+}
+
+/// Waits until `probe` returns a value, at most [`PATIENCE`].
+pub(crate) fn wait_for<T>(what: &str, probe: impl FnMut() -> Option<T>) -> T {
+    wait_at_most(PATIENCE, what, probe)
 }
 
 /// How long `work` took.
@@ -226,11 +235,21 @@ impl Drop for Service {
 
 impl Service {
     fn start(folder: &Path, args: &[&str], environment: &[(&str, &str)]) -> Self {
+        Self::start_as("serve", folder, args, environment)
+    }
+
+    /// Starts a listening command of the program.
+    pub(crate) fn start_as(
+        command: &str,
+        folder: &Path,
+        args: &[&str],
+        environment: &[(&str, &str)],
+    ) -> Self {
         let log = folder.join(format!("{}.log", unique_name()));
         let output = File::create(folder.join("stdout")).expect("a file");
         let any_port = ["--listen", "127.0.0.1:0"];
         let listen = if args.contains(&"--listen") { &[][..] } else { &any_port[..] };
-        let child = orders(folder, &[&["serve"], listen, args].concat())
+        let child = orders(folder, &[&[command], listen, args].concat())
             .env("RUST_LOG", "info,orders=debug")
             .envs(environment.iter().copied())
             .stdout(output)
@@ -269,7 +288,7 @@ impl Service {
         });
     }
 
-    /// How many files and connections it has open.
+    /// Returns the number of open files and connections of the process.
     pub(crate) fn descriptors(&self) -> usize {
         let open = fs::read_dir(format!("/proc/{}/fd", self.child.id()));
         open.expect("the process is there").count()
