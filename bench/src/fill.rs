@@ -81,7 +81,7 @@ impl Fill<'_> {
     /// Blocks.
     fn write(self, batches: Option<mpsc::Sender<IndexBatch>>) -> Result<(), Failure> {
         let topic = format!("{}.events", self.name);
-        let mut producer = settings(self.brokers, "5");
+        let mut producer = settings(self.brokers, "5")?;
         producer.set("queue.buffering.max.messages", "200000");
         let window = Window::start(&producer, topic.clone(), WINDOW)?;
         let mut random = Rng::with_seed(11);

@@ -25,7 +25,11 @@ pub const LONG_WAIT_MAX: Duration = Duration::from_secs(3_600);
 /// The URL of a log.
 pub fn log_url(brokers: &str, name: &str) -> String {
     let replication = node_count(brokers);
-    format!("kafka://{brokers}/{name}?partitions={PARTITIONS}&replication={replication}")
+    let (address, options) = brokers.split_once('?').unwrap_or((brokers, ""));
+    let and = if options.is_empty() { "" } else { "&" };
+    format!(
+        "kafka://{address}/{name}?partitions={PARTITIONS}&replication={replication}{and}{options}"
+    )
 }
 
 /// Opens the log with its index in the database, and waits until it takes commands everywhere.

@@ -43,6 +43,7 @@ pub struct Servers {
     name: String,
     single: OnceCell<String>,
     three: OnceCell<String>,
+    tls: OnceCell<String>,
     counted: OnceCell<Counted>,
     postgres: OnceCell<String>,
     names: AtomicU32,
@@ -55,6 +56,7 @@ impl Servers {
             name: name.to_owned(),
             single: OnceCell::new(),
             three: OnceCell::new(),
+            tls: OnceCell::new(),
             counted: OnceCell::new(),
             postgres: OnceCell::new(),
             names: AtomicU32::new(1),
@@ -69,18 +71,39 @@ impl Servers {
 
     /// The address of one broker.
     pub async fn broker(&self) -> Result<&str, Failure> {
-        Ok(self.single.get_or_try_init(async || self.start("kafka", "1").await).await?)
+        Ok(self
+            .single
+            .get_or_try_init(async || self.start("kafka", &["--nodes", "1"]).await)
+            .await?)
     }
 
     /// The addresses of three brokers that replicate three times.
     pub async fn three_brokers(&self) -> Result<&str, Failure> {
-        Ok(self.three.get_or_try_init(async || self.start("kafka3", "3").await).await?)
+        Ok(self
+            .three
+            .get_or_try_init(async || self.start("kafka3", &["--nodes", "3"]).await)
+            .await?)
+    }
+
+    /// The address of one broker that takes nothing but TLS and logins, with the options of a log's URL for both.
+    pub async fn tls_broker(&self) -> Result<&str, Failure> {
+        let start = async || self.start("kafka-tls", &["--nodes", "1", "--tls"]).await;
+        Ok(self.tls.get_or_try_init(start).await?)
     }
 
     /// Brokers that have been at work for a while: in their first minute the Java machine compiles with
     /// half of both cores.
-    async fn start(&self, what: &str, nodes: &str) -> Result<String, Failure> {
-        let brokers = run("kafka", &["up", "--name", &self.named(what), "--nodes", nodes]).await?;
+    async fn start(&self, what: &str, options: &[&str]) -> Result<String, Failure> {
+        let cluster = self.named(what);
+        let mut brokers = run("kafka", &[&["up", "--name", &cluster], options].concat()).await?;
+        if options.contains(&"--tls") {
+            let files = repository().join("target/dev").join(cluster).join("tls");
+            let files = files.display();
+            brokers = format!(
+                "{brokers}?tls=true&ca={files}/ca.crt&sasl=scram-sha-512&user=admin\
+                 &password=@{files}/passwords/admin"
+            );
+        }
         let name = self.new_name();
         let (events, streams) = (WARM_UP_EVENTS, WARM_UP_EVENTS / 10);
         Fill { brokers: &brokers, name: &name, events, streams, payload_bytes: 256 }
@@ -89,7 +112,7 @@ impl Servers {
         let (asked, topic) = (brokers.clone(), format!("{name}.events"));
         let rest = move || {
             let records = Records::new(&topic, streams, 256)?;
-            let window = Window::start(&settings(&asked, "0"), topic.clone(), 64)?;
+            let window = Window::start(&settings(&asked, "0")?, topic.clone(), 64)?;
             window.run(&records, WARM_UP_EVENTS / 5, 0)?;
             let mut left = WARM_UP_EVENTS;
             each(&consumer(&asked, &topic, From::Beginning)?, |_| {
@@ -135,7 +158,7 @@ impl Servers {
 
     /// Ends what was started here and removes its data; also what an earlier run left behind.
     pub async fn down(&self) -> Result<(), Failure> {
-        for kafka in ["kafka", "kafka3", "kafka-counted"] {
+        for kafka in ["kafka", "kafka3", "kafka-tls", "kafka-counted"] {
             run("kafka", &["down", "--name", &self.named(kafka)]).await?;
         }
         run("postgres", &["down", "--name", &self.named("postgres")]).await.map(drop)
@@ -144,6 +167,26 @@ impl Servers {
     fn named(&self, what: &str) -> String {
         format!("{}-{what}", self.name)
     }
+}
+
+/// Settings of a client of brokers, which may have the options of [`Servers::tls_broker`] behind their address.
+pub fn client(brokers: &str) -> Result<ClientConfig, Failure> {
+    let mut settings = ClientConfig::new();
+    let (address, options) = brokers.split_once('?').unwrap_or((brokers, ""));
+    settings.set("bootstrap.servers", address);
+    for (name, value) in options.split('&').filter_map(|option| option.split_once('=')) {
+        match (name, value.strip_prefix('@')) {
+            ("tls", _) => settings.set("security.protocol", "sasl_ssl"),
+            ("ca", _) => settings.set("ssl.ca.location", value),
+            ("sasl", _) => settings.set("sasl.mechanism", value.to_uppercase()),
+            ("user", _) => settings.set("sasl.username", value),
+            ("password", Some(file)) => {
+                settings.set("sasl.password", std::fs::read_to_string(file)?.trim_end())
+            }
+            _ => return Err(format!("no option of a client: {name}").into()),
+        };
+    }
+    Ok(settings)
 }
 
 /// How many brokers an address names.
@@ -192,8 +235,7 @@ async fn execute(server: &str, sql: String) -> Result<(), Failure> {
 
 /// Removes the topics of a log.
 pub async fn remove_log(brokers: &str, name: &str) -> Result<(), Failure> {
-    let admin: AdminClient<DefaultClientContext> =
-        ClientConfig::new().set("bootstrap.servers", brokers).create()?;
+    let admin: AdminClient<DefaultClientContext> = client(brokers)?.create()?;
     let topics = ["events", "commands", "replies"].map(|topic| format!("{name}.{topic}"));
     let topics: Vec<_> = topics.iter().map(String::as_str).collect();
     // One that was never made is no failure.

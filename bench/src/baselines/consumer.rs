@@ -4,14 +4,13 @@ use std::collections::HashMap;
 use std::ops::ControlFlow;
 use std::time::{Duration, Instant};
 
-use rdkafka::ClientConfig;
 use rdkafka::consumer::{BaseConsumer, Consumer};
 use rdkafka::message::BorrowedMessage;
 use rdkafka::topic_partition_list::{Offset, TopicPartitionList};
 
 use crate::Failure;
 use crate::measure::now;
-use crate::servers::PARTITIONS;
+use crate::servers::{PARTITIONS, client};
 
 /// How long nothing may come before that is a failure.
 const SILENCE_MAX: Duration = Duration::from_secs(60);
@@ -33,9 +32,8 @@ pub enum From {
 
 /// A consumer of all partitions of a topic.
 pub fn consumer(brokers: &str, topic: &str, from: From) -> Result<BaseConsumer, Failure> {
-    let mut settings = ClientConfig::new();
+    let mut settings = client(brokers)?;
     settings
-        .set("bootstrap.servers", brokers)
         .set("client.id", "baseline")
         .set("group.id", "baseline")
         .set("socket.nagle.disable", "true")

@@ -20,7 +20,7 @@ use tokio::sync::oneshot;
 use crate::Failure;
 use crate::domain::Deposit;
 use crate::measure::now;
-use crate::servers::PARTITIONS;
+use crate::servers::{PARTITIONS, client};
 use crate::zipf::Zipf;
 
 /// The poll thread looks this often whether it is to end; reports do not wait for it.
@@ -106,16 +106,15 @@ impl Records {
 }
 
 /// Settings as ours, with a linger.
-pub fn settings(brokers: &str, linger_ms: &str) -> ClientConfig {
-    let mut settings = ClientConfig::new();
+pub fn settings(brokers: &str, linger_ms: &str) -> Result<ClientConfig, Failure> {
+    let mut settings = client(brokers)?;
     settings
-        .set("bootstrap.servers", brokers)
         .set("client.id", "baseline")
         .set("socket.nagle.disable", "true")
         .set("enable.idempotence", "true")
         .set("acks", "all")
         .set("linger.ms", linger_ms);
-    settings
+    Ok(settings)
 }
 
 /// A producer that is polled on a thread of its own.
@@ -313,7 +312,7 @@ pub struct Events {
 impl Events {
     /// A producer to the events topic of a log that is there.
     pub fn start(brokers: &str, log: &str) -> Result<Self, Failure> {
-        let waiting = Waiting::start(&settings(brokers, "0"), format!("{log}.events"))?;
+        let waiting = Waiting::start(&settings(brokers, "0")?, format!("{log}.events"))?;
         Ok(Self { waiting, records: Records::new(log, 1, 64)?, number: AtomicUsize::new(0) })
     }
 

@@ -31,6 +31,8 @@ const STREAMS: u64 = 100_000;
 /// From so many callers on the goal holds.
 const MANY_CALLERS: usize = 1_024;
 const GOAL: f64 = 0.85;
+/// The goal where both sides encrypt.
+const TLS_GOAL: f64 = 0.8;
 /// Settings of which the baseline gets the best.
 const LINGERS_MS: [&str; 3] = ["0", "1", "5"];
 /// Payloads made beforehand.
@@ -54,30 +56,34 @@ pub async fn run(bench: &Bench) -> Result<(), Failure> {
         for payload_bytes in bench.size.of(&payloads[..1], &payloads[..1], payloads) {
             cases(bench, &three, *payload_bytes).await?;
         }
+        let tls = bench.servers.tls_broker().await?.to_owned();
+        cases(bench, &tls, payloads[0]).await?;
     }
     Ok(())
 }
 
 /// One curve: all numbers of callers.
 async fn cases(bench: &Bench, brokers: &str, payload_bytes: usize) -> Result<(), Failure> {
-    let nodes = node_count(brokers);
+    let is_tls = brokers.contains('?');
+    let kind = if is_tls { "TLS".to_owned() } else { format!("{} broker(s)", node_count(brokers)) };
     let all: &[usize] = &[1, 8, 64, 1_024, 8_192];
     let callers = bench.size.of(&[64][..], &[1, 64, 1_024, 8_192], all);
     let mut lines =
         [("conditional appends".to_owned(), vec![]), ("raw producer".to_owned(), vec![])];
     for &callers in callers {
-        let case = format!("{payload_bytes} B, {callers} callers, {nodes} broker(s)");
+        let case = format!("{payload_bytes} B, {callers} callers, {kind}");
         let (ours, baseline) = one(bench, brokers, payload_bytes, callers, case).await?;
         lines[0].1.push((callers as f64, ours));
         lines[1].1.push((callers as f64, baseline));
     }
     let chart = Chart {
-        title: format!("Events a second, {payload_bytes} B, {nodes} broker(s)"),
+        title: format!("Events a second, {payload_bytes} B, {kind}"),
         x: ("callers", Scale::Logarithmic),
         y: ("events/s", Scale::Linear),
         lines: lines.into(),
     };
-    bench.draw(&format!("R1-{payload_bytes}-{nodes}"), &chart)
+    let of = if is_tls { "tls".to_owned() } else { node_count(brokers).to_string() };
+    bench.draw(&format!("R1-{payload_bytes}-{of}"), &chart)
 }
 
 /// Answers the median rates of ours and the baseline.
@@ -96,7 +102,7 @@ async fn one(
     // Several brokers, on the same cores, take several times as long.
     let calls = calls(bench, callers) / node_count(brokers) as u64;
     let window = |linger: &str| {
-        Window::start(&settings(brokers, linger), topic.clone(), callers as u64).map(Arc::new)
+        Window::start(&settings(brokers, linger)?, topic.clone(), callers as u64).map(Arc::new)
     };
     let mut best: Option<(f64, &str)> = None;
     for linger in LINGERS_MS {
@@ -107,7 +113,8 @@ async fn one(
     }
     let linger = best.map_or("0", |(_, linger)| linger);
     let window = window(linger)?;
-    let goal = if callers >= MANY_CALLERS { Goal::AtLeast(GOAL) } else { Goal::Stated };
+    let goal = if brokers.contains('?') { TLS_GOAL } else { GOAL };
+    let goal = if callers >= MANY_CALLERS { Goal::AtLeast(goal) } else { Goal::Stated };
     let compared = bench
         .compare(
             "R1",
@@ -302,7 +309,7 @@ async fn sustained(bench: &Bench, brokers: &str) -> Result<(), Failure> {
     make_log(brokers, &name).await?;
     let records = Arc::new(Records::new(&name, STREAMS, 256)?);
     let topic = format!("{name}.events");
-    let window = Window::start(&settings(brokers, "0"), topic, SUSTAINED_CALLERS as u64)?;
+    let window = Window::start(&settings(brokers, "0")?, topic, SUSTAINED_CALLERS as u64)?;
     let window = Arc::new(window);
 
     let (mut of_ours, mut of_baseline) = (Vec::new(), Vec::new());

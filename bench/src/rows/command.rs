@@ -10,7 +10,7 @@ use kafold::{CommandHandler, IdGenerator, Log};
 use crate::Failure;
 use crate::baselines::producer::{Records, Waiting, Window, settings};
 use crate::domain::{Account, Deposit};
-use crate::harness::{Bench, Goal, Sample};
+use crate::harness::{Bench, Goal, Sample, Size};
 use crate::measure::{Latencies, Measured, Until, closed_loop};
 use crate::ours::{deposit, log_url, make_log, open};
 use crate::rows::append::raw;
@@ -19,6 +19,8 @@ use crate::svg::{Chart, Scale};
 
 const PAYLOAD_BYTES: usize = 256;
 const ROUND_TRIP_GOAL: f64 = 1.3;
+/// The goal where both sides encrypt: 0.8 of the baseline's speed.
+const TLS_ROUND_TRIP_GOAL: f64 = 1.25;
 const HOT_STREAM_GOAL: f64 = 50.0;
 /// In flight of the raw producer beside R3.
 const RAW_IN_FLIGHT: u64 = 1_024;
@@ -40,15 +42,15 @@ struct Beside {
 }
 
 impl Beside {
-    async fn open(bench: &Bench) -> Result<Self, Failure> {
-        let brokers = bench.servers.broker().await?.to_owned();
+    async fn open(bench: &Bench, brokers: &str) -> Result<Self, Failure> {
+        let brokers = brokers.to_owned();
         let names = [bench.servers.new_name(), bench.servers.new_name()];
         let scratch = bench.servers.database().await?;
         let log = open(&log_url(&brokers, &names[0]), &scratch.database).await?;
         let handler = CommandHandler::new(log.store());
         make_log(&brokers, &names[1]).await?;
         let topic = format!("{}.events", names[1]);
-        let producer = Arc::new(Waiting::start(&settings(&brokers, "0"), topic)?);
+        let producer = Arc::new(Waiting::start(&settings(&brokers, "0")?, topic)?);
         let records = Arc::new(Records::new(&names[1], STREAMS, PAYLOAD_BYTES)?);
         let command = Arc::new(Deposit::of_bytes(PAYLOAD_BYTES, &mut Rng::with_seed(7)));
         Ok(Self { log, scratch, handler, command, producer, records, brokers, names })
@@ -93,28 +95,45 @@ impl Beside {
 
 /// R2.
 pub async fn round_trip(bench: &Bench) -> Result<(), Failure> {
-    let beside = Beside::open(bench).await?;
+    let brokers = bench.servers.broker().await?;
+    let lines = round_trip_to(bench, brokers, "one command, idle", ROUND_TRIP_GOAL).await?;
+    let chart = Chart {
+        title: "One command on an idle log".into(),
+        x: ("percentile", Scale::Percentile),
+        y: ("µs", Scale::Logarithmic),
+        lines,
+    };
+    bench.draw("R2", &chart)?;
+    if bench.size > Size::Test {
+        let tls = bench.servers.tls_broker().await?;
+        round_trip_to(bench, tls, "one command, idle, TLS", TLS_ROUND_TRIP_GOAL).await?;
+    }
+    Ok(())
+}
+
+/// Returns the curves of ours and the baseline.
+async fn round_trip_to(
+    bench: &Bench,
+    brokers: &str,
+    case: &str,
+    goal: f64,
+) -> Result<Vec<(String, Vec<(f64, f64)>)>, Failure> {
+    let beside = Beside::open(bench, brokers).await?;
     let calls = bench.size.of(200, 500, 10_000);
     // Each stream is known from here on.
     beside.commands(64, STREAMS, STREAMS).await?;
     // All of them together, for the curve.
     let (mut all_ours, mut all_baseline) = (Latencies::default(), Latencies::default());
-    let goal = Goal::AtMost(ROUND_TRIP_GOAL);
+    let goal = Goal::AtMost(goal);
     let figures = [("p50_us", goal), ("p99_us", goal), ("p999_us", Goal::Stated)];
     let ours = async || sampled(&beside.commands(1, calls, STREAMS).await?, &mut all_ours);
     let baseline = async || sampled(&beside.round_trips(calls).await?, &mut all_baseline);
-    bench.compare("R2", "one command, idle", &figures, ours, baseline).await?;
-    let chart = Chart {
-        title: "One command on an idle log".into(),
-        x: ("percentile", Scale::Percentile),
-        y: ("µs", Scale::Logarithmic),
-        lines: vec![
-            ("command".into(), all_ours.curve()),
-            ("produce and wait".into(), all_baseline.curve()),
-        ],
-    };
-    bench.draw("R2", &chart)?;
-    beside.close().await
+    bench.compare("R2", case, &figures, ours, baseline).await?;
+    beside.close().await?;
+    Ok(vec![
+        ("command".into(), all_ours.curve()),
+        ("produce and wait".into(), all_baseline.curve()),
+    ])
 }
 
 fn sampled(measured: &Measured, all: &mut Latencies) -> Result<Sample, Failure> {
@@ -124,7 +143,7 @@ fn sampled(measured: &Measured, all: &mut Latencies) -> Result<Sample, Failure> 
 
 /// R3.
 pub async fn hot_stream(bench: &Bench) -> Result<(), Failure> {
-    let beside = Beside::open(bench).await?;
+    let beside = Beside::open(bench, bench.servers.broker().await?).await?;
     let callers: &[usize] = bench.size.of(&[256], &[256, 1_024], &[64, 256, 1_024, 4_096]);
     let calls = bench.size.of(3_000, 15_000, 50_000);
     let alone = bench.size.of(200, 500, 2_000);
@@ -153,7 +172,7 @@ pub async fn hot_stream(bench: &Bench) -> Result<(), Failure> {
     bench.draw("R3", &chart)?;
     // No conditional append to one partition is faster than this.
     let topic = format!("{}.events", beside.names[1]);
-    let window = Window::start(&settings(&beside.brokers, "0"), topic, RAW_IN_FLIGHT)?;
+    let window = Window::start(&settings(&beside.brokers, "0")?, topic, RAW_IN_FLIGHT)?;
     let (window, records) =
         (Arc::new(window), Arc::new(Records::new(&beside.names[1], 1, PAYLOAD_BYTES)?));
     let unconditional = async || raw(&window, &records, calls).await;

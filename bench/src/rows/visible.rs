@@ -160,7 +160,7 @@ struct Raw {
 impl Raw {
     fn open(brokers: &str, name: &str) -> Result<Self, Failure> {
         let topic = format!("{name}.events");
-        let producer = Arc::new(Waiting::start(&settings(brokers, "0"), topic.clone())?);
+        let producer = Arc::new(Waiting::start(&settings(brokers, "0")?, topic.clone())?);
         let records = Arc::new(Records::new(name, STREAMS, PAYLOAD_BYTES)?);
         Ok(Self { brokers: brokers.to_owned(), topic, producer, records })
     }
