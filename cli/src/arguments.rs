@@ -1,15 +1,28 @@
-//! The command line, whose errors repeat nothing that may be a secret.
+//! The command line, with errors which never contain a possible secret.
+
+use std::io::Write;
 
 use clap::Parser;
 use clap::error::{ContextKind, ContextValue};
 
-/// What stands for a value that is not repeated.
+use crate::output::printable;
+
+/// The placeholder for a hidden value.
 const HIDDEN: &str = "…";
 
-/// Parses the command line as [`Parser::parse`] does. An error of it names the option, and repeats no
-/// value: a URL with a password in the wrong place would end up in logs.
+/// Parses the command line like [`Parser::parse`]. An error names the option without the value: a
+/// misplaced URL with a password would end up in logs. Control characters of an argument are escaped.
 pub fn parse<C: Parser>() -> C {
-    C::try_parse().unwrap_or_else(|error| without_values(error).exit())
+    C::try_parse().unwrap_or_else(|error| {
+        let error = without_values(error);
+        if !error.use_stderr() {
+            error.exit();
+        }
+        let text = error.render().to_string();
+        // Standard error may be closed.
+        drop(std::io::stderr().write_all(printable(&text).as_bytes()));
+        std::process::exit(error.exit_code())
+    })
 }
 
 fn without_values(mut error: clap::Error) -> clap::Error {
@@ -34,13 +47,14 @@ fn without_values(mut error: clap::Error) -> clap::Error {
         is_hidden = true;
     }
     if is_hidden {
-        // It would repeat the value: "to pass '…' as a value, use …".
+        // A suggestion would repeat the value: "to pass '…' as a value, use …".
         error.remove(ContextKind::Suggested);
     }
     error
 }
 
-/// Whether a text is the name of an option or a command, such as `--log <URL>`, `<FILE>` or `stauts`.
+/// Returns `true` for the name of an option or a command, such as `--log <URL>`, `<FILE>` or
+/// `stauts`.
 fn is_harmless(text: &str) -> bool {
     const BYTES_MAX: usize = 24;
     let is_name = |word: &str| {

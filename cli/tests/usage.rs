@@ -130,3 +130,15 @@ fn a_closed_pipe_is_no_failure() {
     stderr.read_to_string(&mut said).expect("text");
     assert_eq!((status.code(), said.as_str()), (Some(0), ""));
 }
+
+#[test]
+fn control_characters_of_arguments_reach_no_terminal() {
+    let folder = TempDir::new().expect("a folder");
+    for args in
+        [&["st\u{1b}[31m"][..], &["status", "\u{1b}]0;title\u{7}"], &["status", "--x\u{9b}6n"]]
+    {
+        let ended = run(folder.path(), args);
+        assert_eq!(ended.code, Some(2), "{ended:?}");
+        assert!(!ended.stderr.contains(|c: char| c.is_control() && c != '\n'), "{ended:?}");
+    }
+}

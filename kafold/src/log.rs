@@ -94,8 +94,8 @@ impl LogOptions {
         }
     }
 
-    /// Opens it to be read only, for a process that runs nothing but projections. Nothing is created: a
-    /// topic that is absent is waited for ([`OpenError::Unavailable`]), a file that is absent is refused.
+    /// Opens the log read-only, for a process with projections alone. Creates nothing: an absent
+    /// topic is [`OpenError::Unavailable`], and an absent file is refused.
     pub async fn open_reader(self) -> Result<LogReader, OpenError> {
         LogReader::open(&self.url, self.clock).await
     }
@@ -124,6 +124,8 @@ impl LogOptions {
                 database,
                 node: Node::only(self.owner),
             },
+            #[cfg(feature = "projections")]
+            index: None,
         })
     }
 
@@ -145,7 +147,7 @@ impl LogOptions {
             })?;
         }
         #[cfg(feature = "projections")]
-        let index: Arc<dyn StreamIndex> = match self.index {
+        let index: Arc<dyn StreamIndex> = match self.index.clone() {
             Some(database) => Arc::new(kafold_projections::SqlIndex::new(database)),
             None => Arc::new(MemoryIndex::default()),
         };
@@ -155,7 +157,11 @@ impl LogOptions {
             .await
             .map_err(refused)?;
         let source = Arc::new(store.source());
-        Ok(Log { kind: Kind::Kafka { store: Arc::new(store), source } })
+        Ok(Log {
+            kind: Kind::Kafka { store: Arc::new(store), source },
+            #[cfg(feature = "projections")]
+            index: self.index,
+        })
     }
 }
 
@@ -163,6 +169,9 @@ impl LogOptions {
 #[derive(Clone)]
 pub struct Log {
     kind: Kind,
+    /// The database of the stream index.
+    #[cfg(feature = "projections")]
+    index: Option<Database>,
 }
 
 #[derive(Clone)]
@@ -254,8 +263,9 @@ impl Log {
         }
     }
 
-    /// What the brokers refuse, a sentence each with cause and remedy: it lasts until somebody changes
-    /// something. A program that has just started ends with it; one that runs is not ready.
+    /// Returns the brokers' refusals, one sentence each with cause and remedy. A refusal lasts
+    /// until an operator acts. A starting program ends with the refusal; a running program is not
+    /// ready.
     pub fn refusals(&self) -> Vec<String> {
         match &self.kind {
             #[cfg(feature = "embedded")]
@@ -265,9 +275,20 @@ impl Log {
         }
     }
 
-    /// Whether commands are taken.
+    /// Returns `Ready` while commands are accepted; otherwise the reasons, such as a right which the
+    /// login lacks in the database of the stream index.
     pub fn health(&self) -> Health {
-        self.store().health()
+        let health = self.store().health();
+        #[cfg(feature = "projections")]
+        if let Some(complaint) = self.index.as_ref().and_then(Database::complaint) {
+            let mut reasons = match health {
+                Health::Ready => Vec::new(),
+                Health::NotReady(reasons) => reasons,
+            };
+            reasons.push(format!("the database refuses: {complaint}"));
+            return Health::NotReady(reasons);
+        }
+        health
     }
 
     /// Takes no more commands, settles what is pending, hands the index what it lacks; bounded in
@@ -282,8 +303,8 @@ impl Log {
     }
 }
 
-/// The URL of a log or a database as it may be shown: scheme, hosts and name, without login and options,
-/// which may hold a password. `…` stands for what cannot be told apart from one.
+/// Returns the URL of a log or a database in printable form: scheme, hosts and name, without login
+/// and options, which may hold a password. `…` replaces any part which may be a password.
 pub fn shown_url(url: &str) -> String {
     let Some((scheme, rest)) = url.split_once("://") else { return "…".to_owned() };
     if !scheme.bytes().all(|b| b.is_ascii_lowercase()) {
@@ -300,7 +321,7 @@ pub fn shown_url(url: &str) -> String {
         let is_plain = |c: char| c.is_ascii_alphanumeric() || "-_.:[]%".contains(c);
         name.chars().all(is_plain) && port.bytes().all(|b| b.is_ascii_digit())
     };
-    // A `?` in a password that is not encoded cuts the login in two.
+    // A `?` in a password without percent-encoding splits the login.
     let mut logins = options.match_indices('@').map(|(at, _)| &options[..at]);
     let is_login_cut = logins.any(|before| !before.ends_with('='));
     let is_name = |name: &str| !name.contains(['=', '&', '@']);
