@@ -6,7 +6,7 @@ use similar::{ChangeTag, TextDiff};
 
 /// Lines around a difference that are shown with it.
 const CONTEXT: usize = 2;
-/// A shortest difference is looked for this long; then a longer one is shown.
+/// Time limit of the search for the shortest difference; afterwards a longer difference is shown.
 const SEARCH_TIMEOUT: Duration = Duration::from_millis(500);
 
 /// The lines that differ, begun by `-` and `+`, with some equal ones around them, begun by a blank;

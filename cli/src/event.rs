@@ -57,7 +57,8 @@ impl<'e> EventJson<'e> {
 
 fn payload(bytes: &[u8]) -> Payload<'_> {
     match serde_json::from_slice::<&RawValue>(bytes) {
-        // Its numbers stay as they are; white space between its parts would be a line break of ours, or escaped.
+        // Raw JSON keeps its numbers unchanged. White space between tokens would add line breaks or
+        // escapes, so such a payload is parsed and written again.
         Ok(raw) if !raw.get().contains(['\n', '\r', '\t']) => Payload::AsWritten(raw),
         Ok(raw) => Payload::Rewritten(serde_json::from_str(raw.get()).unwrap_or_default()),
         Err(_) => Payload::Rewritten(String::from_utf8_lossy(bytes).into()),
@@ -69,7 +70,7 @@ pub(crate) fn line(event: &RecordedEvent) -> String {
     let RecordedEvent { stream, version, position, event_type, .. } = event;
     let recorded_at = time(event.metadata.recorded_at);
     let payload = match serde_json::from_slice::<&RawValue>(&event.payload) {
-        // White space between its parts.
+        // Replaces white space between tokens.
         Ok(json) => json.get().replace(['\n', '\r', '\t'], " "),
         Err(_) => String::from_utf8_lossy(&event.payload).into_owned(),
     };

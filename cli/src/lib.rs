@@ -27,12 +27,13 @@
 //! all is well, 1 when something failed or is not as it should be, 2 for wrong usage, 130 when
 //! interrupted. A closed pipe is the reader's choice and no failure.
 //!
-//! - [`parse`]: arguments, whose errors repeat no secret; [`admin`]: what a service mounts; `program`: the binary, which adds completions and man pages;
-//! - `commands`: a module a command;
-//! - `options`: which log and which database are meant; `log`: a log that is only read; `tables`: the
-//!   toolkit's tables, only read; `overview`: both side by side;
+//! - [`parse`]: the command line, with errors without secrets; [`admin`]: the commands mounted by a
+//!   service; `program`: the binary, with completions and man pages;
+//! - `commands`: one module for each command;
+//! - `options`: the log and the database; `log`: a read-only log; `tables`: the toolkit's tables,
+//!   read-only; `overview`: log and tables side by side;
 //! - `domain`: the aggregates of a service, to show states;
-//! - `output`, `progress`, `event`, `diff`: what is printed and how; `error`: how it ends.
+//! - `output`, `progress`, `event`, `diff`: the printed output; `error`: errors and exit codes.
 
 pub mod admin;
 mod arguments;

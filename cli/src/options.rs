@@ -13,8 +13,8 @@ const REQUEST_TIMEOUT: Duration = Duration::from_secs(3);
 /// How long an end of a partition that is too low is looked at again before it is believed.
 const LOW_END_PATIENCE: Duration = Duration::from_secs(2);
 
-/// Understood before and after any subcommand. The URLs are texts, as they are in a service's own options: clap
-/// takes options of one name for one.
+/// Options accepted before and after any subcommand. The URLs are strings, as in a service's own
+/// options, because clap merges options of one name.
 #[derive(Clone, clap::Args)]
 #[command(next_help_heading = "Options of every command")]
 pub(crate) struct Options {
@@ -41,7 +41,7 @@ pub(crate) struct Options {
     pub(crate) json: bool,
 }
 
-/// Of URLs, which may hold a password, their places only.
+/// Shows only the host and path of URLs, which may contain a password.
 impl fmt::Debug for Options {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let shown = |url: &Option<String>| url.as_deref().map(shown_url);
@@ -68,7 +68,8 @@ impl Options {
         self.log = self.log.take().or_else(|| url.map(str::to_owned));
     }
 
-    /// What the log's URL accepts although it is unsafe. A URL that is none is told elsewhere.
+    /// Returns warnings of unsafe settings accepted by the log's URL. An invalid URL is reported
+    /// elsewhere.
     pub(crate) fn warnings(&self) -> Vec<String> {
         let config = self.log.as_ref().and_then(|url| url.parse::<KafkaConfig>().ok());
         config.map(|config| config.warnings()).unwrap_or_default()

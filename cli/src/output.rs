@@ -1,4 +1,4 @@
-//! Standard output: lines, aligned tables, or one JSON document. All that is printed passes [`printable`].
+//! Standard output: lines, aligned tables, or one JSON document. All output passes [`printable`].
 
 use std::borrow::Cow;
 use std::fmt::Write as _;
@@ -26,7 +26,7 @@ impl Output {
         Ok(writeln!(self.writer, "{}", printable(text))?)
     }
 
-    /// Text of the program itself, as it is.
+    /// Writes text of the program itself unchanged.
     pub(crate) fn raw(&mut self, text: &[u8]) -> Result<(), Error> {
         Ok(self.writer.write_all(text)?)
     }
@@ -41,7 +41,8 @@ impl Output {
         self.line(&json(serde_json::to_string(document))?)
     }
 
-    /// Rows below a header, in columns as wide as their widest cell; of a cell with several lines the first.
+    /// Prints rows below a header, in columns as wide as the widest cell. Only the first line of a
+    /// cell is printed.
     pub(crate) fn table<const N: usize>(
         &mut self,
         header: [&str; N],
@@ -94,10 +95,12 @@ fn first_line(text: &str) -> String {
     }
 }
 
-/// The text without characters that act on a terminal: control characters (C0 but the newline, DEL, C1) and
-/// those that change the direction of text or end its line are written as `\u001b`.
+/// Escapes characters which act on a terminal. Control characters (C0 except the newline, DEL, C1),
+/// characters which change the direction of text, and the Unicode line separators are written as
+/// `\u001b`.
 ///
-/// Within the strings of a JSON document that is an escape of JSON itself, so a document keeps its meaning.
+/// Within the strings of a JSON document this form is an escape of JSON itself, so a document keeps
+/// its meaning.
 pub fn printable(text: &str) -> Cow<'_, str> {
     if !text.contains(acts) {
         return Cow::Borrowed(text);
@@ -113,7 +116,7 @@ pub fn printable(text: &str) -> Cow<'_, str> {
     Cow::Owned(shown)
 }
 
-/// [`printable`] on one line: a newline is escaped too.
+/// Escapes like [`printable`], and newlines too.
 pub(crate) fn printable_line(text: &str) -> String {
     printable(text).replace('\n', "\\u000a")
 }
@@ -126,12 +129,13 @@ fn acts(c: char) -> bool {
     is_bidi || (c.is_control() && c != '\n')
 }
 
-/// Standard error for a log: what is written passes [`printable`], so a log without colours is safe to show.
+/// Standard error for a log. All output passes [`printable`], so a log without colours is safe to
+/// show.
 #[derive(Debug)]
 pub struct PrintableStderr(Stderr);
 
 impl PrintableStderr {
-    /// Standard error of this process.
+    /// Creates a writer to standard error.
     pub fn new() -> Self {
         Self(io::stderr())
     }
@@ -144,7 +148,7 @@ impl Default for PrintableStderr {
 }
 
 impl Write for PrintableStderr {
-    /// Takes whole texts, as a log writes its lines; bytes that are no UTF-8 are replaced.
+    /// Writes a whole text, such as a line of a log. Replaces bytes other than UTF-8.
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         self.0.write_all(printable(&String::from_utf8_lossy(bytes)).as_bytes())?;
         Ok(bytes.len())

@@ -39,7 +39,7 @@ pub(crate) async fn server(database: &Database) -> Result<Option<Server>, sqlx::
     Ok(Some(Server { version, now, connections, connections_max, synchronous_commit }))
 }
 
-/// The version of TLS of a session with the server; `None` when it is in clear text.
+/// Returns the TLS version of a session with the server; `None` in clear text.
 pub(crate) async fn session_tls(
     database: &PostgresDatabase,
 ) -> Result<Option<String>, sqlx::Error> {
@@ -47,8 +47,8 @@ pub(crate) async fn session_tls(
     sqlx::query_scalar(sql).fetch_optional(database.pool()).await
 }
 
-/// Whether there is a login of this name that may read one of the toolkit's tables: the logins of a
-/// server are those of all its databases.
+/// Returns `true` for a login with this name and SELECT on a table of the toolkit. PostgreSQL
+/// shares logins between all databases of a server.
 pub(crate) async fn has_login(database: &Database, login: &str) -> Result<bool, sqlx::Error> {
     let Database::Postgres(database) = database else { return Ok(false) };
     let sql = "SELECT EXISTS (SELECT 1 FROM pg_roles r JOIN pg_class c \

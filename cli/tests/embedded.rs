@@ -213,7 +213,8 @@ async fn status_and_doctor_tell_what_there_is() {
     assert_eq!(json["ahead"], json!([{"what": "sales", "partition": 0, "next": 6, "end": 5}]));
 }
 
-/// What acts on a terminal: escape sequences, single control characters of C0 and C1, DEL, directions of text.
+/// Sequences which act on a terminal: escape sequences, single control characters of C0 and C1,
+/// DEL, directions of text.
 const CONTROL_SEQUENCES: [&str; 30] = [
     "\u{1b}[2J",
     "\u{1b}[31m",
@@ -256,7 +257,7 @@ async fn no_control_character_of_the_log_or_the_database_is_printed() {
         let in_json = serde_json::to_string(sequence).expect("a text");
         append(&store, "order-1", &format!("no JSON {sequence} at all")).await;
         append(&store, "order-1", &format!("{{\t\"in\":\r\n{in_json}}}")).await;
-        // Where an id may have it.
+        // Only some sequences are valid in an id.
         let id = format!("order-x{sequence}y");
         if let Ok(stream) = id.parse::<kafold::StreamId>() {
             append(&store, &stream.to_string(), "{}").await;

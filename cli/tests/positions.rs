@@ -1,4 +1,4 @@
-//! `positions reset`, with the program from outside, where a log was recreated.
+//! `positions reset` as a separate program, after a log was recreated.
 
 mod support;
 
@@ -47,14 +47,14 @@ impl ReadModel for Sums {
     }
 }
 
-/// A log, and a database beside it.
+/// A log and a separate database.
 struct Stack {
     folder: TempDir,
     log: String,
     database: String,
 }
 
-/// A service on both.
+/// A service on the log and the database.
 struct Service {
     log: Log,
     database: Database,
@@ -67,7 +67,7 @@ impl Stack {
         run(self.folder.path(), &[args, &both].concat())
     }
 
-    /// Resets as soon as the brokers tell of nobody any more.
+    /// Resets after the brokers report no user of the log.
     fn reset(&self) -> Value {
         let args = ["positions", "reset", "--reason", "a test", "--yes", "--json"];
         let done = wait_for("nobody is up", || {
@@ -89,7 +89,7 @@ impl Stack {
         Service { log, database, projections }
     }
 
-    /// Why the log does not open with the positions that the database has.
+    /// Returns the reason for which the log does not open with the database's positions.
     async fn refusal(&self) -> String {
         let database = Database::open(&self.database, Mode::Migrate).await.expect("the database");
         let opened = LogOptions::new(&self.log).index(&database).open().await;
@@ -119,7 +119,7 @@ impl Service {
         append(&self.log.store(), order, &format!("{{\"step\":{step}}}")).await;
     }
 
-    /// The rows, once they are these; otherwise they are shown.
+    /// Waits for these rows.
     async fn shows(&self, wanted: &[(&str, i64)]) {
         let wanted: Vec<_> =
             wanted.iter().map(|(id, sum)| Sum { order_id: (*id).to_owned(), sum: *sum }).collect();
@@ -217,7 +217,7 @@ async fn a_recreated_topic_is_begun_anew_on_sqlite() {
     a_recreated_topic_is_begun_anew_with(database, folder, &brokers).await;
 }
 
-/// A stack in which the log is a file, and the read models are in another one.
+/// Creates a stack with a log in one file and read models in another file.
 fn files() -> Stack {
     let folder = TempDir::new().expect("a folder");
     let url = |name: &str| format!("sqlite://{}", folder.path().join(name).display());
@@ -260,7 +260,7 @@ async fn a_recreated_file_is_begun_anew_and_its_events_are_kept() {
     service.shows(&[("2", 5)]).await;
     service.stop().await;
 
-    // Where log and read models are one file, the same; and nothing else takes it for an index.
+    // With log and read models in one file the reset also keeps the events.
     let same = Stack { database: stack.log.clone(), ..stack };
     let service = same.serve(false).await;
     service.shows(&[("2", 5)]).await;

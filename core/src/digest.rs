@@ -1,10 +1,10 @@
-//! Digests that tell whether a copy of events is complete and unchanged.
+//! Digests which detect a missing or changed event in a copy of events.
 //!
 //! The stream index is a copy of the log in SQL tables, which other programs can change. A
-//! [`Digest`] is an XOR over events, so that the digest of a set does not depend on an order and
-//! can be kept up to date by those who add events. A node keeps the digest of each [`Bucket`] of
-//! streams in memory ([`BucketDigests`]) and compares it with what the tables hold whenever it
-//! loads a stream. The digests detect damage, not forgery: they are no cryptographic hashes.
+//! [`Digest`] is an XOR over events: the digest of a set does not depend on an order, and an insert
+//! updates the digest without reading the other events. A node keeps the digest of each [`Bucket`]
+//! of streams in memory ([`BucketDigests`]) and compares the digest with the tables at every load
+//! of a stream. The digests detect damage, not forgery: XXH3 is no cryptographic hash.
 
 use std::ops::BitXorAssign;
 
@@ -13,9 +13,8 @@ use twox_hash::XxHash3_64;
 use crate::event::RecordedEvent;
 use crate::ids::StreamId;
 
-/// Number of buckets that the streams of a partition are spread over: 32 KiB of digests a
-/// partition. A load reads the heads of all streams of one bucket, so that a partition with a
-/// million streams reads 250 of them.
+/// Number of buckets of a partition's streams: 32 KiB of digests a partition. A load reads the
+/// heads of all streams of one bucket, about 250 heads in a partition with a million streams.
 pub const BUCKETS: usize = 1 << BUCKET_BITS;
 const BUCKET_BITS: u32 = 12;
 
@@ -24,7 +23,7 @@ const BUCKET_BITS: u32 = 12;
 pub struct Digest(pub u64);
 
 impl Digest {
-    /// The digest of one event: everything that is stored of the event is in it.
+    /// Returns the digest of one event, over all stored fields.
     pub fn of(event: &RecordedEvent) -> Self {
         let metadata = &event.metadata;
         let mut fixed = [0; 60];
@@ -34,23 +33,23 @@ impl Digest {
         fixed[20..36].copy_from_slice(event.command_id.0.as_bytes());
         fixed[36..52].copy_from_slice(metadata.event_id.as_bytes());
         fixed[52..].copy_from_slice(&metadata.recorded_at.timestamp_micros().to_le_bytes());
-        // Each part is hashed with the hash so far as its seed, so that no byte can move from one
-        // part to the next unnoticed.
+        // Each part is hashed with the hash so far as the seed, so moving a byte from one part to
+        // the next changes the hash.
         let mut hash = XxHash3_64::oneshot(&fixed);
         let mut add = |part: &[u8]| hash = XxHash3_64::oneshot_with_seed(hash, part);
         add(event.stream.as_str().as_bytes());
         add(event.event_type.as_bytes());
         add(&event.payload);
         for text in [&metadata.correlation_id, &metadata.causation_id, &metadata.trace_parent] {
-            // An absent text is no empty text.
+            // An absent text differs from an empty text.
             add(&[u8::from(text.is_some())]);
             add(text.as_deref().unwrap_or_default().as_bytes());
         }
         Self(hash)
     }
 
-    /// The digest of bytes that are no event, such as a row of another table: each part is hashed
-    /// behind the one before.
+    /// Returns the digest of other bytes than an event, such as a row of another table. Each part
+    /// is hashed after the previous part.
     pub fn of_parts<'a>(parts: impl IntoIterator<Item = &'a [u8]>) -> Self {
         let add = |hash, part: &[u8]| XxHash3_64::oneshot_with_seed(hash, part);
         Self(parts.into_iter().fold(0, add))
@@ -63,28 +62,28 @@ impl BitXorAssign for Digest {
     }
 }
 
-/// Hash of a stream: the column `hash` of the tables, signed as SQL has it.
+/// Returns the hash of a stream: the column `hash` of the tables, signed as in SQL.
 pub fn stream_hash(stream: &StreamId) -> i64 {
     XxHash3_64::oneshot(stream.as_str().as_bytes()) as i64
 }
 
-/// Streams of a partition whose hashes have the same upper bits.
+/// A group of a partition's streams with equal upper bits in their hashes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Bucket(usize);
 
 impl Bucket {
-    /// The bucket of a stream.
+    /// Returns the bucket of a stream.
     pub fn of(stream: &StreamId) -> Self {
         Self::of_hash(stream_hash(stream))
     }
 
-    /// The bucket of a stream's hash.
+    /// Returns the bucket of a stream's hash.
     pub fn of_hash(hash: i64) -> Self {
-        // The signed hashes are in the order of SQL: the lowest come first.
+        // Buckets follow the order of signed hashes in SQL: the lowest hashes come first.
         Self(((hash as u64) ^ (1 << 63)) as usize >> (u64::BITS - BUCKET_BITS))
     }
 
-    /// The lowest and the highest hash of the bucket, both within.
+    /// Returns the lowest and the highest hash of the bucket, both inclusive.
     pub fn hashes(self) -> (i64, i64) {
         let width = u64::BITS - BUCKET_BITS;
         let lowest = ((self.0 as u64) << width) ^ (1 << 63);
@@ -103,7 +102,7 @@ impl Default for BucketDigests {
 }
 
 impl BucketDigests {
-    /// Adds an event to the bucket of its stream, or takes it away again.
+    /// Adds an event to the bucket of its stream, or removes an event already added.
     pub fn toggle(&mut self, event: &RecordedEvent) {
         self.add(Bucket::of(&event.stream), Digest::of(event));
     }
@@ -113,12 +112,12 @@ impl BucketDigests {
         self.0[bucket.0] ^= digest;
     }
 
-    /// The digest of a bucket.
+    /// Returns the digest of a bucket.
     pub fn get(&self, bucket: Bucket) -> Digest {
         self.0[bucket.0]
     }
 
-    /// The digest of all events of the partition.
+    /// Returns the digest of all events of the partition.
     pub fn total(&self) -> Digest {
         let mut total = Digest::default();
         self.0.iter().for_each(|digest| total ^= *digest);

@@ -14,13 +14,13 @@
 //! - [`index`]: the seam [`StreamIndex`] to events by stream and version;
 //! - [`snapshot`]: saved states of long streams;
 //! - [`codec`]: JSON payloads and upcasters;
-//! - [`digest`]: whether a copy of events is complete and unchanged;
+//! - [`digest`]: digests which detect a missing or changed event in a copy of events;
 //! - [`filter`]: what was never there;
 //! - [`row`]: a read model's row as named columns;
 //! - [`memory`]: the exact in-memory store and index: whoever writes another reads them first;
 //! - [`trace`]: trace context on its way through commands, events and readers;
 //! - [`scenario`]: given, when, then for the tests of a domain;
-//! - [`secret`]: passwords and keys that a connection's URL names by file or variable;
+//! - [`secret`]: passwords and keys named in a URL by file or variable;
 //! - [`clock`]: the only way here to time and randomness.
 
 // The derives write `::kafold_core::…`, also in this crate's own tests.

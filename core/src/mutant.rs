@@ -51,7 +51,7 @@ pub enum Mutant {
     ConfirmAcrossClaim,
     /// The index takes any batch and its position is the maximum seen.
     IndexPlainMaximum,
-    /// Events of the index are taken for those of the stream, whatever its heads say.
+    /// Index rows are used without a comparison with the heads.
     IndexBelieved,
     /// A checkpoint may lie inside a commit.
     CheckpointInsideCommit,

@@ -59,7 +59,7 @@ pub enum ColumnKind {
 }
 
 impl fmt::Display for ColumnKind {
-    /// Stored in the fingerprints of read models: another word is another table.
+    /// Writes a name stored in the fingerprints of read models: a changed name means another table.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::Boolean => "boolean",

@@ -1,9 +1,9 @@
-//! Secrets that a connection's URL names and does not contain.
+//! Secrets named in a connection's URL.
 //!
 //! A URL gives a secret as `@FILE`, as `$NAME` of an environment variable, or literally. A
-//! [`SecretSource`] is that reference, and is safe to keep and to show; [`SecretSource::read`]
-//! returns the [`Secret`] as it is now, so that a connector which reads it for each new connection
-//! follows a rotation without a restart.
+//! [`SecretSource`] is this reference; a reference to a file or a variable may be shown.
+//! [`SecretSource::read`] returns the current [`Secret`]: a connector which reads the secret for
+//! each new connection follows a rotation without a restart.
 
 use std::fmt;
 use std::fs::{self, File, Metadata};
@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 /// Most bytes of one secret: far above any password, token or PEM key.
 pub const SECRET_BYTES_MAX: u64 = 64 * 1024;
 
-/// The environment variable with which systemd names the folder of a unit's credentials.
+/// The environment variable in which systemd names the folder of a unit's credentials.
 pub const CREDENTIALS_DIRECTORY: &str = "CREDENTIALS_DIRECTORY";
 
 /// A password, token or key. `Debug` shows `●●●`, and there is no `Display`.
@@ -26,7 +26,7 @@ impl Secret {
         Self(text.into())
     }
 
-    /// The secret itself, for the driver that sends or hashes it and for nothing else.
+    /// Returns the secret in clear text, only for the driver which sends or hashes the secret.
     pub fn expose(&self) -> &str {
         &self.0
     }
@@ -38,19 +38,18 @@ impl fmt::Debug for Secret {
     }
 }
 
-/// The place of a secret, as a URL names it.
+/// A secret's source in a URL.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum SecretSource {
-    /// The secret itself stood in the URL: the process list and the shell's history may have it.
+    /// A literal secret, visible in the process list and the shell's history.
     Literal(Secret),
-    /// `@FILE`: a file, read anew each time.
+    /// `@FILE`: a file, read again each time.
     File(PathBuf),
     /// `$NAME`: an environment variable.
     Environment(String),
 }
 
-/// The reason why a secret cannot be read, with the remedy. It names files and variables, never a
-/// secret.
+/// The reason for an unreadable secret, with the remedy. Names files and variables, never a secret.
 #[derive(Debug, thiserror::Error)]
 #[error("{what}; {remedy}")]
 pub struct SecretError {
@@ -59,11 +58,10 @@ pub struct SecretError {
 }
 
 impl SecretSource {
-    /// Reads the value of a URL's parameter, already percent-decoded: `@FILE`, `$NAME`, or the
-    /// secret itself.
+    /// Parses a percent-decoded parameter of a URL: `@FILE`, `$NAME`, or a literal secret.
     ///
-    /// Rejects an empty value, `@` without a file, and `$` before anything but a variable's name;
-    /// the error does not print the value, which may be a password that begins with `$`.
+    /// Rejects an empty value, `@` without a file, and `$` without a variable's name. The error
+    /// does not contain the value, because a password may begin with `$`.
     pub fn parse(value: &str) -> Result<Self, SecretError> {
         if let Some(name) = value.strip_prefix('$') {
             let first = name.starts_with(|c: char| c.is_ascii_alphabetic() || c == '_');
@@ -85,12 +83,12 @@ impl SecretSource {
         }
     }
 
-    /// Returns the secret as it is now, without one newline at its end.
+    /// Returns the current secret, without one newline at the end.
     ///
-    /// A relative file is looked for in systemd's `$CREDENTIALS_DIRECTORY` first, then in the
-    /// working directory. Rejects a missing, empty or too long ([`SECRET_BYTES_MAX`]) secret, one
-    /// that is not UTF-8, and, unless `readable_allowed`, a file that users other than its owner
-    /// and group can read or write.
+    /// A relative file is looked up in systemd's `$CREDENTIALS_DIRECTORY` first, then in the
+    /// working directory. Rejects a secret which is missing, empty, longer than
+    /// [`SECRET_BYTES_MAX`], or no UTF-8. Unless `readable_allowed`, also rejects a file with read
+    /// or write access for users other than the owner and the group.
     pub fn read(&self, readable_allowed: bool) -> Result<Secret, SecretError> {
         match self {
             Self::Literal(secret) => Ok(secret.clone()),
@@ -113,7 +111,8 @@ impl SecretSource {
         }
     }
 
-    /// Whether the secret is in a file that users other than its owner and group can read or write.
+    /// Returns `true` for a file with read or write access for users other than the owner and the
+    /// group.
     pub fn is_exposed_file(&self) -> bool {
         match self {
             Self::File(file) => fs::metadata(located(file)).is_ok_and(|data| is_exposed(&data)),
@@ -128,7 +127,7 @@ impl SecretError {
     }
 }
 
-/// The file that a relative name means: systemd's credential of that name, if there is one.
+/// Returns the path of a file name: systemd's credential of the same name, if present.
 fn located(file: &Path) -> PathBuf {
     let credentials = std::env::var_os(CREDENTIALS_DIRECTORY);
     in_credentials(file, credentials.as_deref().map(Path::new))
@@ -147,14 +146,14 @@ fn read_file(file: &Path, readable_allowed: bool) -> Result<Secret, SecretError>
             "create it, readable for the user of this process only",
         )
     };
-    // Opening a named pipe would wait for its writer.
+    // Opening a named pipe would wait for a writer.
     let is_file = |data: &Metadata| {
         let refused = || SecretError::new(format!("{shown} is not a file"), "name a secret file");
         if data.is_file() { Ok(()) } else { Err(refused()) }
     };
     is_file(&fs::metadata(file).map_err(failed)?)?;
     let opened = File::open(file).map_err(failed)?;
-    // The rights of the very file that is read, not of another that took its name.
+    // Reads the mode of the opened file, since another file may have taken its name.
     let data = opened.metadata().map_err(failed)?;
     is_file(&data)?;
     if is_exposed(&data) && !readable_allowed {
@@ -203,7 +202,7 @@ fn is_exposed(_: &Metadata) -> bool {
 mod tests {
     use super::*;
 
-    /// A new file of this test's own, in the folder for temporary files.
+    /// Creates a new file for one test, in the folder for temporary files.
     fn file(name: &str, content: &[u8]) -> PathBuf {
         let file = std::env::temp_dir().join(format!("kafold-{}-{name}", std::process::id()));
         fs::write(&file, content).expect("writes");

@@ -37,7 +37,7 @@ pub(crate) const TICKETS_MAX: usize = 32_768;
 /// Events that one query of a stream reads.
 pub(crate) const READ_PAGE_EVENTS: i64 = 500;
 
-/// Reads of one page, when the log has grown before the page could be compared with it.
+/// Most reads of one page, when the log grows before the page is compared.
 pub(crate) const COMPARISONS_MAX: u32 = 10;
 
 /// How often a waiting reader looks for commits of other processes; commits of this process wake it

@@ -25,7 +25,7 @@ pub(crate) struct Tickets {
 type LastCommit = (Ticket, Version);
 
 impl Tickets {
-    /// The version that this process brought the stream to, if it remembers.
+    /// Returns the version of this process's latest commit to the stream, if remembered.
     pub(crate) fn version_of(&self, stream: &StreamId) -> Option<Version> {
         let last = self.newer.get(stream).or_else(|| self.older.get(stream));
         last.map(|(_, version)| *version)

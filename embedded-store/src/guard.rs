@@ -1,10 +1,10 @@
-//! What this process knows of the file that no other program can change: whether the log in it, and the
-//! heads of its streams, are what was written.
+//! Detects changes of the log and of the heads by other programs, with digests in the memory of
+//! this process.
 //!
-//! The file keeps the number and the digest of its events (`kafold_log`) and a head for each stream
-//! (`kafold_stream`). They are compared when the file is opened; from then on the process keeps the
-//! digests of all buckets of streams itself, and compares them with the file whenever it decides on a
-//! stream that it has not just written.
+//! The file stores the number and the digest of its events (`kafold_log`) and a head for each
+//! stream (`kafold_stream`). Opening the file compares the two. Afterwards the process keeps the
+//! digests of all buckets of streams in memory, and compares the digests with the file at every
+//! decision on a stream without a recent commit of this process.
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -23,25 +23,25 @@ use crate::event::{self, Known, PARTITION, PlacedEvent, Question, StreamPage};
 
 /// Least wait between two comparisons of the whole file.
 const INTERVAL_MIN: Duration = Duration::from_secs(10);
-/// A comparison is not repeated before this many times as long has passed as it took.
+/// Factor from a comparison's duration to the least wait before the next.
 const INTERVAL_FACTOR: u32 = 100;
-/// Newest events whose digests are remembered one by one: 1 MiB. A page of a stream that was read before
-/// these were appended is read again.
+/// Number of newest events with individually stored digests: 1 MiB. A page read before these events
+/// is read again.
 const NEWEST_EVENTS_MAX: usize = 65_536;
-/// Wait before a damaged file is looked at again.
+/// Wait before another check of a damaged file.
 const DAMAGED_WAIT: Duration = Duration::from_secs(2);
 
-/// The digests of the log as this process knows them.
+/// The digests of the log in this process's memory.
 pub(crate) struct Guard {
     known: Mutex<KnownLog>,
 }
 
 struct KnownLog {
-    /// The offset below which all events are in `digests`.
+    /// The offset below which `digests` includes all events.
     end: Offset,
     digests: BucketDigests,
-    /// The newest of these events, the last one below `end` last: what was read a moment ago is compared
-    /// with the log as it was then.
+    /// The newest of these events, in the order of the log. A page read earlier is compared with
+    /// the log at the time of the read.
     newest: VecDeque<(Bucket, Digest)>,
     damage: Option<Damage>,
 }
@@ -58,7 +58,8 @@ impl KnownLog {
         self.newest.push_back((bucket, digest));
     }
 
-    /// The digest of a bucket when the log ended at `end`; `None` when that is too long ago, or not yet.
+    /// Returns the digest of a bucket for a log which ended at `end`. Returns `None` for an `end`
+    /// too long ago or not reached yet.
     fn bucket_at(&self, end: Offset, bucket: Bucket) -> Option<Digest> {
         let since = usize::try_from(self.end.0.checked_sub(end.0)?).ok()?;
         let first = self.newest.len().checked_sub(since)?;
@@ -71,24 +72,23 @@ impl KnownLog {
 
 struct Damage {
     reason: String,
-    /// The stream whose rows are damaged; without one it is the file as a whole.
+    /// The stream with the damaged rows; `None` for damage of the whole file.
     stream: Option<StreamId>,
 }
 
-/// What the tables add up to.
+/// The sums over the tables.
 struct FileTotals {
     /// The number and digest of events in `kafold_log`.
     declared: IndexTotal,
-    /// The number and digest of events that the heads add up to.
+    /// The number and digest of events summed over the heads.
     heads: IndexTotal,
     digests: BucketDigests,
-    /// The number of rows of events.
+    /// Number of rows of events.
     rows: u64,
 }
 
 impl Guard {
-    /// Compares what the file says of itself; a file that contradicts itself is
-    /// [`ReadError::Diverged`].
+    /// Compares the tables of the file. Contradicting tables are [`ReadError::Diverged`].
     pub(crate) async fn open(database: &SqliteDatabase) -> Result<Self, ReadError> {
         event::fill_in_digests(database).await.map_err(not_read)?;
         let totals = FileTotals::read(database).await?;
@@ -99,22 +99,23 @@ impl Guard {
         Ok(Self { known: Mutex::new(known) })
     }
 
-    /// Why the file is not to be decided on, if so: a sentence with the table and the remedy.
+    /// Returns the reason for which no decision may rest on the file, as a sentence with the table
+    /// and the remedy; `None` for an undamaged file.
     pub(crate) fn damage(&self) -> Option<String> {
         self.known().damage.as_ref().map(|damage| damage.reason.clone())
     }
 
-    /// Adds a group that was committed.
+    /// Adds a committed group.
     pub(crate) fn appended(&self, rows: &[PlacedEvent<'_>]) {
         let Some(first) = rows.first() else { return };
         let mut known = self.known();
-        // What another process has appended before is read first, and this with it.
+        // Earlier events of another process are read first, and this group with them.
         if known.end == first.offset {
             rows.iter().for_each(|row| known.push(&row.recorded()));
         }
     }
 
-    /// Compares what a transaction has found of the streams that it is to decide on.
+    /// Compares the streams of a transaction with the digests before the decision.
     pub(crate) async fn check_group(
         &self,
         connection: &mut SqliteConnection,
@@ -149,7 +150,7 @@ impl Guard {
             let bucket = match (known.bucket, last) {
                 (_, Some(last)) if *last == version => continue,
                 (Some(bucket), _) => bucket,
-                // Another process has appended to it since, or rows are gone.
+                // Another process has appended to the stream since, or rows are missing.
                 (None, _) => event::bucket(&mut *connection, stream).await.map_err(not_read)?,
             };
             if self.known().digests.get(Bucket::of(stream)) != bucket {
@@ -159,14 +160,16 @@ impl Guard {
         Ok(())
     }
 
-    /// The offset below which all events are known.
+    /// Returns the offset below which all events are known.
     pub(crate) fn end(&self) -> Offset {
         self.known().end
     }
 
-    /// Compares the last page of a stream; `digest` is that of all its rows if the stream was read from its
-    /// begin, and `end` what was known before the page was read: the log never ends below that again.
-    /// `false` when the file has moved on since the page was read.
+    /// Compares the last page of a stream.
+    ///
+    /// `digest` is the digest of all rows if the stream was read from the beginning. `end` is the
+    /// known end of the log before the page was read; the log never ends below `end` again. Returns
+    /// `false` if the file has grown since and the page must be read again.
     pub(crate) async fn check_page(
         &self,
         database: &SqliteDatabase,
@@ -202,7 +205,7 @@ impl Guard {
         if known == page.bucket { Ok(true) } else { Err(self.damaged(None, beside(stream))) }
     }
 
-    /// A head under the stream's hash that has another name was the stream's own.
+    /// Rejects a head under the stream's hash and another name: the stream's head was renamed.
     async fn check_names(
         &self,
         connection: &mut SqliteConnection,
@@ -219,7 +222,7 @@ impl Guard {
         Err(self.damaged(Some(stream), what))
     }
 
-    /// Remembers that a row of a stream has changed.
+    /// Stores the damage of a stream's row.
     pub(crate) fn note(&self, stream: Option<&StreamId>, error: ReadError) -> ReadError {
         match error {
             ReadError::Diverged { what, cause } => {
@@ -229,7 +232,7 @@ impl Guard {
         }
     }
 
-    /// Reads what other processes have appended.
+    /// Reads the events appended by other processes.
     async fn catch_up(
         &self,
         connection: &mut SqliteConnection,
@@ -263,7 +266,7 @@ impl Guard {
         }
     }
 
-    /// Compares the whole file again and again; the task ends by being aborted.
+    /// Compares the whole file periodically. The caller ends the task by aborting.
     pub(crate) async fn watch(&self, database: &SqliteDatabase, clock: &dyn Clock) {
         let mut wait = INTERVAL_MIN;
         loop {
@@ -289,7 +292,7 @@ impl Guard {
         let checked = {
             let known = self.known();
             if known.end != end {
-                // It has moved on: the next look compares.
+                // The log has grown; the next comparison follows.
                 return Ok(());
             }
             totals.check(Some(&known.digests))
@@ -348,15 +351,15 @@ impl Guard {
     }
 
     fn known(&self) -> MutexGuard<'_, KnownLog> {
-        // Every change is made whole.
+        // No change is interrupted half way.
         self.known.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-/// A file without the row of its log.
+/// The fault of a file without the row of its log.
 pub(crate) const NO_LOG_ROW: &str = "kafold_log has no row";
 
-/// The sentence about damage, with the remedy, unless it has that already.
+/// Returns the sentence about damage, with the remedy appended if missing.
 pub(crate) fn reason(what: &str) -> String {
     const REMEDY: &str = "kafold index rebuild";
     if what.contains(REMEDY) {
@@ -373,7 +376,7 @@ fn beside(stream: &StreamId) -> String {
 }
 
 impl FileTotals {
-    /// In one transaction, which is one snapshot.
+    /// Reads in one transaction, and so in one snapshot.
     async fn read(database: &SqliteDatabase) -> Result<Self, ReadError> {
         let read = async {
             let mut tx = database.readers().begin().await?;
@@ -391,7 +394,7 @@ impl FileTotals {
         Ok(Self { declared, heads, digests, rows })
     }
 
-    /// Compares the tables with each other and with what is known of them.
+    /// Compares the tables with each other and with the known digests.
     fn check(&self, known: Option<&BucketDigests>) -> Result<(), ReadError> {
         let Self { declared, heads, digests, rows } = self;
         let differs = |what: String| {
@@ -420,17 +423,18 @@ impl FileTotals {
     }
 }
 
-/// Compares what a file says of its log: its events, the heads of its streams, and their sums. Returns how
-/// many events there are; tables that contradict each other are [`ReadError::Diverged`].
+/// Compares the events, the heads and the totals of a file's log. Returns the number of events.
+/// Contradicting tables are [`ReadError::Diverged`].
 pub async fn check_heads(database: &SqliteDatabase) -> Result<u64, ReadError> {
     let totals = FileTotals::read(database).await?;
     totals.check(None)?;
     Ok(totals.declared.events)
 }
 
-/// Makes the heads of the streams in a file again from its events, or what `kafold_log` says of them, and
-/// returns how many events there are. Of the three, two must agree: a file whose events agree with neither
-/// is [`ReadError::Diverged`], and nothing of it is changed.
+/// Rebuilds the heads and the totals of a file's log from the events. Returns the number of events.
+///
+/// Of events, heads and totals two must agree: a file whose events agree with neither is
+/// [`ReadError::Diverged`] and stays unchanged.
 pub async fn rebuild_heads(database: &SqliteDatabase) -> Result<u64, ReadError> {
     let mut tx = database.write().await.map_err(not_read)?;
     let declared = event::declared(&mut *tx).await.map_err(not_read)?;

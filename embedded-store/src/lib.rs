@@ -11,7 +11,7 @@
 //! - [`config`]: the limits;
 //! - `writer`: the task that turns submissions into transactions;
 //! - `group`: what one transaction holds and answers, decided without IO;
-//! - `guard`: whether the file is what was written;
+//! - `guard`: detects changes of the file by other programs;
 //! - `event`: the queries of the table `kafold_event`;
 //! - `error`: what SQLite's errors mean to a caller.
 //!

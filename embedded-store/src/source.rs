@@ -15,7 +15,7 @@ use crate::error::not_read;
 use crate::event::{self, PARTITION};
 use crate::guard;
 
-/// The remedy for a place that is not of this file.
+/// The remedy for a position of another file.
 const REMEDY: &str = "name the file that it was, or build what stores positions (checkpoints, snapshots) \
                       anew from this one with `kafold positions reset --reason TEXT`";
 

@@ -78,7 +78,8 @@ impl EmbeddedStore {
         }
     }
 
-    /// A page of a stream; the last one is compared with what this process knows of the file.
+    /// Returns a page of a stream. The last page is compared with the digests in this process's
+    /// memory.
     async fn checked_page(
         &self,
         stream: &StreamId,
@@ -197,7 +198,7 @@ impl EventStore for EmbeddedStore {
         stream: &StreamId,
         after: Version,
     ) -> BoxStream<'static, Result<RecordedEvent, ReadError>> {
-        // The digest of what was read tells whether a stream that was read from its begin is whole.
+        // The digest of the rows read so far verifies a stream read from the beginning.
         let digest = (after == Version::EMPTY).then(Digest::default);
         let reading = (self.clone(), stream.clone());
         // Pages are of different moments, which does no harm: what has been written never changes.

@@ -157,7 +157,7 @@ impl Writer {
         };
         let checked = self.guard.check_group(&mut turn, &questions, &known, declared_end, end);
         if let Err(error) = checked.await {
-            // The transaction that was begun ends with its connection.
+            // Closing the connection rolls the transaction back.
             drop(turn);
             return self.refuse(submissions, &AppendError::unavailable(RETRY_AFTER, error));
         }

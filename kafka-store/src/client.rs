@@ -26,26 +26,26 @@ use crate::refusal;
 pub(crate) use crate::refusal::Refusal;
 use crate::transport::{CLEAR_TEXT, Login};
 
-/// The first wait for a broker; later ones are twice as long each.
+/// First timeout of a request before the first connection; each later timeout is twice as long.
 const FIRST_STEP: Duration = Duration::from_millis(600);
-/// How often a client that lives long looks whether its password has changed.
+/// Interval at which a long-lived client compares its password with the source.
 const RENEWAL_INTERVAL: Duration = Duration::from_secs(3);
-/// Most log lines and errors of a client that one question hands to its context.
+/// Most queued log lines and errors passed to the context of a client after one request.
 const EVENTS_MAX: usize = 64;
 
-/// An error that the client told beside any question, with librdkafka's own words.
+/// An error reported by a client outside of any request, with librdkafka's text.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Complaint {
     pub(crate) error: KafkaError,
-    /// Such as `sasl_ssl://HOST:PORT/1: SASL authentication error: …`.
+    /// The text of librdkafka, such as `sasl_ssl://HOST:PORT/1: SASL authentication error: …`.
     pub(crate) reason: String,
-    /// Why it does not pass by itself, if it does not.
+    /// Cause and remedy of a permanent error; `None` for an error worth a retry.
     pub(crate) refusal: Option<Refusal>,
 }
 
 impl Complaint {
-    /// Whether a look at the broker may say more: librdkafka has one text for all faults of a
-    /// certificate, and a lost connection may come from TLS at one end only.
+    /// Returns `true` if a handshake of our own may find the cause: librdkafka has one text for all
+    /// certificate faults, and a lost connection may mean TLS at only one end.
     fn is_suspect(&self) -> bool {
         refusal::is_certificate(&self.reason)
             || self.reason.contains("PLAINTEXT broker listener")
@@ -54,8 +54,8 @@ impl Complaint {
     }
 }
 
-/// Turns what librdkafka says into `tracing` events and remembers its newest complaint, which says
-/// why a question was never answered.
+/// Converts librdkafka's messages into `tracing` events. Keeps the newest complaint, which explains
+/// a request without an answer.
 #[derive(Default)]
 pub(crate) struct Context {
     newest: Mutex<Option<Complaint>>,
@@ -70,7 +70,7 @@ impl Context {
         *self.newest.lock().unwrap_or_else(PoisonError::into_inner) = Some(complaint);
     }
 
-    /// Forgets the complaint, once a broker answers.
+    /// Clears the complaint after a broker has answered.
     fn forgive(&self) {
         *self.newest.lock().unwrap_or_else(PoisonError::into_inner) = None;
     }
@@ -86,7 +86,7 @@ impl ClientContext for Context {
     fn error(&self, error: KafkaError, reason: &str) {
         tracing::debug!(%error, reason, "kafka client");
         let refusal = Refusal::of(&error, reason);
-        // "All brokers are down" comes after the reason why, and says less.
+        // "All brokers are down" follows the error with the cause, and is less specific.
         let is_summary = error.rdkafka_error_code() == Some(RDKafkaErrorCode::AllBrokersDown);
         if !is_summary || self.complaint().is_none() {
             self.complain(Complaint { error, reason: reason.to_owned(), refusal });
@@ -108,8 +108,8 @@ pub(crate) fn log(level: RDKafkaLogLevel, facility: &str, message: &str) {
     }
 }
 
-/// Keeps the password of a client that lives long as new as its source: librdkafka uses it from the next
-/// connection on.
+/// Copies a changed password from its source to a long-lived client. librdkafka uses the password
+/// from the next connection on.
 pub(crate) struct Renewal {
     login: Option<Login>,
     given: SecretString,
@@ -117,14 +117,15 @@ pub(crate) struct Renewal {
 }
 
 impl Renewal {
-    /// For a client that was made from this configuration a moment ago.
+    /// Creates the renewal for a client just made from the same configuration.
     pub(crate) fn new(config: &KafkaConfig) -> Self {
         let login = config.login.clone().filter(|login| !login.password.is_literal());
         let given = login.as_ref().map(|login| login.password.read()).unwrap_or_default();
         Self { login, given, next: SystemClock.instant() + RENEWAL_INTERVAL }
     }
 
-    /// Gives the client a password that has changed; looks every few seconds, however often it is called.
+    /// Passes a changed password to the client. Reads the source at most once per
+    /// [`RENEWAL_INTERVAL`]; further calls return at once.
     pub(crate) fn look<C: ClientContext>(&mut self, client: &rdkafka::client::Client<C>) {
         let Some(login) = &self.login else { return };
         let now = SystemClock.instant();
@@ -152,8 +153,8 @@ pub(crate) struct TopicShape {
     pub(crate) led: bool,
 }
 
-/// Asks brokers; every call blocks for at most the request timeout, and some seconds more when it is to
-/// be found out why nobody answers.
+/// Sends requests to brokers. Every call blocks for at most the request timeout, plus some seconds
+/// for a diagnosis when no broker answers.
 pub(crate) struct Inquirer {
     config: KafkaConfig,
     client: RwLock<Arc<Client>>,
@@ -162,11 +163,11 @@ pub(crate) struct Inquirer {
 
 struct Client {
     consumer: BaseConsumer<Context>,
-    /// Of the files and secrets that it was made with.
+    /// The fingerprint of the files and secrets in use by the client.
     fingerprint: u64,
-    /// Whether a broker has ever answered.
+    /// `true` once a broker has answered.
     is_connected: AtomicBool,
-    /// Whether it is settled that no broker would be sent clear text that must not be.
+    /// `true` once no broker can receive forbidden clear text.
     is_private: AtomicBool,
 }
 
@@ -185,8 +186,8 @@ impl Inquirer {
         Arc::clone(&self.client.read().unwrap_or_else(PoisonError::into_inner))
     }
 
-    /// Asks, and looks into it when there is no answer. As long as nobody has ever answered it asks in
-    /// growing steps, so that what does not pass by itself is told at once.
+    /// Sends a request, and diagnoses a missing answer. Before the first connection the timeouts
+    /// grow from [`FIRST_STEP`], so a permanent error is reported early.
     fn ask<T>(
         &self,
         timeout: Duration,
@@ -221,8 +222,8 @@ impl Inquirer {
         }
     }
 
-    /// Puts the reason why nobody answers into the complaint, and makes the client anew where a file or
-    /// a secret has changed since it was made.
+    /// Adds the cause of a missing answer to the complaint. Replaces the client if a file or a
+    /// secret has changed.
     fn look_into(&self, client: &Client) {
         let complaint = client.complaint();
         let is_suspect = complaint.as_ref().is_some_and(Complaint::is_suspect);
@@ -246,7 +247,7 @@ impl Inquirer {
         }
     }
 
-    /// Refuses to send anything in clear text to brokers on other machines, which the first one may name.
+    /// Rejects clear text to brokers on other machines. The first broker may name such brokers.
     pub(crate) fn check_private(&self) -> Result<(), OpenError> {
         let client = self.client();
         if !must_be_private(&self.config) || client.is_private.load(Ordering::Relaxed) {
@@ -303,7 +304,7 @@ impl Inquirer {
         Ok(brokers.map(|b| (b.id(), format!("{}:{}", b.host(), b.port()))).collect())
     }
 
-    /// The consumer groups of all brokers that this user may see, and how many members each has.
+    /// Returns the consumer groups visible to this user, with the number of members of each.
     pub(crate) fn group_members(&self) -> KafkaResult<Vec<(String, usize)>> {
         let groups = self.ask(self.timeout, |client, wait| client.fetch_group_list(None, wait))?;
         let groups = groups.groups().iter();
@@ -365,14 +366,14 @@ impl Client {
 
     /// Hands the client's log lines and errors to its context.
     fn serve(&self) {
-        // One event each time; none and one that the context took look alike.
+        // Each poll returns one event at most; `None` means no event or an event for the context.
         for _ in 0..EVENTS_MAX {
             drop(self.consumer.poll(Duration::ZERO));
         }
     }
 }
 
-/// Whether nobody answered, rather than with an error.
+/// Returns `true` for an error which means no answer at all.
 fn is_silence(error: &KafkaError) -> bool {
     use RDKafkaErrorCode as C;
     let silent = [C::BrokerTransportFailure, C::OperationTimedOut, C::AllBrokersDown, C::Resolve];
@@ -390,9 +391,9 @@ pub(crate) fn offset(raw: i64) -> KafkaResult<Offset> {
     u64::try_from(raw).map(Offset).map_err(invalid)
 }
 
-/// Refuses brokers of which none has an address: a name that nobody knows is a slip in the URL, while
-/// a broker that does not answer may be on its way. Refuses clear text to other machines. Blocks while
-/// names are looked up.
+/// Rejects brokers of which none has an address: an unknown host name is a mistake in the URL,
+/// while a silent broker may be starting. Rejects clear text to other machines. Blocks during name
+/// lookups.
 pub(crate) fn check_hosts(config: &KafkaConfig) -> Result<(), OpenError> {
     let mut unknown: Option<io::Error> = None;
     let mut is_one_known = false;
@@ -455,7 +456,7 @@ pub(crate) fn open_error(
     }
 }
 
-/// The error with the client's last complaint, which says more.
+/// Joins the error with the client's last complaint, which is more specific.
 fn waiting(error: KafkaError, complaint: Option<Complaint>) -> Cause {
     match complaint {
         Some(Complaint { reason, .. }) if !reason.is_empty() => text(format!("{error} ({reason})")),

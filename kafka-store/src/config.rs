@@ -32,17 +32,19 @@ const OUTBOX_TIMEOUT_MS: &str = "15000";
 
 /// A log on Kafka: `kafka://HOST:PORT[,HOST:PORT]/NAME?partitions=N&replication=R`.
 ///
-/// - `tls=true` encrypts and verifies; `ca=FILE` names the trusted authorities, `cert=FILE&key=FILE` the
-///   client's own certificate;
-/// - `sasl=scram-sha-512&user=NAME&password=@FILE` logs in. A password is a file's contents (`@FILE`), a
-///   variable of the environment (`$NAME`), or, with a warning, itself; see [`SecretSource`](kafold_core::secret::SecretSource);
-/// - `librdkafka.KEY=VALUE` is any setting of the client that the protocol does not rely on;
-/// - `allow_unsafe=NAME,NAME` accepts unsafe settings by name: of an existing topic, and `clear_text`,
-///   `unverified_tls`, `readable_secret`;
-/// - `commands=begin_anew` is for a commands topic that was deleted and made anew.
+/// - `tls=true` encrypts and verifies; `ca=FILE` names the trusted authorities,
+///   `cert=FILE&key=FILE` the client's own certificate;
+/// - `sasl=scram-sha-512&user=NAME&password=@FILE` logs in. A password is `@FILE` for the contents
+///   of a file, `$NAME` for an environment variable, or, with a warning, the literal password; see
+///   [`SecretSource`](kafold_core::secret::SecretSource);
+/// - `librdkafka.KEY=VALUE` passes a setting to the client, unless the protocol relies on the
+///   setting;
+/// - `allow_unsafe=NAME,NAME` accepts unsafe settings by name: settings of an existing topic, and
+///   `clear_text`, `unverified_tls`, `readable_secret`;
+/// - `commands=begin_anew` is for a commands topic which was deleted and created again.
 ///
-/// Values are percent-decoded. Files and secrets are read when the URL is, and again for every client
-/// that is made. `Debug` shows no secret.
+/// Values are percent-decoded. Files and secrets are read when the URL is parsed, and again for
+/// every new client. `Debug` shows no secret.
 #[derive(Clone)]
 pub struct KafkaConfig {
     /// `HOST:PORT[,HOST:PORT]`: where to find the cluster.
@@ -53,11 +55,12 @@ pub struct KafkaConfig {
     pub partitions: Option<u32>,
     /// Copies of each partition of a new topic; 3, or one a broker if there are fewer, by default.
     pub replication: Option<u16>,
-    /// TLS; clear text without.
+    /// TLS; `None` means clear text.
     pub tls: Option<Tls>,
-    /// The login; none without.
+    /// The login; `None` means no login.
     pub login: Option<Login>,
-    /// What is unsafe and accepted by name: settings of an existing topic, and ways to reach brokers.
+    /// Unsafe settings accepted by name: settings of an existing topic, and of connections to
+    /// brokers.
     pub allow_unsafe: BTreeSet<String>,
     /// Whether a commands topic that ends below where the log says that it was read to, because it was
     /// deleted and made anew, is handled from its beginning. A topic that is as it was is not touched.
@@ -209,7 +212,7 @@ impl KafkaConfig {
             config.set(key, value.expose_secret());
         }
         transport::apply(self.tls.as_ref(), self.login.as_ref(), &mut config);
-        // A refused login costs both ends a handshake, and a process has many clients.
+        // A refused login costs a handshake at both ends, and a process has many clients.
         let costs = transport::is_encrypted(&config) || transport::logs_in(&config);
         if costs && !self.librdkafka.iter().any(|(key, _)| key == RECONNECT_BACKOFF_MAX) {
             config.set(RECONNECT_BACKOFF_MAX, "3000");
@@ -218,14 +221,13 @@ impl KafkaConfig {
         config
     }
 
-    /// A number that differs when a file or a secret behind the settings has changed since, so that
-    /// clients must be made anew to use it.
+    /// Returns a hash over the settings and the contents of their files and secrets. A different
+    /// hash means a change; only a new client uses the changed files.
     pub(crate) fn fingerprint(&self) -> u64 {
         transport::fingerprint(&self.client())
     }
 
-    /// What this configuration accepts although it is unsafe, a sentence each. They are logged whenever
-    /// the log is opened.
+    /// Returns the accepted unsafe settings, one sentence each. Every start logs these warnings.
     pub fn warnings(&self) -> Vec<String> {
         let mut warnings = Vec::new();
         let is_literal = self.login.as_ref().is_some_and(|login| login.password.is_literal());
@@ -262,7 +264,7 @@ impl KafkaConfig {
         warnings
     }
 
-    /// Whether everything that is sent to brokers is encrypted.
+    /// Returns `true` if all data to the brokers is encrypted.
     pub(crate) fn is_encrypted(&self) -> bool {
         transport::is_encrypted(&self.client())
     }
@@ -381,7 +383,7 @@ impl FromStr for KafkaConfig {
         let mut reach = transport::Options::default();
         for option in query.split('&').filter(|option| !option.is_empty()) {
             let Some((key, value)) = option.split_once('=') else {
-                // Without a value it may be the rest of a secret that holds an `&`.
+                // Text without a value may be the rest of a secret with an `&`.
                 return Err(match option {
                     "partitions" => invalid(option, partition_count()),
                     _ => ConfigError::UnknownOption("without a value".into()),
@@ -403,7 +405,8 @@ impl KafkaConfig {
         raw: &str,
         reach: &mut transport::Options,
     ) -> Result<(), ConfigError> {
-        // A password is decoded later: only as it was written it tells a file's name from itself.
+        // A password is decoded later: only the raw text distinguishes a file name from a literal
+        // password.
         let value = match key {
             "password" => "".into(),
             _ => percent_decode_str(raw)
@@ -465,7 +468,7 @@ impl KafkaConfig {
         Ok(())
     }
 
-    /// Refuses settings of librdkafka that the URL's own options say already.
+    /// Rejects librdkafka settings which duplicate the URL's own options.
     fn check_overlap(&self) -> Result<(), ConfigError> {
         for (key, _) in &self.librdkafka {
             let why = match key.as_str() {
@@ -497,7 +500,7 @@ impl KafkaConfig {
                 let reason = without_values(&reason, &key, &value);
                 return Err(ConfigError::Librdkafka { key: shown_key(&key), reason });
             }
-            // Its text may hold a value.
+            // The error text may contain a value.
             Err(_) => {
                 return Err(ConfigError::Librdkafka {
                     key: "the settings".into(),
@@ -548,9 +551,9 @@ fn partition_count() -> String {
     format!("a number from 1 to {PARTITIONS_MAX}")
 }
 
-/// The setting by which certificates are not verified, if there is one.
+/// Returns the setting which disables certificate verification, if any.
 fn unverified(client: &ClientConfig) -> Option<&'static str> {
-    // As librdkafka understood them: it takes several words for no.
+    // Reads librdkafka's parsed values, since librdkafka accepts several words for `false`.
     let native = client.create_native_config().ok()?;
     let unsafe_values = [
         ("enable.ssl.certificate.verification", "false"),
@@ -562,7 +565,7 @@ fn unverified(client: &ClientConfig) -> Option<&'static str> {
     found.map(|(key, _)| *key)
 }
 
-/// A key that may be shown: what looks otherwise may be a secret in the wrong place.
+/// Returns a key in printable form. Any other text may be a misplaced secret and is not shown.
 fn shown_key(key: &str) -> String {
     let is_plain = |b: u8| b.is_ascii_lowercase() || b"._".contains(&b);
     match !key.is_empty() && key.len() <= 60 && key.bytes().all(is_plain) {
@@ -571,7 +574,7 @@ fn shown_key(key: &str) -> String {
     }
 }
 
-/// A part of the URL's place that may be shown.
+/// Returns a part of the URL in printable form, unless the part may hold a secret.
 fn shown_part(part: &str) -> String {
     match part.len() <= 2 * NAME_BYTES_MAX && !part.contains(['=', '&', '%', '@', '?']) {
         true => format!("{part:?}"),
@@ -579,7 +582,8 @@ fn shown_part(part: &str) -> String {
     }
 }
 
-/// librdkafka's words without the value, and without what it quotes, which is a part of the value.
+/// Returns librdkafka's text without the value and without quoted parts, which may repeat the
+/// value.
 fn without_values(reason: &str, key: &str, value: &str) -> String {
     let reason = match value {
         "" => reason.to_owned(),

@@ -14,7 +14,7 @@ pub enum ConfigError {
     /// There is no broker in front of the name.
     #[error("log URL has no broker; {EXPECTED}")]
     NoBroker,
-    /// A login stands in front of a broker.
+    /// A login precedes a broker's host name.
     #[error(
         "a login does not stand before the broker; write \
          ?sasl=scram-sha-512&user=NAME&password=@FILE behind the log's name"
@@ -23,7 +23,7 @@ pub enum ConfigError {
     /// A broker is not `HOST:PORT`.
     #[error("broker {broker} {problem}; write HOST:PORT, such as localhost:9092")]
     Broker {
-        /// The part between the commas, if it holds nothing but what a place does.
+        /// The part between two commas, unless the part may hold a secret.
         broker: String,
         /// What is wrong with it.
         problem: &'static str,
@@ -40,7 +40,8 @@ pub enum ConfigError {
          password, allow_unsafe, commands, librdkafka.KEY; an & in a value is written %26"
     )]
     UnknownOption(String),
-    /// An option that has no usable value. Values are not repeated: one may be a secret.
+    /// An option without a usable value. The error does not repeat the value, which may be a
+    /// secret.
     #[error("the value of option {option} is not {expected}")]
     Value {
         /// The option.
@@ -48,30 +49,30 @@ pub enum ConfigError {
         /// What it takes.
         expected: String,
     },
-    /// A secret, or a file of TLS, that cannot be used.
+    /// A secret, or a file for TLS, is unusable.
     #[error("option {option} {problem}")]
     Secret {
         /// The option.
         option: String,
-        /// What is wrong, and the remedy.
+        /// The fault, and the remedy.
         problem: String,
     },
-    /// An option that means nothing without another.
+    /// An option requires another option.
     #[error("option {option} needs {needed} beside it")]
     Needs {
         /// The option.
         option: &'static str,
-        /// What is to be added.
+        /// The missing option.
         needed: &'static str,
     },
-    /// An unsafe setting that was not accepted by name.
+    /// An unsafe setting which `allow_unsafe` does not accept.
     #[error("librdkafka.{key} is unsafe: {why}; remove it, or accept it with ?allow_unsafe={name}")]
     Unsafe {
         /// The setting.
         key: String,
-        /// What could happen.
+        /// The possible damage.
         why: &'static str,
-        /// The name by which it is accepted.
+        /// The name for `allow_unsafe`.
         name: &'static str,
     },
     /// A librdkafka setting that would break a promise of the store.
@@ -87,7 +88,7 @@ pub enum ConfigError {
     Librdkafka {
         /// The setting.
         key: String,
-        /// librdkafka's words, without the value.
+        /// The text of librdkafka, without the value.
         reason: String,
     },
 }
@@ -124,7 +125,7 @@ pub enum OpenError {
         #[source]
         cause: Cause,
     },
-    /// What is sent could be read on the way.
+    /// Clear text would be sent to a broker on another machine.
     #[error(
         "broker {broker} is on another machine, and everything would be sent to it in clear text; \
          connect to a TLS listener with ?tls=true&ca=FILE, or accept it with ?allow_unsafe=clear_text"

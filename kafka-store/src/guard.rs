@@ -1,8 +1,8 @@
-//! Watches, while a process runs, whether the brokers let it in and allow what it needs.
+//! Watches the logins and rights of a running process.
 //!
-//! Neither shows in what a process does: a connection that is logged in stays, and a right that is taken
-//! away is missed when it is next used. So both are asked for, and what is refused is told: by `health`,
-//! and by one log line a minute. Whatever is granted again is noticed the same way.
+//! The process itself would notice a lost login or right late: an open connection stays logged in,
+//! and a revoked right shows at its next use only. So a task probes both. `health` and one log line
+//! a minute report a refusal, and the next probe notices its end.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -18,18 +18,18 @@ use crate::error::OpenError;
 use crate::prober::{Prober, is_denial};
 use crate::rights::{Answer, Resource, Right, Role};
 
-/// Between two rounds in which every right on a topic is tried.
+/// Interval of the rounds in which every right on a topic is probed.
 const RIGHTS_INTERVAL: Duration = Duration::from_secs(5);
-/// Before the first one: what a start does comes first.
+/// Delay of the first round: the start has priority.
 const RIGHTS_DELAY: Duration = Duration::from_millis(500);
-/// Between two new connections to every broker.
+/// Interval of the new connections to every broker.
 const LOGIN_INTERVAL: Duration = Duration::from_secs(10);
-/// How long one question about a right may take.
+/// Timeout of one request of a right's probe.
 const TIMEOUT: Duration = Duration::from_secs(2);
-/// Between two log lines about the same refusal.
+/// Interval of the log lines for the same refusal.
 const LOG_INTERVAL: Duration = Duration::from_secs(60);
 
-/// The refusals of brokers that last, by the right or login that is refused.
+/// The current refusals of brokers, keyed by the refused right or login.
 pub(crate) struct Refusals {
     clock: Arc<dyn Clock>,
     all: Mutex<BTreeMap<String, Told>>,
@@ -39,7 +39,7 @@ struct Told {
     reason: String,
     since: DateTime<Utc>,
     logged: Instant,
-    /// Who has met it; it is over when all have got through.
+    /// The components which met the refusal. The refusal ends when the set is empty.
     by: BTreeSet<String>,
 }
 
@@ -52,7 +52,7 @@ impl Refusals {
         self.all.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// It is refused, for this reason; call it again while that lasts.
+    /// Records a refusal; call again while the refusal lasts.
     pub(crate) fn raise(&self, what: &str, by: &str, reason: impl FnOnce() -> String) {
         let now = self.clock.instant();
         let mut all = self.lock();
@@ -72,7 +72,7 @@ impl Refusals {
         }
     }
 
-    /// Forgets that `by` met the refusal; the refusal is over when no one meets it any more.
+    /// Removes `by` from the refusal. The refusal ends with the last component.
     pub(crate) fn clear(&self, what: &str, by: &str) {
         let mut all = self.lock();
         let Some(told) = all.get_mut(what) else { return };
@@ -83,19 +83,19 @@ impl Refusals {
         }
     }
 
-    /// A sentence each.
+    /// Returns one sentence for each refusal.
     pub(crate) fn sentences(&self) -> Vec<String> {
         let sentence = |told: &Told| format!("{} (since {})", told.reason, shown(told.since));
         self.lock().values().map(sentence).collect()
     }
 }
 
-/// A moment, as sentences name it.
+/// Formats a time for sentences.
 pub(crate) fn shown(moment: DateTime<Utc>) -> String {
     moment.to_rfc3339_opts(SecondsFormat::Secs, true)
 }
 
-/// Watches until the tasks are ended.
+/// Spawns the watching tasks.
 pub(crate) fn spawn(
     tasks: &mut JoinSet<()>,
     config: &KafkaConfig,
@@ -111,7 +111,7 @@ pub(crate) fn spawn(
     tasks.spawn(watch_logins(config.clone(), Arc::clone(inquirer), Arc::clone(refusals)));
 }
 
-/// Tries the rights on topics; those on groups are told by the members of the groups.
+/// Probes the rights on topics; members of consumer groups report the refusals of groups.
 async fn watch_rights(
     config: KafkaConfig,
     role: Role,
@@ -130,7 +130,7 @@ async fn watch_rights(
             let answers: Vec<_> = asked.iter().map(|right| prober.ask(right)).collect();
             (prober, answers)
         });
-        // Else the runtime is ending.
+        // An error means the runtime is shutting down.
         let Ok((back, answers)) = round.await else { return };
         prober = back;
         for (right, answer) in rights.iter().zip(answers) {
@@ -145,7 +145,7 @@ async fn watch_rights(
     }
 }
 
-/// Connects anew to each broker.
+/// Opens a new connection to each broker.
 async fn watch_logins(config: KafkaConfig, inquirer: Arc<Inquirer>, refusals: Arc<Refusals>) {
     let mut refused: Vec<String> = Vec::new();
     loop {
@@ -154,7 +154,7 @@ async fn watch_logins(config: KafkaConfig, inquirer: Arc<Inquirer>, refusals: Ar
         let knocking = tokio::task::spawn_blocking(move || knock_at_all(&config, &inquirer));
         let Ok(answers) = knocking.await else { return };
         let is_known = |broker: &String| answers.iter().any(|(known, _)| known == broker);
-        // A broker that was taken out of the cluster.
+        // The broker was removed from the cluster.
         for gone in refused.extract_if(.., |broker| !is_known(broker)) {
             refusals.clear(&login(&gone), "");
         }
@@ -177,11 +177,11 @@ fn login(broker: &str) -> String {
     format!("a connection to {broker}")
 }
 
-/// What became of a new connection.
+/// The result of a new connection.
 enum Knock {
     Open,
     Refused(Refusal),
-    /// Nobody answers: whether that lasts, others watch.
+    /// No answer: the health checks of the store watch unavailable brokers.
     Silent,
 }
 
@@ -205,7 +205,7 @@ fn knock(config: &KafkaConfig) -> Knock {
     };
     match inquirer.topic(&config.events_topic()) {
         Ok(_) => Knock::Open,
-        // It was let in to be told so.
+        // A denial of the topic proves an accepted login.
         Err(error) if is_denial(&error) => Knock::Open,
         Err(_) => {
             let complaint = inquirer.last_error().and_then(|complaint| complaint.refusal);
@@ -214,7 +214,7 @@ fn knock(config: &KafkaConfig) -> Knock {
     }
 }
 
-/// Why the log was not opened: the rights that are missing, where any is.
+/// Replaces the error of a failed start by the missing rights, if any is missing.
 pub(crate) async fn explain(
     error: OpenError,
     config: &KafkaConfig,

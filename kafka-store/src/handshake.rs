@@ -1,5 +1,5 @@
-//! Connections to a broker beside the client library, which knows and does not say: why no connection
-//! comes about, which certificate a broker has, and which requests it understands.
+//! Connections to a broker outside the client library, for facts the library does not report: the
+//! cause of a failed connection, the broker's certificate, and the supported requests.
 
 use std::io::{self, Read, Write};
 use std::net::{TcpStream, ToSocketAddrs};
@@ -11,27 +11,27 @@ use crate::operate::api;
 use crate::refusal::Refusal;
 use crate::transport::{is_encrypted, logs_in};
 
-/// How long each step of an examination may take: the broker answered somebody a moment ago.
+/// Timeout of each step of an examination; short, because the broker was reachable a moment ago.
 const STEP_TIMEOUT: Duration = Duration::from_secs(1);
-/// Most brokers that are examined: what is wrong with one is wrong with all.
+/// Most brokers examined: brokers usually share one fault.
 const EXAMINED_MAX: usize = 3;
 
-/// What a connection through TLS shows of its other end.
+/// The TLS version and certificate of the other end of a connection.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Peer {
-    /// Such as `TLSv1.3`.
+    /// The TLS version, such as `TLSv1.3`.
     pub protocol: String,
-    /// The names that the certificate is for.
+    /// The host names and addresses in the certificate.
     pub names: Vec<String>,
-    /// The authority that signed the certificate.
+    /// The authority which signed the certificate.
     pub issuer: String,
-    /// Whole days until it expires.
+    /// Whole days before the certificate expires.
     pub days_left: i32,
 }
 
 /// An open connection to a broker.
 pub(crate) trait Stream: Read + Write {
-    /// `None` in clear text.
+    /// Returns the TLS facts of the other end; `None` in clear text.
     fn peer(&self) -> Option<Peer>;
 }
 
@@ -41,12 +41,12 @@ impl Stream for TcpStream {
     }
 }
 
-/// Why there is no connection.
+/// The reason for a failed connection.
 #[derive(Debug)]
 pub(crate) enum Failure {
-    /// It may pass by itself.
+    /// An error which may pass.
     Io(io::Error),
-    /// Certificates, of the broker or of the client.
+    /// A fault of the broker's or the client's certificate.
     Refused(Refusal),
 }
 
@@ -67,8 +67,8 @@ impl From<Failure> for io::Error {
     }
 }
 
-/// Connects as a client of these settings does, to where TLS is established and verified, and no login
-/// is made. Blocks; each step takes at most `timeout`.
+/// Connects with the settings of a client and verifies TLS, without a login. Blocks; each step
+/// takes at most `timeout`.
 pub(crate) fn connect(
     client: &ClientConfig,
     address: &str,
@@ -90,8 +90,8 @@ fn connect_tcp(address: &str, timeout: Duration) -> io::Result<TcpStream> {
     Ok(stream)
 }
 
-/// Finds out why clients of these settings get no answer from brokers that are up; `None` where it may
-/// pass by itself. Blocks for some seconds at most.
+/// Returns the cause for which running brokers do not answer clients with these settings, or `None`
+/// if the cause may pass. Blocks for some seconds at most.
 pub(crate) fn examine(client: &ClientConfig, first: Option<&str>) -> Option<Refusal> {
     let brokers = client.get("bootstrap.servers").unwrap_or_default().split(',');
     let others = brokers.filter(|broker| Some(*broker) != first);
@@ -112,7 +112,7 @@ fn examine_one(client: &ClientConfig, address: &str) -> Option<Refusal> {
     }
 }
 
-/// The broker answers in clear text where the client begins with TLS.
+/// Detects a clear-text broker behind a client with TLS.
 fn takes_clear_text(client: &ClientConfig, address: &str) -> Option<Refusal> {
     if !is_encrypted(client) {
         return None;
@@ -125,10 +125,10 @@ fn takes_clear_text(client: &ClientConfig, address: &str) -> Option<Refusal> {
     ))
 }
 
-/// The broker begins TLS where the client sends clear text.
+/// Detects a TLS broker behind a client in clear text.
 fn takes_tls(client: &ClientConfig, address: &str) -> Option<Refusal> {
     let stream = connect_tcp(address, STEP_TIMEOUT).ok()?;
-    // Nothing is sent: whose certificate it is does not matter.
+    // No data is sent, so the certificate is not verified.
     tls::start(client, address, stream, false).ok()?;
     Some(Refusal::new(
         format!("{address} takes TLS only, and this client sends clear text"),
@@ -136,7 +136,8 @@ fn takes_tls(client: &ClientConfig, address: &str) -> Option<Refusal> {
     ))
 }
 
-/// The handshake is through at this end, and the broker ends the connection.
+/// Detects a broker which closes the connection after the handshake because of the client's
+/// certificate.
 fn refuses_certificate(client: &ClientConfig, address: &str, error: &io::Error) -> Option<Refusal> {
     let words = error.to_string();
     if !crate::refusal::wants_certificate(&words) {
@@ -157,7 +158,8 @@ fn refuses_certificate(client: &ClientConfig, address: &str, error: &io::Error) 
     })
 }
 
-/// A broker that wants a login ends the connection at the first other question.
+/// Detects a required login: such a broker closes the connection at the first request besides
+/// `ApiVersions`.
 fn wants_login(stream: &mut dyn Stream, address: &str) -> Option<Refusal> {
     let error = api::ask_topics(stream).err()?;
     let ended = [io::ErrorKind::UnexpectedEof, io::ErrorKind::ConnectionReset];
@@ -188,17 +190,17 @@ mod tls {
     use super::{Failure, Peer, Stream};
     use crate::refusal::Refusal;
 
-    // The numbers of OpenSSL's verification results, which its Rust names do not have.
+    // OpenSSL's verification results, for which the openssl crate has no names.
     const NOT_YET_VALID: i32 = 9;
     const EXPIRED: i32 = 10;
     const HOST_MISMATCH: i32 = 62;
     const ADDRESS_MISMATCH: i32 = 64;
 
-    /// The first thing that verification did not like.
+    /// The first error of the verification.
     struct Fault {
         code: i32,
         words: &'static str,
-        /// Whether it is the broker's own certificate, and not one of its authorities'.
+        /// `true` for the broker's own certificate, `false` for an authority's certificate.
         is_leaf: bool,
         certificate: Option<X509>,
     }
@@ -216,7 +218,7 @@ mod tls {
         }
     }
 
-    /// Does the handshake by the same library as the client's, so that both say the same.
+    /// Performs the handshake with the TLS library of librdkafka, so both reach the same result.
     pub(super) fn start(
         client: &ClientConfig,
         address: &str,
@@ -253,7 +255,7 @@ mod tls {
         let mut builder = SslConnector::builder(SslMethod::tls_client())?;
         let location = client.get("ssl.ca.location").filter(|location| *location != "probe");
         if let Some(location) = location {
-            // Without those of the system.
+            // A named file replaces the authorities of the system.
             builder.set_cert_store(X509StoreBuilder::new()?.build());
             match std::path::Path::new(location).is_dir() {
                 true => builder.load_verify_locations(None, Some(location.as_ref()))?,
@@ -349,7 +351,7 @@ mod tls {
         }
     }
 
-    /// The names and addresses that a certificate is for.
+    /// Returns the host names and addresses in a certificate.
     fn names(certificate: &X509Ref) -> Vec<String> {
         let mut names = Vec::new();
         for name in certificate.subject_alt_names().iter().flatten() {
@@ -376,7 +378,7 @@ mod tls {
     }
 }
 
-/// A build without TLS: the client library refuses such settings before anything connects.
+/// A build without TLS: librdkafka rejects such settings before any connection.
 #[cfg(not(feature = "tls"))]
 mod tls {
     use std::net::TcpStream;

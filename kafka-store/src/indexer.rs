@@ -70,7 +70,7 @@ enum FeedError {
 impl FeedError {
     fn is_transient(&self) -> bool {
         match self {
-            // A damaged index is made again beside a running service.
+            // An operator can rebuild a damaged index beside a running service.
             Self::Index(_) => true,
             Self::Inspect(error) => matches!(error, InspectError::Unavailable(_)),
             Self::Read(ReadFailure::Corrupt(_)) => false,
@@ -291,8 +291,8 @@ impl Indexer {
         self.driver.tell(Message::Input(shared.partition, tenure, Input::Halt(Arc::new(error))));
     }
 
-    /// A full tail takes no commands, and an index that contradicts the log waits for an operator:
-    /// only then the index is the partition's concern.
+    /// Reports an error as a problem of the partition in two cases: the tail is full and accepts no
+    /// commands, or the index contradicts the log and waits for an operator.
     fn tell_if_serious(&self, shared: &Shared, error: &FeedError) {
         let reason = match error {
             FeedError::Index(ReadError::Diverged { cause, .. }) => {

@@ -15,21 +15,23 @@
 //! [`KafkaConfig`] and is an [`EventStore`](kafold_core::EventStore); [`KafkaSource`] is the
 //! [`EventSource`](kafold_core::EventSource) of the same log:
 //!
-//! - [`config`]: the log's URL and the limits; [`transport`]: TLS and login; [`secret`]: passwords that are never shown; [`error`]: why it cannot be opened;
-//! - `topic`: topics are created safe, unsafe ones are refused by name; `judge`: what is unsafe, and why;
-//!   `refusal`: errors that do not pass by themselves, with cause and remedy;
-//!   `handshake`: finds out why no connection comes about;
-//! - `driver`: the thread that joins all writers to one `producer`; `reader`: the thread that reads
-//!   the log for them;
-//! - `membership`: a place in a consumer group; `ownership`: takes over what the group assigns and hands
-//!   over what it revokes;
+//! - [`config`]: the log's URL and the limits; [`transport`]: TLS and login; [`secret`]: passwords,
+//!   never shown; [`error`]: the reasons for a failed opening;
+//! - `topic`: creates topics with safe settings and rejects unsafe topics by name; `judge`: the
+//!   unsafe settings, with reasons; `refusal`: permanent errors, with cause and remedy;
+//!   `handshake`: the cause of a failed connection;
+//! - `driver`: the thread which joins all writers to one `producer`; `reader`: the thread which
+//!   reads the log for the writers;
+//! - `membership`: a member of a consumer group; `ownership`: takes over assigned partitions and
+//!   hands over revoked partitions;
 //! - `forward`: commands between the nodes;
-//! - `indexer`: feeds the index behind the write, `gatherer`: for all partitions together; `loader`:
-//!   streams from index and tail;
+//! - `indexer`: feeds the index behind the write, `gatherer`: joins the batches of all partitions;
+//!   `loader`: streams from index and tail; `verifier`: compares the index with the digests in
+//!   memory;
 //! - [`store`], [`source`]: the two seams;
-//! - [`rights`]: what each kind of process must be allowed; `prober` tries it without changing
-//!   anything, `guard` again and again while a process runs;
-//! - [`operate`]: a log as its operator looks at it, without being a part of the service.
+//! - [`rights`]: the rights of each role; `prober` probes rights without side effects, `guard`
+//!   probes periodically while a process runs;
+//! - [`operate`]: the operator's view of a log, outside of the service.
 
 mod client;
 pub mod config;

@@ -35,9 +35,9 @@ const HEADS_MAX: usize = 10_000;
 /// Memory for what is known of one stream's older commands: some 16 000 of them. Those of a longer
 /// stream are looked up one by one.
 const OLDER_BYTES_MAX: usize = 32 << 10;
-/// How long a load waits until the heads of a partition that was just taken are checked.
+/// Longest wait of a load for the check of a newly taken partition's heads.
 const CHECK_WAIT: Duration = Duration::from_secs(10);
-/// Loads of one page, when the index has moved on before its answer could be compared.
+/// Most reads of one page, when the index advances before its answer is compared.
 const COMPARISONS_MAX: u32 = 10;
 /// When a caller may try again whom the index could not answer.
 const RETRY_AFTER: Duration = Duration::from_secs(1);
@@ -226,8 +226,8 @@ impl Loader {
         }
     }
 
-    /// Waits until the heads of a partition that is ours are known to be whole. Those of others are
-    /// read as they are: no decision rests on them.
+    /// Waits until the heads of an own partition are verified. Heads of other partitions are read
+    /// without a check, since no decision rests on them.
     async fn wait_for_heads(&self, partition: Partition) -> Result<(), ReadError> {
         let shared = self.shared(partition);
         let deadline = self.clock.instant() + CHECK_WAIT;
@@ -299,9 +299,9 @@ struct Reading {
     /// The tail as it was before the index was first asked, and what it reached to.
     begun: Option<(TailView, Offset)>,
     head: HeadBuilder,
-    /// Of the rows that were read.
+    /// The digest of the rows read so far.
     digest: Digest,
-    /// Whether the rows are all that the stream has in the index.
+    /// `true` if the rows begin with the stream's first event.
     from_start: bool,
     done: bool,
 }
@@ -313,7 +313,7 @@ impl Reading {
         }
         let (view, as_of) = self.begun.take().unwrap_or_else(|| self.begin());
         let events = match view.events.first() {
-            // The tail alone has everything.
+            // The tail holds all remaining events.
             Some(first) if first.version == self.next_after.plus(1) => {
                 self.done = true;
                 view.events.clone()
@@ -348,7 +348,7 @@ impl Reading {
             };
             let mut digest = self.digest;
             read.events.iter().for_each(|event| digest ^= Digest::of(event));
-            // Between two pages of the index there is nothing of the tail.
+            // Between two pages of the index the tail adds no events.
             let rows_only = TailView { start: view.start, events: Vec::new() };
             let view = if read.more { &rows_only } else { view };
             if !read.more && read.position >= view.start && !self.is_whole(&read, digest)? {
@@ -363,8 +363,9 @@ impl Reading {
         Err(ReadError::unavailable(RETRY_AFTER, cause))
     }
 
-    /// Compares the rows, of which the last page has been read, with the stream's head, and that with
-    /// what this process knows of the stream's bucket. `false` when the index has moved on meanwhile.
+    /// Compares the stream's rows with the stream's head, after the last page, and the head's
+    /// bucket with the digest in this process's memory. Returns `false` when the index has advanced
+    /// and the page must be read again.
     fn is_whole(&self, read: &IndexRead, digest: Digest) -> Result<bool, ReadError> {
         if mutant::active(Mutant::IndexBelieved) {
             return Ok(true);
@@ -372,7 +373,7 @@ impl Reading {
         let (partition, stream) = (self.partition, &self.stream);
         let differs = |table, what: String| self.damaged(damaged(partition, table, what));
         let head = read.head.unwrap_or_default();
-        // A stream that is wholly in the tail is read from behind what the index has.
+        // A stream wholly in the tail is read from behind the last version in the index.
         let last =
             read.events.last().map_or(self.next_after.min(head.version), |last| last.version);
         if head.version != last {

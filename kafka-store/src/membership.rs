@@ -51,7 +51,7 @@ pub(crate) struct Membership {
     leave: Sender<oneshot::Sender<()>>,
     state: Arc<MemberState>,
     group: String,
-    /// When it was made.
+    /// The time at which the membership was created.
     since: DateTime<Utc>,
 }
 
@@ -62,16 +62,16 @@ struct MemberState {
     settled: AtomicBool,
     /// And nothing is about to change.
     steady: AtomicBool,
-    /// The group was refused since the member was last settled.
+    /// The group has been refused since the member was last settled.
     denied: AtomicBool,
     /// What the client last complained about.
     complaint: Mutex<Option<KafkaError>>,
 }
 
 impl Membership {
-    /// Joins the group that shares the partitions of `topic`. Whatever is decided comes out of the
-    /// receiver, the last being that everything is revoked. That the group is refused is told to
-    /// `denials`.
+    /// Joins the group which shares the partitions of `topic`. The receiver returns every decision
+    /// of the group; the last decision revokes everything. `denials` receives a refusal of the
+    /// group.
     pub(crate) fn join(
         config: &KafkaConfig,
         group: &str,
@@ -113,7 +113,7 @@ impl Membership {
         Some(format!("group {group} has not told since {since} what is to be owned{complaint}"))
     }
 
-    /// Since when it has been a member, whether or not the group knows.
+    /// Returns the time since which this process has been a member, known to the group or not.
     pub(crate) fn since(&self) -> DateTime<Utc> {
         self.since
     }
@@ -127,11 +127,11 @@ impl Membership {
     }
 }
 
-/// Where a member tells that its group is refused.
+/// Receives the refusals of a member's group.
 #[derive(Clone)]
 pub(crate) struct Denials {
     pub(crate) refusals: Arc<Refusals>,
-    /// What the process does.
+    /// The role of the process.
     pub(crate) role: Role,
 }
 

@@ -25,7 +25,7 @@ pub use api::BrokerApi;
 pub use presence::Presence;
 pub use readable::{PartitionFacts, ReadableLog};
 
-/// How often a right is tried of which the brokers did not tell whether it is there.
+/// Most attempts to probe a right without a clear answer from the brokers.
 const RIGHT_TRIES_MAX: u32 = 3;
 
 /// The version of the client library.
@@ -114,8 +114,8 @@ impl Operator {
         .await
     }
 
-    /// Which requests the broker understands, and whom the connection to it shows at the other end;
-    /// `None` in clear text.
+    /// Returns the requests the broker supports, and the TLS facts of the connection; `None` in
+    /// clear text.
     pub async fn broker_api(&self, broker: &Broker) -> io::Result<(BrokerApi, Option<Peer>)> {
         let (address, config) = (broker.address.clone(), Arc::clone(&self.config));
         let asked = tokio::task::spawn_blocking(move || {
@@ -173,7 +173,7 @@ impl Operator {
         self.blocking("trying to create a topic", |this| this.preparation()?.try_creation()).await
     }
 
-    /// Tries each right of a role, those included without which it works; changes nothing.
+    /// Probes each right of a role, including optional rights. Changes nothing.
     pub async fn try_rights(&self, role: Role) -> Result<Vec<(Right, Answer)>, OpenError> {
         self.blocking("trying rights", move |this| {
             let inquirer = Arc::clone(&this.inquirer);

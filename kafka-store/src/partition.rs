@@ -29,7 +29,7 @@ pub(crate) struct Shared {
     pub(crate) handing_over: AtomicBool,
     /// The index stands below what the tail has forgotten: it is to be looked at.
     pub(crate) index_lost: AtomicBool,
-    /// The heads of the index were found to be whole, or damaged.
+    /// Notifies after a check of the index's heads, whole or damaged.
     pub(crate) checked: Notify,
     /// The claim under which this process owns the partition, for those who handle its commands.
     pub(crate) hold: watch::Sender<Option<Hold>>,
@@ -54,22 +54,22 @@ pub(crate) struct TakeOver {
     pub(crate) took: Duration,
 }
 
-/// Tables of the index that are not what the log says. The reason is a sentence that names the table and
-/// the remedy.
+/// A difference between the tables of the index and the log. The reason is a sentence with the
+/// table and the remedy.
 #[derive(Debug, Clone)]
 pub(crate) struct Damage {
     pub(crate) reason: String,
     pub(crate) found_in: DamageSite,
 }
 
-/// Where damage was found, and so where to look whether it is mended.
+/// The place of the damage, which is also the place to check for a repair.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum DamageSite {
     /// The heads of all streams.
     Heads,
     /// The number of rows of events.
     Rows,
-    /// One stream.
+    /// The rows of one stream.
     Stream(StreamId),
 }
 
@@ -85,13 +85,13 @@ pub(crate) struct Standing {
     pub(crate) waiting: Option<String>,
     /// Whether the index has contradicted the log.
     pub(crate) index: Option<String>,
-    /// How the tables of the index differ from the log, if they do.
+    /// The difference between the tables of the index and the log, if any.
     pub(crate) damage: Option<Damage>,
     /// Why forwarded commands are not handled.
     pub(crate) commands: Option<String>,
-    /// The newest failure while it is not owned.
+    /// The newest failure while the writer does not own the partition.
     pub(crate) trouble: Option<String>,
-    /// Since when it is not owned.
+    /// The time since which the writer has not owned the partition.
     pub(crate) since: Option<DateTime<Utc>>,
     pub(crate) assigned_at: Option<Instant>,
     pub(crate) take_over: Option<TakeOver>,
@@ -148,10 +148,11 @@ impl Shared {
         self.standing.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Remembers damage of the index until it is mended; whoever waits for the index learns of it.
+    /// Stores damage of the index until the damage is repaired. Wakes the loads which wait for a
+    /// check.
     pub(crate) fn damaged(&self, found_in: DamageSite, error: &ReadError) {
         let reason = match error {
-            // Its sentence names the partition, as the health of a partition does.
+            // The partition's health names the partition in the same words.
             ReadError::Diverged { cause, .. } => format!("its index: {cause}"),
             other => other.to_string(),
         };
@@ -164,19 +165,19 @@ impl Shared {
         self.checked.notify_waiters();
     }
 
-    /// The index has lost its place: it is to be looked at.
+    /// Marks the index's place as lost and wakes the indexer.
     pub(crate) fn lose_index(&self) {
         self.index_lost.store(true, Ordering::Release);
         self.advanced.notify_one();
     }
 
-    /// The place where the partition begins is known, and with it what the tail starts from.
+    /// Marks the partition's start offset, and so the start of the tail, as known.
     pub(crate) fn placed(&self) {
         self.standing().waiting = None;
         self.checked.notify_waiters();
     }
 
-    /// Waits until the place where the partition begins is known.
+    /// Waits until the partition's start offset is known.
     pub(crate) async fn wait_for_place(&self) {
         loop {
             let mut checked = pin!(self.checked.notified());
@@ -188,12 +189,12 @@ impl Shared {
         }
     }
 
-    /// Whether damage is known that was found there.
+    /// Returns `true` if damage at this place is known.
     pub(crate) fn is_damaged_in(&self, site: &DamageSite) -> bool {
         self.standing().damage.as_ref().is_some_and(|damage| damage.found_in == *site)
     }
 
-    /// Forgets damage that was found there.
+    /// Clears damage found at this place.
     pub(crate) fn mended(&self, site: &DamageSite) {
         let mended = self.standing().damage.take_if(|damage| damage.found_in == *site);
         if mended.is_some() {

@@ -1,11 +1,12 @@
-//! Tries rights by requests that change nothing.
+//! Probes rights by requests without side effects.
 //!
-//! - Read on a topic: a fetch at its end.
-//! - Write on a topic: a record with `acks=2`. Brokers look at the right first, then refuse the record:
-//!   since Kafka 0.9 a producer may ask for the acknowledgement of one replica, of all, or of none.
-//! - Read on a group: a commit for a partition that no topic has. Brokers check the right on the group first,
-//!   then the topic, and store nothing.
-//! - Create: a request that is only validated. Describe and DescribeConfigs: the requests themselves.
+//! - Read on a topic: a fetch at the end of the topic.
+//! - Write on a topic: a record with `acks=2`. Brokers check the right first and then refuse the
+//!   record: since Kafka 0.9 a producer may request the acknowledgement of one replica, of all, or
+//!   of none.
+//! - Read on a group: a commit for a partition which no topic has. Brokers check the right on the
+//!   group first, then the topic, and store nothing.
+//! - Create: a validate-only request. Describe and DescribeConfigs: the requests themselves.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -28,30 +29,30 @@ use crate::config::KafkaConfig;
 use crate::rights::{Answer, Operation, Resource, Right};
 use crate::topic::Preparation;
 
-/// How long a fetch at the end of a topic waits for records.
+/// The wait of a fetch at the end of a topic for records.
 const FETCH_WAIT: Duration = Duration::from_millis(10);
-/// How long the client is waited for at once.
+/// Timeout of one poll of the client.
 const POLL: Duration = Duration::from_millis(50);
-/// The partition that is asked about: rights are the same on all.
+/// The partition of all probes: rights are equal on all partitions of a topic.
 const PARTITION: i32 = 0;
-/// Acknowledgements that no broker knows.
+/// A number of acknowledgements no broker supports.
 const ACKS: &str = "2";
-/// How long a commit waits for the group's coordinator, in milliseconds: librdkafka takes the member's session timeout
-/// for it, and a client that is closed waits for its commits.
+/// Longest wait of a commit for the group's coordinator, in milliseconds. librdkafka uses the
+/// member's session timeout, and closing a client waits for its commits.
 const COMMIT_MS: &str = "1000";
-/// A partition that no topic has.
+/// A partition number no topic has.
 const NO_PARTITION: i32 = i32::MAX;
 
-/// Tries rights. Every call blocks, for at most the request timeout a right.
+/// Probes rights. Every call blocks, for at most the request timeout per right.
 pub(crate) struct Prober {
     config: KafkaConfig,
     inquirer: Arc<Inquirer>,
     clock: Arc<dyn Clock>,
-    /// `None` until it is needed, and after a denial, which the client tells only once.
+    /// `None` before the first use and after a denial, because a client reports a denial only once.
     reader: Option<BaseConsumer<Context>>,
     writer: Option<BaseProducer<Trial>>,
     admin: Option<AdminClient<Context>>,
-    /// A broker has taken a record with `acks=2`: no further one is sent.
+    /// A broker has stored a record with `acks=2`, so no further trial is sent.
     takes_trials: bool,
 }
 
@@ -73,7 +74,7 @@ impl Prober {
         }
     }
 
-    /// Tries the right.
+    /// Probes one right.
     pub(crate) fn ask(&mut self, right: &Right) -> Answer {
         let asked = match (right.operation, &right.resource) {
             (Operation::Read, Resource::Topic(topic)) => self.read(topic),
@@ -101,7 +102,7 @@ impl Prober {
         self.clock.instant() + self.config.limits.request_timeout
     }
 
-    /// `None` when the topic is there.
+    /// Returns `None` if the topic exists.
     fn absent(&self, topic: &str) -> KafkaResult<Option<Answer>> {
         let (found, _) = self.inquirer.topic(topic)?;
         Ok(found.is_none().then(|| Answer::Untried(format!("there is no topic {topic}"))))
@@ -134,7 +135,7 @@ impl Prober {
     }
 
     fn write(&mut self, topic: &str) -> KafkaResult<Answer> {
-        // A producer that knows no such topic keeps the record until its time is over.
+        // A producer keeps a record for an unknown topic until the record's timeout.
         if let Some(absent) = self.absent(topic)? {
             return Ok(absent);
         }
@@ -162,7 +163,7 @@ impl Prober {
             None => {
                 tracing::warn!(
                     topic,
-                    "a broker has taken a record with acks=2: Write is not tried"
+                    "a broker has taken a record with acks=2: Write is not tried again"
                 );
                 self.takes_trials = true;
                 Ok(Answer::Granted)
@@ -177,7 +178,7 @@ impl Prober {
     fn configs(&mut self, topic: &str) -> KafkaResult<Answer> {
         match self.absent(topic) {
             Ok(None) => {}
-            // Settings may be read without Describe.
+            // DescribeConfigs does not require Describe.
             Err(error) if is_denial(&error) => {}
             Ok(Some(absent)) => return Ok(absent),
             Err(error) => return Err(error),
@@ -192,7 +193,7 @@ impl Prober {
         }
     }
 
-    /// A denial reaches us as a description without entries.
+    /// A denial arrives as a description without entries.
     fn read_configs(&mut self, wanted: &ResourceSpecifier<'_>) -> KafkaResult<Answer> {
         let timeout = Some(self.config.limits.request_timeout);
         let admin = match &mut self.admin {
@@ -233,7 +234,8 @@ impl Prober {
         let deadline = self.deadline();
         loop {
             let refused = committer.commit(&list, CommitMode::Sync).err();
-            // Without any right on the group, its coordinator is not found: `poll` returns this error.
+            // Without any right on the group the coordinator lookup fails, and `poll` returns the
+            // error.
             let polled = || committer.poll(Duration::ZERO).and_then(Result::err);
             for error in refused.into_iter().chain(polled()) {
                 match code(&error) {
@@ -278,7 +280,7 @@ fn code(error: &KafkaError) -> Option<RDKafkaErrorCode> {
     }
 }
 
-/// Whether the broker knows who asks, and does not allow it.
+/// Returns `true` if the broker authenticated this user and denied the request.
 pub(crate) fn is_denial(error: &KafkaError) -> bool {
     use RDKafkaErrorCode as C;
     let denials =
@@ -297,7 +299,7 @@ fn trial_writer(config: &KafkaConfig) -> KafkaResult<BaseProducer<Trial>> {
     BaseProducer::from_config_and_context(&settings, Trial::default())
 }
 
-/// Keeps why each topic's record was refused, or that it was not.
+/// Stores the delivery result of each topic's trial record.
 #[derive(Default)]
 struct Trial(Mutex<HashMap<String, Option<KafkaError>>>);
 

@@ -1,13 +1,13 @@
-//! Errors of brokers and of the client that do not pass by themselves: the cause and the remedy.
+//! Permanent errors of brokers and of the client, with cause and remedy.
 
 use rdkafka::error::{KafkaError, RDKafkaErrorCode};
 
-/// An error that stays until someone changes something. Everything else may pass and is waited for.
+/// A permanent error: an operator must act. Every other error may pass, and is retried.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Refusal {
-    /// What is wrong, with the client's own words in brackets.
+    /// The fault, with the client's text in brackets.
     pub(crate) cause: String,
-    /// The act that mends the cause.
+    /// The remedy, as an imperative.
     pub(crate) remedy: String,
 }
 
@@ -16,10 +16,10 @@ impl Refusal {
         Self { cause: cause.into(), remedy: remedy.into() }
     }
 
-    /// Classifies an error; `reason` is librdkafka's text beside it, which may be empty.
+    /// Classifies an error; `reason` is librdkafka's additional text and may be empty.
     ///
-    /// A lost connection is none: it may come from a broker that restarts. Whether it comes from TLS
-    /// at one end only, a handshake of our own finds out.
+    /// A lost connection is no refusal, because the broker may be restarting. A handshake of our
+    /// own detects TLS at only one end.
     pub(crate) fn of(error: &KafkaError, reason: &str) -> Option<Self> {
         match error {
             KafkaError::ClientCreation(text) => Some(of_creation(text)),
@@ -31,7 +31,7 @@ impl Refusal {
     }
 }
 
-/// Whether it is the broker's certificate that the client refuses. librdkafka has one text for every
+/// Returns `true` if the client rejects the broker's certificate. librdkafka has one text for every
 /// fault of a certificate.
 pub(crate) fn is_certificate(reason: &str) -> bool {
     reason.contains("certificate verify failed") || reason.contains("error:0A000086")
@@ -44,7 +44,7 @@ pub(crate) fn code(error: &KafkaError) -> Option<RDKafkaErrorCode> {
     }
 }
 
-/// A client that librdkafka does not make: no attempt to connect will change that.
+/// Classifies a failed creation of a client, which no retry repairs.
 fn of_creation(text: &str) -> Refusal {
     if let Some(rest) = text.split("No provider for SASL mechanism ").nth(1) {
         let mechanism = rest.split([':', ' ']).next().unwrap_or_default();
@@ -141,7 +141,7 @@ fn of_tls(words: &str) -> (String, &'static str) {
     )
 }
 
-/// Whether an alert of the broker is about the certificate of the client.
+/// Returns `true` for an alert of the broker about the client's certificate.
 pub(crate) fn wants_certificate(words: &str) -> bool {
     const ALERTS: &[&str] = &[
         "bad certificate",
@@ -153,12 +153,13 @@ pub(crate) fn wants_certificate(words: &str) -> bool {
         "unknown ca",
         "client SSL authentication might be required",
     ];
-    // The words of an alert are the broker's; the other texts about certificates are the client's own.
+    // The words of an alert come from the broker; all other texts about certificates come from the
+    // client.
     let is_alert = words.contains("alert") || words.contains("unexpected message");
     is_alert && ALERTS.iter().any(|alert| words.contains(alert))
 }
 
-/// What to do about a code that does not go away by itself.
+/// Returns the remedy of a permanent error code.
 fn remedy(code: RDKafkaErrorCode) -> Option<&'static str> {
     use RDKafkaErrorCode as C;
     Some(match code {
@@ -181,14 +182,15 @@ fn remedy(code: RDKafkaErrorCode) -> Option<&'static str> {
     })
 }
 
-/// The text behind the broker's place: `sasl_ssl://HOST:PORT/ID: TEXT (after 5ms in state X)`.
+/// Returns the text behind the broker's address:
+/// `sasl_ssl://HOST:PORT/ID: TEXT (after 5ms in state X)`.
 fn without_place(reason: &str) -> &str {
     let text = reason.split_once("://").and_then(|(_, rest)| rest.split_once(": "));
     let text = text.map_or(reason, |(_, text)| text);
     text.rsplit_once(" (after ").map_or(text, |(text, _)| text)
 }
 
-/// The broker that a reason is about, as `HOST:PORT`.
+/// Returns the broker's address in a reason, as `HOST:PORT`.
 pub(crate) fn place(reason: &str) -> Option<&str> {
     let (_, rest) = reason.split_once("://")?;
     let end = rest.find(['/', ' ']).unwrap_or(rest.len());

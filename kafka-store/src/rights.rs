@@ -1,8 +1,8 @@
-//! The rights that a process needs on Kafka, by its role: the one list that `acl print`, `doctor --as`, a
-//! start and a running process share.
+//! The rights each role needs on Kafka: one list for `acl print`, `doctor --as`, a start and a
+//! running process.
 //!
-//! A right that another one of the list implies is left out: Kafka takes Read and Write for Describe, so
-//! nobody could tell whether Describe is there.
+//! The list omits rights implied by another right of the list. Kafka derives Describe from Read and
+//! Write, so a probe could not detect a missing Describe.
 
 use std::fmt;
 
@@ -10,18 +10,18 @@ use secrecy::ExposeSecret;
 
 use crate::config::KafkaConfig;
 
-/// What a process does with a log.
+/// The purpose of a process on a log.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Role {
     /// Writes the log, and may run projections.
     Service,
     /// Runs projections only.
     Worker,
-    /// Shows what the log holds: `status`, `events tail`, `stream show`, `verify`.
+    /// Shows the contents of the log: `status`, `events tail`, `stream show`, `verify`.
     Reader,
-    /// Judges brokers, topics and rights: `doctor`, `topic check`.
+    /// Checks brokers, topics and rights: `doctor`, `topic check`.
     Doctor,
-    /// Makes topics and mends: `topic create`, `index rebuild`, `positions reset`.
+    /// Creates topics and repairs: `topic create`, `index rebuild`, `positions reset`.
     Admin,
 }
 
@@ -30,26 +30,26 @@ pub enum Role {
 pub enum Operation {
     /// Creates topics.
     Create,
-    /// Asks for partitions and leaders.
+    /// Requests partitions and leaders.
     Describe,
     /// Reads settings.
     DescribeConfigs,
-    /// Fetches records of a topic; is a member of a group.
+    /// Fetches records of a topic, or joins a consumer group.
     Read,
     /// Produces records.
     Write,
 }
 
-/// What an operation is allowed on.
+/// The resource of a right.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Resource {
     /// One topic.
     Topic(String),
-    /// All topics whose names begin so.
+    /// All topics with this prefix.
     TopicPrefix(String),
     /// One consumer group.
     Group(String),
-    /// All consumer groups whose names begin so.
+    /// All consumer groups with this prefix.
     GroupPrefix(String),
     /// The cluster.
     Cluster,
@@ -62,18 +62,18 @@ pub struct Right {
     pub operation: Operation,
     /// The resource.
     pub resource: Resource,
-    /// What the process does without it; `None` when it does not work without it.
+    /// The behaviour without the right; `None` for a required right.
     pub without: Option<&'static str>,
 }
 
-/// What became of trying a right.
+/// The result of probing a right.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Answer {
-    /// The broker allows it.
+    /// The broker allows the operation.
     Granted,
-    /// The broker denies it.
+    /// The broker denies the operation.
     Missing,
-    /// It could not be tried, for this reason.
+    /// The probe failed, for this reason.
     Untried(String),
 }
 
@@ -82,7 +82,7 @@ impl Role {
     pub const ALL: [Self; 5] =
         [Self::Service, Self::Worker, Self::Reader, Self::Doctor, Self::Admin];
 
-    /// Its name, as commands take it.
+    /// Returns the role's name for commands.
     pub fn name(self) -> &'static str {
         match self {
             Self::Service => "service",
@@ -93,12 +93,12 @@ impl Role {
         }
     }
 
-    /// The role of that name.
+    /// Returns the role with this name.
     pub fn of(name: &str) -> Option<Self> {
         Self::ALL.into_iter().find(|role| role.name() == name)
     }
 
-    /// The rights of this role on the log.
+    /// Returns the rights of this role on the log.
     pub fn rights(self, log: &KafkaConfig) -> Vec<Right> {
         use Operation::{Create, Describe, DescribeConfigs, Read, Write};
         let needed = |operation, resource| Right { operation, resource, without: None };
@@ -147,13 +147,14 @@ impl Role {
 }
 
 impl Right {
-    /// The right to be a member of a group.
+    /// Returns the right to join a consumer group.
     pub(crate) fn of_group(group: &str) -> Self {
         let resource = Resource::Group(group.to_owned());
         Self { operation: Operation::Read, resource, without: None }
     }
 
-    /// The command of Kafka that grants it to a principal, such as `User:orders`.
+    /// Returns the `kafka-acls.sh` command which grants the right to a principal, such as
+    /// `User:orders`.
     pub fn command(&self, brokers: &str, principal: &str) -> String {
         let (operation, resource) = (self.operation, &self.resource);
         let principal = quoted(principal);
@@ -174,21 +175,21 @@ impl Right {
         )
     }
 
-    /// What to do when it is missing for the user of the URL.
+    /// Returns the remedy for the missing right, for the user of the URL.
     pub fn remedy(&self, log: &KafkaConfig, role: Role) -> String {
         let principal = log.user().map_or("User:NAME".into(), |user| format!("User:{user}"));
         let command = self.command(&log.brokers, &principal);
         format!("{command} (kafold acl print --role {} prints all rights)", role.name())
     }
 
-    /// That it is missing, and what to do about it.
+    /// Returns a sentence with the missing right and the remedy.
     pub fn complaint(&self, log: &KafkaConfig, role: Role) -> String {
         format!("{self} is missing for this user: {}", self.remedy(log, role))
     }
 }
 
 impl KafkaConfig {
-    /// The user of a login by name and password.
+    /// Returns the user of a login by name and password.
     pub(crate) fn user(&self) -> Option<&str> {
         let mut settings = self.librdkafka.iter().rev();
         let named = settings.find(|(key, _)| key == "sasl.username");
@@ -197,7 +198,7 @@ impl KafkaConfig {
     }
 }
 
-/// For a shell, should it not be plain.
+/// Quotes a text for a shell, unless the text is plain.
 fn quoted(text: &str) -> String {
     let is_plain = |c: char| c.is_ascii_alphanumeric() || ":._@=,/+-".contains(c);
     if text.chars().all(is_plain) {

@@ -1,4 +1,4 @@
-//! The password of a log's URL, and which settings of librdkafka are secrets.
+//! The password of a log's URL, and the list of librdkafka settings with secrets.
 
 use std::fmt;
 use std::path::Path;
@@ -10,24 +10,23 @@ use secrecy::SecretString;
 
 use crate::error::ConfigError;
 
-/// What is shown in the place of a secret.
+/// The placeholder shown instead of a secret.
 pub(crate) const HIDDEN: &str = "●●●";
-/// The name by which `allow_unsafe` accepts a secret file that others can read.
+/// The name by which `allow_unsafe` accepts a secret file with read access for others.
 pub(crate) const READABLE: &str = "readable_secret";
 
-/// A password and where it comes from. `Debug` shows the place of one that stands elsewhere, and never the
-/// password.
+/// A password and its source. `Debug` may show the path of a file, and never the password.
 #[derive(Clone)]
 pub struct Password {
     source: SecretSource,
     may_be_readable: bool,
-    /// As it was read last: a file that is being replaced may be absent for a moment.
+    /// The last password read: a file is absent for a moment while an editor replaces the file.
     newest: Arc<Mutex<SecretString>>,
 }
 
 impl Password {
-    /// Reads the password that `text` is or names: `@FILE`, `$VARIABLE`, or itself, percent-encoded, as by
-    /// [`SecretSource`]. One that begins with `@` or `$` is written `%40…` or `%24…`.
+    /// Parses and reads a percent-encoded password: `@FILE`, `$VARIABLE`, or a literal, as in
+    /// [`SecretSource`]. A literal password with a leading `@` or `$` is written `%40…` or `%24…`.
     pub(crate) fn parse(text: &str, may_be_readable: bool) -> Result<Self, ConfigError> {
         let decoded = percent_decode_str(text).decode_utf8();
         let decoded = decoded.map_err(|_| refused("is not UTF-8 when percent-decoded"))?;
@@ -44,7 +43,8 @@ impl Password {
         Ok(password)
     }
 
-    /// The password as it is now; as it was last, with a warning, if it cannot be read now.
+    /// Returns the current password. Returns the last password, with a warning, if the source is
+    /// unreadable now.
     pub(crate) fn read(&self) -> SecretString {
         match self.read_again() {
             Ok(read) => self.keep(read),
@@ -57,7 +57,7 @@ impl Password {
         *self.newest.lock().unwrap_or_else(PoisonError::into_inner) = read;
     }
 
-    /// Whether it stands in the URL, where the list of processes shows it.
+    /// Returns `true` for a literal password in the URL, visible in the list of processes.
     pub(crate) fn is_literal(&self) -> bool {
         matches!(self.source, SecretSource::Literal(_))
     }
@@ -66,7 +66,7 @@ impl Password {
         let read = self.source.read(self.may_be_readable);
         let read = read.map_err(|error| match &self.source {
             SecretSource::File(file) if file.is_absolute() => format!("cannot be used: {error}"),
-            // A bare name is not repeated: it may be a password that begins so.
+            // A relative name is not repeated, because a password may begin with `@`.
             SecretSource::File(_) => {
                 "is to be read from a relative file that is not there or not readable for its owner \
                  alone: name one by its full path (a password that begins with @ is written %40…)"
@@ -98,7 +98,7 @@ fn refused(problem: impl Into<String>) -> ConfigError {
     ConfigError::Secret { option: "password".into(), problem: problem.into() }
 }
 
-/// Whether the value of a setting of this name is a secret.
+/// Returns `true` if the setting's value is a secret.
 pub(crate) fn is_secret(key: &str) -> bool {
     const WORDS: &[&str] =
         &["password", "secret", "token", "key.pem", "jaas", "oauthbearer.config"];
@@ -106,7 +106,7 @@ pub(crate) fn is_secret(key: &str) -> bool {
     WORDS.iter().any(|word| key.contains(word))
 }
 
-/// Refuses a file with a private key that others can read.
+/// Rejects a private key's file with read access for others.
 pub(crate) fn check_mode(path: &Path) -> Result<(), String> {
     match SecretSource::File(path.to_owned()).is_exposed_file() {
         false => Ok(()),

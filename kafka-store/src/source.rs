@@ -34,9 +34,9 @@ const WAIT: Duration = Duration::from_secs(60);
 const FETCH_WAIT: Duration = Duration::from_millis(100);
 /// Between two attempts while no broker answers.
 const RETRY_AFTER: Duration = Duration::from_millis(500);
-/// How often it is looked whether a silent group has told anything.
+/// Interval of the checks for a decision of a silent group.
 const UNSETTLED_POLL: Duration = Duration::from_secs(1);
-/// How long a group may be silent before that is told.
+/// Longest silence of a group before the silence is reported.
 const SILENCE_MAX: Duration = Duration::from_secs(10);
 
 /// Reads the events topic. Subscriptions of one name, in whatever process, share the partitions through
@@ -47,7 +47,7 @@ pub struct KafkaSource {
     inquirer: Arc<Inquirer>,
     clock: Arc<dyn Clock>,
     denials: Denials,
-    /// `None` where somebody else watches the brokers.
+    /// `None` if the store of the same process watches the brokers.
     watch: Option<Watch>,
 }
 
@@ -58,11 +58,12 @@ struct Watch {
 }
 
 impl KafkaSource {
-    /// The source of a log that this process does not write: nothing is made, and only the events topic
-    /// is looked at. An unsafe one is refused as [`KafkaStore::open`](crate::KafkaStore::open) does it.
+    /// Opens the source of a log in a process without write access. Creates nothing and reads only
+    /// the events topic. An unsafe topic is rejected as in
+    /// [`KafkaStore::open`](crate::KafkaStore::open).
     ///
-    /// Needs the rights of [`Role::Worker`]. Fails with a transient error when no broker answers, or
-    /// when there is no such topic yet: call again.
+    /// Needs the rights of [`Role::Worker`]. Fails with a transient error when no broker answers or
+    /// the topic does not exist yet; call again.
     pub async fn open(config: KafkaConfig, clock: Arc<dyn Clock>) -> Result<Self, OpenError> {
         match Self::open_log(config.clone(), &clock).await {
             Ok(opened) => Ok(opened),
@@ -97,21 +98,21 @@ impl KafkaSource {
         Self { config, partitions, inquirer, clock, denials, watch: None }
     }
 
-    /// How many partitions the log has.
+    /// Returns the number of partitions of the log.
     pub fn partitions(&self) -> u32 {
         self.partitions
     }
 
-    /// Whether the log can be read: a broker answers, lets this process in and allows what it needs. The
-    /// source of a [`KafkaStore`](crate::KafkaStore) leaves that to the store.
+    /// Returns `Ready` if a broker answers, accepts the login and grants the needed rights. For the
+    /// source of a [`KafkaStore`](crate::KafkaStore) the store reports this health.
     pub fn health(&self) -> Health {
         let down = self.watch.as_ref().and_then(|watch| watch.reach.down());
         let reasons: Vec<_> = self.refusals().into_iter().chain(down).collect();
         if reasons.is_empty() { Health::Ready } else { Health::NotReady(reasons) }
     }
 
-    /// What the brokers refuse, a sentence each with cause and remedy: it lasts until somebody changes
-    /// something.
+    /// Returns the brokers' refusals, one sentence each with cause and remedy. A refusal lasts
+    /// until an operator acts.
     pub fn refusals(&self) -> Vec<String> {
         match self.watch {
             Some(_) => self.denials.refusals.sentences(),
@@ -306,7 +307,7 @@ impl KafkaSubscription {
         self.ready.push_back(SourceMessage::Revoked(partitions));
     }
 
-    /// Says what is waited for, when the group has been silent for too long.
+    /// Reports the group's silence after [`SILENCE_MAX`].
     fn complain(&self) -> Result<(), ReadError> {
         let Some((member, _)) = &self.group else { return Ok(()) };
         let waited = (self.clock.now() - member.since()).to_std().unwrap_or_default();

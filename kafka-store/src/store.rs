@@ -93,7 +93,8 @@ impl KafkaStore {
     /// with a transient error when no broker answers: call again. An index that does not answer is
     /// waited for in the background.
     ///
-    /// Needs the rights of [`Role::Service`]: where it is refused for want of one, the error names it.
+    /// Needs the rights of [`Role::Service`]. A start without such a right fails with an error
+    /// which names the right.
     pub async fn open(
         config: KafkaConfig,
         index: Arc<dyn StreamIndex>,
@@ -273,8 +274,8 @@ impl KafkaStore {
         )
     }
 
-    /// What the brokers refuse, a sentence each with cause and remedy: it lasts until somebody changes
-    /// something. [`EventStore::health`] tells it too.
+    /// Returns the brokers' refusals, one sentence each with cause and remedy. A refusal lasts
+    /// until an operator acts, and is part of [`EventStore::health`].
     pub fn refusals(&self) -> Vec<String> {
         self.denials.refusals.sentences()
     }

@@ -21,7 +21,7 @@ pub struct Tail {
     /// An index that stands below this has lost what the tail no longer holds.
     start: Offset,
     next: Checkpoint,
-    /// The digests of the events below `start`, once the heads of the index were found to be whole.
+    /// The digests of the events below `start`; `None` before the index's heads are verified.
     digests: Option<BucketDigests>,
     commits: VecDeque<Proven>,
     streams: HashMap<StreamId, VecDeque<Arc<RecordedEvent>>>,
@@ -40,14 +40,14 @@ pub struct TailView {
     pub events: Vec<Arc<RecordedEvent>>,
 }
 
-/// How the heads of the index compare with what this process knows.
+/// The result of a comparison of the index's heads with the tail.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum HeadsFound {
-    /// They are whole.
+    /// The heads are complete and unchanged.
     Whole,
-    /// The rows of this table are not what was fed.
+    /// The rows of this table differ from the rows written.
     Damaged(&'static str),
-    /// The index stands where the tail knows nothing of it, any more or yet.
+    /// The index's position is outside the tail: below its start or above its end.
     Elsewhere,
 }
 
@@ -175,8 +175,8 @@ impl Tail {
         Some(Appended { version: last.version, position: last.position, duplicate: true })
     }
 
-    /// Compares the heads of the index with what is known of them; the first heads that add up to
-    /// what their cursor declares are taken for known.
+    /// Compares the index's heads with the tail. On the first call for which the heads match the
+    /// index's declared totals, the tail stores the digests as known.
     pub fn check_heads(&mut self, heads: &IndexHeads) -> HeadsFound {
         let position = heads.position;
         if position < self.start || position > self.next.next {
@@ -195,8 +195,8 @@ impl Tail {
         }
     }
 
-    /// The digest that a bucket of an index must have that stands at `position`; `None` while it is
-    /// not known: the heads were not checked yet, or the index stands elsewhere by now.
+    /// Returns the expected digest of a bucket of an index at `position`. Returns `None` before the
+    /// heads are verified, or for a position outside the tail.
     pub fn bucket_at(&self, position: Offset, bucket: Bucket) -> Option<Digest> {
         if position < self.start || position > self.next.next {
             return None;
@@ -210,12 +210,13 @@ impl Tail {
         Some(digest)
     }
 
-    /// Whether the heads of the index were found to be whole since this process took the partition.
+    /// Returns `true` if the index's heads have been verified since this process took the
+    /// partition.
     pub fn knows_heads(&self) -> bool {
         self.digests.is_some()
     }
 
-    /// Those events in the tail that an index at `position` has.
+    /// Returns the tail's events below `position`.
     fn events_below(&self, position: Offset) -> impl Iterator<Item = &Arc<RecordedEvent>> {
         let commits = self.commits.iter().take_while(move |commit| commit.next.next <= position);
         commits.flat_map(|commit| &commit.events)

@@ -74,8 +74,8 @@ pub(crate) fn prepare(
     Ok((EventsTopic { session_timeout_min, ..events }, made))
 }
 
-/// The events topic as it is, checked like [`prepare`] does it; makes nothing, and looks at no other
-/// topic. Blocks.
+/// Returns the events topic, checked as in [`prepare`]. Creates nothing and reads no other topic.
+/// Blocks.
 pub(crate) fn find(
     config: &KafkaConfig,
     inquirer: &Inquirer,
@@ -287,7 +287,7 @@ impl<'a> Preparation<'a> {
                 None if self.clock.instant() >= deadline => return Err(self.unreadable(topic)),
                 None => Handle::current().block_on(self.clock.sleep(pause)),
             }
-            // Few requests, for a user who is not allowed any.
+            // Doubles the pause, so a user without rights sends few requests.
             pause *= 2;
         }
     }

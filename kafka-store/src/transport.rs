@@ -1,4 +1,4 @@
-//! How clients reach brokers: TLS, login, and the files and secrets of both.
+//! Connections to brokers: TLS, login, and the files and secrets of both.
 
 use std::collections::BTreeSet;
 use std::hash::{DefaultHasher, Hash, Hasher};
@@ -12,35 +12,36 @@ use crate::secret::{self, Password};
 
 /// The name by which `allow_unsafe` accepts connections in clear text to other machines.
 pub(crate) const CLEAR_TEXT: &str = "clear_text";
-/// The name by which `allow_unsafe` accepts certificates that nobody checks.
+/// The name by which `allow_unsafe` accepts unverified certificates.
 pub(crate) const UNVERIFIED_TLS: &str = "unverified_tls";
-/// Unsafe ways to reach brokers that `allow_unsafe` can accept.
+/// Unsafe connections to brokers which `allow_unsafe` can accept.
 pub(crate) const UNSAFE_TRANSPORT: [&str; 3] = [CLEAR_TEXT, UNVERIFIED_TLS, secret::READABLE];
 
-/// Files of TLS. The broker's certificate and its host name are always verified.
+/// Files of TLS. The broker's certificate and host name are verified, unless
+/// `allow_unsafe=unverified_tls` accepts a librdkafka setting to the contrary.
 #[derive(Debug, Clone, Default)]
 pub struct Tls {
-    /// The authorities that are trusted (PEM); those of the system by default.
+    /// The trusted authorities (PEM); by default the authorities of the system.
     pub authorities: Option<PathBuf>,
-    /// The client's own certificate and its private key (PEM), for brokers that want one.
+    /// The client's certificate and private key (PEM), for brokers with client authentication.
     pub certificate: Option<(PathBuf, PathBuf)>,
 }
 
 /// A login by SASL.
 #[derive(Debug, Clone)]
 pub struct Login {
-    /// How it is done.
+    /// The SASL mechanism.
     pub mechanism: Mechanism,
-    /// The name of the user that logs in.
+    /// The user's name.
     pub user: String,
-    /// With what.
+    /// The user's password.
     pub password: Password,
 }
 
-/// How a login is done.
+/// A SASL mechanism.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Mechanism {
-    /// The password itself goes to the broker.
+    /// PLAIN: sends the password to the broker.
     Plain,
     /// SCRAM with SHA-256.
     ScramSha256,
@@ -58,7 +59,7 @@ impl Mechanism {
     }
 }
 
-/// The options of a URL that say how brokers are reached, as they were written.
+/// The URL's options for connections to brokers, as written.
 #[derive(Default)]
 pub(crate) struct Options {
     tls: Option<bool>,
@@ -67,12 +68,13 @@ pub(crate) struct Options {
     key: Option<PathBuf>,
     mechanism: Option<Mechanism>,
     user: Option<String>,
-    /// Still percent-encoded.
+    /// The password, still percent-encoded.
     password: Option<String>,
 }
 
 impl Options {
-    /// Takes the option if it is one of these; `raw` is still percent-encoded.
+    /// Stores an option of this group and returns `true`, or returns `false` for any other option.
+    /// `raw` is still percent-encoded.
     pub(crate) fn set(&mut self, key: &str, value: &str, raw: &str) -> Result<bool, ConfigError> {
         let invalid = |expected: &str| ConfigError::Value {
             option: key.to_owned(),
@@ -106,7 +108,7 @@ impl Options {
         Ok(true)
     }
 
-    /// Joins the options, and refuses those that mean nothing without another.
+    /// Joins the options. Rejects an option without a required second option.
     pub(crate) fn finish(
         self,
         allow_unsafe: &BTreeSet<String>,
@@ -162,11 +164,11 @@ fn refused(option: &str, problem: String) -> ConfigError {
     ConfigError::Secret { option: option.to_owned(), problem }
 }
 
-/// How a certificate and a private key begin in a PEM file: the mark, and its name for people.
+/// The marker of a certificate and of a private key in a PEM file, each with a name for errors.
 const CERTIFICATE: (&str, &str) = ("CERTIFICATE-----", "certificate");
 const KEY: (&str, &str) = ("PRIVATE KEY-----", "private key");
 
-/// librdkafka names the setting that cannot be used, and not the file.
+/// Checks a file before librdkafka does: librdkafka's error names only the setting, not the file.
 fn check_file(option: &str, path: &Path, (mark, what): (&str, &str)) -> Result<(), ConfigError> {
     let shown = path.display();
     let problem = match std::fs::read(path) {
@@ -177,7 +179,7 @@ fn check_file(option: &str, path: &Path, (mark, what): (&str, &str)) -> Result<(
     Err(refused(option, problem))
 }
 
-/// Puts TLS and login into the settings of a client; secrets are read anew.
+/// Writes TLS and login into the settings of a client. Reads the secrets again.
 pub(crate) fn apply(tls: Option<&Tls>, login: Option<&Login>, config: &mut ClientConfig) {
     if tls.is_none() && login.is_none() {
         return;
@@ -207,20 +209,20 @@ fn mechanism(config: &ClientConfig) -> Option<&str> {
     config.get("sasl.mechanism").or_else(|| config.get("sasl.mechanisms"))
 }
 
-/// Whether a client of these settings encrypts what it sends.
+/// Returns `true` if a client with these settings encrypts.
 pub(crate) fn is_encrypted(config: &ClientConfig) -> bool {
     let protocol = config.get("security.protocol").unwrap_or_default();
     protocol.to_ascii_lowercase().ends_with("ssl")
 }
 
-/// Whether a client of these settings logs in.
+/// Returns `true` if a client with these settings logs in.
 pub(crate) fn logs_in(config: &ClientConfig) -> bool {
     let protocol = config.get("security.protocol").unwrap_or_default();
     protocol.to_ascii_lowercase().starts_with("sasl")
 }
 
-/// A number that differs when a file or a secret behind the settings has changed: a client that was
-/// made before has old ones, and librdkafka reads none again.
+/// Returns a hash over the files and secrets of the settings. An existing client never reads a file
+/// again, so a changed hash requires a new client.
 pub(crate) fn fingerprint(config: &ClientConfig) -> u64 {
     let mut hasher = DefaultHasher::new();
     config.get("sasl.password").hash(&mut hasher);

@@ -1,8 +1,9 @@
-//! Compares the tables of the stream index with each other and with what this process knows of them:
-//! at once when a partition is taken, since loads wait for that, and then again and again.
+//! Compares the tables of the stream index with each other and with the digests in this process's
+//! memory. The first comparison follows the take-over of a partition, because loads wait for the
+//! result; later comparisons repeat.
 //!
-//! The heads of a partition are added up by the database. What a process keeps of them afterwards are
-//! the digests in its [`Tail`](crate::tail::Tail), which no other program can change.
+//! The database adds up the heads of a partition. Afterwards a process keeps only the digests in
+//! its [`Tail`](crate::tail::Tail), which no other program can change.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -22,19 +23,19 @@ use crate::writer::Status;
 const HEADS_INTERVAL_MIN: Duration = Duration::from_secs(10);
 /// Least wait between two counts of all rows.
 const ROWS_INTERVAL_MIN: Duration = Duration::from_secs(60);
-/// A comparison is not repeated before this many times as long has passed as it took: they cost at most
-/// a hundredth of a connection.
+/// Factor from a comparison's duration to the least wait before the next: comparisons use at most a
+/// hundredth of a connection.
 const INTERVAL_FACTOR: u32 = 100;
-/// Least wait before an index that stands elsewhere is compared again, and how many times as long as the
-/// comparison took.
+/// Least wait before another comparison of an index at an unexpected position, and the factor from
+/// the comparison's duration to the wait.
 const RETRY_WAIT: Duration = Duration::from_millis(20);
 const RETRY_FACTOR: u32 = 10;
 /// Wait before the rows are counted.
 const ROWS_DELAY: Duration = Duration::from_millis(500);
 /// Wait before a damaged index is looked at again.
 const DAMAGED_WAIT: Duration = Duration::from_secs(2);
-/// How long the place of an index may lie behind the end of the log that this process has read before it
-/// counts as damaged.
+/// Longest time for which an index's position may exceed the end of the log read by this process. A
+/// longer time counts as damage.
 const AHEAD_PATIENCE: Duration = Duration::from_secs(10);
 
 /// Compares the index of the partitions of one process.
@@ -43,21 +44,22 @@ pub(crate) struct Verifier {
     loader: Arc<Loader>,
     partitions: Vec<Arc<Shared>>,
     clock: Arc<dyn Clock>,
-    /// Partitions were taken.
+    /// Notified when partitions are taken.
     rows_due: Notify,
 }
 
-/// What is remembered between two looks at a partition's heads while they do not add up.
+/// The state kept between two comparisons of heads with a mismatch.
 #[derive(Default)]
 struct Suspicion {
-    /// The index may have been set back while its heads were not: they must add up from here on.
+    /// The index's position may have moved back without its heads. The heads must add up from this
+    /// offset on.
     add_up_from: Option<Offset>,
-    /// Since when the index stands behind the end of the log.
+    /// The time since which the index's position has exceeded the end of the log.
     ahead_since: Option<Instant>,
 }
 
 impl Verifier {
-    /// A verifier that has looked at nothing yet.
+    /// Creates a verifier.
     pub(crate) fn new(
         index: Arc<dyn StreamIndex>,
         loader: Arc<Loader>,
@@ -67,7 +69,8 @@ impl Verifier {
         Arc::new(Self { index, loader, partitions, clock, rows_due: Notify::new() })
     }
 
-    /// Compares the heads of a partition as long as it is ours. The task ends by being aborted.
+    /// Compares the heads of a partition while this process owns the partition. The caller ends the
+    /// task by aborting.
     pub(crate) async fn watch_heads(self: Arc<Self>, shared: Arc<Shared>) {
         shared.wait_for_place().await;
         let mut suspicion = Suspicion::default();
@@ -92,7 +95,7 @@ impl Verifier {
         }
     }
 
-    /// Judges what the database has added up. `false` when it is to be looked at again soon.
+    /// Judges the sums of the database. Returns `false` if the comparison must be repeated soon.
     fn judge(&self, shared: &Shared, heads: &IndexHeads, suspicion: &mut Suspicion) -> bool {
         let (found, knew_heads, start, end) = {
             let mut tail = shared.tail();
@@ -115,7 +118,8 @@ impl Verifier {
                 shared.lose_index();
                 return false;
             }
-            // Another owner has fed it, and this process has yet to read the log up to there.
+            // Another owner has fed the index, and this process has yet to read the log up to the
+            // position.
             HeadsFound::Elsewhere if position <= end || !is_owning => return false,
             HeadsFound::Elsewhere => {
                 let now = self.clock.instant();
@@ -126,8 +130,8 @@ impl Verifier {
                 let what = format!("its place is offset {position}, and the log ends at {end}");
                 damaged(partition, "kafold_partition", what)
             }
-            // An older copy of kafold_partition beside newer heads: they add up again as soon as the log
-            // has been fed again from there on.
+            // An older copy of `kafold_partition` beside newer heads: the heads add up again after
+            // the log has been fed again from the older position.
             HeadsFound::Damaged(_) if !knew_heads && !is_owning => return false,
             HeadsFound::Damaged(_)
                 if !knew_heads && position < *suspicion.add_up_from.get_or_insert(end) =>
@@ -146,7 +150,7 @@ impl Verifier {
         false
     }
 
-    /// Reads the stream again whose rows were damaged.
+    /// Reads the stream with the damaged rows again.
     async fn look_at_damaged_stream(&self, shared: &Shared) {
         let site = shared.standing().damage.as_ref().map(|damage| damage.found_in.clone());
         let Some(site @ DamageSite::Stream(_)) = site else { return };
@@ -157,8 +161,8 @@ impl Verifier {
         }
     }
 
-    /// Counts the rows of all partitions when partitions were taken, and then again and again. Nothing is
-    /// said of partitions that are not ours: their owners do.
+    /// Counts the rows of all partitions after a take-over and then periodically. Reports only own
+    /// partitions; other owners report theirs.
     pub(crate) async fn watch_rows(self: Arc<Self>) {
         let mut interval = Duration::MAX;
         loop {

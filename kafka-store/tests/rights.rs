@@ -1,4 +1,4 @@
-//! Each role works under exactly the rights that `acl print` prints, and each that is taken away is named.
+//! Each role works under exactly the rights of `acl print`, and each revoked right is named.
 
 mod support;
 
@@ -17,16 +17,16 @@ use kafold_kafka_store::rights::{Answer, Resource, Right, Role};
 use kafold_kafka_store::{KafkaConfig, KafkaSource, KafkaStore, Operator};
 use support::Tls;
 
-/// How soon a missing right is named.
+/// Deadline for naming a missing right.
 const NAMED_WITHIN: Duration = Duration::from_secs(15);
-/// How soon a process goes on when it has the right again.
+/// Deadline for work with a restored right.
 const READY_WITHIN: Duration = Duration::from_secs(30);
 const STARTS_AT_ONCE: usize = 4;
-/// Has the rights of every role here, each on logs of its own.
+/// A user with the rights of every role, each on its own logs.
 const USER: &str = "service";
 const PROJECTION: &str = "things";
 
-/// A log of one role, from which one right is to be taken.
+/// A log of one role, and the right to revoke.
 struct Case {
     role: Role,
     config: KafkaConfig,
@@ -34,7 +34,7 @@ struct Case {
     running: Running,
 }
 
-/// What a role runs all the time, if anything.
+/// The long-running part of a role.
 enum Running {
     Service(KafkaStore, #[expect(dead_code, reason = "is in its group")] Box<dyn Subscription>),
     Worker(KafkaSource, #[expect(dead_code, reason = "is in its group")] Box<dyn Subscription>),
@@ -51,7 +51,7 @@ impl Running {
     }
 }
 
-/// Waits for what the health of a process says.
+/// Waits for a condition on the health of a process.
 async fn until(what: &str, limit: Duration, running: &Running, is: impl Fn(&[String]) -> bool) {
     let deadline = SystemClock.instant() + limit;
     loop {
@@ -71,7 +71,8 @@ fn needed(role: Role, config: &KafkaConfig) -> Vec<Right> {
     role.rights(config).into_iter().filter(|right| right.without.is_none()).collect()
 }
 
-/// The printed commands, those of one operation and kind of resource at a time: each starts a JVM.
+/// Runs the printed commands, merged by operation and kind of resource, because each command starts
+/// a JVM.
 async fn acl(tls: &Arc<Tls>, change: &'static str, rights: &[&Right]) {
     let mut commands: BTreeMap<Vec<String>, Vec<String>> = BTreeMap::new();
     for right in rights {
@@ -116,7 +117,7 @@ async fn start(role: Role, config: &KafkaConfig) -> Running {
     }
 }
 
-/// Does what the role is for.
+/// Performs the work of the role.
 async fn work(case: &Case) {
     let operator = || Operator::connect(case.config.clone(), support::clock());
     match (&case.running, case.role) {
@@ -143,7 +144,7 @@ async fn work(case: &Case) {
     }
 }
 
-/// The right of the case is named by whoever runs.
+/// Waits for the running process to name the right of the case.
 async fn named(case: &Case) {
     let Case { role, config, right, running } = case;
     if matches!(running, Running::Nothing) {
@@ -157,14 +158,14 @@ async fn named(case: &Case) {
     until(&what, NAMED_WITHIN, running, |reasons| reasons.iter().any(says)).await;
 }
 
-/// It is named by who tries all rights, and by a start.
+/// Checks the missing right in `try_rights` and in a start.
 async fn missing(case: &Case) {
     let Case { role, config, right, .. } = case;
     let command = right.command(&config.brokers, &format!("User:{USER}"));
     let operator = Operator::connect(config.clone(), support::clock()).await;
     let tried = operator.expect("connected").try_rights(*role).await.expect("tried");
     for (tried, answer) in tried.into_iter().filter(|(tried, _)| tried.without.is_none()) {
-        // The right on the cluster is the same for all logs.
+        // The right on the cluster is shared by all logs.
         let is_taken = tried == *right || tried.resource == Resource::Cluster;
         let expected = if is_taken { Answer::Missing } else { Answer::Granted };
         assert_eq!(answer, expected, "{tried}, without {right}, as a {}", role.name());
@@ -179,7 +180,7 @@ async fn missing(case: &Case) {
         Role::Worker => KafkaSource::open(config.clone(), clock).await.err(),
         _ => None,
     };
-    // What is first needed later is told by the health of whoever has begun.
+    // The health of a running process names a right first needed after the start.
     if let Some(error) = begun {
         let text = error.to_string();
         assert!(text.contains(&command) && !error.is_transient(), "{text}");
@@ -221,7 +222,7 @@ async fn each_role_works_under_the_printed_rights_and_names_each_that_is_taken_a
 
     acl(&tls, "--remove", &cases.iter().map(|case| &case.right).collect::<Vec<_>>()).await;
     join_all(cases.iter().map(named)).await;
-    // A few at a time: each makes clients, and each client a handshake.
+    // Limits the concurrency: each start creates clients, and each client performs a handshake.
     stream::iter(&cases).for_each_concurrent(STARTS_AT_ONCE, missing).await;
 
     let runs = |case: &&Case| !matches!(case.running, Running::Nothing);

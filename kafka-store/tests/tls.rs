@@ -1,4 +1,4 @@
-//! Brokers with TLS, logins and rights: what comes about, and the sentence for what does not.
+//! Brokers with TLS, logins and rights: successful connections, and the sentences for failures.
 
 mod support;
 
@@ -12,10 +12,10 @@ use kafold_core::testing::{commit, exact};
 use kafold_kafka_store::{KafkaConfig, KafkaStore, Operator};
 use support::{Tls, WAIT_MAX};
 
-/// How long a first start may take until it is refused.
+/// Deadline for the refusal of a first start.
 const REFUSED_WITHIN: Duration = Duration::from_secs(10);
 
-/// Opens the log; gives the error's text, and whether it may pass.
+/// Opens the log. Returns the error's text, and `true` for a transient error.
 async fn refused(url: &str) -> (String, bool) {
     let config: KafkaConfig = match url.parse() {
         Ok(config) => config,
@@ -114,7 +114,7 @@ async fn each_wrong_transport_is_refused_in_time_by_a_sentence_of_its_own() {
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
 }
 
-/// An event goes in, by each way that a client may come in.
+/// Appends an event over each kind of login.
 #[tokio::test(flavor = "multi_thread")]
 async fn every_login_and_a_client_certificate_reach_the_log() {
     let Some(tls) = Tls::of_environment("every_login_and_a_client_certificate") else { return };
@@ -162,8 +162,8 @@ async fn the_other_end_of_a_connection_is_shown() {
     assert!(peer.days_left > 365, "{peer:?}");
 }
 
-/// The password of the user changes on the brokers, and then in the file: questions are answered again, and
-/// a store that was open all the time appends.
+/// The password changes on the brokers and then in the file. Requests succeed again, and a store
+/// opened before the change appends.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_changed_password_file_is_used_without_a_restart() {
     let Some(tls) = Tls::of_environment("a_changed_password_file") else { return };
@@ -198,7 +198,7 @@ async fn a_changed_password_file_is_used_without_a_restart() {
     let deadline = tokio::time::Instant::now() + WAIT_MAX;
     let told = loop {
         match operator.brokers().await {
-            // The connection is from before.
+            // This connection was opened with the old password.
             Ok(_) => assert!(tokio::time::Instant::now() < deadline, "the old password still goes"),
             Err(error) => break error.to_string(),
         }
@@ -210,7 +210,7 @@ async fn a_changed_password_file_is_used_without_a_restart() {
         assert!(tokio::time::Instant::now() < deadline, "the new password is not used");
         support::pause().await;
     }
-    // By now the brokers have asked every connection to log in again.
+    // By now the brokers have requested a re-authentication of every connection.
     support::ready(&store).await;
     support::settle(&store, &stream, exact(1), &commit(1)).await;
     store.shutdown().await;

@@ -10,7 +10,7 @@ pub enum OpenError {
         "{url} is not the URL of a log: write sqlite://FILE or kafka://HOST:PORT[,HOST:PORT]/NAME"
     )]
     Url {
-        /// The text as it may be shown; see [`shown_url`](crate::shown_url).
+        /// The text in printable form; see [`shown_url`](crate::shown_url).
         url: String,
     },
     /// The log does not answer now: wait and try again.

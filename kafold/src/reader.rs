@@ -1,4 +1,4 @@
-//! Either kind of log, opened to be read only.
+//! A log of either kind, opened read-only.
 
 use std::fmt;
 use std::sync::Arc;
@@ -15,9 +15,9 @@ use kafold_migrations::Database;
 
 use crate::error::OpenError;
 
-/// A log that this process reads and never writes, for projections on their own. On Kafka it claims
-/// nothing, has no producer of events and needs the rights of a worker alone: `kafold acl print --role
-/// worker`. Cheap to clone.
+/// A read-only log, for processes with projections alone. On Kafka such a process claims no
+/// partition, has no producer of events and needs only the rights of a worker:
+/// `kafold acl print --role worker`. Cheap to clone.
 #[derive(Clone)]
 pub struct LogReader {
     kind: Kind,
@@ -77,7 +77,7 @@ impl LogReader {
         Ok(Self { kind: Kind::Embedded { source: Arc::new(source), database } })
     }
 
-    /// Where projections read everything.
+    /// Returns the source of events for projections.
     pub fn source(&self) -> Arc<dyn EventSource> {
         match &self.kind {
             #[cfg(feature = "embedded")]
@@ -87,7 +87,7 @@ impl LogReader {
         }
     }
 
-    /// The log's own file, where read models may live too; `None` on Kafka.
+    /// Returns the log's own file, which may hold read models too; `None` on Kafka.
     #[cfg(feature = "embedded")]
     pub fn database(&self) -> Option<&Database> {
         match &self.kind {
@@ -97,7 +97,7 @@ impl LogReader {
         }
     }
 
-    /// How many partitions the log has.
+    /// Returns the number of partitions of the log.
     pub fn partitions(&self) -> u32 {
         match &self.kind {
             #[cfg(feature = "embedded")]
@@ -107,7 +107,7 @@ impl LogReader {
         }
     }
 
-    /// Whether the log can be read.
+    /// Returns `Ready` if the log is readable.
     pub fn health(&self) -> Health {
         match &self.kind {
             #[cfg(feature = "embedded")]
@@ -117,8 +117,9 @@ impl LogReader {
         }
     }
 
-    /// What the brokers refuse, a sentence each with cause and remedy: it lasts until somebody changes
-    /// something. A program that has just started ends with it; one that runs is not ready.
+    /// Returns the brokers' refusals, one sentence each with cause and remedy. A refusal lasts
+    /// until an operator acts. A starting program ends with the refusal; a running program is not
+    /// ready.
     pub fn refusals(&self) -> Vec<String> {
         match &self.kind {
             #[cfg(feature = "embedded")]

@@ -1,6 +1,7 @@
-//! What may become part of a program of ours: the licences, bans and sources of `deny.toml`.
+//! The allowed dependencies: the licences, bans and sources of `deny.toml`.
 //!
-//! `cargo deny` checks the same and more where it is installed; building it takes longer than all of our checks.
+//! `cargo deny`, where installed, runs the same checks and more; building `cargo deny` takes longer
+//! than all of our checks.
 
 use std::collections::BTreeSet;
 
@@ -32,7 +33,7 @@ struct Bans {
 struct Ban {
     #[serde(rename = "crate")]
     name: String,
-    /// Crates that may depend on it all the same.
+    /// Crates which may depend on the banned crate all the same.
     #[serde(default)]
     wrappers: BTreeSet<String>,
     #[serde(default, rename = "deny-multiple-versions")]
@@ -50,7 +51,7 @@ struct Sources {
 struct Found {
     name: String,
     license: String,
-    /// Nothing for a crate of this workspace.
+    /// `None` for a crate of this workspace.
     source: Option<String>,
     dependents: BTreeSet<String>,
 }
@@ -59,7 +60,7 @@ fn rules() -> Rules {
     toml::from_str(RULES).expect("deny.toml")
 }
 
-/// All crates of all features, on this platform.
+/// Returns all crates of all features, on this platform.
 fn crates() -> Vec<Found> {
     let platform = format!("{}-unknown-linux-gnu", std::env::consts::ARCH);
     let metadata = MetadataCommand::new()
@@ -84,7 +85,7 @@ fn crates() -> Vec<Found> {
     nodes.iter().map(found).collect()
 }
 
-/// What breaks a rule, one sentence each.
+/// Returns one sentence for each violation of a rule.
 fn violations(rules: &Rules, crates: &[Found]) -> Vec<String> {
     let mut violations = Vec::new();
     for Found { name, license, source, dependents } in crates {
@@ -148,7 +149,7 @@ fn a_crate_that_breaks_a_rule_is_named() {
         refused(&[licensed(license)], &["strict has the licence"]);
     }
     assert_eq!(violations(&rules, &[licensed("GPL-2.0-only OR MIT")]), [""; 0]);
-    // A second OpenSSL, a second library beside rustls, ring by another way.
+    // A second OpenSSL, a second library beside rustls, and ring through another crate.
     for second in ["openssl", "openssl-src", "native-tls", "aws-lc-rs", "openssl-sys", "ring"] {
         refused(&[named(second)], &[second, "is banned", "orders"]);
     }

@@ -1,9 +1,9 @@
-//! The hash chain of `kafold_audit`: each row carries the hash of the row before it.
+//! The hash chain of `kafold_audit`: each row carries the hash of the previous row.
 //!
-//! `kafold_audit_head` keeps the count, the newest id and the newest hash a second time, so that the
-//! newest rows cannot be cut off unnoticed either. The chain proves that rows are as they were written
-//! to everybody who cannot write both tables; who can write both can forge a whole new chain, unless
-//! the newest hash is kept elsewhere too.
+//! `kafold_audit_head` holds the row count, the newest id and the newest hash a second time, so a
+//! removal of the newest rows is noticed too. The chain detects changes by every user without write
+//! access to both tables. A user with write access to both can forge a whole new chain; only a copy
+//! of the newest hash kept elsewhere detects such a forgery.
 
 use sha2::{Digest, Sha256};
 use sqlx::types::chrono::{DateTime, Utc};
@@ -11,26 +11,26 @@ use sqlx::{PgConnection, SqliteConnection};
 
 use crate::micros::{Time, to_micros};
 
-/// SHA-256.
+/// A SHA-256 hash.
 pub type Hash = [u8; 32];
-/// The previous hash of the first row.
+/// The previous hash of the first row: 32 zero bytes.
 pub const NO_HASH: Hash = [0; 32];
 
-/// Removes the triggers that keep `kafold_audit` from a prune on SQLite; [`SQLITE_KEEP`] makes them
-/// again. Both belong into the transaction of the prune.
+/// Drops the triggers of `kafold_audit` on SQLite, which would refuse a prune. [`SQLITE_KEEP`]
+/// creates the triggers again. Both belong in the transaction of the prune.
 pub const SQLITE_LET_GO: &str = "DROP TRIGGER IF EXISTS kafold_audit_kept_insert; \
      DROP TRIGGER IF EXISTS kafold_audit_kept_update; \
      DROP TRIGGER IF EXISTS kafold_audit_kept_delete";
-/// Makes the triggers that refuse every change of a row of `kafold_audit` on SQLite.
+/// Creates the triggers which refuse every change of a row of `kafold_audit` on SQLite.
 pub const SQLITE_KEEP: &str = include_str!("../sqlite/0015_kafold_audit_kept.sql");
 
-/// Rows that are chained at a time when a database is migrated.
+/// Number of rows chained at a time when a database is migrated.
 const PAGE_ROWS: i64 = 1_000;
 
 /// The content of a row of `kafold_audit`.
 #[derive(Debug, Clone, PartialEq, Eq, sqlx::FromRow)]
 pub struct AuditContent {
-    /// Its number, one more than that of the row before.
+    /// The row's number: the previous row's number plus one.
     pub id: i64,
     /// The time of the act.
     #[sqlx(try_from = "Time")]
@@ -41,14 +41,16 @@ pub struct AuditContent {
     pub action: String,
     /// The projection that the act changed.
     pub projection: Option<String>,
-    /// More about it, as JSON.
+    /// Details of the act, as JSON.
     pub details: Option<String>,
 }
 
 impl AuditContent {
-    /// The hash of the row behind a row with this hash: SHA-256 of the previous hash, the id and the
-    /// time in microseconds since 1970 (64 bits each, big-endian), and the four texts, each as one byte
-    /// 1, its length in bytes (64 bits, big-endian) and its UTF-8 bytes, or as one byte 0 for NULL.
+    /// Returns the row's hash, given the hash of the previous row.
+    ///
+    /// The hash is SHA-256 over the previous hash, the id and the time in microseconds since 1970
+    /// (64 bits each, big-endian), and the four texts. A text is one byte 1, the length in bytes
+    /// (64 bits, big-endian) and the UTF-8 bytes; NULL is one byte 0.
     pub fn hash(&self, previous: &[u8]) -> Hash {
         let mut hasher = Sha256::new();
         hasher.update(previous);
@@ -66,12 +68,12 @@ impl AuditContent {
     }
 }
 
-/// A hash as people see it.
+/// Returns a hash in hexadecimal.
 pub fn hex(hash: &[u8]) -> String {
     hash.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
-/// The end of the chain while the rows of before the chain are added to it.
+/// The end of the chain while the migration adds the existing rows to the chain.
 struct Chained {
     count: i64,
     id: i64,
@@ -81,7 +83,7 @@ struct Chained {
 impl Chained {
     const NOTHING: Self = Self { count: 0, id: 0, hash: NO_HASH };
 
-    /// Chains the next row; returns id, previous hash and hash.
+    /// Chains the next row. Returns its id, previous hash and hash.
     fn add(&mut self, row: &AuditContent) -> (i64, Hash, Hash) {
         let previous = self.hash;
         self.hash = row.hash(&previous);
@@ -97,7 +99,8 @@ const PAGE: &str = "SELECT id, at, actor, action, projection, details FROM kafol
                     WHERE id > $1 AND hash IS NULL ORDER BY id LIMIT $2";
 const HEAD: &str = "UPDATE kafold_audit_head SET row_count = $1, newest_id = $2, newest_hash = $3";
 
-/// Chains the rows that were written before there was a chain; once, by the migration.
+/// Chains the rows written before the chain existed. The migration runs this function; later calls
+/// change nothing.
 pub(crate) async fn chain_postgres(connection: &mut PgConnection) -> Result<(), sqlx::Error> {
     if !sqlx::query_scalar::<_, bool>(IS_NEW).fetch_one(&mut *connection).await? {
         return Ok(());
@@ -125,7 +128,7 @@ pub(crate) async fn chain_postgres(connection: &mut PgConnection) -> Result<(), 
     query.bind(chained.hash.to_vec()).execute(connection).await.map(drop)
 }
 
-/// The same on SQLite.
+/// Chains the existing rows on SQLite, like [`chain_postgres`].
 pub(crate) async fn chain_sqlite(connection: &mut SqliteConnection) -> Result<(), sqlx::Error> {
     if !sqlx::query_scalar::<_, bool>(IS_NEW).fetch_one(&mut *connection).await? {
         return Ok(());

@@ -1,5 +1,5 @@
-//! The certificate that a PostgreSQL server shows, by a handshake of our own: neither the driver nor
-//! PostgreSQL's own views return it.
+//! Reads the certificate of a PostgreSQL server by a TLS handshake of our own, because neither the
+//! driver nor PostgreSQL's views return the certificate.
 
 use std::io::{self, Read, Write};
 use std::net::{TcpStream, ToSocketAddrs};
@@ -13,25 +13,26 @@ use rustls::{ClientConfig, ClientConnection, DigitallySignedStruct, ProtocolVers
 use x509_cert::Certificate;
 use x509_cert::der::Decode;
 
-/// How long connecting, and each answer of the server, may take.
+/// Timeout of the connection attempt, and of each read and write.
 const TIMEOUT: Duration = Duration::from_secs(3);
-/// PostgreSQL's request for TLS: its length and its code.
+/// PostgreSQL's `SSLRequest` message: the length and the request code.
 const SSL_REQUEST: [u8; 8] = [0, 0, 0, 8, 4, 210, 22, 47];
 
-/// What a server shows to whoever begins a session with TLS.
+/// The TLS version and the certificate a server presents.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ServerTls {
     /// The version of TLS, such as `TLSv1.3`.
     pub protocol: String,
     /// The certificate's subject.
     pub subject: String,
-    /// The subject of the authority that signed it.
+    /// The subject of the authority which signed the certificate.
     pub issuer: String,
-    /// The end of its validity, in seconds since 1970.
+    /// The end of the certificate's validity, in seconds since 1970.
     pub not_after: u64,
 }
 
-/// Asks a server for TLS and returns what it shows, trusted or not; `None` when it offers none. Blocks.
+/// Requests TLS of a server and returns the presented certificate, trusted or not. Returns `None`
+/// when the server offers no TLS. Blocks.
 pub(crate) fn look(host: &str, port: u16) -> io::Result<Option<ServerTls>> {
     let host = host.trim_start_matches('[').trim_end_matches(']');
     let mut addresses = (host, port).to_socket_addrs()?;
@@ -74,7 +75,7 @@ fn config() -> Result<ClientConfig, rustls::Error> {
     Ok(builder.with_custom_certificate_verifier(Arc::new(Any(provider))).with_no_client_auth())
 }
 
-/// Accepts every certificate: no byte of a session follows the handshake.
+/// Accepts every certificate: the connection is closed after the handshake and carries no data.
 #[derive(Debug)]
 struct Any(Arc<CryptoProvider>);
 

@@ -29,10 +29,11 @@ impl Database {
     /// Opens `sqlite://FILE` (relative to the working directory; `sqlite:///abs/path` is absolute)
     /// or `postgres://USER@HOST:PORT/DATABASE?password=@FILE`.
     ///
-    /// A password is `@FILE` or `$NAME` of an environment variable, read anew for each probe of a
-    /// [watched](Self::watch) database, or literal. Off this machine a session is encrypted and the
-    /// server verified; `allow_unsafe=clear_text,unverified_tls,readable_secret` names exceptions,
-    /// and a warning tells of each that is used.
+    /// A password is `@FILE`, `$NAME` of an environment variable, or literal. Files and variables
+    /// are read again for each probe of a [watched](Self::watch) database. A session to another
+    /// machine is encrypted and the server is verified;
+    /// `allow_unsafe=clear_text,unverified_tls,readable_secret` names exceptions, and a warning is
+    /// logged for each exception in use.
     ///
     /// Connects once and waits for nothing: after [`DatabaseError::Unavailable`] the caller waits
     /// and tries again; every other error is for good. Folders are never created.
@@ -51,8 +52,8 @@ impl Database {
         }
     }
 
-    /// Rejects a login on PostgreSQL that lacks rights of the role, naming the GRANT lines, and
-    /// watches the database from then on.
+    /// Rejects a PostgreSQL login without all rights of the role, and names the missing GRANT
+    /// lines. Watches the database afterwards.
     pub async fn require(&self, role: Role) -> Result<(), DatabaseError> {
         match self {
             Self::Postgres(database) => database.require(role).await,
@@ -60,9 +61,11 @@ impl Database {
         }
     }
 
-    /// Watches a PostgreSQL database on behalf of the role: a new connection each 5 s notices a
-    /// changed password, certificate or right, which [`Database::complaint`] returns and the log
-    /// repeats once a minute. Needs a tokio runtime around it.
+    /// Watches a PostgreSQL database on behalf of the role.
+    ///
+    /// A new connection every 5 s notices a changed password, certificate or right.
+    /// [`Database::complaint`] returns the result, and the log repeats the complaint once a minute.
+    /// Must be called within a tokio runtime.
     pub fn watch(&self, role: Role) {
         match self {
             Self::Postgres(database) => database.watch(role),
@@ -70,7 +73,8 @@ impl Database {
         }
     }
 
-    /// Why a watched database refuses this process, with the remedy, until the mend is noticed.
+    /// Returns the reason for which a watched database refuses this process, with the remedy;
+    /// `None` after a probe has succeeded again.
     pub fn complaint(&self) -> Option<String> {
         match self {
             Self::Postgres(database) => database.complaint(),

@@ -73,7 +73,8 @@ impl DatabaseError {
     }
 }
 
-/// A failure that lasts until somebody changes the server, the role's rights or this program's settings.
+/// A failure which lasts until an operator changes the server, the role's rights or the settings of
+/// this program.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{what}; {remedy}")]
 pub struct Refusal {
@@ -83,10 +84,12 @@ pub struct Refusal {
     pub remedy: String,
 }
 
-/// Returns cause and remedy of an error that is not the statement's fault and that waiting alone does
-/// not cure: a certificate that is not trusted, a wrong password, a missing right. `None` for all others.
+/// Returns cause and remedy of an error which waiting does not cure and the statement did not
+/// cause: an untrusted certificate, a wrong password, a missing right. Returns `None` for all other
+/// errors.
 ///
-/// Work that meets it is tried again for as long as it takes: somebody may mend it at any time.
+/// A caller retries the refused work without a limit, because an operator may remove the cause at
+/// any time.
 pub fn refusal(error: &sqlx::Error) -> Option<Refusal> {
     let refused = |what: String, remedy: &str| Some(Refusal { what, remedy: remedy.to_owned() });
     match error {
@@ -134,7 +137,8 @@ fn of_postgres(code: &str, message: &str) -> Option<Refusal> {
              USAGE ON SCHEMA public"
         }
         "42501" => "grant the login what `kafold grants print` prints for its role",
-        // A schema that a role may not use is left out of its search path, with all that is in it.
+        // PostgreSQL leaves a schema without USAGE out of the search path, so its tables seem
+        // missing.
         "42P01" if names_own_table(message) => {
             "grant the login USAGE on the schema, or make the tables with `kafold migrate`"
         }
@@ -147,8 +151,8 @@ fn of_postgres(code: &str, message: &str) -> Option<Refusal> {
     Some(Refusal { what: message.to_owned(), remedy: remedy.to_owned() })
 }
 
-/// Whether a relation is one of the toolkit's tables, which a login without rights on the schema does not
-/// see. A read model's table that is gone is no matter of rights.
+/// Returns `true` for a relation of the toolkit, which is invisible to a login without rights on
+/// the schema. A missing table of a read model is not a question of rights.
 fn names_own_table(message: &str) -> bool {
     message.contains("\"kafold_")
 }
@@ -228,7 +232,7 @@ fn of_certificate(error: &CertificateError) -> Refusal {
 /// An error that is not transient is the fault of the statement or of its values.
 pub fn is_transient(error: &sqlx::Error) -> bool {
     match error {
-        // A name server may be away for a while too.
+        // A name server may be unreachable for a while too.
         sqlx::Error::Io(cause) => refusal(error).is_none() || is_unknown_host(cause),
         sqlx::Error::PoolTimedOut
         | sqlx::Error::PoolClosed

@@ -1,17 +1,17 @@
-//! The toolkit's own SQL tables, and the [`Database`] handle that brings them up to date.
+//! The toolkit's own SQL tables, and the [`Database`] handle which brings the tables up to date.
 //!
-//! One migration set for each kind of database, in `postgres/` and `sqlite/`, one table a file; what
-//! has been applied stands in the table `kafold_migrations`, with sqlx's columns. Times are
-//! `TIMESTAMPTZ` on PostgreSQL and whole microseconds since 1970 in UTC on SQLite (see
-//! [`micros`]); ids are `UUID` there and 16 bytes here; payloads are the bytes that were written.
+//! One migration set for each kind of database, in `postgres/` and `sqlite/`, one table a file. The
+//! table `kafold_migrations`, with sqlx's columns, records the applied migrations. Times are
+//! `TIMESTAMPTZ` on PostgreSQL and whole microseconds since 1970 in UTC on SQLite (see [`micros`]);
+//! ids are `UUID` on PostgreSQL and 16 bytes on SQLite; payloads are stored byte for byte.
 //!
 //! - [`database`]: opening either kind of database by its URL;
 //! - [`postgres`] and [`sqlite`]: pools with their limits; SQLite's one writer a file and process;
 //! - [`audit`]: the hash chain of `kafold_audit`;
-//! - [`identifier`]: names of tables and columns, and the only way here to SQL made at run time;
+//! - [`identifier`]: names of tables and columns, and the only module with SQL made at run time;
 //! - [`rights`]: the SQL rights of each role;
-//! - [`certificate`]: what a server shows to whoever asks for TLS;
-//! - [`error`]: what is worth waiting for, and what is refused until somebody mends it.
+//! - [`certificate`]: the TLS version and certificate of a server;
+//! - [`error`]: errors worth a retry, and refusals which last until an operator acts.
 //!
 //! ```
 //! # async fn example() -> Result<(), kafold_migrations::DatabaseError> {

@@ -37,11 +37,12 @@ pub const IDLE_IN_TRANSACTION_TIMEOUT: Duration = Duration::from_secs(5);
 /// Names the advisory lock that is held while tables are made: two processes at once are safe.
 const MIGRATION_LOCK: i64 = 0x6b61_666f_6c64; // "kafold"
 
-/// How often a watched database is probed with a new connection, beside those of the pool.
+/// Interval of the probes of a watched database. Each probe opens a new connection outside the
+/// pool.
 pub const PROBE_INTERVAL: Duration = Duration::from_secs(5);
-/// How often the log repeats why a watched database refuses.
+/// Interval at which the log repeats the complaint of a watched database.
 pub const COMPLAINT_INTERVAL: Duration = Duration::from_secs(60);
-/// Most rights that one complaint names.
+/// Most rights named in one complaint.
 const COMPLAINT_RIGHTS_MAX: usize = 8;
 
 /// A pool of connections to a PostgreSQL database whose tables are current. Cheap to clone.
@@ -57,10 +58,10 @@ struct Inner {
     watch: Mutex<Watch>,
 }
 
-/// What the probes of a database are for and what they found.
+/// The role and the results of the probes of a database.
 #[derive(Debug, Default)]
 struct Watch {
-    /// The role whose rights are probed; `None` before the database is watched.
+    /// The role with the probed rights; `None` before the database is watched.
     role: Option<Role>,
     complaint: Option<String>,
     complained_at: Option<Instant>,
@@ -100,16 +101,17 @@ impl PostgresDatabase {
         Ok(Self { inner: Arc::new(Inner { pool, url, watch: Mutex::default() }) })
     }
 
-    /// Rejects a login that lacks rights of the role, and [watches](Self::watch) the database.
+    /// Rejects a login without all rights of the role, and [watches](Self::watch) the database.
     pub(crate) async fn require(&self, role: Role) -> Result<(), DatabaseError> {
         self.inner.probe(role).await?;
         self.watch(role);
         Ok(())
     }
 
-    /// Probes the database from now on, each [`PROBE_INTERVAL`], until all handles are gone or one is
-    /// closed: with a new connection, so that a changed password, certificate or right is noticed
-    /// while old connections still work. Watched for two roles, it is for the one with more rights.
+    /// Probes the database every [`PROBE_INTERVAL`] until all handles are dropped or one handle is
+    /// closed. Each probe opens a new connection, and so notices a changed password, certificate or
+    /// right while old connections still work. Of several roles the probes use the role with the
+    /// most rights.
     pub(crate) fn watch(&self, role: Role) {
         let before = {
             let mut watch = self.inner.watch();
@@ -122,13 +124,14 @@ impl PostgresDatabase {
         }
     }
 
-    /// Why new connections are refused or rights are missing, as the latest probe found it.
+    /// Returns the complaint of the latest probe: the cause of a refused connection, or the missing
+    /// rights.
     pub(crate) fn complaint(&self) -> Option<String> {
         self.inner.watch().complaint.clone()
     }
 
-    /// The lines of SQL that give the login of this database's URL, or another one, the rights of a
-    /// role that it lacks.
+    /// Returns the missing rights of a role as SQL lines, for the login of this database's URL or
+    /// for another login.
     pub async fn missing_rights(
         &self,
         role: Role,
@@ -138,8 +141,8 @@ impl PostgresDatabase {
         rights::missing(&mut connection, role, login).await
     }
 
-    /// What the server shows to whoever asks for TLS; `None` when it offers none, or is reached over a
-    /// Unix socket.
+    /// Returns the TLS version and the certificate of the server. Returns `None` when the server
+    /// offers no TLS or is reached over a Unix socket.
     pub async fn server_tls(&self) -> Result<Option<ServerTls>, sqlx::Error> {
         let options = self.pool().connect_options();
         if is_socket(&options) {
@@ -160,7 +163,7 @@ impl Inner {
         self.watch.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Connects as a start does, with the secret as it is now, and looks at the rights of the role.
+    /// Connects like a start does, reads the secret again, and checks the rights of the role.
     async fn probe(&self, role: Role) -> Result<(), DatabaseError> {
         let shown = &self.url.shown;
         let (options, _) = options(&self.url)?;
@@ -172,7 +175,8 @@ impl Inner {
             Ok(missing)
         };
         let missing = within(shown, probing).await?;
-        // The secret and the certificates with which connections can be made now.
+        // The pool makes new connections with the secret and the certificates of this successful
+        // probe.
         self.pool.set_connect_options(options);
         if missing.is_empty() {
             return Ok(());
@@ -189,7 +193,8 @@ impl Inner {
         ))
     }
 
-    /// Keeps what a probe found, and says so in the log, at most each [`COMPLAINT_INTERVAL`].
+    /// Stores the result of a probe and logs a complaint, at most once per [`COMPLAINT_INTERVAL`]
+    /// unless the complaint changed.
     fn found(&self, probed: Result<(), DatabaseError>, now: Instant) {
         let mut watch = self.watch();
         match probed {
@@ -199,7 +204,8 @@ impl Inner {
                 }
                 watch.complained_at = None;
             }
-            // Whoever uses the database notices and waits; what it refused before may last.
+            // Users of the pool notice an unavailable database and wait. An earlier refusal may
+            // still hold.
             Err(DatabaseError::Unavailable { .. }) => {}
             Err(refused) => {
                 let refused = refused.to_string();
@@ -230,7 +236,7 @@ async fn keep_watch(database: Weak<Inner>) {
     }
 }
 
-/// Bounds what a start or a probe does: a server that does not answer is unavailable.
+/// Bounds the duration of a start or a probe: a server without an answer is unavailable.
 async fn within<T>(
     shown: &str,
     opening: impl Future<Output = Result<T, DatabaseError>>,
@@ -241,7 +247,7 @@ async fn within<T>(
     })
 }
 
-/// What connections are made with, with the secret as it is now, and what has to be warned of.
+/// Returns the connection options with the current secret, and the warnings to log.
 fn options(url: &PostgresUrl) -> Result<(PgConnectOptions, Vec<String>), DatabaseError> {
     let shown = &url.shown;
     let parsed = PgConnectOptions::from_str(&url.driver).map_err(|error| {
@@ -276,7 +282,7 @@ fn options(url: &PostgresUrl) -> Result<(PgConnectOptions, Vec<String>), Databas
         );
     }
     for (name, file) in &url.files {
-        // The driver would take a missing file for a server that is down.
+        // The driver would treat a missing file like an unreachable server.
         std::fs::File::open(file).map_err(|error| {
             DatabaseError::refused(
                 format!("{shown}: the file {} of {name} cannot be read: {error}", file.display()),
@@ -289,7 +295,7 @@ fn options(url: &PostgresUrl) -> Result<(PgConnectOptions, Vec<String>), Databas
         || std::env::var_os("PGSSLROOTCERT").is_some();
     let asked = url.ssl_mode.or_else(|| of_environment(options.get_ssl_mode()));
     let mode = match transport::decide(asked, is_local, has_authorities, url.allowed) {
-        // PostgreSQL has no TLS there, and its own clients do not ask for it.
+        // PostgreSQL has no TLS on a Unix socket, and its own clients request none.
         _ if is_socket(&options) => PgSslMode::Disable,
         Decided::Safe(mode) => mode.into(),
         Decided::Unsafe(mode, warning) => {
@@ -307,7 +313,7 @@ fn is_socket(options: &PgConnectOptions) -> bool {
     options.get_socket().is_some() || options.get_host().starts_with('/')
 }
 
-/// What PGSSLMODE says; the driver has `Prefer` when it is not set.
+/// Maps PGSSLMODE; the driver reports `Prefer` when the variable is unset.
 fn of_environment(mode: PgSslMode) -> Option<SslMode> {
     match mode {
         PgSslMode::Disable => Some(SslMode::Disable),

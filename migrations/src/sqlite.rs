@@ -280,9 +280,10 @@ fn shared(path: PathBuf, url: String) -> Arc<OpenFile> {
     file
 }
 
-/// Creates a new file for its owner alone; SQLite gives its -wal and -shm the same mode.
+/// Creates a new file with access for the owner alone. SQLite gives the `-wal` and `-shm` files the
+/// same mode.
 ///
-/// What cannot be created is left to SQLite, whose error is told.
+/// An error is ignored: SQLite opens the file next and reports the error itself.
 fn create_private(file: &Path) {
     let mut options = std::fs::OpenOptions::new();
     options.write(true).create_new(true);
@@ -291,7 +292,8 @@ fn create_private(file: &Path) {
     drop(options.open(file));
 }
 
-/// Warns of a file of earlier versions, or of the operator's own making: events hold personal data.
+/// Warns of a database file open to other users, such as a file of an earlier version: events hold
+/// personal data.
 fn warn_if_exposed(path: &Path, url: &str) {
     #[cfg(unix)]
     if let Ok(data) = path.metadata()

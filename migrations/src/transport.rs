@@ -1,15 +1,15 @@
-//! How a session with a PostgreSQL server is protected: what a URL's `sslmode` becomes, by where the
-//! server is and what the URL allows.
+//! Transport security of a session with a PostgreSQL server: maps the `sslmode` of a URL to the
+//! driver's mode, by the server's location and the exceptions in the URL.
 //!
-//! On this machine, over loopback or a Unix socket, clear text is fine where the server offers no
-//! TLS. Anywhere else a session is encrypted and the server's certificate is checked with its host
-//! name, unless `allow_unsafe` in the URL names the exception.
+//! On this machine, over loopback or a Unix socket, clear text is accepted when the server offers
+//! no TLS. To any other machine a session is encrypted, and the server's certificate and host name
+//! are checked, unless `allow_unsafe` in the URL names the exception.
 
 use std::net::IpAddr;
 
 use sqlx::postgres::PgSslMode;
 
-/// A URL's `sslmode`, with PostgreSQL's own names.
+/// The `sslmode` of a URL, under PostgreSQL's names.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum SslMode {
     Disable,
@@ -34,27 +34,27 @@ impl SslMode {
         Self::NAMED.iter().find(|(name, _)| *name == text).map(|(_, mode)| *mode)
     }
 
-    /// All names, for people.
+    /// Returns all names, separated by commas.
     pub(crate) fn names() -> String {
         Self::NAMED.map(|(name, _)| name).join(", ")
     }
 }
 
-/// A URL's `allow_unsafe`.
+/// The exceptions in the `allow_unsafe` of a URL.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(crate) struct Allowed {
-    /// A session off this machine may be in clear text.
+    /// A session to another machine may be in clear text.
     pub(crate) clear_text: bool,
-    /// A server off this machine may show any certificate.
+    /// A server on another machine may present any certificate.
     pub(crate) unverified_tls: bool,
-    /// A secret's file may be readable for other users.
+    /// Other users may have read access to a secret's file.
     pub(crate) readable_secret: bool,
 }
 
 impl Allowed {
     pub(crate) const NAMES: [&str; 3] = ["clear_text", "unverified_tls", "readable_secret"];
 
-    /// Reads names with commas between them; `None` when one is unknown.
+    /// Parses names separated by commas. Returns `None` for an unknown name.
     pub(crate) fn parse(list: &str) -> Option<Self> {
         let mut allowed = Self::default();
         for name in list.split(',') {
@@ -69,23 +69,23 @@ impl Allowed {
     }
 }
 
-/// What a session is opened with.
+/// The decision on a session's transport security.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Decided {
-    /// It is safe where the server is.
+    /// The mode is safe for the server's location.
     Safe(Mode),
-    /// The URL allows what is not; a warning says so at each start.
+    /// The mode is unsafe and allowed by the URL; each start logs the warning.
     Unsafe(Mode, &'static str),
-    /// It is not safe and not allowed: the sentence's end, and what to do about it.
+    /// The mode is unsafe and not allowed: the end of the error's sentence, and the remedy.
     Refused(&'static str, &'static str),
 }
 
-/// The driver's mode, comparable.
+/// The driver's mode, as a comparable type.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Mode {
     /// Clear text.
     Disable,
-    /// Encrypted where the server offers it.
+    /// Encrypted where the server offers TLS.
     Prefer,
     /// Encrypted, with any certificate.
     Require,
@@ -112,8 +112,10 @@ const CLEAR_TEXT: &str =
 const UNVERIFIED: &str =
     "allow_unsafe=unverified_tls: whoever is between here and the server can read and change all";
 
-/// Decides the mode of a session from the URL's `sslmode`, whether it is of this machine, whether it
-/// names its own authorities (`sslrootcert`), and what it allows.
+/// Decides the mode of a session.
+///
+/// The inputs are the URL's `sslmode`, the location of the server, the presence of a named
+/// authority (`sslrootcert`), and the exceptions in the URL.
 pub(crate) fn decide(
     asked: Option<SslMode>,
     is_local: bool,
@@ -129,7 +131,7 @@ pub(crate) fn decide(
             () if allowed.unverified_tls => Decided::Unsafe(Mode::Require, UNVERIFIED),
             () => Decided::Safe(Mode::VerifyFull),
         },
-        // As PostgreSQL's own clients have it.
+        // PostgreSQL's own clients treat `require` with an authority as `verify-ca`.
         Some(SslMode::Require) if has_authorities => Decided::Safe(Mode::VerifyCa),
         Some(SslMode::Require) if is_local => Decided::Safe(Mode::Require),
         Some(SslMode::Require) if allowed.unverified_tls => {
@@ -158,7 +160,7 @@ pub(crate) fn decide(
     }
 }
 
-/// Whether a host is this machine by its very name; what a name server says is not asked.
+/// Returns `true` for a loopback address or the name `localhost`. No name server is queried.
 pub(crate) fn is_loopback(host: &str) -> bool {
     let address = host.trim_start_matches('[').trim_end_matches(']').parse::<IpAddr>();
     address.map_or_else(

@@ -17,20 +17,20 @@ pub(crate) enum Target {
     Sqlite(PathBuf),
 }
 
-/// A PostgreSQL server's URL. `Debug` shows it without password.
+/// A PostgreSQL server's URL. `Debug` shows the URL without the password.
 #[derive(Clone, PartialEq, Eq)]
 pub(crate) struct PostgresUrl {
-    /// The URL for people: without password.
+    /// The URL for output, without the password.
     pub(crate) shown: String,
-    /// The URL for the driver: without the parameters below.
+    /// The URL for the driver, without the parameters stored in the fields below.
     pub(crate) driver: String,
     /// The parameter `password`.
     pub(crate) password: Option<SecretSource>,
-    /// Whether a password stands in the URL itself.
+    /// `true` if a password is written in the URL itself.
     pub(crate) has_literal_password: bool,
     /// The parameter `sslmode`.
     pub(crate) ssl_mode: Option<SslMode>,
-    /// The files of the parameters `sslrootcert`, `sslcert` and `sslkey`, which the driver reads.
+    /// The files of the parameters `sslrootcert`, `sslcert` and `sslkey`, read by the driver.
     pub(crate) files: Vec<(&'static str, PathBuf)>,
     /// The parameter `allow_unsafe`.
     pub(crate) allowed: Allowed,
@@ -44,7 +44,7 @@ impl fmt::Debug for PostgresUrl {
 
 const REMEDY: &str = "give sqlite://FILE or postgres://USER@HOST:PORT/DATABASE?password=@FILE";
 
-/// Parameters that the driver takes and that may be shown.
+/// Parameters accepted by the driver and safe to show.
 const SHOWN: &[&str] = &[
     "sslmode",
     "ssl-mode",
@@ -64,12 +64,12 @@ const SHOWN: &[&str] = &[
     "application_name",
     "allow_unsafe",
 ];
-/// Parameters that are taken and not shown.
+/// Parameters which are accepted and never shown.
 const HIDDEN: &[&str] = &["password", "options"];
 /// The beginning of the parameters `options[NAME]`.
 const OPTION: &str = "options[";
 
-/// Splits a URL; rejects what is no database's URL, without printing what may be a password.
+/// Parses a database URL. An error never contains a possible password.
 pub(crate) fn parse(url: &str) -> Result<Target, DatabaseError> {
     let refused = |what: String| Err(DatabaseError::refused(what, REMEDY));
     let shown = shown(url);
@@ -157,7 +157,7 @@ fn postgres(scheme: &str, rest: &str, shown: &str) -> Result<PostgresUrl, Databa
     Ok(url)
 }
 
-/// The parameter's usual name, if it names a file.
+/// Returns the usual name of a parameter for a file.
 fn file_of(name: &str) -> Option<&'static str> {
     match name {
         "sslrootcert" | "ssl-root-cert" | "ssl-ca" => Some("sslrootcert"),
@@ -167,7 +167,7 @@ fn file_of(name: &str) -> Option<&'static str> {
     }
 }
 
-/// Names a parameter that is not known, unless it may be a part of a password.
+/// Names an unknown parameter, unless the text may be part of a password.
 fn unknown(parameter: &str) -> String {
     match parameter.split_once('=') {
         Some((name, _)) if name.chars().all(|c| c.is_ascii_lowercase() || "._-".contains(c)) => {
@@ -181,14 +181,14 @@ fn is_known(name: &str) -> bool {
     SHOWN.contains(&name) || HIDDEN.contains(&name) || name.starts_with(OPTION)
 }
 
-/// Resolves `%XX`; `None` when the result is not UTF-8.
+/// Decodes `%XX`. Returns `None` when the result is not UTF-8.
 fn decoded(value: &str) -> Option<String> {
     let decoded = percent_encoding::percent_decode_str(value);
     decoded.decode_utf8().ok().map(Into::into)
 }
 
-/// The URL as it may be shown: without password, and of the parameters only known ones that hold
-/// no secret.
+/// Returns the URL for output: without the password, and with the known parameters without secrets
+/// only.
 pub(crate) fn shown(url: &str) -> String {
     let Some((scheme, rest)) = url.split_once("://") else {
         // Whatever this is, the part before an '@' may hold a password.
@@ -198,8 +198,8 @@ pub(crate) fn shown(url: &str) -> String {
     if scheme == "sqlite" {
         return url.split('?').next().unwrap_or_default().to_owned();
     }
-    // A password that was not percent-encoded may hold any of ":/?#@": unless all that follows the
-    // '?' is well-formed, the very last '@' ends the password.
+    // A password without percent-encoding may contain any of ":/?#@". Unless the whole query is
+    // well-formed, the last '@' ends the password.
     let (place, query) = match rest.split_once('?') {
         Some((place, query)) if !rest.contains('#') && query.split('&').all(is_well_formed) => {
             (place, query)
@@ -218,7 +218,7 @@ pub(crate) fn shown(url: &str) -> String {
         shown += &format!("{user}@");
     }
     match host.rsplit_once(':') {
-        // What follows a ':' and is no port may be a password.
+        // Text behind a ':' which is no port may be a password.
         Some((name, port)) if !port.bytes().all(|b| b.is_ascii_digit()) && !host.ends_with(']') => {
             shown += name.split(':').next().unwrap_or_default();
         }
@@ -239,7 +239,7 @@ pub(crate) fn shown(url: &str) -> String {
 
 fn is_well_formed(parameter: &str) -> bool {
     match parameter.split_once('=') {
-        // Such an '@' is not the end of a login.
+        // A leading '@' marks a file and does not end a login.
         Some(("password", value)) => !value.trim_start_matches('@').contains('@'),
         Some((name, value)) => is_known(name) && !value.contains('@'),
         None => parameter.is_empty(),

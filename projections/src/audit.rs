@@ -1,7 +1,8 @@
-//! The tables `kafold_audit` and `kafold_audit_head`: who did what to a projection, when and why.
+//! The tables `kafold_audit` and `kafold_audit_head`: actor, act, time and reason of every act on a
+//! projection.
 //!
-//! The record is append-only and chained by [`kafold_migrations::audit`]. Every writer locks the one row
-//! of the head, so that no two rows follow the same one.
+//! The record is append-only and a hash chain ([`kafold_migrations::audit`]). Every writer locks
+//! the single row of the head, so the chain never forks.
 
 use chrono::{DateTime, Utc};
 use kafold_core::store::ReadError;
@@ -17,11 +18,11 @@ use crate::index::read_error;
 use crate::sql::{either, locking};
 use crate::transaction::{OpenTransaction, Transaction};
 
-/// Rows that a verification reads at a time.
+/// Number of rows read at a time by a verification.
 const PAGE_ROWS: i64 = 1_000;
-/// Findings of a verification that are kept; further ones are only counted.
+/// Most findings stored by a verification; further findings are only counted.
 const FINDINGS_MAX: usize = 10;
-/// The action of the row that a prune leaves.
+/// The action of the row written by a prune.
 const PRUNE: &str = "prune";
 
 /// One act, and who asked for it.
@@ -38,7 +39,7 @@ impl<'a> Act<'a> {
     }
 }
 
-/// The begin and the end of the record.
+/// The beginning and the end of the record.
 #[derive(Debug, Clone, sqlx::FromRow)]
 struct Head {
     pruned_id: i64,
@@ -51,7 +52,8 @@ struct Head {
 const SELECT_HEAD: &str = "SELECT pruned_id, pruned_hash, row_count, newest_id, newest_hash \
                            FROM kafold_audit_head";
 
-/// Enters an act, in the transaction that does it. `projection` is `None` for an act on all of them.
+/// Writes an act to the record, in the transaction of the act. `projection` is `None` for an act on
+/// all projections.
 pub(crate) async fn add(
     tx: &mut Transaction<'_>,
     act: Act<'_>,
@@ -94,7 +96,7 @@ async fn add_behind(
     })
 }
 
-/// The head, locked until the end of the transaction. Nothing else is locked behind it.
+/// Returns the head, locked until the end of the transaction. A transaction locks the head last.
 async fn lock_head(tx: &mut Transaction<'_>) -> Result<Head, sqlx::Error> {
     let sql = locking(tx, SELECT_HEAD, " FOR UPDATE");
     let head: Option<Head> =
@@ -107,26 +109,28 @@ async fn lock_head(tx: &mut Transaction<'_>) -> Result<Head, sqlx::Error> {
 /// The result of a verification of the record.
 #[derive(Debug, Clone, Serialize)]
 pub struct AuditVerification {
-    /// Rows on record.
+    /// Number of rows in the record.
     pub rows: u64,
-    /// The number of the newest row that a prune has removed; 0 if none.
+    /// The number of the newest row removed by a prune; 0 if none.
     pub pruned_to: i64,
-    /// The number of the newest row; 0 if there was none ever.
+    /// The number of the newest row; 0 if the record never had a row.
     pub newest: i64,
-    /// Its hash. Kept elsewhere, it proves later that the rows up to this one are the same.
+    /// The hash of the newest row. A copy kept elsewhere later proves the rows up to this row
+    /// unchanged.
     pub newest_hash: String,
-    /// How many findings there are.
+    /// Number of all findings.
     pub findings_total: u64,
-    /// The first ten findings, each a sentence that names the row.
+    /// The first ten findings, each a sentence with the row's number.
     pub findings: Vec<String>,
 }
 
 impl Control {
-    /// Removes the oldest acts from the record, up to the first one that is not older than `before`, and
-    /// leaves a row that tells how many and why. Returns how many; of none there is no row.
+    /// Removes the oldest acts from the record, up to the first act at or after `before`, and
+    /// writes a row with the count and the reason. Returns the number of removed acts; 0 writes no
+    /// row.
     ///
-    /// Takes a reason. Events and checkpoints are never removed by age; what is skipped stays as long as
-    /// its generation, because it says what is not in the rows.
+    /// Rejects an empty reason. Events and checkpoints are never removed by age. Skipped events
+    /// stay as long as their generation, because they name the events missing from its rows.
     pub async fn prune(&self, before: DateTime<Utc>, by: By<'_>) -> Result<u64, ControlError> {
         let reason = by.reason_for("to remove acts from the record")?;
         let mut open = OpenTransaction::begin(&self.database).await?;
@@ -154,8 +158,8 @@ impl Control {
         Ok(pruned.unsigned_abs())
     }
 
-    /// Checks every row of the record against its hash, against the row before it and against the head,
-    /// in one snapshot of the database.
+    /// Checks every row of the record against its hash, the previous row and the head, in one
+    /// snapshot of the database.
     pub async fn verify_audit(&self) -> Result<AuditVerification, ReadError> {
         self.check_chain().await.map_err(read_error)
     }
@@ -175,7 +179,7 @@ impl Control {
     }
 }
 
-/// The last of the oldest rows that are all older, with its hash.
+/// Returns the last row before the first row at or after `before`, with its hash.
 async fn last_older(
     tx: &mut Transaction<'_>,
     before: DateTime<Utc>,
@@ -189,7 +193,7 @@ async fn last_older(
     })
 }
 
-/// Returns how many rows there were.
+/// Returns the number of deleted rows.
 async fn delete_up_to(tx: &mut Transaction<'_>, last: i64) -> Result<i64, sqlx::Error> {
     let sql = "DELETE FROM kafold_audit WHERE id <= $1";
     let deleted = match tx {
@@ -236,13 +240,13 @@ struct AuditRow {
     hash: Option<Vec<u8>>,
 }
 
-/// Follows the chain row by row.
+/// Checks the chain row by row.
 struct Check {
     head: Option<Head>,
     rows: i64,
-    /// The row before: its number and its hash.
+    /// The number and the hash of the previous row.
     last: (i64, Vec<u8>),
-    /// The last row that the newest prune on record removed, and its hash.
+    /// The last row removed by the newest prune on record, and its hash.
     last_prune: Option<(i64, String)>,
     findings_total: u64,
     findings: Vec<String>,
@@ -352,7 +356,7 @@ impl Check {
     }
 }
 
-/// The last row that a prune removed and its hash, by the details of the prune.
+/// Returns the last row removed by a prune and its hash, from the details of the prune.
 fn pruned_to(details: &str) -> Option<(i64, String)> {
     let details: Value = serde_json::from_str(details).ok()?;
     Some((details["last_id"].as_i64()?, details["last_hash"].as_str()?.to_owned()))

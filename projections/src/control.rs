@@ -23,14 +23,14 @@ use crate::transaction::OpenTransaction;
 /// Who asks, and why.
 #[derive(Debug, Clone, Copy)]
 pub struct By<'a> {
-    /// A person or a program, as the record is to name it.
+    /// A person or a program, as written to the record.
     pub actor: &'a str,
     /// Why.
     pub reason: Option<&'a str>,
 }
 
 impl<'a> By<'a> {
-    /// The reason of an act that may not be done without one.
+    /// Returns the reason, or rejects an act without a reason.
     pub(crate) fn reason_for(&self, act: &str) -> Result<&'a str, ControlError> {
         let reason = self.reason.filter(|reason| !reason.trim().is_empty());
         reason.ok_or_else(|| ControlError::Refused(format!("{act} takes a reason")))
@@ -137,7 +137,7 @@ impl Control {
                    SET next_generation = $2, last_generation = $2, next_fingerprint = NULL, \
                      next_requested_at = $3, next_takes_parked = $4, next_reason = NULL, \
                      resumptions = resumptions + $5, updated_at = $3 WHERE name = $1";
-        // After a reset of positions the live generation is the one that begins anew.
+        // After a reset of positions the live runner performs the rebuild, and so must be resumed.
         let resumed = i64::from(act.found.is_reset());
         either!(act.open.lend(), connection => {
             let query = sqlx::query(sql).bind(name).bind(next.int()).bind(Time(now));

@@ -23,7 +23,7 @@ pub(crate) struct Desired {
     pub(crate) live: Generation,
     /// The generation to build.
     pub(crate) next: Option<Generation>,
-    /// Whether its positions were reset: the live generation begins anew, as the next one.
+    /// `true` after a reset of positions: the live generation starts again as the next generation.
     pub(crate) is_reset: bool,
     /// By which definition, once somebody has begun.
     pub(crate) next_fingerprint: Option<String>,

@@ -75,8 +75,8 @@ impl Projections {
         self.inner.statuses.iter().map(SharedStatus::now).collect()
     }
 
-    /// Whether every projection of this worker runs and the database grants all that they need, and if
-    /// not, why, for readiness. Also brings the metrics of the lag up to date.
+    /// Returns `Ready` if every projection of this worker runs and the database grants all needed
+    /// rights; otherwise the reasons. Also updates the metrics of the lag.
     pub fn health(&self) -> Health {
         let now = self.inner.context.clock.now();
         self.inner.statuses.iter().for_each(|status| status.measure_lag(now));

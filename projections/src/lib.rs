@@ -30,7 +30,7 @@
 //! - [`worker`], [`handle`], [`config`], [`status`], [`wait`]: running it, and how it fares;
 //! - [`query`]: typed reads;
 //! - [`index`], [`snapshot`]: core's seams in SQL;
-//! - [`control`], [`overview`], [`verify`], [`positions`]: what operators ask.
+//! - [`control`], [`overview`], [`verify`], [`positions`]: the operators' acts and views.
 //!
 //! Inside: `runner` is the loop of one projection, `reader` the pump from the source to it,
 //! `checkpoint`, `registry` and `table` hold the queries of one table each.

@@ -163,7 +163,7 @@ impl From<Vec<u8>> for Payload {
 /// An act that is on record.
 #[derive(Debug, Clone, Serialize, sqlx::FromRow)]
 pub struct AuditEntry {
-    /// The number of its row.
+    /// The row's number.
     pub id: i64,
     /// When.
     #[sqlx(try_from = "Time")]

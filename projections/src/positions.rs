@@ -1,7 +1,8 @@
-//! Resetting everything that stores positions of a log: the remedy when a log is not the one any more
-//! that it was (truncated, recreated, an older copy).
+//! Resets all stored positions of a log: the remedy for a log which was truncated, recreated or
+//! replaced by an older copy.
 //!
-//! Rows do not tell which log they were made from, so everything is made again: the stream index is fed and every read model is built from the beginning of the log.
+//! Rows do not name the log they were made from, so the reset discards all rows: the stream index
+//! is fed again, and every read model is rebuilt from the beginning of the log.
 
 use std::time::Duration;
 
@@ -19,7 +20,7 @@ use crate::registry;
 use crate::sql::either;
 use crate::transaction::{OpenTransaction, Transaction};
 
-/// The time within which another process may close a SQLite file before it counts as in use.
+/// The time within which another process may close a SQLite file before the file counts as in use.
 const IN_USE_PATIENCE: Duration = Duration::from_secs(1);
 
 /// The use of the table `kafold_event` in a database.
@@ -34,39 +35,40 @@ pub enum EventTable {
 /// The outcome of a reset of positions.
 #[derive(Debug, Clone, Default, Serialize)]
 pub struct PositionsReset {
-    /// Events that were removed from the stream index; `None` where it is the log itself, and kept.
+    /// Number of events removed from the stream index; `None` if the table is the log and was kept.
     pub index_events: Option<u64>,
-    /// Checkpoints of projections that were removed, those of rebuilds under way included.
+    /// Number of removed checkpoints of projections, including rebuilds under way.
     pub checkpoints: u64,
-    /// Snapshots of streams that were removed.
+    /// Number of removed snapshots of streams.
     pub snapshots: u64,
-    /// Parked and skipped events that were removed: their positions are gone, too.
+    /// Number of removed parked and skipped events: their positions are invalid, too.
     pub parked_events: u64,
-    /// The projections that are built anew, with the generation that takes the place of their rows.
+    /// The projections to rebuild, each with the generation which replaces its rows.
     pub rebuilds: Vec<ResetProjection>,
-    /// Projections that name no tables: each must be run under a new name.
+    /// Projections without named tables: each needs a new name.
     pub not_rebuildable: Vec<String>,
 }
 
-/// A projection that is built anew.
+/// A projection to rebuild.
 #[derive(Debug, Clone, Serialize)]
 pub struct ResetProjection {
-    /// Its name.
+    /// The projection's name.
     pub name: String,
-    /// The generation that is built.
+    /// The generation to build.
     pub generation: u32,
-    /// Whether it is paused, and builds nothing until it is resumed.
+    /// `true` for a paused projection, which builds nothing before it is resumed.
     pub paused: bool,
 }
 
 impl Control {
-    /// Clears the stream index, all places, checkpoints and snapshots, and marks every projection to be
-    /// built anew, in one transaction with its acts on record. Takes a reason.
+    /// Clears the stream index and all positions, checkpoints and snapshots, and marks every
+    /// projection for a rebuild, in one transaction with the rows of `kafold_audit`. Rejects an
+    /// empty reason.
     ///
-    /// Nobody may use the log or the database meanwhile. A worker that starts afterwards shows empty rows
-    /// first, and then what it has applied so far from the beginning of the log: rows of before are never
-    /// shown as those of this log. A `kafold_event` that is a log is never touched: a SQLite file that has
-    /// events and no place of an index beside them is refused as [`EventTable::Index`].
+    /// No process may use the log or the database meanwhile. A worker started afterwards shows
+    /// empty rows first and then the rows applied from the beginning of the log; old rows are never
+    /// shown as rows of this log. A log in `kafold_event` is never cleared: [`EventTable::Index`]
+    /// is rejected for a SQLite file with events and without a position of an index.
     pub async fn reset_positions(
         &self,
         events: EventTable,
@@ -78,7 +80,7 @@ impl Control {
         let tx = &mut open.lend();
         registry::lock(tx).await?;
         if let Transaction::Postgres(connection) = tx {
-            // The index may be large; whoever asked waits for it.
+            // The index may be large; the operator waits for the statement.
             connection.execute("SET LOCAL statement_timeout = 0").await?;
             connection.execute("SET LOCAL kafold.index_rebuild = 'on'").await?;
         }
@@ -124,8 +126,8 @@ impl Control {
         Ok(done)
     }
 
-    /// Whether another process, or another handle of this one, has the SQLite file open. Always `false` for
-    /// PostgreSQL, of which this cannot be told.
+    /// Returns `true` if another process, or another handle of this process, has the SQLite file
+    /// open. Always returns `false` for PostgreSQL, which offers no such check.
     pub async fn is_in_use(&self) -> Result<bool, ReadError> {
         match &self.database {
             Database::Postgres(_) => Ok(false),
@@ -134,7 +136,7 @@ impl Control {
     }
 }
 
-/// A connection that wants the file for itself is refused while any other one is open.
+/// An exclusive connection is refused while any other connection is open.
 async fn file_in_use(database: &SqliteDatabase) -> Result<bool, sqlx::Error> {
     let options = SqliteConnectOptions::new()
         .filename(database.path())
@@ -154,7 +156,8 @@ async fn file_in_use(database: &SqliteDatabase) -> Result<bool, sqlx::Error> {
     }
 }
 
-/// Whether `kafold_event` may be a log: it has events, and no index keeps a place beside them.
+/// Returns `true` if `kafold_event` may be a log: the table has events, and no index has a
+/// position.
 async fn holds_log(tx: &mut Transaction<'_>) -> Result<bool, sqlx::Error> {
     let Transaction::Sqlite(connection) = tx else { return Ok(false) };
     let sql = "SELECT EXISTS (SELECT 1 FROM kafold_event) \
@@ -162,11 +165,11 @@ async fn holds_log(tx: &mut Transaction<'_>) -> Result<bool, sqlx::Error> {
     sqlx::query_scalar(sql).fetch_one(&mut **connection).await
 }
 
-/// Returns how many events it had.
+/// Returns the number of deleted events.
 async fn clear_index(tx: &mut Transaction<'_>) -> Result<u64, sqlx::Error> {
     let is_sqlite = matches!(tx, Transaction::Sqlite(_));
     if is_sqlite {
-        // PostgreSQL has a setting of the transaction for it.
+        // PostgreSQL uses a setting of the transaction instead.
         execute(tx, "INSERT INTO kafold_unlocked VALUES (1)").await?;
     }
     let events = execute(tx, "DELETE FROM kafold_event").await?;
@@ -178,7 +181,7 @@ async fn clear_index(tx: &mut Transaction<'_>) -> Result<u64, sqlx::Error> {
     Ok(events)
 }
 
-/// Runs a statement and returns how many rows it touched.
+/// Runs a statement. Returns the number of affected rows.
 async fn execute(tx: &mut Transaction<'_>, sql: &'static str) -> Result<u64, sqlx::Error> {
     either!(tx, connection => {
         Ok(sqlx::query(sql).execute(&mut **connection).await?.rows_affected())

@@ -28,7 +28,7 @@ impl SqlSnapshots {
 /// `version`, `schema`, `state`, `recent_commands`, `checksum`.
 type SnapshotRow = (i64, String, Vec<u8>, String, i64);
 
-/// The checksum of a row: a snapshot that has changed since it was saved is as good as none.
+/// Returns the checksum of a row. A snapshot changed since its save is ignored.
 fn checksum(stream: &StreamId, version: i64, schema: &str, state: &[u8], commands: &str) -> i64 {
     let (stream, schema) = (stream.as_str().as_bytes(), schema.as_bytes());
     let parts = [stream, &version.to_le_bytes(), schema, state, commands.as_bytes()];

@@ -88,9 +88,9 @@ impl OpenTransaction {
     }
 }
 
-/// Returns why the database, not the statement or its values, is the reason; `None` when it is not.
-/// The work is tried again: an outage passes by itself, and what somebody has to mend, such as a right
-/// or a password, may be mended at any time.
+/// Returns the reason for an error caused by the database and not by the statement or its values;
+/// otherwise `None`. The caller retries: an outage ends without help, and an operator may repair a
+/// right or a password at any time.
 pub(crate) fn unavailable(error: &sqlx::Error) -> Option<String> {
     if let Some(refusal) = refusal(error) {
         return Some(format!("the database refuses: {refusal}"));

@@ -1,4 +1,4 @@
-//! The record of acts: nothing in it is removed, altered or inserted unnoticed, on both databases.
+//! The record of acts: a removed, altered or inserted row is noticed on both databases.
 
 mod common;
 
@@ -27,7 +27,7 @@ on_both!(
 
 const ME: By<'static> = By { actor: "me", reason: Some("a test") };
 
-/// Acts on a projection that nobody runs.
+/// Records acts on a projection without a worker.
 async fn record(database: &TestDatabase, acts: usize) -> Control {
     let now = match database.database {
         Database::Postgres(_) => "now()",
@@ -57,7 +57,7 @@ async fn run(database: &TestDatabase, sql: &str) -> Result<(), sqlx::Error> {
     }
 }
 
-/// What somebody does who may do everything in the database.
+/// Changes the tables with full rights on the database.
 async fn tamper(database: &TestDatabase, sql: &str) {
     let let_go = match database.database {
         Database::Postgres(_) => {
@@ -77,7 +77,7 @@ async fn verify(control: &Control) -> AuditVerification {
     control.verify_audit().await.expect("readable")
 }
 
-/// The one finding says all the words.
+/// Expects one finding with all these words.
 async fn finds(control: &Control, words: &[&str]) {
     let found = verify(control).await;
     let [finding] = found.findings.as_slice() else { panic!("one finding: {found:?}") };
@@ -136,7 +136,7 @@ async fn an_altered_row_is_named(database: &TestDatabase) {
 
 async fn a_row_that_was_altered_with_its_hash_is_named(database: &TestDatabase) {
     let control = record(database, 3).await;
-    // A row that is right in itself: the one of another record.
+    // A valid row of another record.
     let row =
         "actor = 'you', previous_hash = (SELECT previous_hash FROM kafold_audit WHERE id = 1)";
     tamper(database, &format!("UPDATE kafold_audit SET {row} WHERE id = 2")).await;
@@ -271,7 +271,7 @@ async fn writers_at_once_make_one_chain(database: &TestDatabase) {
 }
 
 async fn rows_of_before_the_chain_are_chained_by_the_migration(database: &TestDatabase) {
-    // As the tables were: rows without hashes, and with gaps.
+    // The tables before the migration: rows without hashes, and with gaps.
     let (last, now) = match database.database {
         Database::Postgres(_) => (12, "now()"),
         Database::Sqlite(_) => (14, "1700000000000000"),

@@ -149,7 +149,8 @@ async fn another_event_at_the_same_version_is_diverged(database: &TestDatabase) 
 async fn another_event_at_the_same_offset_is_diverged(database: &TestDatabase) {
     let index = index(database);
     moved(&index, batch(0, 1, &[event("a", 1, 0)])).await;
-    // SQLite refuses a second event at an offset; PostgreSQL has no B-tree for it, and the heads tell.
+    // SQLite rejects a second event at an offset; PostgreSQL has no such B-tree, and the heads show
+    // the difference.
     if advance(&index, batch(0, 2, &[event("b", 1, 0)])).await.is_ok() {
         let heads = index.heads(PARTITION).await.expect("readable");
         let told =

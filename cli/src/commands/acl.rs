@@ -1,4 +1,4 @@
-//! `acl print`: the rights of a role on Kafka, as commands of Kafka's own tool.
+//! `acl print`: the rights of a role on Kafka, as `kafka-acls.sh` commands.
 
 use clap::Subcommand;
 use kafold::kafka::rights::{Right, Role};
@@ -12,27 +12,27 @@ use crate::options::LogUrl;
 
 #[derive(Debug, Clone, Subcommand)]
 pub(crate) enum AclCommand {
-    /// Prints a kafka-acls.sh command for each right that a role needs on the log; asks no server.
+    /// Prints a kafka-acls.sh command for each right of a role on the log; contacts no server.
     ///
-    /// The role works under exactly these rights where everything else is denied. What it also works
-    /// without is a comment. Brokers that want a login take it with --command-config FILE.
+    /// The role works under exactly these rights when everything else is denied. Optional rights
+    /// are printed as comments. For brokers with a required login, add --command-config FILE.
     Print(PrintArgs),
 }
 
 #[derive(Debug, Clone, clap::Args)]
 pub(crate) struct PrintArgs {
-    /// What the process does.
+    /// The role of the process.
     #[arg(long, value_parser = role_parser())]
     role: RoleName,
-    /// Who is to have the rights; by default User:kafold_ROLE.
+    /// The principal to grant the rights to; by default User:kafold_ROLE.
     ///
-    /// The user of a login by password is User:NAME, that of a client certificate its subject, such as
-    /// User:CN=orders,O=Example.
+    /// A login by password has the principal User:NAME. A client certificate has its subject as the
+    /// principal, such as User:CN=orders,O=Example.
     #[arg(long, value_name = "PRINCIPAL", value_parser = principal)]
     principal: Option<String>,
 }
 
-/// The same role on Kafka.
+/// Maps a role of the command line to the role on Kafka.
 pub(crate) fn on_kafka(role: RoleName) -> Role {
     match role {
         RoleName::Service => Role::Service,

@@ -21,12 +21,12 @@ pub(crate) enum AuditCommand {
         #[arg(long, value_name = "N", default_value_t = 50)]
         limit: u32,
     },
-    /// Checks that no act was removed, altered or inserted past kafold.
+    /// Checks the record for acts removed, altered or inserted outside of kafold.
     ///
-    /// Exit code 1 when one was; the row is named. The printed number and hash of the newest row, kept
-    /// elsewhere, prove later that nothing up to it has changed.
+    /// Exit code 1 after such a change, with the number of the row. A copy of the printed number
+    /// and hash of the newest row, kept elsewhere, later proves all rows up to this row unchanged.
     Verify,
-    /// Removes the oldest acts from the record and leaves one that tells how many and why.
+    /// Removes the oldest acts from the record and adds a row with their number and the reason.
     ///
     /// Nothing else is ever removed by age. Takes a reason.
     Prune {

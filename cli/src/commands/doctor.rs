@@ -24,7 +24,7 @@ const CLOCK_DIFFERENCE_MAX_MS: i64 = 1_000;
 
 #[derive(Debug, Clone, clap::Args)]
 pub(crate) struct DoctorArgs {
-    /// Tries each right of this role instead, as the user of the URLs; changes nothing.
+    /// Probes each right of this role instead, as the user of the URLs; changes nothing.
     #[arg(long = "as", value_parser = role_parser())]
     role: Option<Role>,
 }
@@ -75,7 +75,7 @@ impl Checks {
         self.push(Level::Problem, name, found.into(), remedy.into());
     }
 
-    /// A remedy that the finding tells already is not told again.
+    /// Adds a check. Omits a remedy already contained in the finding.
     fn push(&mut self, level: Level, name: &'static str, found: String, remedy: String) {
         let remedy = Some(remedy).filter(|remedy| !found.contains(remedy.as_str()));
         self.0.push(Check { name, level, found, remedy });
@@ -100,7 +100,7 @@ impl Checks {
         self.0.iter().filter(|check| check.level == level).count() as u64
     }
 
-    /// Each remedy once, with all that it mends, in the order of the first of them.
+    /// Returns each remedy once, with all its checks, in the order of the first check.
     fn remedies(&self) -> Vec<(&str, Vec<&Check>)> {
         let mut remedies: Vec<(&str, Vec<&Check>)> = Vec::new();
         for check in &self.0 {

@@ -1,4 +1,4 @@
-//! `index`: the stream index is made again from the log.
+//! `index`: rebuilds the stream index from the log.
 
 use std::sync::Arc;
 
@@ -17,12 +17,12 @@ use crate::progress::Progress;
 
 #[derive(Debug, Clone, Subcommand)]
 pub(crate) enum IndexCommand {
-    /// Empties the stream index and feeds it again from the log.
+    /// Empties the stream index and feeds the index again from the log.
     ///
-    /// A service may run meanwhile: commands on streams that it does not have in memory are answered
-    /// "not ready" until their partition is fed again. Interrupted, it is run once more; a service that
-    /// runs then feeds the rest itself. Of a log in a file, whose events are the log, the heads of the
-    /// streams are made again. It needs the rights of the tables' owner.
+    /// A service may run meanwhile: commands on streams outside its memory are answered "not ready"
+    /// until their partition is fed again. After an interruption run the command again; a running
+    /// service then feeds the rest itself. In a log in a file the events are the log, and the heads
+    /// of the streams are rebuilt. Needs the rights of the tables' owner.
     Rebuild {
         /// Only this partition.
         #[arg(long, value_name = "P")]
@@ -30,7 +30,7 @@ pub(crate) enum IndexCommand {
     },
 }
 
-/// What was made again.
+/// The number of rebuilt partitions and events.
 #[derive(Default, Serialize)]
 struct Report {
     partitions: u32,
@@ -86,7 +86,8 @@ async fn feed(
     Ok(report)
 }
 
-/// The number of events below `end`. A service that feeds the partition at the same time does no harm.
+/// Feeds the events below `end` into the index. Returns their number. A service may feed the
+/// partition at the same time.
 async fn feed_partition(
     log: &Log,
     index: &dyn StreamIndex,

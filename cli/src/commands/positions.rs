@@ -1,4 +1,4 @@
-//! `positions`: the remedy when a log was truncated, recreated, or is an older copy of itself.
+//! `positions`: the remedy for a log which was truncated, recreated or replaced by an older copy.
 
 use std::io::{BufRead, IsTerminal, Write};
 
@@ -15,17 +15,17 @@ use crate::output::count;
 
 #[derive(Debug, Clone, Subcommand)]
 pub(crate) enum PositionsCommand {
-    /// Clears stream index, places, checkpoints and snapshots, and has every read model built anew.
+    /// Clears stream index, positions, checkpoints and snapshots, and has every read model rebuilt.
     ///
-    /// For a log that is not the one any more that the positions are of. Everything is made again from
-    /// the beginning of the log when the service starts; the log itself is not touched. Refused while
-    /// anybody uses the log: stop all nodes first. Takes a reason.
+    /// For a log other than the log of the stored positions. The service rebuilds everything from
+    /// the beginning of the log at its start; the log itself is not changed. Refused while a
+    /// process uses the log: stop all nodes first. Takes a reason.
     Reset(ResetArgs),
 }
 
 #[derive(Debug, Clone, clap::Args)]
 pub(crate) struct ResetArgs {
-    /// Does not ask whether it is meant.
+    /// Skips the question for a confirmation.
     #[arg(long)]
     yes: bool,
     #[command(flatten)]
@@ -65,7 +65,7 @@ async fn reset(context: &mut Context, args: &ResetArgs) -> Result<(), Error> {
     }
 }
 
-/// Refuses while nodes or projection workers are up, as far as the brokers tell.
+/// Rejects a reset while nodes or projection workers are up, as reported by the brokers.
 async fn refuse_present(context: &Context, log: &LogUrl) -> Result<(), Error> {
     let presence = operator(log, &context.clock).await?.presence().await?;
     let nodes = presence.nodes.iter().map(|node| format!("node {}", node.owner));
@@ -93,7 +93,7 @@ async fn refuse_in_use(database: &Database) -> Result<(), Error> {
     }
 }
 
-/// Asks on the terminal; without one `--yes` is needed.
+/// Requests a confirmation on the terminal; without a terminal `--yes` is required.
 fn confirm(log: &LogUrl, database: &Database, events: EventTable) -> Result<(), Error> {
     let index = match events {
         EventTable::Index => "stream index, places, ",

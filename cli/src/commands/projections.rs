@@ -61,7 +61,7 @@ pub(crate) struct Who {
     /// Why, for the record.
     #[arg(long, value_name = "TEXT")]
     reason: Option<String>,
-    /// Who asks, for the record: kept as a claim beside the user that runs the program.
+    /// The actor for the record, stored as a claim beside the user of the operating system.
     #[arg(long, value_name = "NAME", value_parser = claimed)]
     actor: Option<String>,
 }
@@ -81,14 +81,14 @@ impl Who {
     }
 }
 
-/// The user that runs the program, by the system and not by the environment.
+/// The user of this process according to the operating system, not the environment.
 static OS_USER: LazyLock<String> = LazyLock::new(|| {
     let name = uzers::get_current_username();
     let name = name.map(|name| name.to_string_lossy().into_owned());
     name.unwrap_or_else(|| format!("uid {}", uzers::get_current_uid()))
 });
 
-/// The claim of `--actor` beside the user that makes it.
+/// Returns the claim of `--actor` beside the user of the operating system.
 fn claimed(name: &str) -> Result<String, Infallible> {
     Ok(format!("{} (claimed: {name})", *OS_USER))
 }

@@ -42,7 +42,7 @@ pub(crate) async fn run(context: &mut Context) -> Result<(), Error> {
     let log = log(context, &mut status).await;
     let database = database(context, &mut status).await;
     if !status.ahead().is_empty() {
-        // Of a running service the log was perhaps only looked at earlier.
+        // A running service may have advanced the database since the first read of the log.
         self::log(context, &mut status).await?;
     }
     match context.out.json {
@@ -63,10 +63,10 @@ pub(crate) async fn run(context: &mut Context) -> Result<(), Error> {
     }
 }
 
-/// A position stored in the database that the log has not reached.
+/// A stored position beyond the end of the log.
 #[derive(Debug, Serialize)]
 struct Ahead<'s> {
-    /// The stream index, or a projection's name.
+    /// `the index`, or a projection's name.
     what: &'s str,
     partition: Partition,
     next: Offset,
@@ -148,7 +148,7 @@ impl Status {
         })
     }
 
-    /// What the database has read beyond the log's end; nothing without both.
+    /// Returns the database's positions beyond the end of the log; none without both.
     fn ahead(&self) -> Vec<Ahead<'_>> {
         let (Some(log), Some(database)) = (&self.log, &self.database) else { return Vec::new() };
         let index = database.index.iter().flatten();

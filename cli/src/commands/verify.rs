@@ -103,7 +103,7 @@ struct Index {
     index: SqlIndex,
     /// How far it is, by partition.
     next: HashMap<Partition, Offset>,
-    /// Events of the log below that, by partition.
+    /// Number of the log's events below `next`, by partition.
     events: HashMap<Partition, u64>,
 }
 
@@ -142,12 +142,14 @@ impl Index {
         Ok(())
     }
 
-    /// What the index has beyond the log, and whether its tables agree with each other.
+    /// Reports events of the index missing from the log, and contradictions between the index's
+    /// tables.
     async fn end(&self, report: &mut Report) -> Result<(), Error> {
         for count in self.index.count().await? {
             let (found, partition) = (count.rows.events, count.partition);
             let events = self.events.get(&partition).copied().unwrap_or_default();
-            // While a service runs the index goes on; what it lacks was told above.
+            // A running service advances the index meanwhile; events missing from the index are
+            // reported above.
             let has_stood = self.index.cursors().await?.into_iter().any(|(of, cursor)| {
                 of == partition && Some(&cursor.next) == self.next.get(&partition)
             });

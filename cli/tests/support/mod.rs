@@ -152,7 +152,7 @@ pub(crate) async fn append(store: &Arc<dyn EventStore>, stream: &str, payload: &
     append_event(store, stream, event(&type_name, payload)).await
 }
 
-/// Appends this event; answers its version.
+/// Appends this event. Returns its version.
 pub(crate) async fn append_event(
     store: &Arc<dyn EventStore>,
     stream: &str,

@@ -33,8 +33,8 @@ struct Tables {
     sums: HashMap<Partition, Sums>,
 }
 
-/// What the heads of a partition add up to. Nothing else can change this index, so that this is what
-/// its cursor declares, too.
+/// The sums over a partition's heads. No other program can change this index, so the sums are also
+/// the declared totals.
 #[derive(Default)]
 struct Sums {
     total: IndexTotal,

@@ -4,7 +4,8 @@
 //! - [`queries`]: the read models and the stream of an order;
 //! - [`health`]: liveness, readiness, metrics;
 //! - [`extract`] and [`problem`]: what comes in, and errors going out;
-//! - [`observe`]: around every request; [`bearer`]: who may send one;
+//! - [`observe`]: logs, metrics and spans of every request; [`bearer`]: the bearer token of
+//!   requests;
 //! - [`server`]: connections and their limits.
 
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
@@ -112,7 +113,8 @@ impl App {
     }
 }
 
-/// The whole outside surface; with a bearer token all but health and the list of endpoints wants it.
+/// Returns the routes of the service. With a bearer token all routes except health and the list of
+/// endpoints require the token.
 pub(crate) fn router(app: Arc<App>, token: Option<Arc<BearerToken>>) -> Router {
     let router = Router::new()
         .route("/", get(index))
@@ -156,7 +158,7 @@ GET  /health/live  /health/ready  /metrics
 GET  /nodes    which node owns which partition, since when
 ";
 
-/// For a page that a browser shows: it is what it says, holds nothing that runs, and is framed by nobody.
+/// Headers for a page in a browser: a fixed content type, no scripts, no framing.
 const PAGE_HEADERS: [(HeaderName, &str); 4] = [
     (header::X_CONTENT_TYPE_OPTIONS, "nosniff"),
     (header::CONTENT_SECURITY_POLICY, "default-src 'none'; frame-ancestors 'none'"),

@@ -74,7 +74,7 @@ fn lines<S>(format: LogFormat) -> Box<dyn Layer<S> + Send + Sync>
 where
     S: Subscriber + for<'span> LookupSpan<'span>,
 {
-    // Without colours, whose bytes cannot be told from those that a request brings.
+    // Without colours, because escape sequences of colours look like escape sequences in a request.
     let lines = layer().with_ansi(false).with_writer(PrintableStderr::new);
     match format {
         LogFormat::Text => lines.boxed(),

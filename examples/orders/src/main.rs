@@ -4,7 +4,8 @@
 //! - [`read_models`] and [`sales_by_sku`]: what is read, folded by kafold and by hand;
 //! - [`service`]: both joined to a log and a database;
 //! - [`http`]: the outside surface;
-//! - [`serve`]: start, waiting for what is down, graceful stop; [`work`]: the same for projections only;
+//! - [`serve`]: start, waiting for what is down, graceful stop; [`work`]: a process with
+//!   projections only;
 //! - [`import`]: a client that feeds the service a file;
 //! - `admin`: the operator's commands of kafold, with the code of this domain.
 
@@ -127,7 +128,7 @@ fn run<T>(work: impl Future<Output = T>) -> T {
 
 fn failed(code: u8, error: &(dyn std::error::Error + 'static)) -> ExitCode {
     let line = format!("orders: {}", http::problem::chain(error));
-    // Nobody is left to be told when standard error is closed.
+    // With a closed standard error there is no place left for the report.
     drop(writeln!(PrintableStderr::new(), "{line}"));
     ExitCode::from(code)
 }

@@ -27,7 +27,8 @@ pub(crate) const OPEN_BACKOFF_MAX: Duration = Duration::from_secs(5);
 pub(crate) const DRAIN_GRACE: Duration = Duration::from_secs(1);
 /// How long log and projections may take to settle, after that.
 pub(crate) const SETTLE_TIMEOUT: Duration = Duration::from_secs(15);
-/// For how long after the start a refusal of the brokers, such as a missing right, ends the program.
+/// Time after the start in which a refusal of the brokers, such as a missing right, ends the
+/// program.
 const FIRST_REFUSALS: Duration = Duration::from_secs(8);
 const REFUSALS_POLL: Duration = Duration::from_millis(200);
 /// How often measurements are folded into histograms, which bounds their memory.
@@ -53,28 +54,30 @@ pub(crate) struct ServeArgs {
     /// Default: the log's own file, when the log is one.
     #[arg(long, value_name = "URL", env = "KAFOLD_DATABASE", hide_env_values = true, value_parser = database_url)]
     database: Option<String>,
-    /// Where to listen for HTTP; port 0 takes a free one.
+    /// The address for HTTP; port 0 takes a free port.
     ///
-    /// HTTP is spoken in clear text, to everybody who reaches the address: the service is meant to stand behind
-    /// a proxy that ends TLS and knows who may send what. So an address that others can reach wants
-    /// --behind-proxy.
+    /// HTTP is in clear text and open to every client with access to the address: the service
+    /// belongs behind a proxy that ends TLS and checks the rights of callers. So an address other
+    /// than loopback requires --behind-proxy.
     ///
-    /// Limits: 4096 connections (at the limit the one that has waited longest for a request makes room); 10 s for
-    /// a request head and for a request body; 60 s for a connection without a request and for a client that does
-    /// not take its answer; heads of 128 KiB, bodies of 1 MiB, 1024 requests under way.
+    /// Limits: 4096 connections (at the limit the connection with the longest wait for a request
+    /// makes room); 10 s for a request head and for a request body; 60 s for a connection without a
+    /// request and for a client which does not read its answer; heads of 128 KiB, bodies of 1 MiB,
+    /// 1024 requests under way.
     #[arg(long, value_name = "ADDR", env = "KAFOLD_LISTEN", default_value = "127.0.0.1:8080")]
     listen: SocketAddr,
-    /// A proxy stands in front of the address, ends TLS and decides who may send what.
+    /// A proxy stands in front of the address, ends TLS and checks the rights of callers.
     ///
-    /// Without it an address that others can reach is refused.
+    /// Without this option an address other than loopback is refused.
     #[arg(long, env = "KAFOLD_BEHIND_PROXY")]
     behind_proxy: bool,
-    /// The token that commands and queries need as 'authorization: Bearer TOKEN': @FILE or $NAME, a variable.
+    /// The token required by commands and queries as 'authorization: Bearer TOKEN': @FILE or $NAME,
+    /// a variable.
     ///
     /// /health and the list of endpoints at / stay open.
     #[arg(long, value_name = "@FILE|$NAME", env = "KAFOLD_BEARER_TOKEN", hide_env_values = true)]
     bearer_token: Option<String>,
-    /// Allows by name what is refused as unsafe; each start warns of it.
+    /// Allows unsafe settings by name; each start warns of every allowed setting.
     #[arg(long, value_enum, value_name = "NAME", value_delimiter = ',')]
     allow_unsafe: Vec<Unsafe>,
     /// Every request is answered within this time, such as 10s or 500ms; 100ms to 5 minutes.
@@ -85,13 +88,13 @@ pub(crate) struct ServeArgs {
     pub(crate) log_format: LogFormat,
 }
 
-/// What is refused unless it is allowed by name.
+/// Settings refused unless allowed by name.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
 #[value(rename_all = "snake_case")]
 pub(crate) enum Unsafe {
-    /// Listening on an address that others can reach, without a proxy in front.
+    /// Listening on an address other than loopback, without a proxy in front.
     OpenListener,
-    /// A token in a file that others on this machine can read.
+    /// A token in a file with read access for other users of this machine.
     ReadableSecret,
 }
 
@@ -107,7 +110,7 @@ impl ServeArgs {
     }
 }
 
-/// Refuses a listener that is open to others by mistake.
+/// Rejects an address other than loopback without a proxy, unless allowed by name.
 pub(crate) fn check_listener(
     address: SocketAddr,
     behind_proxy: bool,
@@ -214,7 +217,7 @@ pub(crate) async fn run(args: ServeArgs, spans: Spans) -> Result<(), ServeError>
     let limits = Limits::new(args.deadline);
     let app = Arc::new(App::new(clock.clone(), ids.clone(), limits, metrics));
     let (drain, drained) = oneshot::channel::<()>();
-    // A dropped sender asks to stop as well.
+    // A dropped sender requests a stop as well.
     let stopped = async move { drop(drained.await) };
     let server = server::serve(
         listener,
@@ -272,7 +275,8 @@ pub(crate) async fn run(args: ServeArgs, spans: Spans) -> Result<(), ServeError>
     }
 }
 
-/// Why the brokers refuse a process that has just started; one that runs is not ready instead.
+/// Returns the brokers' refusal of a process within [`FIRST_REFUSALS`] of the start, and pends for
+/// ever afterwards: a running process reports not ready instead.
 pub(crate) async fn refused(clock: &dyn Clock, refusals: impl Fn() -> Vec<String>) -> ServeError {
     let deadline = clock.instant() + FIRST_REFUSALS;
     while clock.instant() < deadline {

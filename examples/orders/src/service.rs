@@ -129,7 +129,7 @@ impl Service {
     }
 }
 
-/// Idle projections do not notice that the database is gone; queries would.
+/// Reads from the database: idle projections do not notice a lost database.
 pub(crate) async fn database_complaint(
     orders: &Query<OrderDetails>,
     url: &str,

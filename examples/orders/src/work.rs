@@ -28,46 +28,46 @@ use crate::serve::{
 };
 use crate::service::{database_complaint, projections};
 
-/// Where events are read, where read models are kept, where to tell how it is.
+/// The log, the read models and the HTTP address.
 ///
-/// As many workers as wanted share the projections with each other and with services. A worker takes no
-/// command, claims no partition of the log and needs no right to write it: kafold acl print --role worker,
-/// kafold grants print --role worker.
+/// Any number of workers share the projections with each other and with services. A worker takes no
+/// command, claims no partition of the log and needs no right to write the log: kafold acl print
+/// --role worker, kafold grants print --role worker.
 ///
 /// HTTP has /health/live, /health/ready and /metrics, in clear text.
 #[derive(Debug, clap::Args)]
 pub(crate) struct WorkArgs {
-    /// The event log, which is there: sqlite://FILE, or kafka://HOST:PORT,HOST:PORT/NAME.
+    /// The existing event log: sqlite://FILE, or kafka://HOST:PORT,HOST:PORT/NAME.
     #[arg(long, value_name = "URL", env = "KAFOLD_LOG", hide_env_values = true, default_value = LOG_DEFAULT, value_parser = log_url)]
     log: String,
     /// The read models: sqlite://FILE or postgres://USER:PASSWORD@HOST:PORT/NAME.
     ///
-    /// Default: the log's own file, when the log is one.
+    /// Default: the log's own file, for a log in a file.
     #[arg(long, value_name = "URL", env = "KAFOLD_DATABASE", hide_env_values = true, value_parser = database_url)]
     database: Option<String>,
-    /// Where to listen for HTTP; port 0 takes a free one.
+    /// The address for HTTP; port 0 takes a free port.
     #[arg(long, value_name = "ADDR", env = "KAFOLD_LISTEN", default_value = "127.0.0.1:8081")]
     listen: SocketAddr,
-    /// A proxy stands in front of the address and decides who may send what.
+    /// A proxy stands in front of the address and checks the rights of callers.
     ///
-    /// Without it an address that others can reach is refused.
+    /// Without this option an address other than loopback is refused.
     #[arg(long, env = "KAFOLD_BEHIND_PROXY")]
     behind_proxy: bool,
-    /// Allows by name what is refused as unsafe; each start warns of it.
+    /// Allows unsafe settings by name; each start warns of every allowed setting.
     #[arg(long, value_enum, value_name = "NAME", value_delimiter = ',')]
     allow_unsafe: Vec<Unsafe>,
-    /// How log lines look, on standard error.
+    /// The format of log lines, on standard error.
     #[arg(long, value_enum, default_value_t = LogFormat::Text)]
     pub(crate) log_format: LogFormat,
 }
 
-/// What a request can reach.
+/// The state shared by all requests.
 struct App {
     clock: Arc<dyn Clock>,
     metrics: PrometheusHandle,
-    /// There once log and database have been opened.
+    /// Set once log and database are open.
     worker: OnceLock<Worker>,
-    /// What the start waits for.
+    /// The reason for which the start waits.
     starting: Mutex<String>,
 }
 
@@ -96,7 +96,7 @@ pub(crate) async fn run(args: WorkArgs, spans: Spans) -> Result<(), ServeError> 
     let starting = Mutex::new("the worker is starting".to_owned());
     let app = Arc::new(App { clock: clock.clone(), metrics, worker: OnceLock::new(), starting });
     let (drain, drained) = oneshot::channel::<()>();
-    // A dropped sender asks to stop as well.
+    // A dropped sender requests a stop as well.
     let stopped = async move { drop(drained.await) };
     let connections_max = server::connections_max();
     let server =
@@ -149,7 +149,7 @@ pub(crate) async fn run(args: WorkArgs, spans: Spans) -> Result<(), ServeError> 
     }
 }
 
-/// Opens database and log; while one of them is down, says so and waits.
+/// Opens database and log. While either is down, logs the reason and waits.
 async fn open(args: &WorkArgs, app: &App) -> Result<Worker, ServeError> {
     let ids: Arc<dyn IdGenerator> = Arc::new(RandomIds);
     for attempt in 1.. {
@@ -235,7 +235,7 @@ async fn ready(State(app): State<Arc<App>>) -> Result<Json<Value>, Problem> {
 
 async fn measured(State(app): State<Arc<App>>) -> impl IntoResponse {
     if let Ok(worker) = app.worker() {
-        // The lag is measured when it is asked for.
+        // Reading the health measures the lag.
         worker.projections.health();
     }
     ([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], app.metrics.render())

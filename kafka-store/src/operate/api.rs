@@ -20,19 +20,19 @@ pub struct BrokerApi {
     pub is_new_enough: bool,
 }
 
-/// Asks the broker which requests it understands. Works before any login.
+/// Sends `ApiVersions` and returns the requests the broker supports. Needs no login.
 pub(crate) fn ask<S: Read + Write + ?Sized>(stream: &mut S) -> io::Result<BrokerApi> {
-    // `ApiVersions` of version 0, which has no body.
+    // `ApiVersions` of version 0 has no body.
     parse(&call(stream, 18, 0, &[])?).ok_or_else(invalid)
 }
 
-/// Asks for the topics, without naming one; a broker that wants a login ends the connection.
+/// Requests the metadata of no topic. A broker with a required login closes the connection.
 pub(crate) fn ask_topics<S: Read + Write + ?Sized>(stream: &mut S) -> io::Result<()> {
-    // `Metadata` of version 1, with an empty array of topics.
+    // `Metadata` of version 1 with an empty array of topics.
     call(stream, 3, 1, &[0, 0, 0, 0]).map(drop)
 }
 
-/// Sends a request and gives its answer: key, version, correlation id, the client's name, body.
+/// Sends a request of key, version, correlation id, client name and body. Returns the response.
 fn call<S: Read + Write + ?Sized>(
     stream: &mut S,
     key: i16,

@@ -1,4 +1,5 @@
-//! The processes that are up: nodes that speak on the replies topic, members of the log's consumer groups.
+//! The running processes of a log: nodes with announcements on the replies topic, and members of
+//! the log's consumer groups.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -20,18 +21,19 @@ use crate::reader::{ReadFailure, Reader};
 /// The wait of a fetch for new announcements.
 const FETCH_WAIT: Duration = Duration::from_millis(5);
 
-/// The processes that use a log now, as far as the brokers tell.
+/// The processes which use a log now, as reported by the brokers.
 #[derive(Debug, Clone, Default)]
 pub struct Presence {
-    /// Nodes that announced themselves within the last 10 s and did not say since that they end.
+    /// Nodes with an announcement in the last 10 s and no later announcement of their end.
     pub nodes: Vec<Node>,
-    /// The log's consumer groups that have members, and how many: nodes and projection workers.
+    /// The log's consumer groups with members, and the number of members: nodes and projection
+    /// workers.
     pub groups: Vec<(String, usize)>,
 }
 
 impl Operator {
-    /// Returns the processes that use the log. A process that ended well is gone at once, one that was killed within 10 s, or
-    /// the session timeout of its groups if that is longer.
+    /// Returns the processes which use the log. A process with a clean stop disappears at once. A
+    /// killed process disappears after 10 s, or after the session timeout of its groups if longer.
     pub async fn presence(&self) -> Result<Presence, OpenError> {
         let doing = "asking who uses the log";
         let (groups, replies) = self
@@ -50,7 +52,7 @@ impl Operator {
         Ok(Presence { nodes, groups })
     }
 
-    /// The nodes whose newest announcement in this range does not say that they end.
+    /// Returns the nodes with a newest announcement in this range other than their end.
     async fn announced(&self, from: Offset, end: Offset) -> KafkaResult<Vec<Node>> {
         let (topic, wait) = (self.config.replies_topic(), self.config.limits.request_timeout);
         let (inquirer, clock) = (Arc::clone(&self.inquirer), Arc::clone(&self.clock));
@@ -77,7 +79,7 @@ impl Operator {
     }
 }
 
-/// The range of the announcements of the last 10 s; `None` without a replies topic.
+/// Returns the offset range of the announcements of the last 10 s; `None` without a replies topic.
 fn lately(operator: &Operator) -> KafkaResult<Option<(Offset, Offset)>> {
     let Operator { config, inquirer, clock } = operator;
     let topic = config.replies_topic();
@@ -89,7 +91,7 @@ fn lately(operator: &Operator) -> KafkaResult<Option<(Offset, Offset)>> {
     Ok(Some((from, end)))
 }
 
-/// The log's groups that have members.
+/// Returns the log's groups with members.
 fn groups(config: &KafkaConfig, inquirer: &Inquirer) -> KafkaResult<Vec<(String, usize)>> {
     let (owners, readers) = (config.owners_group(), config.readers_group(""));
     let mut groups = inquirer.group_members()?;

@@ -302,15 +302,15 @@ impl Drop for Cluster {
     }
 }
 
-/// Brokers with TLS and rights: what `dev/kafka env` says of a cluster that was made with `--tls`.
+/// Brokers with TLS and rights, from `dev/kafka env` for a cluster made with `--tls`.
 pub(crate) struct Tls {
     /// SASL_SSL.
     pub(crate) client: String,
     /// SSL with client certificates.
     pub(crate) mutual: String,
-    /// SASL_SSL; the certificate is of another host.
+    /// SASL_SSL with the certificate of another host.
     pub(crate) other_host: String,
-    /// SASL_SSL; the certificate is expired.
+    /// SASL_SSL with an expired certificate.
     pub(crate) expired: String,
     /// SASL_PLAINTEXT.
     pub(crate) clear: String,
@@ -318,7 +318,7 @@ pub(crate) struct Tls {
 }
 
 impl Tls {
-    /// The cluster of the tests, or a line that says what is skipped.
+    /// Returns the cluster of the tests, or prints the skipped test.
     pub(crate) fn of_environment(test: &str) -> Option<Self> {
         let variable = |more: &str| std::env::var(format!("KAFOLD_TEST_KAFKA_TLS{more}")).ok();
         let Some(client) = variable("") else {
@@ -342,12 +342,12 @@ impl Tls {
         })
     }
 
-    /// The path of one of the cluster's files, such as `ca.crt`.
+    /// Returns the path of a file of the cluster, such as `ca.crt`.
     pub(crate) fn file(&self, name: &str) -> String {
         self.files.join(name).display().to_string()
     }
 
-    /// The options of a URL by which a user logs in.
+    /// Returns the URL options for the login of a user.
     pub(crate) fn login(&self, user: &str) -> String {
         format!(
             "sasl=scram-sha-512&user={user}&password=@{}",
@@ -369,7 +369,7 @@ impl Tls {
         assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
     }
 
-    /// Writes a secret into a file of the test's own that nobody else can read.
+    /// Writes a secret to a file with access for the owner alone.
     pub(crate) fn secret_file(&self, name: &str, secret: &str) -> PathBuf {
         use std::os::unix::fs::PermissionsExt;
         let path = std::env::temp_dir().join(name);

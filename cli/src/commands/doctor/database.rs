@@ -10,7 +10,7 @@ use crate::tables::{self, Server};
 
 /// Connections that one process takes at most; as many must be free for one that is to start.
 const CONNECTIONS_WANTED: i64 = 10;
-/// A certificate with fewer days left is to be renewed.
+/// Least remaining validity of a certificate, in days, without a warning.
 const CERTIFICATE_DAYS_MIN: i64 = 30;
 
 /// The database, if one is named and can be used.
@@ -89,7 +89,8 @@ fn check_connections(server: &Server, checks: &mut Checks) {
     }
 }
 
-/// How the session with the server is protected, and how long the server's certificate lasts.
+/// Reports the transport security of the session, and the remaining validity of the server's
+/// certificate.
 async fn check_transport(
     context: &Context,
     database: &Database,
@@ -119,7 +120,8 @@ async fn check_transport(
     Ok(())
 }
 
-/// Which SQL rights of a role the login of the database's URL lacks, or another login.
+/// Reports the missing SQL rights of a role, for the login of the database's URL or for another
+/// login.
 pub(super) async fn check_rights(
     database: &Database,
     role: Role,

@@ -1,4 +1,4 @@
-//! Whether the tables of the stream index, or of a log in a file, agree with each other.
+//! Compares the tables of the stream index, or of a log in a file, with each other.
 
 use kafold::Database;
 use kafold::StreamIndex;
@@ -30,7 +30,7 @@ async fn check_file(
     Ok(())
 }
 
-/// Each partition's heads with its place, and its rows with its heads.
+/// Compares each partition's heads with the position's totals, and the rows with the heads.
 async fn check_index(database: &Database, checks: &mut Checks) -> Result<(), Error> {
     let index = SqlIndex::new(database.clone());
     let mut differences = Vec::new();

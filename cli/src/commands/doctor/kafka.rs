@@ -18,7 +18,7 @@ const BROKERS_SAFE: usize = 3;
 /// How soon a node that died is to be noticed, in milliseconds: the store's own wish.
 const SESSION_TIMEOUT_WANTED_MS: u64 = 2_000;
 
-/// A certificate that expires sooner should be replaced.
+/// Least remaining validity of a certificate, in days, without a warning.
 const CERTIFICATE_DAYS_SAFE: i32 = 30;
 
 const AUTO_CREATE: &str = "auto.create.topics.enable";
@@ -91,7 +91,7 @@ async fn check_versions(operator: &Operator, brokers: &[Broker], checks: &mut Ch
     }
 }
 
-/// Whom the connection to a broker shows at its other end, and for how long.
+/// Reports the certificate of a broker and its remaining validity.
 fn check_peer(address: &str, peer: &Peer, checks: &mut Checks) {
     const NAME: &str = "brokers: TLS";
     let Peer { protocol, names, issuer, days_left } = peer;
@@ -175,8 +175,8 @@ async fn check_topics(operator: &Operator, checks: &mut Checks) -> Option<Vec<St
     Some(absent.map(|finding| finding.topic).collect())
 }
 
-/// Describing topics and reading them is tried by what comes before and after. What is there needs no right
-/// to be made, and who has none is not denied for asking.
+/// Probes the right to create topics if a topic is missing. Other checks read and describe the
+/// topics already; existing topics need no right to create, and a probe would find no denial.
 async fn check_rights(operator: &Operator, all_exist: bool, checks: &mut Checks) {
     if all_exist {
         checks.ok("rights: create", "not tried, and not needed: the topics are there");

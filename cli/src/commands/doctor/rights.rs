@@ -1,4 +1,4 @@
-//! `doctor --as ROLE`: tries each right of a role, as the user of the URL.
+//! `doctor --as ROLE`: probes each right of a role, as the user of the URL.
 
 use kafold::kafka::rights::Answer;
 use kafold::rights::Role;
@@ -12,7 +12,7 @@ use crate::options::LogUrl;
 
 const NAME: &str = "rights: kafka";
 
-/// Tries the rights on the topics, the groups and the cluster.
+/// Probes the rights on the topics, the groups and the cluster.
 pub(super) async fn check_kafka(context: &Context, url: &LogUrl, role: Role, checks: &mut Checks) {
     let LogUrl::Kafka(log) = url else { return };
     let role = on_kafka(role);

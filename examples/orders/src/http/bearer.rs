@@ -1,7 +1,7 @@
-//! One token that commands and queries carry (RFC 6750).
+//! One bearer token for all commands and queries (RFC 6750).
 //!
-//! Meant for a service whose callers are few and trusted alike. Callers with rights of their own need OIDC, at a
-//! proxy in front.
+//! Suits a service with few and equally trusted callers. Callers with individual rights need OIDC,
+//! at a proxy in front.
 
 use std::fmt;
 use std::fs::File;
@@ -17,12 +17,12 @@ use subtle::ConstantTimeEq;
 
 use super::problem::Problem;
 
-/// Shortest token: a shorter one is guessed.
+/// Shortest token: a shorter token can be guessed.
 const TOKEN_BYTES_MIN: usize = 16;
-/// Longest token, and so the most that is read of a file.
+/// Longest token, and so the most bytes read from a file.
 const TOKEN_BYTES_MAX: usize = 4096;
 
-/// The token, or an error that names where it should have come from and nothing of it.
+/// A bearer token. `Debug` and errors never show the token.
 #[derive(Clone)]
 pub(crate) struct BearerToken(String);
 
@@ -32,15 +32,15 @@ impl fmt::Debug for BearerToken {
     }
 }
 
-/// Why there is no token.
+/// The reason for a missing token.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum BearerTokenError {
-    /// It stands on the command line itself, where everybody on the machine reads it.
+    /// The token is written on the command line, visible to every user of the machine.
     #[error(
         "a token is not written on the command line, which others can read: write @FILE or $NAME"
     )]
     Literal,
-    /// The variable is absent.
+    /// The variable is not set.
     #[error("the environment has no variable {0}: set it to the token")]
     NoVariable(String),
     /// The file cannot be read.
@@ -48,15 +48,15 @@ pub(crate) enum BearerTokenError {
     Unreadable {
         /// The file.
         path: String,
-        /// Why.
+        /// The cause.
         error: std::io::Error,
     },
-    /// The file is not the service's own.
+    /// Other users can read the file.
     #[error(
         "the token's file {0} can be read by others: chmod 0600 {0}, or allow it with --allow-unsafe readable_secret"
     )]
     Readable(String),
-    /// The text cannot be a token.
+    /// The text is no valid token.
     #[error(
         "{0} holds no token: {TOKEN_BYTES_MIN} to {TOKEN_BYTES_MAX} visible ASCII characters, such as of openssl rand -hex 32"
     )]
@@ -64,7 +64,7 @@ pub(crate) enum BearerTokenError {
 }
 
 impl BearerToken {
-    /// Reads the token that `@FILE` or `$NAME` names; the newline at a file's end is no part of it.
+    /// Reads the token named by `@FILE` or `$NAME`. Removes line breaks at the end.
     pub(crate) fn read(source: &str, allow_readable: bool) -> Result<Self, BearerTokenError> {
         let (place, text) = if let Some(path) = source.strip_prefix('@') {
             (path, read_file(path, allow_readable)?)
@@ -82,7 +82,7 @@ impl BearerToken {
             .ok_or_else(|| BearerTokenError::Unfit(place.to_owned()))
     }
 
-    /// Whether the header carries the token; takes the same time wherever they differ.
+    /// Returns `true` if the header carries the token. Compares in constant time.
     fn is_in(&self, header: Option<&HeaderValue>) -> bool {
         let Some((scheme, token)) =
             header.and_then(|value| value.to_str().ok()).and_then(|text| text.split_once(' '))
@@ -106,7 +106,7 @@ fn read_file(path: &str, allow_readable: bool) -> Result<String, BearerTokenErro
     Ok(text)
 }
 
-/// Refuses a request without the token; probes and the list of endpoints need none.
+/// Rejects a request without the token. Health and the list of endpoints need no token.
 pub(crate) async fn check(
     State(token): State<Arc<BearerToken>>,
     request: Request,

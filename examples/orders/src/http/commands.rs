@@ -328,7 +328,8 @@ pub(super) fn read_problem(error: ReadError) -> Problem {
             retry_after,
             format!("it cannot be read now, nothing was changed: {cause}"),
         ),
-        // Nothing is decided on it until an operator has mended it; the service's health says so too.
+        // No decision rests on a damaged stream until an operator repairs the damage; the service's
+        // health reports the damage too.
         error @ ReadError::Diverged { .. } => {
             tracing::error!(error = %chain(&error), "a stream cannot be read");
             Problem::unavailable("not-ready", RETRY_SOON, chain(&error))

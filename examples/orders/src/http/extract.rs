@@ -91,14 +91,15 @@ impl<T: DeserializeOwned> FromRequest<Arc<App>> for JsonOf<T> {
     }
 }
 
-/// The document as `T`, or what is wrong where: `/lines/0/quantity: …`, by JSON pointer (RFC 6901).
+/// Parses the document as `T`. An error names the place by JSON pointer (RFC 6901):
+/// `/lines/0/quantity: …`.
 ///
-/// A field that is unknown or missing is named behind its parent's pointer; the whole document's is empty
-/// and left out.
+/// An unknown or missing field is named behind the pointer of its parent. The pointer of the whole
+/// document is empty and left out.
 fn from_json<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, String> {
     let mut document = serde_json::Deserializer::from_slice(bytes);
     let value = serde_path_to_error::deserialize(&mut document).map_err(|error| {
-        // serde names fields in backquotes.
+        // serde quotes field names with backquotes.
         let reason = error.inner().to_string().replace('`', "\"");
         let pointer = pointer(error.path(), &reason);
         if pointer.is_empty() { reason } else { format!("{pointer}: {reason}") }
@@ -116,7 +117,8 @@ fn pointer(path: &serde_path_to_error::Path, reason: &str) -> String {
             Segment::Unknown => "?".to_owned(),
         })
         .collect();
-    // The path of an unknown field ends with it, that of a missing one with the parent.
+    // The path of an unknown field ends with the field, the path of a missing field ends with the
+    // parent.
     keys.pop_if(|last| reason.starts_with(&format!("unknown field \"{last}\"")));
     let escaped = |key: &String| format!("/{}", key.replace('~', "~0").replace('/', "~1"));
     keys.iter().map(escaped).collect()

@@ -1,12 +1,12 @@
-//! The HTTP/1.1 server: connections within limits, whatever is sent on them and however slowly.
+//! An HTTP/1.1 server with limits on connections, against every hostile or slow client.
 //!
-//! `axum::serve` has no limit on the time of a request head nor on connections. This module has nothing of
-//! orders: it serves any [`Router`].
+//! `axum::serve` limits neither the time of a request head nor the number of connections. This
+//! module contains nothing specific to orders and serves any [`Router`].
 //!
-//! A connection is in one [`Phase`] at a time, and each phase has a time limit: the reader of its bytes sees
-//! a head begin, the service sees it end and the answer leave. Bodies are the handlers' own: they read them
-//! within [`BODY_TIMEOUT`]. A part of a head that comes in one packet behind a whole request is not seen to
-//! begin: the idle limit applies to it.
+//! A connection is in one [`Phase`] at a time, and each phase has a time limit. The reader of the
+//! connection detects the beginning of a head, and the service detects the end of the head and of
+//! the answer. Handlers read bodies themselves, within [`BODY_TIMEOUT`]. The beginning of a head in
+//! the same packet as the previous request is not detected; the idle limit applies to such a head.
 
 use std::collections::BTreeMap;
 use std::convert::Infallible;
@@ -35,36 +35,41 @@ use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tower::ServiceExt;
 
-/// Connections at most. One more ends the connection that has waited longest for a request, so that idle and
-/// half-sent ones do not keep others out; while all have requests under way it waits for the first to end.
+/// Most connections. At the limit a new connection ends the connection with the longest wait for a
+/// request, so idle and half-sent connections keep no client out. While all connections have
+/// requests under way, the new connection waits for the first to end.
 pub(crate) const CONNECTIONS_MAX: usize = 4096;
-/// A request head arrives within this time of its first byte, or the connection ends.
+/// A request head must arrive within this time of its first byte; otherwise the connection ends.
 pub(crate) const HEAD_TIMEOUT: Duration = Duration::from_secs(10);
-/// A request body arrives within this time, or is answered 408.
+/// A request body must arrive within this time; otherwise the answer is 408.
 pub(crate) const BODY_TIMEOUT: Duration = Duration::from_secs(10);
 /// A connection without a request, new or kept alive, ends after this time.
 pub(crate) const IDLE_TIMEOUT: Duration = Duration::from_secs(60);
-/// A client takes its answer within this time, or the connection ends.
+/// A client must read its answer within this time; otherwise the connection ends.
 pub(crate) const ANSWER_TIMEOUT: Duration = Duration::from_secs(60);
-/// Longest request head, in bytes; a longer one is answered 431. Bounds the memory of half-sent heads.
+/// Longest request head, in bytes; a longer head is answered 431. Bounds the memory of half-sent
+/// heads.
 pub(crate) const HEAD_BYTES_MAX: usize = 128 * 1024;
-/// While every connection has a request under way, one is looked for this often that has ended its own.
+/// While every connection has a request under way, the interval of the search for an idle
+/// connection.
 const EVICT_INTERVAL: Duration = Duration::from_millis(100);
-/// Connections that wait to be accepted at most, if net.core.somaxconn allows as many.
+/// Most connections in the queue of the listener, if net.core.somaxconn allows as many.
 const BACKLOG_MAX: u32 = 4096;
-/// Descriptors left to everything but connections: the log, the database, brokers, files.
+/// Descriptors reserved for the log, the database, brokers and files.
 const DESCRIPTORS_RESERVED: u64 = 512;
 
-/// Listens with room for a burst of connections: one that finds no room is tried again a second later.
+/// Listens with a queue for a burst of connections: a client rejected by a full queue retries a
+/// second later.
 pub(crate) fn listen(address: SocketAddr) -> io::Result<TcpListener> {
     let socket = if address.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }?;
-    // A restarted service takes the address of the one before.
+    // A restarted service reuses the address of the previous process.
     socket.set_reuseaddr(true)?;
     socket.bind(address)?;
     socket.listen(BACKLOG_MAX)
 }
 
-/// Raises the limit of open files as far as connections need it; returns how many connections there may be.
+/// Raises the limit of open files as far as connections need. Returns the allowed number of
+/// connections.
 pub(crate) fn connections_max() -> usize {
     let wanted = CONNECTIONS_MAX as u64 + DESCRIPTORS_RESERVED;
     let limit = rlimit::increase_nofile_limit(wanted).unwrap_or(wanted);
@@ -79,7 +84,8 @@ pub(crate) fn connections_max() -> usize {
     connections.min(CONNECTIONS_MAX)
 }
 
-/// Serves until `stop` is ready, then ends connections without a request and waits for the others.
+/// Serves until `stop` completes, then ends connections without a request and waits for the
+/// remaining connections.
 pub(crate) async fn serve(
     mut listener: TcpListener,
     router: Router,
@@ -92,7 +98,7 @@ pub(crate) async fn serve(
     let mut stop = std::pin::pin!(stop);
     loop {
         let accepted = async {
-            // Errors of a single connection, and of a lack of descriptors, are waited out.
+            // `accept` retries after errors of a single connection and a lack of descriptors.
             let (stream, _): (TcpStream, SocketAddr) = Listener::accept(&mut listener).await;
             (stream, connections.admit(&*clock).await)
         };
@@ -101,7 +107,8 @@ pub(crate) async fn serve(
             () = &mut stop => break,
             accepted = accepted => accepted,
         };
-        // Answers are small and waited for. Without the option they are only slower.
+        // Clients wait for small answers, which Nagle's algorithm would delay. A failure only costs
+        // time.
         drop(stream.set_nodelay(true));
         tokio::spawn(serve_one(stream, slot, router.clone(), clock.clone(), graceful.watcher()));
     }
@@ -126,7 +133,7 @@ async fn serve_one(
         .serve_connection(TokioIo::new(io), service);
     tokio::select! {
         biased;
-        // A connection that breaks is the client's choice.
+        // A broken connection is the client's choice.
         served = watcher.watch(served) => drop(served),
         () = connection.overdue(&*clock) => {}
     }
@@ -138,7 +145,7 @@ async fn answer(
     request: Request<Incoming>,
 ) -> Result<Response<Body>, Infallible> {
     if !connection.begin() {
-        // It was just chosen to make room: nothing is begun on it.
+        // The connection was just evicted for a new connection, so the request is refused.
         let mut refused = Response::new(Body::empty());
         *refused.status_mut() = StatusCode::SERVICE_UNAVAILABLE;
         refused.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from_static("1"));
@@ -148,7 +155,7 @@ async fn answer(
     connection.phase.send_replace(Phase::Answering);
     let sent = Sent(connection);
     Ok(response.map(|body| {
-        // The body is dropped once its last byte was handed to the system.
+        // hyper drops the body after handing the last byte to the system.
         Body::new(body.map_err(move |error| {
             let _held_until_the_end = &sent;
             error
@@ -156,18 +163,18 @@ async fn answer(
     }))
 }
 
-/// What a connection is doing.
+/// The state of a connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Phase {
-    /// Nothing of a request has come, since this moment of [`Connections`]'s count.
+    /// No byte of a request has arrived since this moment of [`Connections`]'s counter.
     Idle { since: u64 },
-    /// A part of a head has come; the connection has waited since this moment.
+    /// A part of a head has arrived; the connection has waited since this moment.
     Head { since: u64 },
     /// A request is under way.
     Busy,
     /// The answer is being sent.
     Answering,
-    /// It makes room for another.
+    /// The connection ends in favour of a new connection.
     Evicted,
 }
 
@@ -176,14 +183,14 @@ impl Phase {
         match self {
             Self::Idle { .. } => Some(IDLE_TIMEOUT),
             Self::Head { .. } => Some(HEAD_TIMEOUT),
-            // Whoever answers has a deadline.
+            // The handler of the request has a deadline.
             Self::Busy => None,
             Self::Answering => Some(ANSWER_TIMEOUT),
             Self::Evicted => Some(Duration::ZERO),
         }
     }
 
-    /// Since when it has no request, if it has none.
+    /// Returns the moment since which the connection waits for a request; `None` during a request.
     fn waiting_since(self) -> Option<u64> {
         match self {
             Self::Idle { since } | Self::Head { since } => Some(since),
@@ -192,10 +199,10 @@ impl Phase {
     }
 }
 
-/// One connection's phase.
+/// The phase of one connection.
 struct Connection {
     phase: watch::Sender<Phase>,
-    /// Counts up: the order of events, shared by all connections.
+    /// A counter for the order of events, shared by all connections.
     moments: Arc<AtomicU64>,
 }
 
@@ -217,7 +224,7 @@ impl Connection {
         }
     }
 
-    /// The first byte of a head has come.
+    /// Marks the arrival of the first byte of a head.
     fn read(&self) {
         self.phase.send_if_modified(|phase| {
             let Phase::Idle { since } = *phase else { return false };
@@ -226,7 +233,7 @@ impl Connection {
         });
     }
 
-    /// A head is complete; `false` when the connection was evicted.
+    /// Marks a complete head. Returns `false` for an evicted connection.
     fn begin(&self) -> bool {
         self.phase.send_if_modified(|phase| {
             let is_admitted = *phase != Phase::Evicted;
@@ -237,7 +244,8 @@ impl Connection {
         })
     }
 
-    /// Ends the connection, unless a request has come on it since it was seen in this phase.
+    /// Evicts the connection, unless a request has arrived since the phase was read. Returns `true`
+    /// after an eviction.
     fn evict(&self, seen: Phase) -> bool {
         self.phase.send_if_modified(|phase| {
             let still_waits = phase.waiting_since() == seen.waiting_since();
@@ -249,7 +257,7 @@ impl Connection {
     }
 }
 
-/// An answer that is being sent: the connection is idle once it is dropped.
+/// An answer being sent: the connection becomes idle when this value is dropped.
 struct Sent(Arc<Connection>);
 
 impl Drop for Sent {
@@ -266,7 +274,7 @@ struct Connections {
     moments: Arc<AtomicU64>,
 }
 
-/// A place among [`Connections`], free again when it is dropped.
+/// A place among [`Connections`], released on drop.
 struct Slot {
     number: u64,
     connection: Arc<Connection>,
@@ -283,7 +291,7 @@ impl Connections {
         }
     }
 
-    /// A slot for one more connection, made free when there is none.
+    /// Returns a slot for a new connection, after an eviction if none is free.
     async fn admit(&self, clock: &dyn Clock) -> Slot {
         let permit = loop {
             if self.slots.available_permits() == 0 {
@@ -307,7 +315,8 @@ impl Connections {
             let phase = *connection.phase.borrow();
             Some((phase.waiting_since()?, phase, connection))
         });
-        // One whose request has just come stays: then the new one waits for the next slot.
+        // A connection whose request has just arrived stays, and the new connection waits for the
+        // next slot.
         if let Some((_, phase, connection)) = waiting.min_by_key(|(since, ..)| *since) {
             connection.evict(phase);
         }
@@ -324,7 +333,7 @@ fn locked<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// A stream that tells its connection when bytes come.
+/// A stream which notifies its connection of received bytes.
 struct Observed {
     stream: TcpStream,
     connection: Arc<Connection>,
