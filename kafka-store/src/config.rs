@@ -200,6 +200,10 @@ impl KafkaConfig {
 
     /// Settings of every client. The caller's come first: what the protocol relies on wins.
     fn client(&self) -> ClientConfig {
+        // Before librdkafka initializes OpenSSL with a handler at exit: that handler frees what threads of clients still
+        // use, which crashed processes at their end.
+        #[cfg(feature = "tls")]
+        openssl::init();
         let mut config = ClientConfig::new();
         config
             .set("client.id", "kafold")

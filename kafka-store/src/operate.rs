@@ -177,6 +177,8 @@ impl Operator {
     pub async fn try_rights(&self, role: Role) -> Result<Vec<(Right, Answer)>, OpenError> {
         self.blocking("trying rights", move |this| {
             let inquirer = Arc::clone(&this.inquirer);
+            // A refused login or certificate is reported once, not for each right.
+            inquirer.brokers().map_err(|error| this.error("connecting to the brokers", error))?;
             let mut prober = Prober::new(&this.config, inquirer, Arc::clone(&this.clock));
             let rights = role.rights(&this.config).into_iter();
             let mut ask = |right: &Right| {

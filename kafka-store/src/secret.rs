@@ -3,7 +3,10 @@
 use std::fmt;
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
+use kafold_core::Clock;
+use kafold_core::clock::SystemClock;
 use kafold_core::secret::SecretSource;
 use percent_encoding::percent_decode_str;
 use secrecy::SecretString;
@@ -12,6 +15,8 @@ use crate::error::ConfigError;
 
 /// The placeholder shown instead of a secret.
 pub(crate) const HIDDEN: &str = "●●●";
+/// Least time between two warnings about an unreadable source.
+const WARNING_INTERVAL: Duration = Duration::from_secs(60);
 /// The name by which `allow_unsafe` accepts a secret file with read access for others.
 pub(crate) const READABLE: &str = "readable_secret";
 
@@ -22,6 +27,8 @@ pub struct Password {
     may_be_readable: bool,
     /// The last password read: a file is absent for a moment while an editor replaces the file.
     newest: Arc<Mutex<SecretString>>,
+    /// The time of the last warning about an unreadable source.
+    warned: Arc<Mutex<Option<Instant>>>,
 }
 
 impl Password {
@@ -37,7 +44,7 @@ impl Password {
         };
         let source = source.map_err(|error| refused(format!("cannot be used: {error}")))?;
         let newest = Arc::new(Mutex::new(SecretString::default()));
-        let password = Self { source, may_be_readable, newest };
+        let password = Self { source, may_be_readable, newest, warned: Arc::default() };
         let read = password.read_again().map_err(refused)?;
         password.keep(read);
         Ok(password)
@@ -48,9 +55,23 @@ impl Password {
     pub(crate) fn read(&self) -> SecretString {
         match self.read_again() {
             Ok(read) => self.keep(read),
-            Err(problem) => tracing::warn!("the log's password {problem}; the last one is used"),
+            Err(problem) if self.may_warn() => {
+                tracing::warn!("the log's password {problem}; the last one is used");
+            }
+            Err(_) => {}
         }
         self.newest.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Returns `true` at most once a minute: every client reads the password every few seconds.
+    fn may_warn(&self) -> bool {
+        let now = SystemClock.instant();
+        let mut warned = self.warned.lock().unwrap_or_else(PoisonError::into_inner);
+        let is_due = warned.is_none_or(|warned| now - warned >= WARNING_INTERVAL);
+        if is_due {
+            *warned = Some(now);
+        }
+        is_due
     }
 
     fn keep(&self, read: SecretString) {

@@ -200,7 +200,10 @@ fn of_certificate(error: &CertificateError) -> Refusal {
         CertificateError::NotValidForName | CertificateError::NotValidForNameContext { .. } => {
             let names = match error {
                 CertificateError::NotValidForNameContext { presented, .. } => {
-                    format!(", but for {}", presented.join(", "))
+                    // Each is the Debug text of a name, such as DnsName("db.example").
+                    let name = |text: &String| text.split('"').nth(1).unwrap_or(text).to_owned();
+                    let names: Vec<_> = presented.iter().map(name).collect();
+                    format!(", but for {}", names.join(", "))
                 }
                 _ => String::new(),
             };

@@ -100,6 +100,15 @@ fn postgres(scheme: &str, rest: &str, shown: &str) -> Result<PostgresUrl, Databa
         return refused("has a '#'", "write it as %23, or give ?password=@FILE");
     }
     let (place, query) = rest.split_once('?').unwrap_or((rest, ""));
+    let name = place.rsplit_once('@').map_or(place, |(_, place)| place);
+    if name.contains(['&', ';', '=']) {
+        // The part behind the host, which may hold a password, is not shown.
+        let what = "the database URL has '&', ';' or '=' before its parameters";
+        return Err(DatabaseError::refused(
+            what,
+            "parameters begin with '?' and are joined by '&'",
+        ));
+    }
     let login = place.rsplit_once('@').map_or("", |(login, _)| login);
     let mut url = PostgresUrl {
         shown: shown.to_owned(),

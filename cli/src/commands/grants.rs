@@ -12,9 +12,10 @@ pub(crate) enum GrantsCommand {
     /// Prints the SQL lines which grant the rights of a role to a login on PostgreSQL; contacts no
     /// server.
     ///
-    /// Run the lines of `admin` as a superuser, then `migrate` as the admin login, then all other
-    /// lines as the admin login. The admin login owns the toolkit's tables. A service or worker owns the
-    /// read models which it makes, and grants the other logins the use of them.
+    /// Run the lines of `admin` and every line ON SCHEMA as a superuser or the schema's owner, then
+    /// `migrate` as the admin login, then all other lines as the admin login. The admin login owns the
+    /// toolkit's tables. A service or worker owns the read models which it makes, and grants the other
+    /// logins the use of them.
     Print {
         /// The purpose of the login.
         #[arg(long, value_parser = role_parser())]

@@ -4,7 +4,9 @@ use std::collections::HashMap;
 
 use futures_util::TryStreamExt;
 use kafold::projections::{Control, SqlIndex, Verification};
-use kafold::{Database, Offset, Partition, RecordedEvent, StreamId, StreamIndex, Version};
+use kafold::{
+    Database, Offset, Partition, ReadError, RecordedEvent, StreamId, StreamIndex, Version,
+};
 use serde::Serialize;
 
 use crate::admin::Context;
@@ -93,6 +95,14 @@ async fn verify_log(
     }
     if let Some(indexed) = &indexed {
         indexed.end(report).await?;
+    }
+    if let Log::Embedded { database: Database::Sqlite(file), .. } = log
+        && let Err(error) = kafold::embedded::check_heads(file).await
+    {
+        match error {
+            ReadError::Diverged { .. } => report.log_differences.push(crate::error::chain(&error)),
+            ReadError::Unavailable { .. } => return Err(error.into()),
+        }
     }
     report.streams = versions.len() as u64;
     Ok(())

@@ -10,6 +10,7 @@ use axum::routing::get;
 use axum::{Json, Router};
 use kafold::clock::{RandomIds, SystemClock, backoff};
 use kafold::projections::{Projections, Query};
+use kafold::rights::Role;
 use kafold::store::Health;
 use kafold::{Clock, Database, DatabaseError, IdGenerator, LogOptions, LogReader, Mode};
 use metrics_exporter_prometheus::PrometheusHandle;
@@ -186,6 +187,7 @@ async fn try_open(
         Some(url) => Database::open(url, Mode::Migrate).await.map_err(ServeError::Database)?,
         None => log.database().cloned().ok_or(ServeError::NoDatabase)?,
     };
+    database.require(Role::Worker).await.map_err(ServeError::Database)?;
     Ok((log, database))
 }
 

@@ -93,10 +93,12 @@ async fn within_limits(app: &App, request: Request, next: Next) -> Response {
         let detail = "the path has a '%' without two hexadecimal digits: percent-encode it";
         return Problem::malformed(detail).into_response();
     }
-    let Ok(_permit) = app.permits.try_acquire() else {
+    let permit = app.permits.try_acquire();
+    // Half-sent bodies may hold all permits: an orchestrator must not end the process for that.
+    if permit.is_err() && !request.uri().path().starts_with("/health/") {
         let detail = "as many requests as this service takes are under way: try again";
         return Problem::unavailable("overloaded", RETRY_SOON, detail).into_response();
-    };
+    }
     let is_read = matches!(*request.method(), Method::GET | Method::HEAD);
     let deadline = app.limits.deadline;
     tokio::select! {
