@@ -49,8 +49,9 @@ impl fmt::Display for Generation {
 const SHARE: &str = "; other record; BEGIN \
      FOR other IN SELECT a.grantee::regrole AS login, \
          string_agg(DISTINCT a.privilege_type, ', ') AS rights \
-       FROM pg_class c, aclexplode(c.relacl) a \
-       WHERE c.oid = to_regclass('kafold_checkpoint') AND a.grantee <> 0 \
+       FROM pg_class own, pg_class c, aclexplode(c.relacl) a \
+       WHERE own.oid = to_regclass(made) AND pg_has_role(own.relowner, 'USAGE') \
+         AND c.oid = to_regclass('kafold_checkpoint') AND a.grantee <> 0 \
          AND a.grantee::regrole::text <> quote_ident(current_user) \
        GROUP BY 1 \
      LOOP EXECUTE format('GRANT %s ON %I TO %s', other.rights, made, other.login); END LOOP; \
@@ -68,10 +69,8 @@ pub(crate) async fn share(
     }
     for table in definition.tables() {
         for made in [&generation.table(table.as_str()), &table] {
-            if exists(tx, made.as_str()).await? && foreign_owner(tx, made).await?.is_none() {
-                let mut sql = SqlText::new("DO $$ DECLARE made text := ");
-                run(tx, sql.quoted(made).text(SHARE).finish()).await?;
-            }
+            let mut sql = SqlText::new("DO $$ DECLARE made text := ");
+            run(tx, sql.quoted(made).text(SHARE).finish()).await?;
         }
     }
     Ok(())

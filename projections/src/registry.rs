@@ -47,7 +47,6 @@ pub(crate) async fn register(
             refuse_foreign(tx, definition).await?;
             set_up(tx, handler, Generation::FIRST).await?;
             generation::create_views(tx, definition, Generation::FIRST).await?;
-            generation::share(tx, definition, Generation::FIRST).await?;
             insert(tx, definition, now).await?;
             Generation::FIRST
         }
@@ -59,11 +58,12 @@ pub(crate) async fn register(
             found.live()
         }
     };
+    generation::share(tx, definition, generation).await?;
     open.commit().await?;
     Ok(generation)
 }
 
-/// Creates and shares the tables of a generation, unless another login owns a table.
+/// Creates the tables of a generation, unless another login owns a table.
 async fn set_up(
     tx: &mut Transaction<'_>,
     handler: &dyn Handler,
@@ -75,8 +75,7 @@ async fn set_up(
             return Ok(());
         }
     }
-    handler.setup(generation, tx).await?;
-    Ok(generation::share(tx, definition, generation).await?)
+    handler.setup(generation, tx).await
 }
 
 /// Makes the generation requested by a reset of positions live at once, with empty rows: the old
@@ -238,6 +237,7 @@ pub(crate) async fn begin_build(
         return Err(refused(no_tables(&definition.name)));
     }
     set_up(tx, handler, next).await?;
+    generation::share(tx, definition, next).await?;
     set_builder(tx, definition).await?;
     open.commit().await?;
     Ok(true)
@@ -321,6 +321,11 @@ async fn switch_in(
     if !is_as_far(tx, &found, next, SWITCH_LAG_MAX).await? {
         return Ok(Switched::Behind);
     }
+    // Before the live generation is held: its workers must not wait for a switch that cannot be made here.
+    if let Some(foreign) = foreign_view(tx, definition).await? {
+        let parked = unaccepted(tx, &found, next).await?;
+        return Ok(parked.map_or(foreign, Switched::Parked));
+    }
     let deadline = clock.instant() + SWITCH_HOLD_MAX;
     hold(tx, name, found.live()).await?;
     while !is_as_far(tx, &found, next, 0).await? {
@@ -330,19 +335,37 @@ async fn switch_in(
         }
         clock.sleep(SWITCH_POLL).await;
     }
-    let parked = parked::count_streams(tx, Target { name, generation: next }).await?;
-    if parked > 0 && !found.next_takes_parked {
+    if let Some(parked) = unaccepted(tx, &found, next).await? {
         return Ok(Switched::Parked(parked));
-    }
-    for view in definition.tables() {
-        if let Some(owner) = generation::foreign_owner(tx, &view).await? {
-            return Ok(Switched::Foreign { view: view.as_str().to_owned(), owner });
-        }
     }
     switch_views(tx, definition, &found, next).await?;
     generation::share(tx, definition, next).await?;
     finish_switch(tx, name, &found, next, clock.now()).await?;
     Ok(Switched::Done)
+}
+
+/// Returns the number of parked streams of the next generation, unless there are none or an operator has accepted them.
+async fn unaccepted(
+    tx: &mut Transaction<'_>,
+    found: &Found,
+    next: Generation,
+) -> Result<Option<i64>, sqlx::Error> {
+    let target = Target { name: &found.name, generation: next };
+    let parked = parked::count_streams(tx, target).await?;
+    Ok((parked > 0 && !found.next_takes_parked).then_some(parked))
+}
+
+/// Returns [`Switched::Foreign`] if another login owns a view.
+async fn foreign_view(
+    tx: &mut Transaction<'_>,
+    definition: &Definition,
+) -> Result<Option<Switched>, sqlx::Error> {
+    for view in definition.tables() {
+        if let Some(owner) = generation::foreign_owner(tx, &view).await? {
+            return Ok(Some(Switched::Foreign { view: view.as_str().to_owned(), owner }));
+        }
+    }
+    Ok(None)
 }
 
 async fn switch_views(

@@ -25,7 +25,7 @@ pub(crate) const ATTEMPT_LAG_MAX: u64 = 10_000;
 /// further behind than a switch takes.
 const SWITCH_LAG_NEAR: u64 = registry::SWITCH_LAG_MAX.unsigned_abs();
 
-/// How long a complete generation waits for a process of the login that owns the views, before that is reported.
+/// Longest wait for the login that owns the views to switch to a complete generation; then the wait is reported.
 const FOREIGN_PATIENCE: Duration = Duration::from_secs(30);
 
 /// A runner under way.
@@ -60,7 +60,7 @@ pub(crate) struct Supervisor {
     untold_stop: Option<String>,
     /// Why the rebuild does not go on, while that is not written down.
     untold_reason: Option<(Generation, String)>,
-    /// The next generation whose views another login owns, and since when it could be switched to.
+    /// A complete next generation with views of another login, and the time of the first attempt to switch.
     foreign: Option<(Generation, Instant)>,
     /// Whether there may be tables of generations that are gone.
     has_stale_tables: bool,
