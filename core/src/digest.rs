@@ -13,10 +13,12 @@ use twox_hash::XxHash3_64;
 use crate::event::RecordedEvent;
 use crate::ids::StreamId;
 
-/// Number of buckets of a partition's streams: 32 KiB of digests a partition. A load reads the
-/// heads of all streams of one bucket, about 250 heads in a partition with a million streams.
+/// Number of buckets of a partition's streams: 128 KiB of digests a partition. A load reads the
+/// heads of all streams of one bucket, about 60 heads in a partition with a million streams.
 pub const BUCKETS: usize = 1 << BUCKET_BITS;
-const BUCKET_BITS: u32 = 12;
+const BUCKET_BITS: u32 = 14;
+/// A stream's hash without this number of low bits is the bucket's number, signed as in SQL.
+pub const BUCKET_SHIFT: u32 = u64::BITS - BUCKET_BITS;
 
 /// The XOR of the 64-bit XXH3 hashes of events. Equal sets of events have equal digests.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
@@ -80,14 +82,13 @@ impl Bucket {
     /// Returns the bucket of a stream's hash.
     pub fn of_hash(hash: i64) -> Self {
         // Buckets follow the order of signed hashes in SQL: the lowest hashes come first.
-        Self(((hash as u64) ^ (1 << 63)) as usize >> (u64::BITS - BUCKET_BITS))
+        Self(((hash as u64) ^ (1 << 63)) as usize >> BUCKET_SHIFT)
     }
 
     /// Returns the lowest and the highest hash of the bucket, both inclusive.
     pub fn hashes(self) -> (i64, i64) {
-        let width = u64::BITS - BUCKET_BITS;
-        let lowest = ((self.0 as u64) << width) ^ (1 << 63);
-        (lowest as i64, (lowest | ((1 << width) - 1)) as i64)
+        let lowest = ((self.0 as u64) << BUCKET_SHIFT) ^ (1 << 63);
+        (lowest as i64, (lowest | ((1 << BUCKET_SHIFT) - 1)) as i64)
     }
 }
 
@@ -115,6 +116,18 @@ impl BucketDigests {
     /// Returns the digest of a bucket.
     pub fn get(&self, bucket: Bucket) -> Digest {
         self.0[bucket.0]
+    }
+
+    /// Returns the digests as bytes: 8 for each bucket, little endian.
+    pub fn to_bytes(&self) -> Vec<u8> {
+        self.0.iter().flat_map(|digest| digest.0.to_le_bytes()).collect()
+    }
+
+    /// Returns the digests from their bytes, or `None` for another number of buckets.
+    pub fn from_bytes(bytes: &[u8]) -> Option<Self> {
+        let (digests, rest) = bytes.as_chunks();
+        let digests: Box<_> = digests.iter().map(|d| Digest(u64::from_le_bytes(*d))).collect();
+        (rest.is_empty() && digests.len() == BUCKETS).then_some(Self(digests))
     }
 
     /// Returns the digest of all events of the partition.
@@ -211,6 +224,10 @@ mod tests {
         buckets.toggle(&event());
         assert_eq!(buckets.get(Bucket::of(&event().stream)), Digest::of(&event()));
         assert_eq!(buckets.total(), Digest::of(&event()));
+        let bytes = buckets.to_bytes();
+        assert_eq!(BucketDigests::from_bytes(&bytes).as_ref(), Some(&buckets));
+        assert_eq!(BucketDigests::from_bytes(&bytes[8..]), None);
+        assert_eq!(BucketDigests::from_bytes(&bytes[1..]), None);
         buckets.toggle(&event());
         assert_eq!(buckets, BucketDigests::default());
     }

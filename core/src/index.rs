@@ -39,9 +39,32 @@ pub trait StreamIndex: Send + Sync + 'static {
     async fn load(&self, requests: &[IndexLoad], limit: usize)
     -> Vec<Result<IndexRead, ReadError>>;
 
+    /// Returns the name of the table with the heads of streams, for messages.
+    fn heads_table(&self) -> &'static str {
+        "kafold_event"
+    }
+
     /// Returns the sums over the heads of all streams of a partition, with the partition's cursor
     /// in the same snapshot.
     async fn heads(&self, partition: Partition) -> Result<IndexHeads, ReadError>;
+
+    /// Returns the digests that were last saved for a partition, if there are any. An index that no
+    /// other program can change has none.
+    async fn saved_digests(&self, partition: Partition) -> Result<Option<SavedDigests>, ReadError> {
+        let _ = partition;
+        Ok(None)
+    }
+
+    /// Saves the digests of the events below `at`, for the next owner of the partition.
+    async fn save_digests(
+        &self,
+        partition: Partition,
+        at: &Cursor,
+        digests: &BucketDigests,
+    ) -> Result<(), ReadError> {
+        let _ = (partition, at, digests);
+        Ok(())
+    }
 
     /// Returns for each partition the number and digest of the rows of events, and the totals of
     /// the partition's heads in the same snapshot. Reads every row.
@@ -128,6 +151,17 @@ pub struct IndexHeads {
     pub buckets: BucketDigests,
 }
 
+/// Digests of a partition's buckets, saved by an owner of the partition.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SavedDigests {
+    /// The position below which the events lie.
+    pub at: Cursor,
+    /// The digests.
+    pub digests: BucketDigests,
+    /// The number of events of the partition in the index.
+    pub events: u64,
+}
+
 /// A number of events and their digest.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct IndexTotal {
@@ -158,8 +192,8 @@ pub fn damaged(partition: Partition, table: &str, what: impl Display) -> ReadErr
 }
 
 impl IndexHeads {
-    /// Rejects heads with sums other than the totals declared by the partition's cursor.
-    pub fn check(&self, partition: Partition) -> Result<(), ReadError> {
+    /// Rejects heads in `table` with sums other than the totals declared by the partition's cursor.
+    pub fn check(&self, partition: Partition, table: &str) -> Result<(), ReadError> {
         let Self { declared, found, position, .. } = self;
         if declared == found {
             return Ok(());
@@ -171,7 +205,7 @@ impl IndexHeads {
                 found.events, declared.events
             ),
         };
-        Err(damaged(partition, "kafold_stream", what))
+        Err(damaged(partition, table, what))
     }
 }
 
@@ -183,8 +217,11 @@ impl IndexCount {
             return Ok(());
         }
         let what = match rows.events == heads.events {
-            true => "its digest is not that of kafold_stream".to_owned(),
-            false => format!("it has {} events, and kafold_stream {}", rows.events, heads.events),
+            true => "its digest is not that of the heads of its streams".to_owned(),
+            false => format!(
+                "it has {} events, and the heads of its streams {}",
+                rows.events, heads.events
+            ),
         };
         Err(damaged(*partition, "kafold_event", what))
     }

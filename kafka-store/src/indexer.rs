@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use kafold_core::clock::{backoff, within};
+use kafold_core::digest::BucketDigests;
 use kafold_core::index::{Advanced, IndexBatch};
 use kafold_core::store::Cursor;
 use kafold_core::{Clock, IdGenerator, Offset, Partition, ReadError, RecordedEvent, StreamIndex};
@@ -31,6 +32,12 @@ const EMPTY_OFFSETS: u64 = 1_000;
 const EMPTY_WAIT: Duration = Duration::from_secs(5);
 /// How long a fetch for a lost index waits for records.
 const FETCH_WAIT: Duration = Duration::from_millis(50);
+/// Least offsets and time between two saved digests of a partition.
+const SAVE_OFFSETS: u64 = 4_096;
+const SAVE_INTERVAL: Duration = Duration::from_secs(1);
+/// Events of a partition whose heads are added up in the time in which one record is read from the
+/// log. An owner begins at saved digests only where that is faster.
+const EVENTS_PER_RECORD: u64 = 32;
 /// How long a read of records that are known to be there may take.
 const READ_WAIT: Duration = Duration::from_secs(5);
 
@@ -113,11 +120,48 @@ impl Indexer {
     /// index until the tenure ends.
     pub(crate) async fn run(self: Arc<Self>, shared: Arc<Shared>, tenure: Tenure) {
         let Some(place) = self.find_place(&shared, tenure).await else { return };
-        *shared.tail() = Tail::new(shared.partition, place.clone());
+        let (partition, from) = (shared.partition, place.next);
+        let saved = self.saved_digests(partition, &place).await;
+        let (begin, tail) = match saved {
+            Some((begin, digests)) => {
+                (begin.clone(), Tail::with_digests(partition, begin, digests))
+            }
+            None => (place.clone(), Tail::new(partition, place)),
+        };
+        *shared.tail() = tail;
         shared.placed();
-        let from = place.next;
-        self.driver.tell(Message::Input(shared.partition, tenure, Input::Start(place)));
+        self.driver.tell(Message::Input(partition, tenure, Input::Start(begin)));
         self.feed(&shared, tenure, from).await;
+    }
+
+    /// Returns saved digests of this log and their position at or below `place`, if beginning there
+    /// is faster than adding up the heads. The heads are compared in both cases, later.
+    async fn saved_digests(
+        &self,
+        partition: Partition,
+        place: &Checkpoint,
+    ) -> Option<(Checkpoint, BucketDigests)> {
+        let saved = match self.index.saved_digests(partition).await {
+            Ok(saved) => saved?,
+            Err(error) => {
+                tracing::warn!(%partition, %error, "the saved digests are not used");
+                return None;
+            }
+        };
+        let at = Checkpoint::from_cursor(&saved.at).ok()?;
+        let records = place.next.0.checked_sub(at.next.0)?;
+        let is_faster = records.saturating_mul(EVENTS_PER_RECORD) <= saved.events;
+        (at.state.log == place.state.log && is_faster).then_some((at, saved.digests))
+    }
+
+    /// Saves the digests of a partition, if they are `offsets` above the saved ones. A failure costs
+    /// the next owner time, and nothing else.
+    pub(crate) async fn save_digests(&self, shared: &Shared, offsets: u64) {
+        let Some((at, digests)) = shared.tail().digests_to_save(offsets) else { return };
+        let saved = self.index.save_digests(shared.partition, &at.to_cursor(), &digests).await;
+        if let Err(error) = saved {
+            tracing::warn!(partition = %shared.partition, %error, "the digests are not saved");
+        }
     }
 
     /// `None` when the partition was halted.
@@ -146,6 +190,7 @@ impl Indexer {
     async fn feed(&self, shared: &Shared, tenure: Tenure, mut from: Offset) {
         let mut attempt = 0;
         let mut due: Option<Instant> = None;
+        let mut save_at = self.clock.instant() + SAVE_INTERVAL;
         loop {
             // What the tail no longer holds is in the index, unless that has lost its place.
             let fed = if shared.index_lost.load(Ordering::Acquire) {
@@ -153,6 +198,8 @@ impl Indexer {
             } else if from < shared.tail().start() {
                 self.feed_again(shared).await
             } else {
+                // An owner which began at saved digests reads the log from below the index's position.
+                self.forget_indexed(shared, tenure, from);
                 let Some(delay) = self.delay(shared, from) else {
                     due = None;
                     shared.advanced.notified().await;
@@ -176,6 +223,11 @@ impl Indexer {
                     attempt = 0;
                     from = next;
                     shared.standing().index = None;
+                    let now = self.clock.instant();
+                    if now >= save_at {
+                        self.save_digests(shared, SAVE_OFFSETS).await;
+                        save_at = now + SAVE_INTERVAL;
+                    }
                 }
                 Err(error) if error.is_transient() => {
                     attempt += 1;
@@ -222,11 +274,17 @@ impl Indexer {
         let to = batch.to.next;
         match self.gatherer.advance(batch).await? {
             Advanced::Moved => {
-                shared.tail().drop_below(to);
-                self.driver.tell(Message::Input(shared.partition, tenure, Input::Indexed(to)));
+                self.forget_indexed(shared, tenure, to);
                 Ok(to)
             }
             Advanced::Behind(cursor) => Ok(cursor.map_or(Offset(0), |cursor| cursor.next)),
+        }
+    }
+
+    /// Drops from the tail, and from the writer's count, what an index at `position` has.
+    fn forget_indexed(&self, shared: &Shared, tenure: Tenure, position: Offset) {
+        if shared.tail().drop_below(position) {
+            self.driver.tell(Message::Input(shared.partition, tenure, Input::Indexed(position)));
         }
     }
 

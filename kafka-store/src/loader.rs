@@ -377,17 +377,12 @@ impl Reading {
         let last =
             read.events.last().map_or(self.next_after.min(head.version), |last| last.version);
         if head.version != last {
-            let what = format!(
-                "{stream} ends with version {last}, and in kafold_stream with {}",
-                head.version
-            );
+            let what =
+                format!("{stream} ends with version {last}, and its head says {}", head.version);
             return Err(differs("kafold_event", what));
         }
         if self.from_start && head.digest != digest {
-            return Err(differs(
-                "kafold_event",
-                format!("{stream} is not what kafold_stream says"),
-            ));
+            return Err(differs("kafold_event", format!("{stream} is not what its head says")));
         }
         let tail = self.loader.shared(partition).tail();
         if !tail.knows_heads() {
@@ -399,7 +394,7 @@ impl Reading {
         drop(tail);
         if known != read.bucket {
             let what = format!("the heads beside that of {stream} are not what was written");
-            return Err(differs("kafold_stream", what));
+            return Err(differs(self.loader.index.heads_table(), what));
         }
         Ok(true)
     }

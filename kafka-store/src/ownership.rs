@@ -153,6 +153,7 @@ impl Ownership {
             self.clock.sleep(DRAIN_POLL).await;
             indexed = shared.tail().events() == 0;
         }
+        within(&*self.clock, left(), self.indexer.save_digests(shared, 1)).await;
         for task in std::mem::take(&mut self.tasks()[partition.0 as usize]) {
             task.abort();
         }

@@ -19,10 +19,12 @@ use crate::writer::Proven;
 pub struct Tail {
     partition: Partition,
     /// An index that stands below this has lost what the tail no longer holds.
-    start: Offset,
+    start: Checkpoint,
     next: Checkpoint,
-    /// The digests of the events below `start`; `None` before the index's heads are verified.
+    /// The digests of the events below `start`; `None` before they are known.
     digests: Option<BucketDigests>,
+    /// The position of the digests which were saved last.
+    saved: Offset,
     commits: VecDeque<Proven>,
     streams: HashMap<StreamId, VecDeque<Arc<RecordedEvent>>>,
     events: usize,
@@ -45,8 +47,10 @@ pub struct TailView {
 pub enum HeadsFound {
     /// The heads are complete and unchanged.
     Whole,
-    /// The rows of this table differ from the rows written.
-    Damaged(&'static str),
+    /// The heads differ from the heads written.
+    DamagedHeads,
+    /// The partition's declared totals differ from the totals written.
+    DamagedTotals,
     /// The index's position is outside the tail: below its start or above its end.
     Elsewhere,
 }
@@ -81,11 +85,12 @@ pub enum MergeError {
 }
 
 impl Tail {
-    /// The empty tail of an index that stands at `from`.
+    /// Creates the empty tail of an index that stands at `from` or above.
     pub fn new(partition: Partition, from: Checkpoint) -> Self {
         Self {
             partition,
-            start: from.next,
+            saved: from.next,
+            start: from.clone(),
             next: from,
             digests: None,
             commits: VecDeque::new(),
@@ -94,6 +99,11 @@ impl Tail {
             bytes: 0,
             wake_at: 0,
         }
+    }
+
+    /// Creates the empty tail at the position of saved digests.
+    pub fn with_digests(partition: Partition, from: Checkpoint, digests: BucketDigests) -> Self {
+        Self { digests: Some(digests), ..Self::new(partition, from) }
     }
 
     /// Adds what is proven, in the order of the log. Whether who feeds the index wants to know.
@@ -116,12 +126,13 @@ impl Tail {
         self.wake_at = events;
     }
 
-    /// Forgets the commits that an index at `position` has.
-    pub fn drop_below(&mut self, position: Offset) {
+    /// Drops the commits that an index at `position` has. Returns `true` if there were any.
+    pub fn drop_below(&mut self, position: Offset) -> bool {
+        let before = self.commits.len();
         while let Some(first) = self.commits.front()
             && first.next.next <= position
         {
-            self.start = first.next.next;
+            self.start = first.next.clone();
             self.events -= first.events.len();
             self.bytes -= bytes_of(&first.events);
             for event in &first.events {
@@ -137,6 +148,7 @@ impl Tail {
             }
             self.commits.pop_front();
         }
+        self.commits.len() < before
     }
 
     /// The next batch for an index that stands at `from`: whole commits of together at most
@@ -165,7 +177,7 @@ impl Tail {
             let known = events.partition_point(|event| event.version <= after);
             events.range(known..).cloned().collect()
         });
-        TailView { start: self.start, events }
+        TailView { start: self.start(), events }
     }
 
     /// What a command of the stream came to, if it is in the tail.
@@ -179,15 +191,15 @@ impl Tail {
     /// index's declared totals, the tail stores the digests as known.
     pub fn check_heads(&mut self, heads: &IndexHeads) -> HeadsFound {
         let position = heads.position;
-        if position < self.start || position > self.next.next {
+        if position < self.start() || position > self.next.next {
             return HeadsFound::Elsewhere;
         }
         let mut buckets = heads.buckets.clone();
         self.events_below(position).for_each(|event| buckets.toggle(event));
         match &self.digests {
-            Some(known) if *known != buckets => HeadsFound::Damaged("kafold_stream"),
-            Some(_) if heads.declared != heads.found => HeadsFound::Damaged("kafold_partition"),
-            None if heads.declared != heads.found => HeadsFound::Damaged("kafold_stream"),
+            Some(known) if *known != buckets => HeadsFound::DamagedHeads,
+            Some(_) if heads.declared != heads.found => HeadsFound::DamagedTotals,
+            None if heads.declared != heads.found => HeadsFound::DamagedHeads,
             _ => {
                 self.digests = Some(buckets);
                 HeadsFound::Whole
@@ -198,7 +210,7 @@ impl Tail {
     /// Returns the expected digest of a bucket of an index at `position`. Returns `None` before the
     /// heads are verified, or for a position outside the tail.
     pub fn bucket_at(&self, position: Offset, bucket: Bucket) -> Option<Digest> {
-        if position < self.start || position > self.next.next {
+        if position < self.start() || position > self.next.next {
             return None;
         }
         let mut digest = self.digests.as_ref()?.get(bucket);
@@ -229,7 +241,16 @@ impl Tail {
 
     /// An index that stands below this has lost what the tail no longer holds.
     pub fn start(&self) -> Offset {
-        self.start
+        self.start.next
+    }
+
+    /// Returns the digests of the events below the start, if the start is at least `offsets` above
+    /// the digests which were saved last. The caller saves the digests.
+    pub fn digests_to_save(&mut self, offsets: u64) -> Option<(Checkpoint, BucketDigests)> {
+        let is_due = self.start() > self.saved && self.start().0 - self.saved.0 >= offsets;
+        let digests = self.digests.as_ref().filter(|_| is_due)?.clone();
+        self.saved = self.start();
+        Some((self.start.clone(), digests))
     }
 
     /// How many events it holds.
@@ -366,6 +387,32 @@ pub(crate) mod tests {
         assert!(tail.view(&stream("b-1"), Version(0)).events.is_empty());
         tail.drop_below(Offset(7));
         assert_eq!((tail.events(), tail.bytes(), tail.next().next), (0, 0, Offset(7)));
+    }
+
+    #[test]
+    fn digests_are_saved_at_the_start_once_and_are_those_of_the_events_below() {
+        let mut tail = tail();
+        tail.drop_below(Offset(3));
+        assert!(tail.digests_to_save(1).is_none(), "not known");
+        let from = Checkpoint::default();
+        let mut tail = Tail { digests: Some(BucketDigests::default()), ..self::tail() };
+        assert!(tail.digests_to_save(1).is_none(), "nothing is dropped");
+        assert!(tail.drop_below(Offset(3)) && !tail.drop_below(Offset(3)));
+        assert!(tail.digests_to_save(4).is_none(), "three offsets are too few");
+        let (at, digests) = tail.digests_to_save(3).expect("due");
+        assert_eq!(
+            (at.next, digests.total()),
+            (Offset(3), tail.digests.clone().expect("known").total())
+        );
+        assert!(tail.digests_to_save(1).is_none(), "is saved");
+        tail.drop_below(Offset(7));
+        // A tail that begins at the saved digests reaches the same ones.
+        let mut next =
+            Tail::with_digests(Partition(0), Checkpoint { next: at.next, ..from }, digests);
+        next.push(proven(vec![event("b-1", 1, 3, 2)], 4));
+        next.push(proven(vec![event("a-1", 3, 4, 3)], 5));
+        next.drop_below(Offset(5));
+        assert_eq!(next.digests, tail.digests);
     }
 
     #[test]

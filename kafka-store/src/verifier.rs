@@ -51,6 +51,8 @@ pub(crate) struct Verifier {
 /// The state kept between two comparisons of heads with a mismatch.
 #[derive(Default)]
 struct Suspicion {
+    /// The heads were whole once since this process took the partition.
+    was_whole: bool,
     /// The index's position may have moved back without its heads. The heads must add up from this
     /// offset on.
     add_up_from: Option<Offset>,
@@ -97,21 +99,20 @@ impl Verifier {
 
     /// Judges the sums of the database. Returns `false` if the comparison must be repeated soon.
     fn judge(&self, shared: &Shared, heads: &IndexHeads, suspicion: &mut Suspicion) -> bool {
-        let (found, knew_heads, start, end) = {
+        let (found, start, end) = {
             let mut tail = shared.tail();
-            let knew_heads = tail.knows_heads();
-            (tail.check_heads(heads), knew_heads, tail.start(), tail.next().next)
+            (tail.check_heads(heads), tail.start(), tail.next().next)
         };
         let (partition, position) = (shared.partition, heads.position);
         let is_owning = matches!(shared.standing().status, Status::Owning);
         let error = match found {
             HeadsFound::Whole => {
-                *suspicion = Suspicion::default();
-                shared.mended(&DamageSite::Heads);
-                shared.checked.notify_waiters();
-                if !knew_heads {
+                if !suspicion.was_whole {
                     self.rows_due.notify_one();
                 }
+                *suspicion = Suspicion { was_whole: true, ..Suspicion::default() };
+                shared.mended(&DamageSite::Heads);
+                shared.checked.notify_waiters();
                 return true;
             }
             HeadsFound::Elsewhere if position < start => {
@@ -132,19 +133,22 @@ impl Verifier {
             }
             // An older copy of `kafold_partition` beside newer heads: the heads add up again after
             // the log has been fed again from the older position.
-            HeadsFound::Damaged(_) if !knew_heads && !is_owning => return false,
-            HeadsFound::Damaged(_)
-                if !knew_heads && position < *suspicion.add_up_from.get_or_insert(end) =>
+            HeadsFound::DamagedHeads if !suspicion.was_whole && !is_owning => return false,
+            HeadsFound::DamagedHeads
+                if !suspicion.was_whole && position < *suspicion.add_up_from.get_or_insert(end) =>
             {
                 return false;
             }
-            HeadsFound::Damaged(table) => match heads.check(partition) {
-                Err(error) if table == "kafold_stream" => error,
-                _ => {
-                    let what = format!("it is not what was written below offset {position}");
-                    damaged(partition, table, what)
-                }
-            },
+            HeadsFound::DamagedHeads => {
+                let table = self.index.heads_table();
+                let what = format!("it is not what was written below offset {position}");
+                let differs = || damaged(partition, table, what);
+                heads.check(partition, table).err().unwrap_or_else(differs)
+            }
+            HeadsFound::DamagedTotals => {
+                let what = format!("it is not what was written below offset {position}");
+                damaged(partition, "kafold_partition", what)
+            }
         };
         shared.damaged(DamageSite::Heads, &error);
         false

@@ -2,13 +2,17 @@
 
 mod support;
 
+use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use async_trait::async_trait;
 use futures_util::TryStreamExt;
-use kafold_core::index::{Advanced, IndexBatch, IndexCount, IndexHeads, IndexLoad, IndexRead};
+use kafold_core::digest::BucketDigests;
+use kafold_core::index::{
+    Advanced, IndexBatch, IndexCount, IndexHeads, IndexLoad, IndexRead, SavedDigests,
+};
 use kafold_core::memory::MemoryIndex;
 use kafold_core::store::{Appended, Cursor, Health};
 use kafold_core::testing::{
@@ -29,7 +33,10 @@ fn stream(id: &str) -> StreamId {
 struct TestIndex {
     inner: Mutex<Arc<MemoryIndex>>,
     down: AtomicBool,
+    /// The heads are not answered.
+    heads_wait: AtomicBool,
     batches: Mutex<Vec<(Partition, Offset, usize)>>,
+    saved: Mutex<HashMap<Partition, SavedDigests>>,
 }
 
 impl TestIndex {
@@ -77,7 +84,26 @@ impl StreamIndex for TestIndex {
     }
 
     async fn heads(&self, partition: Partition) -> Result<IndexHeads, ReadError> {
+        if self.heads_wait.load(Ordering::SeqCst) {
+            std::future::pending::<()>().await;
+        }
         self.inner()?.heads(partition).await
+    }
+
+    async fn saved_digests(&self, partition: Partition) -> Result<Option<SavedDigests>, ReadError> {
+        Ok(self.saved.lock().expect("no panic").get(&partition).cloned())
+    }
+
+    async fn save_digests(
+        &self,
+        partition: Partition,
+        at: &Cursor,
+        digests: &BucketDigests,
+    ) -> Result<(), ReadError> {
+        let (at, digests) = (at.clone(), digests.clone());
+        let saved = SavedDigests { at, digests, events: u64::MAX };
+        self.saved.lock().expect("no panic").insert(partition, saved);
+        Ok(())
     }
 
     async fn count(&self) -> Result<Vec<IndexCount>, ReadError> {
@@ -99,6 +125,60 @@ async fn indexed(index: &TestIndex, partition: Partition, stream: &StreamId) -> 
     let load = IndexLoad { partition, stream: stream.clone(), after: Version::EMPTY };
     let reads = index.load(&[load], 10_000).await.into_iter();
     reads.map(|read| read.expect("the index is up").events.len()).sum()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn saved_digests_spare_the_next_owner_the_heads() {
+    let Some(brokers) = support::brokers("saved_digests_spare_the_next_owner_the_heads") else {
+        return;
+    };
+    let config = support::config(&brokers, &support::new_name("saved"), "partitions=1");
+    let index = Arc::new(TestIndex::default());
+    let store = support::open_with(config.clone(), index.clone(), "first").await;
+    support::ready(&store).await;
+    for version in 0..20 {
+        store.append(&stream("a"), exact(version), commit(1)).await.expect("is next");
+    }
+    // Until the heads are compared there is nothing to save.
+    read_gapless(&store, &stream("a"), 20).await;
+    store.shutdown().await;
+    let saved = index.saved.lock().expect("no panic")[&Partition(0)].clone();
+    assert_eq!(saved.at.next, Offset(21), "a claim and twenty events");
+
+    index.heads_wait.store(true, Ordering::SeqCst);
+    let store = support::open_with(config.clone(), index.clone(), "second").await;
+    support::ready(&store).await;
+    store.append(&stream("a"), exact(20), commit(1)).await.expect("is at 20");
+    read_gapless(&store, &stream("a"), 21).await;
+    index.heads_wait.store(false, Ordering::SeqCst);
+    store.shutdown().await;
+
+    // A position below the index's: the log is read from there, and nothing is fed twice.
+    *index.saved.lock().expect("no panic").get_mut(&Partition(0)).expect("saved") = saved.clone();
+    index.batches();
+    index.heads_wait.store(true, Ordering::SeqCst);
+    let store = support::open_with(config.clone(), index.clone(), "third").await;
+    support::ready(&store).await;
+    read_gapless(&store, &stream("a"), 21).await;
+    store.append(&stream("a"), exact(21), commit(1)).await.expect("is at 21");
+    eventually("the index has it", async || {
+        index.batches.lock().expect("no panic").iter().map(|(.., events)| events).sum::<usize>()
+            == 1
+    })
+    .await;
+    index.heads_wait.store(false, Ordering::SeqCst);
+    store.shutdown().await;
+
+    // Digests of another log are none.
+    let other = |state: &str| state.replace("\"partitions\":1", "\"partitions\":2");
+    let mut foreign = saved;
+    foreign.at.state = other(&foreign.at.state);
+    foreign.digests = BucketDigests::default();
+    index.saved.lock().expect("no panic").insert(Partition(0), foreign);
+    let store = support::open_with(config, index, "fourth").await;
+    support::ready(&store).await;
+    read_gapless(&store, &stream("a"), 22).await;
+    store.shutdown().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -1,14 +1,16 @@
-//! [`SqlIndex`]: events by stream and version, in the tables `kafold_event`, `kafold_stream` and
-//! `kafold_partition`.
+//! [`SqlIndex`]: events by stream and version, in the tables `kafold_event` and `kafold_partition`.
 //!
-//! A trigger of the database updates the heads in `kafold_stream` in the statement which adds
-//! events. Other programs can change the tables. So every row of an event carries the digest of its
-//! content, and every row of a partition carries the checksum of its position.
+//! Other programs can change the tables. So every row of an event carries the digest of its
+//! content, and every row of a partition carries the checksum of its position. On PostgreSQL the
+//! head of a stream is the row of its last event, which carries the digest of the stream. On SQLite,
+//! whose `kafold_event` is the embedded store's log too, a trigger updates a table of heads,
+//! `kafold_stream`, in the statement which adds events.
 //!
 //! Fed by the owner of a partition with accepted events only. Whatever is written is a true
 //! statement about a prefix of the log and moves only forward, so two feeders at once do no harm.
 //! The embedded store's log *is* `kafold_event`: there is no index beside it.
 
+mod known;
 mod postgres;
 mod sqlite;
 
@@ -18,10 +20,10 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use kafold_core::clock::SystemClock;
-use kafold_core::digest::{Digest, stream_hash};
+use kafold_core::digest::{BucketDigests, Digest, stream_hash};
 use kafold_core::index::{
     Advanced, IndexBatch, IndexCount, IndexHead, IndexHeads, IndexLoad, IndexRead, IndexTotal,
-    damaged,
+    SavedDigests, damaged,
 };
 use kafold_core::store::{Appended, Cursor, ReadError};
 use kafold_core::{
@@ -33,6 +35,7 @@ use kafold_migrations::micros::Time;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
+use self::known::KnownDigests;
 use crate::sql::reading;
 use crate::transaction::unavailable;
 
@@ -44,12 +47,13 @@ pub(crate) const RETRY_AFTER: Duration = Duration::from_secs(1);
 pub struct SqlIndex {
     database: Database,
     clock: Arc<dyn Clock>,
+    known: Arc<KnownDigests>,
 }
 
 impl SqlIndex {
     /// The index in this database.
     pub fn new(database: Database) -> Self {
-        Self { database, clock: Arc::new(SystemClock) }
+        Self { database, clock: Arc::new(SystemClock), known: Arc::default() }
     }
 
     /// Returns the index's events at the streams and versions of these events, in their order. A
@@ -94,7 +98,9 @@ impl StreamIndex for SqlIndex {
     async fn advance(&self, batches: Vec<IndexBatch>) -> Vec<Result<Advanced, ReadError>> {
         let now = self.clock.now();
         match &self.database {
-            Database::Postgres(database) => postgres::advance(database.pool(), &batches, now).await,
+            Database::Postgres(database) => {
+                postgres::advance(database.pool(), &self.known, &batches, now).await
+            }
             Database::Sqlite(database) => sqlite::advance(database, &batches, now).await,
         }
     }
@@ -115,12 +121,79 @@ impl StreamIndex for SqlIndex {
         loaded.map_err(RowError::into).unwrap_or_else(failed)
     }
 
+    fn heads_table(&self) -> &'static str {
+        match &self.database {
+            Database::Postgres(_) => "kafold_event",
+            Database::Sqlite(_) => "kafold_stream",
+        }
+    }
+
     async fn heads(&self, partition: Partition) -> Result<IndexHeads, ReadError> {
         let heads = match &self.database {
             Database::Postgres(database) => postgres::heads(database.pool(), partition).await,
             Database::Sqlite(database) => sqlite::heads(database.readers(), partition).await,
         };
-        heads.map_err(RowError::into)
+        let heads = heads.map_err(ReadError::from)?;
+        self.known.compared(partition, heads.declared == heads.found);
+        Ok(heads)
+    }
+
+    async fn saved_digests(&self, partition: Partition) -> Result<Option<SavedDigests>, ReadError> {
+        let sql = "SELECT d.next_offset, d.fold_state, d.digests, d.checksum, p.events \
+                   FROM kafold_partition_digest d JOIN kafold_partition p USING (partition) \
+                   WHERE partition = $1";
+        type Saved = (i64, String, Vec<u8>, i64, i64);
+        let row: Result<Option<Saved>, _> = reading!(&self.database, pool => {
+            sqlx::query_as(sql).bind(partition_int(partition)).fetch_optional(pool).await
+        });
+        let Some((next, state, digests, checksum, events)) = row.map_err(read_error)? else {
+            return Ok(None);
+        };
+        let saved = saved_checksum(partition, next, &state, &digests) == checksum;
+        let digests = BucketDigests::from_bytes(&digests).filter(|_| saved);
+        let at = u64::try_from(next).map(|next| Cursor { next: Offset(next), state });
+        let events = events as u64;
+        Ok(digests.zip(at.ok()).map(|(digests, at)| SavedDigests { at, digests, events }))
+    }
+
+    async fn save_digests(
+        &self,
+        partition: Partition,
+        at: &Cursor,
+        digests: &BucketDigests,
+    ) -> Result<(), ReadError> {
+        let sql = "INSERT INTO kafold_partition_digest \
+                     (partition, next_offset, fold_state, digests, checksum) \
+                   VALUES ($1, $2, $3, $4, $5) ON CONFLICT (partition) DO UPDATE \
+                   SET next_offset = excluded.next_offset, fold_state = excluded.fold_state, \
+                     digests = excluded.digests, checksum = excluded.checksum";
+        let (next, digests) = (bigint(at.next.0), digests.to_bytes());
+        let checksum = saved_checksum(partition, next, &at.state, &digests);
+        macro_rules! saving {
+            ($executor:expr) => {
+                sqlx::query(sql)
+                    .bind(partition_int(partition))
+                    .bind(next)
+                    .bind(&*at.state)
+                    .bind(digests)
+                    .bind(checksum)
+                    .execute($executor)
+                    .await
+                    .map(drop)
+            };
+        }
+        let saved = match &self.database {
+            Database::Postgres(database) => saving!(database.pool()),
+            Database::Sqlite(database) => {
+                async {
+                    let mut tx = database.write().await?;
+                    saving!(&mut *tx)?;
+                    tx.commit().await
+                }
+                .await
+            }
+        };
+        saved.map_err(read_error)
     }
 
     async fn count(&self) -> Result<Vec<IndexCount>, ReadError> {
@@ -351,27 +424,43 @@ fn checksum(partition: Partition, next: i64, state: &str) -> i64 {
     Digest::of_parts(place).0 as i64
 }
 
-/// Returns the totals a batch adds to a partition at position `from`. The digest includes the hash
-/// of each new stream, so a head in the wrong bucket is detected.
-fn added(batch: &IndexBatch, from: Offset) -> IndexTotal {
+/// Returns the checksum of saved digests.
+fn saved_checksum(partition: Partition, next: i64, state: &str, digests: &[u8]) -> i64 {
+    let of_place = checksum(partition, next, state);
+    Digest::of_parts([&of_place.to_le_bytes()[..], digests]).0 as i64
+}
+
+/// Returns the totals that events at or above offset `from` add to a partition, from the events and
+/// their digests. The digest includes the hash of each new stream, so a head in the wrong bucket is
+/// detected.
+fn added<'e>(
+    events: impl IntoIterator<Item = (&'e RecordedEvent, Digest)>,
+    from: Offset,
+) -> IndexTotal {
     let mut added = IndexTotal::default();
-    for event in batch.events.iter().filter(|event| event.position.offset >= from) {
-        let hash = if event.version == Version(1) { stream_hash(&event.stream) } else { 0 };
-        added.add(1, Digest(Digest::of(event).0 ^ hash as u64));
+    for (event, digest) in events {
+        if event.position.offset >= from {
+            let hash = if event.version == Version(1) { stream_hash(&event.stream) } else { 0 };
+            added.add(1, Digest(digest.0 ^ hash as u64));
+        }
     }
     added
 }
 
 /// Rejects a head with the hash of the stream and a name with another hash: the head was renamed,
 /// and the stream's own head is missing. Two streams with colliding hashes are no damage.
-fn check_other_head(request: &IndexLoad, other: Option<(String, String)>) -> Result<(), ReadError> {
+fn check_other_head(
+    table: &str,
+    request: &IndexLoad,
+    other: Option<(String, String)>,
+) -> Result<(), ReadError> {
     let Some((category, id)) = other else { return Ok(()) };
     let hash = StreamId::new(&category, &id).map(|other| stream_hash(&other));
     if hash.is_ok_and(|hash| hash == stream_hash(&request.stream)) {
         return Ok(());
     }
     let what = format!("the head of {} stands under another name", request.stream);
-    Err(damaged(request.partition, "kafold_stream", what))
+    Err(damaged(request.partition, table, what))
 }
 
 fn total(events: i64, digest: i64) -> IndexTotal {

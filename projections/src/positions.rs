@@ -173,9 +173,10 @@ async fn clear_index(tx: &mut Transaction<'_>) -> Result<u64, sqlx::Error> {
         execute(tx, "INSERT INTO kafold_unlocked VALUES (1)").await?;
     }
     let events = execute(tx, "DELETE FROM kafold_event").await?;
-    execute(tx, "DELETE FROM kafold_stream").await?;
     execute(tx, "DELETE FROM kafold_partition").await?;
+    execute(tx, "DELETE FROM kafold_partition_digest").await?;
     if is_sqlite {
+        execute(tx, "DELETE FROM kafold_stream").await?;
         execute(tx, "DELETE FROM kafold_unlocked").await?;
     }
     Ok(events)

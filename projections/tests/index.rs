@@ -7,7 +7,8 @@ use std::sync::Arc;
 use chrono::DateTime;
 use common::{Dice, TestDatabase};
 use kafold_core::clock::RandomIds;
-use kafold_core::index::{Advanced, IndexBatch, IndexLoad};
+use kafold_core::digest::BucketDigests;
+use kafold_core::index::{Advanced, IndexBatch, IndexLoad, SavedDigests};
 use kafold_core::store::{Cursor, ReadError};
 use kafold_core::testing::advance;
 use kafold_core::{
@@ -30,6 +31,8 @@ on_both!(
     many_loads_answer_in_their_order,
     a_command_is_found_with_the_position,
     large_batches_are_indexed,
+    saved_digests_are_kept_until_the_index_is_cleared_and_none_if_changed,
+    a_stream_is_appended_to_whoever_wrote_it,
     a_newer_snapshot_replaces_an_older_one,
 );
 
@@ -153,9 +156,10 @@ async fn another_event_at_the_same_offset_is_diverged(database: &TestDatabase) {
     // the difference.
     if advance(&index, batch(0, 2, &[event("b", 1, 0)])).await.is_ok() {
         let heads = index.heads(PARTITION).await.expect("readable");
-        let told =
-            heads.check(PARTITION).expect_err("one event more than its place says").to_string();
-        assert!(told.contains("kafold_stream"), "{told}");
+        let told = heads
+            .check(PARTITION, index.heads_table())
+            .expect_err("one event more than its place says");
+        assert!(told.to_string().contains("kafold_event"), "{told}");
     }
 }
 
@@ -360,6 +364,62 @@ async fn large_batches_are_indexed(database: &TestDatabase) {
     moved(&index, batch(0, 8_000, &events)).await;
     let read = index.load(&[load("a", 0)], 10_000).await.remove(0).expect("readable");
     assert!(read.events == events);
+}
+
+async fn saved_digests_are_kept_until_the_index_is_cleared_and_none_if_changed(
+    database: &TestDatabase,
+) {
+    let index = index(database);
+    moved(&index, batch(0, 3, &[event("a", 1, 1)])).await;
+    let saved = async || index.saved_digests(PARTITION).await.expect("readable");
+    assert_eq!(saved().await, None);
+    let mut digests = BucketDigests::default();
+    index.save_digests(PARTITION, &cursor(2), &digests).await.expect("writable");
+    digests.toggle(&event("a", 1, 1));
+    index.save_digests(PARTITION, &cursor(3), &digests).await.expect("writable");
+    let expected = SavedDigests { at: cursor(3), digests, events: 1 };
+    assert_eq!(saved().await.as_ref(), Some(&expected));
+    for change in [
+        "UPDATE kafold_partition_digest SET next_offset = 2",
+        "UPDATE kafold_partition_digest SET fold_state = ''",
+        "UPDATE kafold_partition_digest SET checksum = 0",
+        "UPDATE kafold_partition_digest SET digests = substr(digests, 2)",
+    ] {
+        database.run(change).await;
+        assert_eq!(saved().await, None, "{change}");
+        index.save_digests(PARTITION, &cursor(3), &expected.digests).await.expect("writable");
+    }
+    assert!(saved().await.is_some());
+    index.clear(Some(PARTITION)).await.expect("cleared");
+    moved(&index, batch(0, 3, &[event("a", 1, 1)])).await;
+    assert_eq!(saved().await, None);
+}
+
+/// The digest of a stream comes from the process's memory or from the table.
+async fn a_stream_is_appended_to_whoever_wrote_it(database: &TestDatabase) {
+    let (one, two) = (index(database), index(database));
+    let log: Vec<_> = (0..200).map(|n| event("a", n + 1, n)).collect();
+    // Few and many, by one and by the other.
+    for (nth, (from, to)) in
+        [(0, 3), (3, 5), (5, 105), (105, 106), (106, 199)].into_iter().enumerate()
+    {
+        let index = if nth % 2 == 0 { &one } else { &two };
+        moved(index, batch(from, to, &log[from as usize..to as usize])).await;
+    }
+    moved(&one, batch(199, 200, &log[199..])).await;
+    let heads = one.heads(PARTITION).await.expect("readable");
+    heads.check(PARTITION, one.heads_table()).expect("they agree");
+    assert_eq!(
+        (heads.found.events, heads.buckets.total()),
+        (200, {
+            let mut buckets = BucketDigests::default();
+            log.iter().for_each(|event| buckets.toggle(event));
+            buckets.total()
+        })
+    );
+    let counts = one.count().await.expect("readable");
+    assert_eq!(counts.len(), 1);
+    counts[0].check().expect("rows and heads agree");
 }
 
 async fn a_newer_snapshot_replaces_an_older_one(database: &TestDatabase) {

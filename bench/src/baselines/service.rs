@@ -5,6 +5,8 @@ use std::collections::HashMap;
 use std::num::NonZeroUsize;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use kafold::digest::stream_hash;
+use kafold::kafka::partitioner::partition_of;
 use kafold::projections::sqlx::{self, PgPool};
 use kafold::{Aggregate, StreamId, codec};
 use lru::LruCache;
@@ -13,6 +15,7 @@ use tokio::sync::{mpsc, oneshot};
 use crate::Failure;
 use crate::baselines::producer::Events;
 use crate::domain::{Account, AccountEvent, Deposit};
+use crate::servers::PARTITIONS;
 
 /// Streams that one query looks up at most, and as many wait for it.
 const LOOK_UPS_MAX: usize = 256;
@@ -81,12 +84,19 @@ async fn look_up(index: PgPool, mut waiting: mpsc::Receiver<Wanted>) {
 }
 
 async fn states(index: &PgPool, ids: &[&str]) -> Result<HashMap<String, Account>, Failure> {
-    let sql = "SELECT e.stream_id, e.payload FROM UNNEST($1::text[]) AS w (id), \
-               LATERAL (SELECT stream_id, version, payload FROM kafold_event \
-                 WHERE category = 'account' AND stream_id = w.id ORDER BY version LIMIT $2) e \
+    let sql = "SELECT e.stream_id, e.payload \
+               FROM UNNEST($1::text[], $3::int4[], $4::int8[]) AS w (id, partition, hash), \
+               LATERAL (SELECT stream_id, version, payload FROM kafold_event e \
+                 WHERE e.partition = w.partition AND e.hash = w.hash AND category = 'account' \
+                   AND stream_id = w.id ORDER BY version LIMIT $2) e \
                ORDER BY e.stream_id, e.version";
-    let rows: Vec<(String, Vec<u8>)> =
-        sqlx::query_as(sql).bind(ids).bind(EVENTS_MAX).fetch_all(index).await?;
+    let streams = ids.iter().map(|id| StreamId::new("account", id));
+    let streams = streams.collect::<Result<Vec<_>, _>>()?;
+    let partition = |stream| partition_of(stream, PARTITIONS).0 as i32;
+    let partitions: Vec<_> = streams.iter().map(partition).collect();
+    let hashes: Vec<_> = streams.iter().map(stream_hash).collect();
+    let query = sqlx::query_as(sql).bind(ids).bind(EVENTS_MAX).bind(partitions).bind(hashes);
+    let rows: Vec<(String, Vec<u8>)> = query.fetch_all(index).await?;
     let mut states: HashMap<String, Account> = HashMap::new();
     for (id, payload) in rows {
         let event: AccountEvent = codec::decode("account.deposited.v1", &payload)?;

@@ -276,10 +276,10 @@ async fn index_alone(bench: &Bench) -> Result<(), Failure> {
     let scratch = bench.servers.database().await?;
     let mut samples = Vec::new();
     let mut feed = IndexFeed::new(STREAMS, 256)?;
+    let index = SqlIndex::new(scratch.database.clone());
     for _ in 0..bench.size.pairs() {
         let batches = feed.batches(events)?;
         let began = now();
-        let index = SqlIndex::new(scratch.database.clone());
         let advance = |batch| {
             let index = index.clone();
             async move { index.advance(vec![batch]).await.remove(0) }

@@ -81,7 +81,7 @@ async fn feed(
     for (partition, end) in ends {
         report.events += feed_partition(log, &*index, partition, end, &progress).await?;
         report.partitions += 1;
-        index.heads(partition).await?.check(partition)?;
+        index.heads(partition).await?.check(partition, index.heads_table())?;
     }
     Ok(report)
 }

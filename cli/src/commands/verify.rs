@@ -172,7 +172,7 @@ impl Index {
                 report.differs(crate::error::chain(&error));
             }
             let heads = self.index.heads(partition).await?;
-            if let Err(error) = heads.check(partition) {
+            if let Err(error) = heads.check(partition, self.index.heads_table()) {
                 report.differs(crate::error::chain(&error));
             }
         }

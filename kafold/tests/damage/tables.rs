@@ -18,9 +18,13 @@ const KEYS: &[(&str, usize)] = &[
     ("kafold_event", 3),
     ("kafold_stream", 4),
     ("kafold_partition", 1),
+    ("kafold_partition_digest", 1),
     ("kafold_snapshot", 2),
     ("kafold_log", 1),
 ];
+
+/// The column `hash` of `kafold_event` on PostgreSQL.
+const HASH: usize = 11;
 
 impl Tables {
     pub(crate) async fn read(database: &Database) -> Self {
@@ -48,14 +52,25 @@ impl Tables {
         self.0.get_mut(table).expect("a table").clear();
     }
 
-    /// Moves the first head to another bucket and deletes the events of its stream. Returns the
-    /// stream's name.
+    /// Hides a stream: on SQLite moves the first head to another bucket and deletes the events of
+    /// its stream, on PostgreSQL moves the events to another bucket. Returns the stream's name.
     pub(crate) fn hide_stream(&mut self) -> String {
-        let head = &mut self.0.get_mut("kafold_stream").expect("a table")[0];
-        let hash: i64 = head[1].trim_matches('\'').parse().expect("a number");
-        head[1] = (hash ^ (1 << 60)).to_string();
-        let name = head[2..4].to_vec();
-        self.0.get_mut("kafold_event").expect("a table").retain(|row| row[..2] != name);
+        let moved = |hash: &mut String| {
+            let old: i64 = hash.trim_matches('\'').parse().expect("a number");
+            *hash = (old ^ (1 << 60)).to_string();
+        };
+        let name = if let Some(heads) = self.0.get_mut("kafold_stream") {
+            moved(&mut heads[0][1]);
+            let name = heads[0][2..4].to_vec();
+            self.0.get_mut("kafold_event").expect("a table").retain(|row| row[..2] != name);
+            name
+        } else {
+            let events = self.0.get_mut("kafold_event").expect("a table");
+            let name = events[0][..2].to_vec();
+            let of_stream = events.iter_mut().filter(|row| row[..2] == name);
+            of_stream.for_each(|row| moved(&mut row[HASH]));
+            name
+        };
         name.join("-").replace('\'', "")
     }
 
@@ -194,14 +209,16 @@ async fn run(database: &Database, statements: &[String]) -> Result<(), sqlx::Err
         Database::Postgres(server) => {
             let mut connection = server.pool().acquire().await?;
             let mut tx = connection.begin().await?;
-            for (table, _) in KEYS.iter().filter(|(table, _)| *table != "kafold_log") {
+            let only_sqlite = ["kafold_log", "kafold_stream"];
+            for (table, _) in KEYS.iter().filter(|(table, _)| !only_sqlite.contains(table)) {
                 let off = format!("ALTER TABLE {table} DISABLE TRIGGER USER");
                 sqlx::query(AssertSqlSafe(off)).execute(&mut *tx).await?;
             }
             for statement in statements {
                 sqlx::query(AssertSqlSafe(statement.clone())).execute(&mut *tx).await?;
             }
-            for (table, _) in KEYS.iter().filter(|(table, _)| *table != "kafold_log") {
+            let only_sqlite = ["kafold_log", "kafold_stream"];
+            for (table, _) in KEYS.iter().filter(|(table, _)| !only_sqlite.contains(table)) {
                 let on = format!("ALTER TABLE {table} ENABLE TRIGGER USER");
                 sqlx::query(AssertSqlSafe(on)).execute(&mut *tx).await?;
             }

@@ -1,17 +1,24 @@
 //! The statements of the index on PostgreSQL.
 
+use std::collections::HashMap;
+use std::collections::hash_map::Entry;
+
 use chrono::{DateTime, Utc};
-use kafold_core::digest::{Bucket, Digest, stream_hash};
-use kafold_core::index::{Advanced, IndexBatch, IndexCount, IndexHeads, IndexLoad, IndexRead};
+use kafold_core::digest::{BUCKET_SHIFT, Bucket, Digest, stream_hash};
+use kafold_core::index::{
+    Advanced, IndexBatch, IndexCount, IndexHeads, IndexLoad, IndexRead, IndexTotal, damaged,
+};
 use kafold_core::mutant::{self, Mutant};
 use kafold_core::store::{Cursor, ReadError};
-use kafold_core::{Offset, Partition, RecordedEvent};
+use kafold_core::{Offset, Partition, RecordedEvent, StreamId, Version};
 use sqlx::postgres::{PgArguments, PgExecutor};
-use sqlx::query::Query;
+use sqlx::query::{Query, QueryAs};
 use sqlx::{FromRow, PgConnection, PgPool, Postgres, Row};
+use uuid::Uuid;
 
 use crate::copy::CopyRows;
 
+use super::known::KnownDigests;
 use super::{
     IndexedRow, More, RowError, Stored, added, bigint, check_other_head, check_stored, checksum,
     cursor, cut, head, partition_int, partition_of, place, read_error, total,
@@ -31,21 +38,37 @@ pub(super) const FIND_COMMAND: &str = "WITH c AS MATERIALIZED (SELECT category, 
 /// Events from which on a batch goes by COPY: for fewer its round trips cost more than it gives.
 const COPY_EVENTS_MIN: usize = 50;
 
-/// Almost always the index stands exactly where the batches begin and has none of them. What is not so
-/// is looked at closely, one batch at a time.
+/// An event as a row to insert.
+struct NewRow<'e> {
+    event: &'e RecordedEvent,
+    digest: Digest,
+    /// The digest of the stream's events up to this one.
+    stream_digest: Digest,
+}
+
+/// A batch as rows to insert. Batches are numbered from 1.
+struct NumberedBatch<'b> {
+    nth: i64,
+    batch: &'b IndexBatch,
+    rows: Vec<NewRow<'b>>,
+}
+
+impl NumberedBatch<'_> {
+    /// Returns the totals that the rows add to a partition at position `from`.
+    fn added(&self, from: Offset) -> IndexTotal {
+        added(self.rows.iter().map(|row| (row.event, row.digest)), from)
+    }
+}
+
+/// Adds all batches in one transaction when the index stands at their beginnings and has none of
+/// their events, which is almost always so. Adds any other batch in a transaction of its own.
 pub(super) async fn advance(
     pool: &PgPool,
+    known: &KnownDigests,
     batches: &[IndexBatch],
     now: DateTime<Utc>,
 ) -> Vec<Result<Advanced, ReadError>> {
-    let numbered = batches.iter().zip(1..);
-    let events =
-        numbered.flat_map(|(batch, nth)| batch.events.iter().map(move |event| (nth, event)));
-    let events: Vec<_> = events.collect();
-    let appended = match events.len() {
-        COPY_EVENTS_MIN.. => append_by_copy(pool, batches, &events, now).await,
-        _ => append(pool, batches, &events, now).await,
-    };
+    let appended = append_all(pool, known, batches, now).await;
     let moved = match appended {
         Ok(moved) => moved,
         Err(error) if is_taken(&error) => Vec::new(),
@@ -58,7 +81,7 @@ pub(super) async fn advance(
     for (batch, nth) in batches.iter().zip(1..) {
         answers.push(match moved.contains(&nth) {
             true => Ok(Advanced::Moved),
-            false => advance_checked(pool, batch, now).await.map_err(RowError::into),
+            false => advance_checked(pool, known, batch, now).await.map_err(RowError::into),
         });
     }
     answers
@@ -68,17 +91,110 @@ fn is_taken(error: &sqlx::Error) -> bool {
     error.as_database_error().is_some_and(|error| error.is_unique_violation())
 }
 
+/// Appends the batches whose streams are complete up to the batch. Returns the numbers of the
+/// batches which moved their partitions.
+async fn append_all(
+    pool: &PgPool,
+    known: &KnownDigests,
+    batches: &[IndexBatch],
+    now: DateTime<Utc>,
+) -> Result<Vec<i64>, sqlx::Error> {
+    let mut tips = tips(pool, known, batches).await?;
+    let mut numbered = Vec::with_capacity(batches.len());
+    for (batch, nth) in batches.iter().zip(1..) {
+        if let Ok(rows) = rows_of(batch, &mut tips) {
+            numbered.push(NumberedBatch { nth, batch, rows });
+        }
+    }
+    let events = numbered.iter().map(|batch| batch.rows.len()).sum();
+    let moved = match events {
+        COPY_EVENTS_MIN.. => append_by_copy(pool, &numbered, now).await?,
+        _ => append(pool, &numbered, &rows_with_batch(&numbered), now).await?,
+    };
+    known.put(tips.into_iter().map(|(stream, tip)| (stream, tip.version, tip.digest)));
+    Ok(moved)
+}
+
+/// The last event of a stream: its version, and the digest of the stream up to it.
+#[derive(Clone, Copy, Default)]
+struct Tip {
+    version: Version,
+    digest: Digest,
+}
+
+/// Returns the tip of each stream before the first event of the stream in the batches. A stream
+/// without that event in the index has none.
+async fn tips<'b>(
+    database: impl PgExecutor<'_>,
+    known: &KnownDigests,
+    batches: &'b [IndexBatch],
+) -> Result<HashMap<&'b StreamId, Tip>, sqlx::Error> {
+    let mut tips = HashMap::new();
+    let mut wanted = Vec::new();
+    for event in batches.iter().flat_map(|batch| &batch.events) {
+        let Entry::Vacant(entry) = tips.entry(&event.stream) else { continue };
+        let version = Version(event.version.0.saturating_sub(1));
+        let digest = match version {
+            Version::EMPTY => Some(Digest::default()),
+            _ => known.get(&event.stream, version),
+        };
+        if digest.is_none() {
+            wanted.push(event);
+        }
+        entry.insert(digest.map(|digest| Tip { version, digest }));
+    }
+    if !wanted.is_empty() {
+        let sql = "SELECT u.nth, e.stream_digest \
+                   FROM UNNEST($1::int4[], $2::int8[], $3::text[], $4::text[], $5::int8[]) \
+                     WITH ORDINALITY AS u (partition, hash, category, stream_id, version, nth) \
+                   JOIN LATERAL (SELECT stream_digest FROM kafold_event e \
+                     WHERE e.partition = u.partition AND e.hash = u.hash \
+                       AND e.category = u.category AND e.stream_id = u.stream_id \
+                       AND e.version = u.version - 1 LIMIT 1) e ON true";
+        let found: Vec<(i64, i64)> =
+            with_keys(sqlx::query_as(sql), &wanted).fetch_all(database).await?;
+        for (nth, digest) in found {
+            let event = wanted[usize::try_from(nth - 1).unwrap_or(usize::MAX)];
+            let version = Version(event.version.0.saturating_sub(1));
+            tips.insert(&event.stream, Some(Tip { version, digest: Digest(digest as u64) }));
+        }
+    }
+    Ok(tips.into_iter().filter_map(|(stream, tip)| Some((stream, tip?))).collect())
+}
+
+/// Returns the rows of a batch's events, or the first event which does not follow the stream's tip.
+/// Moves the tips to the last events.
+fn rows_of<'b>(
+    batch: &'b IndexBatch,
+    tips: &mut HashMap<&'b StreamId, Tip>,
+) -> Result<Vec<NewRow<'b>>, &'b RecordedEvent> {
+    let row = |event: &'b RecordedEvent| {
+        let tip = tips.get_mut(&event.stream).filter(|tip| tip.version.plus(1) == event.version);
+        let tip = tip.ok_or(event)?;
+        let digest = Digest::of(event);
+        tip.version = event.version;
+        tip.digest ^= digest;
+        Ok(NewRow { event, digest, stream_digest: tip.digest })
+    };
+    batch.events.iter().map(row).collect()
+}
+
+fn rows_with_batch<'n, 'b>(batches: &'n [NumberedBatch<'b>]) -> Vec<(i64, &'n NewRow<'b>)> {
+    let rows = |batch: &'n NumberedBatch<'b>| batch.rows.iter().map(|row| (batch.nth, row));
+    batches.iter().flat_map(rows).collect()
+}
+
 /// Moves the partitions that stand at the beginning of their batches to the end of them, and adds those
-/// of the events that belong to these; batches are numbered from 1, and those numbers are answered. The
-/// index stands elsewhere than where the others begin.
+/// of the rows that belong to these. Returns the numbers of these batches. The index stands elsewhere
+/// than where the others begin.
 ///
 /// Partitions are locked in their order, so that two who do this do not wait for each other. The
 /// transaction does not wait until it is on disk: a server that crashes may forget the last of them,
 /// rows and places together, and the owner feeds it again.
 async fn append(
     database: impl PgExecutor<'_>,
-    batches: &[IndexBatch],
-    events: &[(i64, &RecordedEvent)],
+    batches: &[NumberedBatch<'_>],
+    rows: &[(i64, &NewRow<'_>)],
     now: DateTime<Utc>,
 ) -> Result<Vec<i64>, sqlx::Error> {
     let sql = "WITH locked AS MATERIALIZED (SELECT partition FROM kafold_partition \
@@ -88,7 +204,7 @@ async fn append(
                    events = p.events + b.events, digest = p.digest # b.digest, \
                    checksum = b.checksum \
                  FROM locked JOIN UNNEST($1::int4[], $2::int8[], $3::int8[], $4::text[], \
-                     $6::int8[], $7::int8[], $8::int8[]) WITH ORDINALITY \
+                     $6::int8[], $7::int8[], $8::int8[], $9::int8[]) \
                    AS b (partition, start, next, state, events, digest, checksum, nth) \
                    USING (partition) \
                  WHERE p.partition = locked.partition AND p.next_offset = b.start \
@@ -96,45 +212,47 @@ async fn append(
                  RETURNING b.nth), \
                appended AS (INSERT INTO kafold_event (category, stream_id, version, partition, \
                    \"offset\", event_id, event_type, recorded_at, command_id, metadata, payload, \
-                   hash, digest) \
+                   hash, digest, stream_digest) \
                  SELECT category, stream_id, version, partition, \"offset\", event_id, event_type, \
-                   recorded_at, command_id, metadata, payload, hash, digest \
-                 FROM UNNEST($9::int8[], $10::text[], $11::text[], $12::int8[], $13::int4[], \
-                   $14::int8[], $15::uuid[], $16::text[], $17::timestamptz[], $18::uuid[], \
-                   $19::text[], $20::bytea[], $21::int8[], $22::int8[]) \
+                   recorded_at, command_id, metadata, payload, hash, digest, stream_digest \
+                 FROM UNNEST($10::int8[], $11::text[], $12::text[], $13::int8[], $14::int4[], \
+                   $15::int8[], $16::uuid[], $17::text[], $18::timestamptz[], $19::uuid[], \
+                   $20::text[], $21::bytea[], $22::int8[], $23::int8[], $24::int8[]) \
                    AS e (nth, category, stream_id, version, partition, \"offset\", event_id, \
-                     event_type, recorded_at, command_id, metadata, payload, hash, digest) \
+                     event_type, recorded_at, command_id, metadata, payload, hash, digest, \
+                     stream_digest) \
                  WHERE nth IN (SELECT nth FROM moved)) \
                SELECT nth, set_config('synchronous_commit', 'off', true) FROM moved";
-    let totals = column(batches, |batch| added(batch, batch.from));
+    let totals = column(batches, |numbered| numbered.added(numbered.batch.from));
     let query = sqlx::query(sql)
-        .bind(column(batches, |batch| partition_int(batch.partition)))
-        .bind(column(batches, |batch| bigint(batch.from.0)))
-        .bind(column(batches, |batch| bigint(batch.to.next.0)))
-        .bind(column(batches, |batch| &*batch.to.state))
+        .bind(column(batches, |numbered| partition_int(numbered.batch.partition)))
+        .bind(column(batches, |numbered| bigint(numbered.batch.from.0)))
+        .bind(column(batches, |numbered| bigint(numbered.batch.to.next.0)))
+        .bind(column(batches, |numbered| &*numbered.batch.to.state))
         .bind(now)
         .bind(column(&totals, |total| bigint(total.events)))
         .bind(column(&totals, |total| total.digest.0 as i64))
-        .bind(column(batches, checksum_of))
-        .bind(column(events, |(nth, _)| *nth));
-    let rows = with_events(query, events, |(_, event)| event).fetch_all(database).await?;
-    rows.iter().map(|row| row.try_get("nth")).collect()
+        .bind(column(batches, |numbered| checksum_of(numbered.batch)))
+        .bind(column(batches, |numbered| numbered.nth))
+        .bind(column(rows, |(nth, _)| *nth));
+    let moved = with_rows(query, rows, |(_, row)| row).fetch_all(database).await?;
+    moved.iter().map(|row| row.try_get("nth")).collect()
 }
 
 /// As [`append`], for many events.
 async fn append_by_copy(
     pool: &PgPool,
-    batches: &[IndexBatch],
-    events: &[(i64, &RecordedEvent)],
+    batches: &[NumberedBatch<'_>],
     now: DateTime<Utc>,
 ) -> Result<Vec<i64>, sqlx::Error> {
     let mut tx = pool.begin().await?;
     let moved = append(&mut *tx, batches, &[], now).await?;
     let sql = "COPY kafold_event (category, stream_id, version, partition, \"offset\", event_id, \
-               event_type, recorded_at, command_id, metadata, payload, hash, digest) \
+               event_type, recorded_at, command_id, metadata, payload, hash, digest, stream_digest) \
                FROM STDIN WITH (FORMAT binary)";
-    let mut copy = CopyRows::begin(&mut tx, sql, 13).await?;
-    for (_, event) in events.iter().filter(|(nth, _)| moved.contains(nth)) {
+    let mut copy = CopyRows::begin(&mut tx, sql, 14).await?;
+    let moved_batches = batches.iter().filter(|batch| moved.contains(&batch.nth));
+    for NewRow { event, digest, stream_digest } in moved_batches.flat_map(|batch| &batch.rows) {
         copy.row().await?;
         copy.field(event.stream.category())?;
         copy.field(event.stream.id())?;
@@ -148,16 +266,18 @@ async fn append_by_copy(
         copy.field(More::text_of(&event.metadata))?;
         copy.field(&*event.payload)?;
         copy.field(stream_hash(&event.stream))?;
-        copy.field(Digest::of(event).0 as i64)?;
+        copy.field(digest.0 as i64)?;
+        copy.field(stream_digest.0 as i64)?;
     }
     copy.finish().await?;
     tx.commit().await?;
     Ok(moved)
 }
 
-/// Whatever the index has and wherever it stands.
+/// Adds a batch wherever the index stands, and whatever it has.
 async fn advance_checked(
     pool: &PgPool,
+    known: &KnownDigests,
     batch: &IndexBatch,
     now: DateTime<Utc>,
 ) -> Result<Advanced, RowError> {
@@ -170,14 +290,21 @@ async fn advance_checked(
         tx.rollback().await?;
         return Ok(Advanced::Behind(Some(position)));
     }
-    if insert(&mut tx, &batch.events).await? < batch.events.len() as u64 {
+    let mut tips = tips(&mut *tx, known, std::slice::from_ref(batch)).await?;
+    let rows = rows_of(batch, &mut tips).map_err(|event| {
+        let RecordedEvent { stream, version, .. } = event;
+        let what = format!("the event before version {version} of {stream} is missing");
+        damaged(batch.partition, "kafold_event", what)
+    })?;
+    let numbered = NumberedBatch { nth: 1, batch, rows };
+    if insert(&mut tx, &numbered.rows).await? < batch.events.len() as u64 {
         check_stored(batch, &stored(&mut tx, &batch.events).await?)?;
     }
     if batch.to.next > position.next {
         let sql = "UPDATE kafold_partition SET next_offset = $2, fold_state = $3, updated_at = $4, \
                      events = events + $5, digest = digest # $6, checksum = $7 \
                    WHERE partition = $1";
-        let added = added(batch, position.next);
+        let added = numbered.added(position.next);
         let query = sqlx::query(sql).bind(partition_int(batch.partition));
         let query = query.bind(bigint(batch.to.next.0)).bind(&batch.to.state).bind(now);
         let query = query.bind(bigint(added.events)).bind(added.digest.0 as i64);
@@ -211,98 +338,125 @@ async fn locked_position(
     Ok(row.map(cursor).transpose()?)
 }
 
-/// Answers how many events were not there yet.
-async fn insert(
-    connection: &mut PgConnection,
-    events: &[RecordedEvent],
-) -> Result<u64, sqlx::Error> {
-    if events.is_empty() {
+/// Returns the number of rows which were not there yet.
+async fn insert(connection: &mut PgConnection, rows: &[NewRow<'_>]) -> Result<u64, sqlx::Error> {
+    if rows.is_empty() {
         return Ok(0);
     }
     let sql = "INSERT INTO kafold_event (category, stream_id, version, partition, \"offset\", \
-                 event_id, event_type, recorded_at, command_id, metadata, payload, hash, digest) \
+                 event_id, event_type, recorded_at, command_id, metadata, payload, hash, digest, \
+                 stream_digest) \
                SELECT * FROM UNNEST($1::text[], $2::text[], $3::int8[], $4::int4[], $5::int8[], \
                  $6::uuid[], $7::text[], $8::timestamptz[], $9::uuid[], $10::text[], $11::bytea[], \
-                 $12::int8[], $13::int8[]) \
+                 $12::int8[], $13::int8[], $14::int8[]) \
                ON CONFLICT DO NOTHING";
-    let query = with_events(sqlx::query(sql), events, |event| event);
+    let query = with_rows(sqlx::query(sql), rows, |row| row);
     Ok(query.execute(connection).await?.rows_affected())
 }
 
 /// Binds an array for each column of `kafold_event`, in their order.
-fn with_events<'q, T>(
+fn with_rows<'q, 'e: 'q, T>(
     query: PgQuery<'q>,
     items: &'q [T],
-    event: impl Fn(&'q T) -> &'q RecordedEvent,
+    row: impl Fn(&'q T) -> &'q NewRow<'e>,
 ) -> PgQuery<'q> {
     query
-        .bind(column(items, |item| event(item).stream.category()))
-        .bind(column(items, |item| event(item).stream.id()))
-        .bind(column(items, |item| bigint(event(item).version.0)))
-        .bind(column(items, |item| partition_int(event(item).position.partition)))
-        .bind(column(items, |item| bigint(event(item).position.offset.0)))
-        .bind(column(items, |item| event(item).metadata.event_id))
-        .bind(column(items, |item| &*event(item).event_type))
-        .bind(column(items, |item| event(item).metadata.recorded_at))
-        .bind(column(items, |item| event(item).command_id.0))
-        .bind(column(items, |item| More::text_of(&event(item).metadata)))
-        .bind(column(items, |item| &*event(item).payload))
-        .bind(column(items, |item| stream_hash(&event(item).stream)))
-        .bind(column(items, |item| Digest::of(event(item)).0 as i64))
+        .bind(column(items, |item| row(item).event.stream.category()))
+        .bind(column(items, |item| row(item).event.stream.id()))
+        .bind(column(items, |item| bigint(row(item).event.version.0)))
+        .bind(column(items, |item| partition_int(row(item).event.position.partition)))
+        .bind(column(items, |item| bigint(row(item).event.position.offset.0)))
+        .bind(column(items, |item| row(item).event.metadata.event_id))
+        .bind(column(items, |item| &*row(item).event.event_type))
+        .bind(column(items, |item| row(item).event.metadata.recorded_at))
+        .bind(column(items, |item| row(item).event.command_id.0))
+        .bind(column(items, |item| More::text_of(&row(item).event.metadata)))
+        .bind(column(items, |item| &*row(item).event.payload))
+        .bind(column(items, |item| stream_hash(&row(item).event.stream)))
+        .bind(column(items, |item| row(item).digest.0 as i64))
+        .bind(column(items, |item| row(item).stream_digest.0 as i64))
+}
+
+/// Binds an array for each column of the primary key, in their order.
+fn with_keys<'q, O>(
+    query: QueryAs<'q, Postgres, O, PgArguments>,
+    events: &'q [&RecordedEvent],
+) -> QueryAs<'q, Postgres, O, PgArguments> {
+    query
+        .bind(column(events, |event| partition_int(event.position.partition)))
+        .bind(column(events, |event| stream_hash(&event.stream)))
+        .bind(column(events, |event| event.stream.category()))
+        .bind(column(events, |event| event.stream.id()))
+        .bind(column(events, |event| bigint(event.version.0)))
 }
 
 fn checksum_of(batch: &IndexBatch) -> i64 {
     checksum(batch.partition, bigint(batch.to.next.0), &batch.to.state)
 }
 
-/// What lies at the streams and versions of these events.
+/// Returns what is stored at the streams and versions of these events.
 async fn stored(
     connection: &mut PgConnection,
     events: &[RecordedEvent],
 ) -> Result<Stored, sqlx::Error> {
     let sql = "SELECT e.category, e.stream_id, e.version, e.partition, e.\"offset\", e.event_id, \
                  e.digest \
-               FROM UNNEST($1::text[], $2::text[], $3::int8[]) AS u (category, stream_id, version) \
-               JOIN kafold_event e USING (category, stream_id, version)";
-    let query = sqlx::query(sql)
-        .bind(column(events, |event| event.stream.category()))
-        .bind(column(events, |event| event.stream.id()))
-        .bind(column(events, |event| bigint(event.version.0)));
-    let rows = query.fetch_all(connection).await?;
-    rows.iter()
-        .map(|row| {
-            let key = (row.try_get(0)?, row.try_get(1)?, row.try_get(2)?);
-            Ok((key, (row.try_get(3)?, row.try_get(4)?, row.try_get(5)?, row.try_get(6)?)))
-        })
-        .collect()
+               FROM UNNEST($1::int4[], $2::int8[], $3::text[], $4::text[], $5::int8[]) \
+                 AS u (partition, hash, category, stream_id, version) \
+               JOIN kafold_event e USING (partition, hash, category, stream_id, version)";
+    type Row = (String, String, i64, i32, i64, Uuid, i64);
+    let rows: Vec<Row> = with_keys(sqlx::query_as(sql), &column(events, |event| event))
+        .fetch_all(connection)
+        .await?;
+    let stored =
+        rows.into_iter().map(|(category, id, version, partition, offset, event, digest)| {
+            ((category, id, version), (partition, offset, event, digest))
+        });
+    Ok(stored.collect())
 }
 
-/// Runs all requests in one statement, and so in one snapshot. Looks up each head by key, because
-/// the planner may underestimate the table of heads and read the whole table.
+/// Runs all requests in one statement, and so in one snapshot.
+///
+/// The heads of the bucket are found by a loose index scan, from the highest stream to the lowest:
+/// the time depends on the number of streams, not of events.
 pub(super) async fn load(
     pool: &PgPool,
     requests: &[IndexLoad],
     limit: usize,
 ) -> Result<Vec<Result<IndexRead, ReadError>>, RowError> {
-    let sql = "SELECT r.nth, COALESCE(p.next_offset, 0) AS next_offset, h.version AS head_version, \
-                 h.digest AS head_digest, COALESCE(b.digest, 0) AS bucket, \
-                 o.category AS other_category, o.stream_id AS other_id, e.category, e.stream_id, \
-                 e.version, e.partition, e.\"offset\", e.event_id, e.event_type, e.recorded_at, \
-                 e.command_id, e.metadata, e.payload, e.digest \
+    let sql = "SELECT r.nth, COALESCE(p.next_offset, 0) AS next_offset, \
+                 b.head_version, b.head_digest, COALESCE(b.digest, 0) AS bucket, \
+                 b.other_category, b.other_id, e.category, e.stream_id, e.version, e.partition, \
+                 e.\"offset\", e.event_id, e.event_type, e.recorded_at, e.command_id, e.metadata, \
+                 e.payload, e.digest \
                FROM UNNEST($1::int4[], $2::text[], $3::text[], $4::int8[], $6::int8[], $7::int8[], \
                    $8::int8[]) WITH ORDINALITY \
                  AS r (partition, category, stream_id, after, hash, lowest, highest, nth) \
                LEFT JOIN kafold_partition p ON p.partition = r.partition \
-               LEFT JOIN LATERAL (SELECT version, digest FROM kafold_stream s \
-                 WHERE s.partition = r.partition AND s.hash = r.hash \
-                   AND s.category = r.category AND s.stream_id = r.stream_id LIMIT 1) h ON true \
-               LEFT JOIN LATERAL (SELECT category, stream_id FROM kafold_stream s \
-                 WHERE s.partition = r.partition AND s.hash = r.hash \
-                   AND (s.category <> r.category OR s.stream_id <> r.stream_id) LIMIT 1) o ON true \
-               LEFT JOIN LATERAL (SELECT bit_xor(digest) AS digest FROM kafold_stream s \
-                 WHERE s.partition = r.partition AND s.hash BETWEEN r.lowest AND r.highest) b ON true \
+               CROSS JOIN LATERAL (WITH RECURSIVE head AS ( \
+                   (SELECT hash, category, stream_id, version, stream_digest FROM kafold_event e \
+                     WHERE e.partition = r.partition AND e.hash BETWEEN r.lowest AND r.highest \
+                     ORDER BY e.partition DESC, e.hash DESC, e.category DESC, e.stream_id DESC, \
+                       e.version DESC LIMIT 1) \
+                   UNION ALL SELECT e.* FROM head h \
+                   CROSS JOIN LATERAL (SELECT hash, category, stream_id, version, stream_digest \
+                     FROM kafold_event e WHERE e.partition = r.partition AND e.hash >= r.lowest \
+                       AND (e.hash, e.category, e.stream_id) < (h.hash, h.category, h.stream_id) \
+                     ORDER BY e.partition DESC, e.hash DESC, e.category DESC, e.stream_id DESC, \
+                       e.version DESC LIMIT 1) e) \
+                 SELECT bit_xor(stream_digest) AS digest, \
+                   max(version) FILTER (WHERE is_own) AS head_version, \
+                   bit_xor(stream_digest) FILTER (WHERE is_own) AS head_digest, \
+                   (array_agg(category) FILTER (WHERE is_other))[1] AS other_category, \
+                   (array_agg(stream_id) FILTER (WHERE is_other))[1] AS other_id \
+                 FROM (SELECT *, \
+                     hash = r.hash AND category = r.category AND stream_id = r.stream_id AS is_own, \
+                     hash = r.hash AND (category <> r.category OR stream_id <> r.stream_id) \
+                       AS is_other \
+                   FROM head) h) b \
                LEFT JOIN LATERAL (SELECT * FROM kafold_event e \
-                 WHERE e.category = r.category AND e.stream_id = r.stream_id \
+                 WHERE e.partition = r.partition AND e.hash = r.hash \
+                   AND e.category = r.category AND e.stream_id = r.stream_id \
                    AND e.version > r.after \
                  ORDER BY e.version LIMIT $5) e ON true \
                ORDER BY r.nth, e.version";
@@ -336,7 +490,7 @@ pub(super) async fn load(
         read.bucket = Digest(row.try_get::<i64, _>("bucket")? as u64);
         let other: Option<String> = row.try_get("other_category")?;
         let other = other.zip(row.try_get("other_id")?);
-        if let Err(error) = check_other_head(&requests[index], other) {
+        if let Err(error) = check_other_head("kafold_event", &requests[index], other) {
             *answer = Err(error);
             continue;
         }
@@ -357,12 +511,16 @@ pub(super) async fn heads(pool: &PgPool, partition: Partition) -> Result<IndexHe
                  s.hashes \
                FROM (SELECT 1) o \
                LEFT JOIN kafold_partition p ON p.partition = $1 \
-               LEFT JOIN (SELECT hash >> 52 AS bucket, \
+               LEFT JOIN (SELECT hash >> $2 AS bucket, \
                    LEAST(sum(version), 9223372036854775807)::int8 AS events, \
-                   bit_xor(digest) AS digest, bit_xor(hash) AS hashes \
-                 FROM kafold_stream WHERE partition = $1 GROUP BY 1) s ON true";
+                   bit_xor(stream_digest) AS digest, bit_xor(hash) AS hashes \
+                 FROM (SELECT DISTINCT ON (hash, category, stream_id) hash, version, stream_digest \
+                   FROM kafold_event WHERE partition = $1 \
+                   ORDER BY hash DESC, category DESC, stream_id DESC, version DESC) h \
+                 GROUP BY 1) s ON true";
     let mut heads = IndexHeads::default();
-    for row in &sqlx::query(sql).bind(partition_int(partition)).fetch_all(pool).await? {
+    let query = sqlx::query(sql).bind(partition_int(partition)).bind(BUCKET_SHIFT as i32);
+    for row in &query.fetch_all(pool).await? {
         heads.position = place(partition, row.try_get::<Option<i64>, _>(0)?.unwrap_or(0))?;
         let declared = (row.try_get::<Option<i64>, _>(1)?, row.try_get::<Option<i64>, _>(2)?);
         heads.declared = total(declared.0.unwrap_or(0), declared.1.unwrap_or(0));
@@ -370,7 +528,7 @@ pub(super) async fn heads(pool: &PgPool, partition: Partition) -> Result<IndexHe
         let of_bucket = total(row.try_get(4)?, row.try_get(5)?);
         let hashes: i64 = row.try_get(6)?;
         heads.found.add(of_bucket.events, Digest(of_bucket.digest.0 ^ hashes as u64));
-        heads.buckets.add(Bucket::of_hash(bucket << 52), of_bucket.digest);
+        heads.buckets.add(Bucket::of_hash(bucket << BUCKET_SHIFT), of_bucket.digest);
     }
     Ok(heads)
 }
@@ -380,21 +538,22 @@ pub(super) async fn count(pool: &PgPool) -> Result<Vec<IndexCount>, RowError> {
     let sql = "SELECT partition, e.events, e.digest, s.events, s.digest \
                FROM (SELECT partition, count(*) AS events, bit_xor(digest) AS digest \
                  FROM kafold_event GROUP BY partition) e \
-               FULL JOIN (SELECT partition, \
+               JOIN (SELECT partition, \
                    LEAST(sum(version), 9223372036854775807)::int8 AS events, \
-                   bit_xor(digest) AS digest \
-                 FROM kafold_stream GROUP BY partition) s USING (partition)";
-    let mut counts = Vec::new();
-    for row in &sqlx::query(sql).fetch_all(pool).await? {
-        let number =
-            |index| Ok::<_, sqlx::Error>(row.try_get::<Option<i64>, _>(index)?.unwrap_or(0));
-        counts.push(IndexCount {
-            partition: partition_of(row.try_get(0)?)?,
-            rows: total(number(1)?, number(2)?),
-            heads: total(number(3)?, number(4)?),
-        });
-    }
-    Ok(counts)
+                   bit_xor(stream_digest) AS digest \
+                 FROM (SELECT DISTINCT ON (partition, hash, category, stream_id) partition, version, \
+                     stream_digest FROM kafold_event \
+                   ORDER BY partition DESC, hash DESC, category DESC, stream_id DESC, version DESC) \
+                   h GROUP BY partition) s USING (partition)";
+    let rows: Vec<(i32, i64, i64, i64, i64)> = sqlx::query_as(sql).fetch_all(pool).await?;
+    let counts = rows.into_iter().map(|(partition, events, digest, head_events, head_digest)| {
+        Ok(IndexCount {
+            partition: partition_of(partition)?,
+            rows: total(events, digest),
+            heads: total(head_events, head_digest),
+        })
+    });
+    counts.collect()
 }
 
 /// Returns the rows at the streams and versions of the events.
@@ -403,22 +562,28 @@ pub(super) async fn find(
     events: &[RecordedEvent],
 ) -> Result<Vec<Option<Result<RecordedEvent, ReadError>>>, RowError> {
     let sql = "SELECT u.nth, e.* \
-               FROM UNNEST($1::text[], $2::text[], $3::int8[]) WITH ORDINALITY \
-                 AS u (category, stream_id, version, nth) \
-               JOIN LATERAL (SELECT * FROM kafold_event e WHERE e.category = u.category \
-                 AND e.stream_id = u.stream_id AND e.version = u.version LIMIT 1) e ON true";
-    let query = sqlx::query(sql)
-        .bind(column(events, |event| event.stream.category()))
-        .bind(column(events, |event| event.stream.id()))
-        .bind(column(events, |event| bigint(event.version.0)));
+               FROM UNNEST($1::int4[], $2::int8[], $3::text[], $4::text[], $5::int8[]) \
+                 WITH ORDINALITY AS u (partition, hash, category, stream_id, version, nth) \
+               JOIN LATERAL (SELECT * FROM kafold_event e WHERE e.partition = u.partition \
+                 AND e.hash = u.hash AND e.category = u.category AND e.stream_id = u.stream_id \
+                 AND e.version = u.version LIMIT 1) e ON true";
     let mut found: Vec<_> = events.iter().map(|_| None).collect();
-    for row in &query.fetch_all(pool).await? {
-        let nth: i64 = row.try_get("nth")?;
+    let keys = column(events, |event| event);
+    let rows: Vec<FoundRow> = with_keys(sqlx::query_as(sql), &keys).fetch_all(pool).await?;
+    for FoundRow { nth, row } in rows {
         let index = usize::try_from(nth - 1).unwrap_or(usize::MAX);
         let place = found.get_mut(index).expect("rows are numbered by the events");
-        *place = Some(IndexedRow::from_row(row)?.event());
+        *place = Some(row.event());
     }
     Ok(found)
+}
+
+/// A row of [`find`], with the number of the event from 1 on.
+#[derive(FromRow)]
+struct FoundRow {
+    nth: i64,
+    #[sqlx(flatten)]
+    row: IndexedRow,
 }
 
 /// Deletes in one transaction, with the setting which disarms the triggers.
@@ -427,15 +592,15 @@ pub(super) async fn clear(pool: &PgPool, partition: Option<Partition>) -> Result
     sqlx::query("SET LOCAL kafold.index_rebuild = 'on'").execute(&mut *tx).await?;
     match partition {
         None => {
-            let sql = "TRUNCATE kafold_partition, kafold_event, kafold_stream";
+            let sql = "TRUNCATE kafold_partition, kafold_partition_digest, kafold_event";
             sqlx::query(sql).execute(&mut *tx).await?;
         }
         Some(partition) => {
             // Deletes the position first: a feeder of the partition waits for this row.
             for sql in [
                 "DELETE FROM kafold_partition WHERE partition = $1",
+                "DELETE FROM kafold_partition_digest WHERE partition = $1",
                 "DELETE FROM kafold_event WHERE partition = $1",
-                "DELETE FROM kafold_stream WHERE partition = $1",
             ] {
                 sqlx::query(sql).bind(partition_int(partition)).execute(&mut *tx).await?;
             }

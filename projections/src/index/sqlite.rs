@@ -73,7 +73,8 @@ async fn advance_one(
                      events = events + $5, digest = (digest | $6) - (digest & $6), checksum = $7 \
                    WHERE partition = $1";
         let next = bigint(batch.to.next.0);
-        let added = added(batch, position.next);
+        let events = batch.events.iter().map(|event| (event, Digest::of(event)));
+        let added = added(events, position.next);
         let query = sqlx::query(sql).bind(partition_int(batch.partition));
         let query = query.bind(next).bind(&batch.to.state).bind(micros::to_micros(now));
         let query = query.bind(bigint(added.events)).bind(added.digest.0 as i64);
@@ -190,7 +191,8 @@ pub(super) async fn load(
             .into_iter()
             .partition(|(of, stream_id, ..)| (&**of, &**stream_id) == (category, id));
         let mut others = others.into_iter().map(|(category, stream_id, ..)| (category, stream_id));
-        let checked = others.try_for_each(|other| check_other_head(request, Some(other)));
+        let checked =
+            others.try_for_each(|other| check_other_head("kafold_stream", request, Some(other)));
         let (lowest, highest) = Bucket::of_hash(hash).hashes();
         let query = sqlx::query_scalar(bucket_sql).bind(partition).bind(lowest).bind(highest);
         let mut bucket = Digest::default();
@@ -295,6 +297,7 @@ pub(super) async fn clear(
     let mut tx = database.write().await?;
     sqlx::query("INSERT INTO kafold_unlocked VALUES (1)").execute(&mut *tx).await?;
     for sql in [
+        "DELETE FROM kafold_partition_digest WHERE $1 IS NULL OR partition = $1",
         "DELETE FROM kafold_partition WHERE $1 IS NULL OR partition = $1",
         "DELETE FROM kafold_event WHERE $1 IS NULL OR partition = $1",
         "DELETE FROM kafold_stream WHERE $1 IS NULL OR partition = $1",

@@ -35,7 +35,8 @@ async fn check_index(database: &Database, checks: &mut Checks) -> Result<(), Err
     let index = SqlIndex::new(database.clone());
     let mut differences = Vec::new();
     for (partition, _) in index.cursors().await? {
-        differences.extend(index.heads(partition).await?.check(partition).err());
+        let heads = index.heads(partition).await?;
+        differences.extend(heads.check(partition, index.heads_table()).err());
     }
     let counts = index.count().await?;
     differences.extend(counts.iter().filter_map(|count| count.check().err()));
