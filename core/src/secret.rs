@@ -138,8 +138,18 @@ fn in_credentials(file: &Path, credentials: Option<&Path>) -> PathBuf {
     credential.filter(|credential| credential.exists()).unwrap_or_else(|| file.to_owned())
 }
 
+/// Returns a path for messages. A path with the rest of a mistyped URL may hold a secret and is not
+/// shown.
+pub fn shown_path(path: &Path) -> String {
+    let shown = path.display().to_string();
+    match shown.contains(['=', '&', ';', '?']) {
+        false => shown,
+        true => "(a path that is not shown, it may hold a secret)".to_owned(),
+    }
+}
+
 fn read_file(file: &Path, readable_allowed: bool) -> Result<Secret, SecretError> {
-    let shown = file.display();
+    let shown = shown_path(file);
     let failed = |error: io::Error| {
         SecretError::new(
             format!("the secret file {shown} cannot be read: {error}"),

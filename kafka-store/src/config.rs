@@ -580,7 +580,8 @@ fn shown_key(key: &str) -> String {
 
 /// Returns a part of the URL in printable form, unless the part may hold a secret.
 fn shown_part(part: &str) -> String {
-    match part.len() <= 2 * NAME_BYTES_MAX && !part.contains(['=', '&', '%', '@', '?']) {
+    let is_plain = |c: char| c.is_alphanumeric() || "-_.:[] /".contains(c);
+    match part.len() <= 2 * NAME_BYTES_MAX && part.chars().all(is_plain) {
         true => format!("{part:?}"),
         false => "(not shown, it may hold a secret)".to_owned(),
     }
@@ -605,7 +606,12 @@ fn check_brokers(brokers: &str) -> Result<(), ConfigError> {
         if broker.contains('@') {
             return Err(ConfigError::Login);
         }
-        let wrong = |problem| Err(ConfigError::Broker { broker: shown_part(broker), problem });
+        // USER:PASSWORD without a host looks like a host with a port.
+        let shown = match broker.rsplit_once(':') {
+            Some((host, port)) if !port.bytes().all(|b| b.is_ascii_digit()) => host,
+            _ => broker,
+        };
+        let wrong = |problem| Err(ConfigError::Broker { broker: shown_part(shown), problem });
         // The last colon: an IPv6 address in brackets has more of them.
         let Some((host, port)) = broker.rsplit_once(':') else { return wrong("has no port") };
         if host.is_empty() {

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use chrono::{DateTime, SecondsFormat, Utc};
 use kafold_core::Clock;
+use tokio::runtime::Handle;
 use tokio::task::JoinSet;
 
 use crate::client::{Inquirer, Refusal};
@@ -26,6 +27,8 @@ const RIGHTS_DELAY: Duration = Duration::from_millis(500);
 const LOGIN_INTERVAL: Duration = Duration::from_secs(10);
 /// Timeout of one request of a right's probe.
 const TIMEOUT: Duration = Duration::from_secs(2);
+/// Probers at the same time after a failed start.
+const PROBERS: usize = 3;
 /// Interval of the log lines for the same refusal.
 const LOG_INTERVAL: Duration = Duration::from_secs(60);
 
@@ -226,20 +229,20 @@ pub(crate) async fn explain(
     }
     let (mut config, clock) = (config.clone(), Arc::clone(clock));
     config.limits.request_timeout = config.limits.request_timeout.min(TIMEOUT);
-    let asked = tokio::task::spawn_blocking(move || missing(&config, role, clock));
+    let asked = tokio::task::spawn_blocking(move || missing(&config, role, &clock));
     asked.await.ok().flatten().unwrap_or(error)
 }
 
-fn missing(config: &KafkaConfig, role: Role, clock: Arc<dyn Clock>) -> Option<OpenError> {
+fn missing(config: &KafkaConfig, role: Role, clock: &Arc<dyn Clock>) -> Option<OpenError> {
     let inquirer = Inquirer::new(config).ok()?;
     match inquirer.topic(&config.events_topic()) {
         Ok(_) => {}
         Err(error) if is_denial(&error) => {}
         Err(_) => return None,
     }
-    let mut prober = Prober::new(config, Arc::new(inquirer), clock);
-    let needed = role.rights(config).into_iter().filter(|right| right.without.is_none());
-    let missing: Vec<_> = needed.filter(|right| prober.ask(right) == Answer::Missing).collect();
+    let mut needed = role.rights(config);
+    needed.retain(|right| right.without.is_none());
+    let missing = missing_of(&needed, config, &Arc::new(inquirer), clock);
     let (first, others) = missing.split_first()?;
     let mut cause = format!("{first} is missing for this user");
     if !others.is_empty() {
@@ -251,6 +254,28 @@ fn missing(config: &KafkaConfig, role: Role, clock: Arc<dyn Clock>) -> Option<Op
         doing: format!("what a {} does", role.name()),
         remedy: first.remedy(config, role),
         cause: Box::<dyn std::error::Error + Send + Sync>::from(cause).into(),
+    })
+}
+
+/// Returns the missing ones of the rights. A first start names them within seconds, so several
+/// probers work at the same time.
+fn missing_of<'r>(
+    rights: &'r [Right],
+    config: &KafkaConfig,
+    inquirer: &Arc<Inquirer>,
+    clock: &Arc<dyn Clock>,
+) -> Vec<&'r Right> {
+    let runtime = Handle::current();
+    let probe = |rights: &'r [Right]| -> Vec<&'r Right> {
+        let _entered = runtime.enter();
+        let mut prober = Prober::new(config, Arc::clone(inquirer), Arc::clone(clock));
+        rights.iter().filter(|right| prober.ask(right) == Answer::Missing).collect()
+    };
+    std::thread::scope(|scope| {
+        let parts = rights.chunks(rights.len().div_ceil(PROBERS).max(1));
+        let probes: Vec<_> = parts.map(|part| scope.spawn(|| probe(part))).collect();
+        // A prober which panicked has found nothing; the first error stands.
+        probes.into_iter().flat_map(|probe| probe.join().unwrap_or_default()).collect()
     })
 }
 

@@ -108,8 +108,18 @@ fn examine_one(client: &ClientConfig, address: &str) -> Option<Refusal> {
         Ok(_) if logs_in(client) => None,
         Ok(_) => wants_login(&mut *stream, address),
         Err(error) if is_encrypted(client) => refuses_certificate(client, address, &error),
-        Err(_) => takes_tls(client, address),
+        Err(error) => takes_tls(client, address).or_else(|| is_no_broker(address, &error)),
     }
+}
+
+/// Detects a server of another protocol, such as a database or a web server.
+fn is_no_broker(address: &str, error: &io::Error) -> Option<Refusal> {
+    (error.kind() == io::ErrorKind::InvalidData).then(|| {
+        Refusal::new(
+            format!("{address} does not answer as a Kafka broker does"),
+            "give HOST:PORT of a broker in the URL",
+        )
+    })
 }
 
 /// Detects a clear-text broker behind a client with TLS.
@@ -394,5 +404,32 @@ mod tls {
         _: bool,
     ) -> Result<Box<dyn Stream>, Failure> {
         Err(Failure::Io(std::io::Error::other("this program was built without TLS")))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Read, Write};
+    use std::net::TcpListener;
+
+    use super::*;
+
+    #[test]
+    fn a_server_of_another_protocol_is_no_broker() {
+        let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
+        let address = listener.local_addr().expect("its address").to_string();
+        let serving = std::thread::spawn(move || {
+            // The request of Kafka, and the handshake of TLS.
+            for _ in 0..2 {
+                let (mut stream, _) = listener.accept().expect("a connection");
+                let _ = stream.read(&mut [0; 512]).expect("a request");
+                stream.write_all(b"HTTP/1.1 400 Bad Request\r\n\r\n").expect("an answer");
+            }
+        });
+        let mut client = ClientConfig::new();
+        client.set("bootstrap.servers", &address);
+        let refusal = examine(&client, None).expect("not a broker");
+        assert!(refusal.cause.contains("does not answer as a Kafka broker does"), "{refusal:?}");
+        serving.join().expect("no panic");
     }
 }

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use kafold_core::Clock;
 use kafold_core::clock::SystemClock;
-use kafold_core::secret::SecretSource;
+use kafold_core::secret::{SecretSource, shown_path};
 use percent_encoding::percent_decode_str;
 use secrecy::SecretString;
 
@@ -107,7 +107,7 @@ impl Password {
 impl fmt::Debug for Password {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match &self.source {
-            SecretSource::File(file) if file.is_absolute() => write!(f, "@{}", file.display()),
+            SecretSource::File(file) if file.is_absolute() => write!(f, "@{}", shown_path(file)),
             SecretSource::Literal(_) | SecretSource::File(_) | SecretSource::Environment(_) => {
                 f.write_str(HIDDEN)
             }
@@ -134,7 +134,7 @@ pub(crate) fn check_mode(path: &Path) -> Result<(), String> {
         true => Err(format!(
             "names {}, which others can read: run chmod o-rwx on it, or accept it with \
              ?allow_unsafe={READABLE}",
-            path.display()
+            shown_path(path)
         )),
     }
 }

@@ -23,8 +23,8 @@ pub struct Tail {
     next: Checkpoint,
     /// The digests of the events below `start`; `None` before they are known.
     digests: Option<BucketDigests>,
-    /// The position of the digests which were saved last.
-    saved: Offset,
+    /// The position of the digests which were saved last, if any are.
+    saved: Option<Offset>,
     commits: VecDeque<Proven>,
     streams: HashMap<StreamId, VecDeque<Arc<RecordedEvent>>>,
     events: usize,
@@ -89,7 +89,7 @@ impl Tail {
     pub fn new(partition: Partition, from: Checkpoint) -> Self {
         Self {
             partition,
-            saved: from.next,
+            saved: None,
             start: from.clone(),
             next: from,
             digests: None,
@@ -103,7 +103,7 @@ impl Tail {
 
     /// Creates the empty tail at the position of saved digests.
     pub fn with_digests(partition: Partition, from: Checkpoint, digests: BucketDigests) -> Self {
-        Self { digests: Some(digests), ..Self::new(partition, from) }
+        Self { digests: Some(digests), saved: Some(from.next), ..Self::new(partition, from) }
     }
 
     /// Adds what is proven, in the order of the log. Whether who feeds the index wants to know.
@@ -247,9 +247,10 @@ impl Tail {
     /// Returns the digests of the events below the start, if the start is at least `offsets` above
     /// the digests which were saved last. The caller saves the digests.
     pub fn digests_to_save(&mut self, offsets: u64) -> Option<(Checkpoint, BucketDigests)> {
-        let is_due = self.start() > self.saved && self.start().0 - self.saved.0 >= offsets;
+        let start = self.start();
+        let is_due = self.saved.is_none_or(|saved| start.0 - saved.0 >= offsets.max(1));
         let digests = self.digests.as_ref().filter(|_| is_due)?.clone();
-        self.saved = self.start();
+        self.saved = Some(start);
         Some((self.start.clone(), digests))
     }
 
@@ -396,7 +397,8 @@ pub(crate) mod tests {
         assert!(tail.digests_to_save(1).is_none(), "not known");
         let from = Checkpoint::default();
         let mut tail = Tail { digests: Some(BucketDigests::default()), ..self::tail() };
-        assert!(tail.digests_to_save(1).is_none(), "nothing is dropped");
+        assert!(tail.digests_to_save(9).is_some(), "none are saved");
+        assert!(tail.digests_to_save(0).is_none(), "nothing is dropped since");
         assert!(tail.drop_below(Offset(3)) && !tail.drop_below(Offset(3)));
         assert!(tail.digests_to_save(4).is_none(), "three offsets are too few");
         let (at, digests) = tail.digests_to_save(3).expect("due");

@@ -25,6 +25,9 @@ const REPLICATION_DEFAULT: usize = 3;
 const COMMANDS_RETENTION_MS: &str = "86400000";
 /// Answers to them are kept for an hour.
 const REPLIES_RETENTION_MS: &str = "3600000";
+/// Longest wait for the settings of a topic which the asked broker may not have heard of yet. A
+/// missing right looks the same, and a first start names the right within seconds.
+const SETTINGS_PATIENCE: Duration = Duration::from_secs(3);
 /// Between two looks at a topic that is being created.
 const CREATION_POLL: Duration = Duration::from_millis(50);
 /// Kafka's own `group.min.session.timeout.ms`, should a broker not tell.
@@ -275,7 +278,8 @@ impl<'a> Preparation<'a> {
 
     /// The settings of a topic that is there.
     pub(crate) fn describe_topic(&self, topic: &str) -> Result<ConfigResource, OpenError> {
-        let deadline = self.clock.instant() + self.config.limits.request_timeout;
+        let patience = self.config.limits.request_timeout.min(SETTINGS_PATIENCE);
+        let deadline = self.clock.instant() + patience;
         let mut pause = CREATION_POLL;
         let wanted = ResourceSpecifier::Topic(topic);
         let doing = format!("reading the settings of topic {topic}");

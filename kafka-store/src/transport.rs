@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::{Path, PathBuf};
 
+use kafold_core::secret::shown_path;
 use rdkafka::ClientConfig;
 use secrecy::ExposeSecret;
 
@@ -170,7 +171,7 @@ const KEY: (&str, &str) = ("PRIVATE KEY-----", "private key");
 
 /// Checks a file before librdkafka does: librdkafka's error names only the setting, not the file.
 fn check_file(option: &str, path: &Path, (mark, what): (&str, &str)) -> Result<(), ConfigError> {
-    let shown = path.display();
+    let shown = shown_path(path);
     let problem = match std::fs::read(path) {
         Ok(bytes) if String::from_utf8_lossy(&bytes).contains(mark) => return Ok(()),
         Ok(_) => format!("names {shown}, which holds no {what}; name a PEM file"),

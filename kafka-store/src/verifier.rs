@@ -1,9 +1,9 @@
 //! Compares the tables of the stream index with each other and with the digests in this process's
-//! memory. The first comparison follows the take-over of a partition, because loads wait for the
-//! result; later comparisons repeat.
+//! memory. The first comparison follows the take-over of a partition. Loads wait for its result when no
+//! digests were saved; later comparisons repeat.
 //!
-//! The database adds up the heads of a partition. Afterwards a process keeps only the digests in
-//! its [`Tail`](crate::tail::Tail), which no other program can change.
+//! The database adds up the heads of a partition. The [`Tail`](crate::tail::Tail) has the digests,
+//! which no other program can change.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -12,7 +12,7 @@ use futures_util::TryStreamExt;
 use kafold_core::clock::within;
 use kafold_core::index::{IndexCount, IndexHeads, damaged};
 use kafold_core::{Clock, Offset, ReadError, StreamIndex, Version};
-use tokio::sync::Notify;
+use tokio::sync::{Notify, Semaphore};
 
 use crate::loader::Loader;
 use crate::partition::{DamageSite, Shared};
@@ -21,6 +21,8 @@ use crate::writer::Status;
 
 /// Least wait between two comparisons of the heads of one partition.
 const HEADS_INTERVAL_MIN: Duration = Duration::from_secs(10);
+/// Most partitions whose heads are added up at the same time.
+const HEADS_QUERIES_MAX: usize = 4;
 /// Least wait between two counts of all rows.
 const ROWS_INTERVAL_MIN: Duration = Duration::from_secs(60);
 /// Factor from a comparison's duration to the least wait before the next: comparisons use at most a
@@ -44,6 +46,7 @@ pub(crate) struct Verifier {
     loader: Arc<Loader>,
     partitions: Vec<Arc<Shared>>,
     clock: Arc<dyn Clock>,
+    turns: Semaphore,
     /// Notified when partitions are taken.
     rows_due: Notify,
 }
@@ -68,7 +71,8 @@ impl Verifier {
         partitions: Vec<Arc<Shared>>,
         clock: Arc<dyn Clock>,
     ) -> Arc<Self> {
-        Arc::new(Self { index, loader, partitions, clock, rows_due: Notify::new() })
+        let turns = Semaphore::new(HEADS_QUERIES_MAX);
+        Arc::new(Self { index, loader, partitions, clock, turns, rows_due: Notify::new() })
     }
 
     /// Compares the heads of a partition while this process owns the partition. The caller ends the
@@ -77,8 +81,11 @@ impl Verifier {
         shared.wait_for_place().await;
         let mut suspicion = Suspicion::default();
         loop {
+            // Loads need connections to the database, too. The semaphore is never closed.
+            let turn = self.turns.acquire().await;
             let begun = self.clock.instant();
             let heads = self.index.heads(shared.partition).await;
+            drop(turn);
             let taken = self.clock.instant().saturating_duration_since(begun);
             let wait = match heads {
                 Ok(heads) => match self.judge(&shared, &heads, &mut suspicion) {

@@ -1,11 +1,13 @@
 //! A PostgreSQL database: a pool with its limits.
 
+use std::path::Path;
 use std::str::FromStr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use kafold_core::Clock;
 use kafold_core::clock::SystemClock;
+use kafold_core::secret::shown_path;
 use sqlx::postgres::{PgConnectOptions, PgPoolOptions, PgSslMode};
 use sqlx::{Connection, PgConnection, PgPool};
 use tokio::time::timeout;
@@ -282,13 +284,7 @@ fn options(url: &PostgresUrl) -> Result<(PgConnectOptions, Vec<String>), Databas
         );
     }
     for (name, file) in &url.files {
-        // The driver would treat a missing file like an unreachable server.
-        std::fs::File::open(file).map_err(|error| {
-            DatabaseError::refused(
-                format!("{shown}: the file {} of {name} cannot be read: {error}", file.display()),
-                "name a file that this user can read",
-            )
-        })?;
+        check_file(shown, name, file)?;
     }
     let is_local = is_socket(&options) || transport::is_loopback(options.get_host());
     let has_authorities = url.files.iter().any(|(name, _)| *name == "sslrootcert")
@@ -311,6 +307,29 @@ fn options(url: &PostgresUrl) -> Result<(PgConnectOptions, Vec<String>), Databas
 
 fn is_socket(options: &PgConnectOptions) -> bool {
     options.get_socket().is_some() || options.get_host().starts_with('/')
+}
+
+/// Rejects an unreadable file, which the driver treats like an unreachable server, and a file without
+/// a certificate or key, whose content the driver ignores.
+fn check_file(url: &str, name: &str, file: &Path) -> Result<(), DatabaseError> {
+    let shown = shown_path(file);
+    let content = std::fs::read(file).map_err(|error| {
+        DatabaseError::refused(
+            format!("{url}: the file {shown} of {name} cannot be read: {error}"),
+            "name a file that this user can read",
+        )
+    })?;
+    let (mark, what) = match name {
+        "sslkey" => ("PRIVATE KEY-----", "private key"),
+        _ => ("CERTIFICATE-----", "certificate"),
+    };
+    if String::from_utf8_lossy(&content).contains(mark) {
+        return Ok(());
+    }
+    Err(DatabaseError::refused(
+        format!("{url}: the file {shown} of {name} holds no {what}"),
+        "name a PEM file",
+    ))
 }
 
 /// Maps PGSSLMODE; the driver reports `Prefer` when the variable is unset.
@@ -358,6 +377,10 @@ async fn migrate(shown: &str, connection: &mut PgConnection) -> Result<(), Datab
 
 async fn standing(shown: &str, connection: &mut PgConnection) -> Result<Standing, DatabaseError> {
     let failed = |error| opening_failed(shown, error);
+    if let Some(line) = rights::hidden_tables(connection).await.map_err(failed)? {
+        let what = format!("{shown}: the login has no right to see whether the tables are current");
+        return Err(DatabaseError::refused(what, format!("run {line}")));
+    }
     let there = sqlx::query_scalar("SELECT to_regclass('kafold_migrations') IS NOT NULL");
     let there: bool = there.fetch_one(&mut *connection).await.map_err(failed)?;
     let applied: Vec<Applied> = match there {

@@ -170,6 +170,27 @@ pub async fn missing(
     Ok(lines)
 }
 
+/// Returns the GRANT line without which the login does not see the table of migrations. PostgreSQL
+/// leaves a schema without USAGE out of the search path, so the tables of the schema seem missing.
+pub(crate) async fn hidden_tables(
+    connection: &mut PgConnection,
+) -> Result<Option<String>, sqlx::Error> {
+    let sql = "SELECT current_user::text, n.nspname::text, has_schema_privilege(n.oid, 'USAGE') \
+               FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace \
+               WHERE c.relname = $1 AND c.relkind = 'r' \
+                 AND n.nspname = ANY(string_to_array(replace(replace( \
+                   current_setting('search_path'), '\"$user\"', current_user), ' ', ''), ',')) \
+                 AND NOT (has_schema_privilege(n.oid, 'USAGE') \
+                   AND has_table_privilege(c.oid, 'SELECT')) \
+               LIMIT 1";
+    let query = sqlx::query_as(sql).bind(schema::TABLE);
+    let found: Option<(String, String, bool)> = query.fetch_optional(connection).await?;
+    Ok(found.map(|(login, schema, has_usage)| match has_usage {
+        true => grant(&["SELECT"], schema::TABLE, &quoted(&login)),
+        false => grant(&["USAGE"], &format!("SCHEMA {}", quoted(&schema)), &quoted(&login)),
+    }))
+}
+
 /// Returns the toolkit's tables with an owner other than the login.
 async fn foreign_tables(
     connection: &mut PgConnection,

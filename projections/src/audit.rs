@@ -24,6 +24,8 @@ const PAGE_ROWS: i64 = 1_000;
 const FINDINGS_MAX: usize = 10;
 /// The action of the row written by a prune.
 const PRUNE: &str = "prune";
+/// Most earlier prunes in the row of a prune.
+const EARLIER_MAX: usize = 100;
 
 /// One act, and who asked for it.
 #[derive(Debug, Clone, Copy)]
@@ -127,7 +129,8 @@ pub struct AuditVerification {
 impl Control {
     /// Removes the oldest acts from the record, up to the first act at or after `before`, and
     /// writes a row with the count and the reason. Returns the number of removed acts; 0 writes no
-    /// row.
+    /// row. The row repeats the newest 100 of the removed rows of earlier prunes, so those stay on
+    /// record.
     ///
     /// Rejects an empty reason. Events and checkpoints are never removed by age. Skipped events
     /// stay as long as their generation, because they name the events missing from its rows.
@@ -140,6 +143,7 @@ impl Control {
             open.rollback().await?;
             return Ok(0);
         };
+        let earlier = earlier_prunes(tx, last).await?;
         let pruned = delete_up_to(tx, last).await?;
         let sql = "UPDATE kafold_audit_head \
                    SET pruned_id = $1, pruned_hash = $2, row_count = row_count - $3";
@@ -150,7 +154,7 @@ impl Control {
         head.row_count -= pruned;
         let details = json!({
             "rows": pruned, "before": before, "last_id": last, "last_hash": hex(&hash),
-            "reason": reason,
+            "reason": reason, "earlier": earlier,
         });
         let act = Act { actor: by.actor, action: PRUNE };
         add_behind(tx, head, act, None, details, self.clock.now()).await?;
@@ -191,6 +195,29 @@ async fn last_older(
     either!(tx, connection => {
         sqlx::query_as(sql).bind(Time(before)).fetch_optional(&mut **connection).await
     })
+}
+
+/// Returns the rows of the prunes up to a row, and the prunes which these rows repeat, oldest first.
+async fn earlier_prunes(tx: &mut Transaction<'_>, last: i64) -> Result<Vec<Value>, sqlx::Error> {
+    let sql = "SELECT id, at, actor, action, projection, details FROM kafold_audit \
+               WHERE action = $1 AND id <= $2 ORDER BY id";
+    let rows: Vec<AuditContent> = either!(tx, connection => {
+        sqlx::query_as(sql).bind(PRUNE).bind(last).fetch_all(&mut **connection).await?
+    });
+    let mut prunes = Vec::new();
+    for AuditContent { id, at, actor, details, .. } in rows {
+        let details = details.as_deref().map(serde_json::from_str);
+        let mut details: Value = details.and_then(Result::ok).unwrap_or_default();
+        if let Some(Value::Array(earlier)) = details.get_mut("earlier").map(Value::take) {
+            prunes.extend(earlier);
+        }
+        let of = |name| details.get(name).cloned().unwrap_or_default();
+        prunes.push(json!({
+            "id": id, "at": at, "actor": actor, "rows": of("rows"), "before": of("before"),
+            "last_id": of("last_id"), "last_hash": of("last_hash"), "reason": of("reason"),
+        }));
+    }
+    Ok(prunes.split_off(prunes.len().saturating_sub(EARLIER_MAX)))
 }
 
 /// Returns the number of deleted rows.

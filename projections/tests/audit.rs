@@ -8,6 +8,7 @@ use kafold_core::clock::SystemClock;
 use kafold_migrations::{Database, Mode};
 use kafold_projections::sqlx::{self, AssertSqlSafe, Executor};
 use kafold_projections::{AuditVerification, By, Control, ControlError};
+use serde_json::Value;
 
 on_both!(
     a_record_that_nobody_touched_verifies,
@@ -232,6 +233,16 @@ async fn a_prune_is_on_record_and_the_rest_verifies(database: &TestDatabase) {
     assert_eq!(control.prune(SystemClock.now(), ME).await.expect("pruned"), 2, "a prune, too");
     let found = verify(&control).await;
     assert_eq!((found.rows, found.pruned_to, found.findings), (1, 6, Vec::new()));
+    control.resume("sales", ME).await.expect("entered");
+    assert_eq!(control.prune(SystemClock.now(), ME).await.expect("pruned"), 2);
+    let acts = control.audit(None, 10).await.expect("readable");
+    let details: Value =
+        serde_json::from_str(acts[0].details.as_deref().expect("details")).expect("JSON");
+    let earlier = details["earlier"].as_array().expect("a list").iter();
+    let earlier: Vec<_> =
+        earlier.map(|prune| [&prune["id"], &prune["rows"], &prune["last_id"]]).collect();
+    assert_eq!(earlier, [[5, 4, 4], [7, 2, 6]], "both prunes stay on record");
+    assert_eq!(details["earlier"][0]["reason"], "a test");
     let refused = run(database, "DELETE FROM kafold_audit").await;
     assert!(refused.is_err(), "what let go of the rows keeps them again");
 }
@@ -272,9 +283,9 @@ async fn writers_at_once_make_one_chain(database: &TestDatabase) {
 
 async fn rows_of_before_the_chain_are_chained_by_the_migration(database: &TestDatabase) {
     // The tables before the migration: rows without hashes, and with gaps.
-    let (last, now) = match database.database {
-        Database::Postgres(_) => (12, "now()"),
-        Database::Sqlite(_) => (14, "1700000000000000"),
+    let (chaining, now) = match database.database {
+        Database::Postgres(_) => (13, "now()"),
+        Database::Sqlite(_) => (15, "1700000000000000"),
     };
     for id in [1, 2, 5, 6] {
         let sql = format!(
@@ -283,9 +294,8 @@ async fn rows_of_before_the_chain_are_chained_by_the_migration(database: &TestDa
         );
         run(database, &sql).await.expect("inserted");
     }
-    run(database, &format!("DELETE FROM kafold_migrations WHERE version > {last}"))
-        .await
-        .expect("x");
+    let undone = format!("DELETE FROM kafold_migrations WHERE version = {chaining}");
+    run(database, &undone).await.expect("deleted");
     let again = match database.database {
         Database::Postgres(_) => {
             "DROP TABLE kafold_audit_head; DROP FUNCTION kafold_audit_head_kept"

@@ -34,8 +34,11 @@ pub(crate) mod problem;
 mod queries;
 pub(crate) mod server;
 
-/// Requests under way at most; one more is answered 503 at once.
+/// Most requests under way; one more is answered 503 at once. A request whose body has not arrived
+/// is not under way, so half-sent bodies keep no client out.
 const REQUESTS_MAX: usize = 1024;
+/// Most bodies above [`extract::SMALL_BODY_BYTES_MAX`] in memory; one more is answered 503.
+const LARGE_BODIES_MAX: usize = 256;
 
 /// How long things may take.
 #[derive(Debug, Clone, Copy)]
@@ -68,7 +71,8 @@ pub(crate) struct App {
     pub(crate) ids: Arc<dyn IdGenerator>,
     pub(crate) limits: Limits,
     pub(crate) metrics: PrometheusHandle,
-    pub(crate) permits: Semaphore,
+    pub(crate) permits: Arc<Semaphore>,
+    pub(crate) large_bodies: Semaphore,
     /// There once log and database have been opened.
     service: OnceLock<Arc<Service>>,
     /// What the start waits for.
@@ -87,7 +91,8 @@ impl App {
             ids,
             limits,
             metrics,
-            permits: Semaphore::new(REQUESTS_MAX),
+            permits: Arc::new(Semaphore::new(REQUESTS_MAX)),
+            large_bodies: Semaphore::new(LARGE_BODIES_MAX),
             service: OnceLock::new(),
             starting: Mutex::new("the service is starting".to_owned()),
         }

@@ -50,12 +50,15 @@ fn no_request_of_the_corpus_harms_the_service(stack: &Stack) {
 
 /// Deadline for the end of half-sent requests.
 const HALF_SENT_MAX: Duration = Duration::from_secs(15);
-/// Number of half-sent requests: above the limit of connections.
+/// Number of half-sent heads: above the limit of connections.
 const HALF_SENT: usize = 5_000;
+/// Number of half-sent bodies: above the limit of requests under way.
+const HALF_SENT_BODIES: usize = 1_100;
 
 #[test]
 fn half_sent_requests_end_in_time_and_keep_nobody_out() {
-    rlimit::increase_nofile_limit(HALF_SENT as u64 + 1_000).expect("a limit of open files");
+    rlimit::increase_nofile_limit((HALF_SENT + HALF_SENT_BODIES) as u64 + 1_000)
+        .expect("a limit of open files");
     let service = Stack::embedded().serve();
     let before = service.descriptors();
     let half = |text: &str| {
@@ -66,8 +69,8 @@ fn half_sent_requests_end_in_time_and_keep_nobody_out() {
     let head = "POST /orders HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n";
     let mut half_sent: Vec<_> = (0..HALF_SENT).map(|_| half(head)).collect();
     let ((), took) = timed(|| {
-        let bodies =
-            (0..10).map(|_| half(&format!("{head}content-length: 1000\r\n\r\n{{\"customer\"")));
+        let bodies = (0..HALF_SENT_BODIES)
+            .map(|_| half(&format!("{head}content-length: 1000\r\n\r\n{{\"customer\"")));
         half_sent.extend(bodies);
         // A head without an end, one byte at a time.
         let mut trickle = half("GET / HTTP/1.1\r\nx: ");
@@ -83,6 +86,7 @@ fn half_sent_requests_end_in_time_and_keep_nobody_out() {
         answered.sort();
         assert!(answered[10] < Duration::from_millis(100), "{answered:?}");
         assert!(service.descriptors() < before + 4_096 + 10, "more connections than the limit");
+        assert_eq!(service.place("meanwhile", 700).status, 201);
 
         while trickle.write_all(b"x").is_ok() {
             match trickle.read(&mut [0; 1024]) {

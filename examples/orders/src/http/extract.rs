@@ -13,14 +13,19 @@ use kafold::clock::within;
 use kafold::{CommandId, ExpectedVersion, Position, Version};
 use serde::de::DeserializeOwned;
 use serde_path_to_error::Segment;
+use tokio::sync::SemaphorePermit;
 use uuid::Uuid;
 
 use super::App;
-use super::problem::Problem;
+use super::observe::Turn;
+use super::problem::{Problem, RETRY_SOON};
 use super::server::BODY_TIMEOUT;
 
 /// Largest body that is read; an order of the most and longest lines has a tenth of it.
 pub(crate) const BODY_BYTES_MAX: usize = 1024 * 1024;
+/// A body up to this size is always read. Larger bodies share a limit, because a client may send
+/// most of a body and wait.
+pub(crate) const SMALL_BODY_BYTES_MAX: usize = 16 * 1024;
 /// Of a body that is too large, as much is read and thrown away: a client that sends without
 /// waiting for an answer would otherwise see a broken connection instead of the 413.
 const DRAIN_BYTES_MAX: usize = 64 * 1024 * 1024;
@@ -72,11 +77,14 @@ impl<T: DeserializeOwned> FromRequest<Arc<App>> for JsonOf<T> {
         let (parts, body) = request.into_parts();
         let is_json = is_json(&parts.headers);
         let patience = app.limits.work().min(BODY_TIMEOUT);
-        let read = within(&*app.clock, patience, read_body(&parts.headers, body)).await;
+        let mut large = None;
+        let body = read_body(app, &parts.headers, body, &mut large);
+        let read = within(&*app.clock, patience, body).await;
         let bytes = read.unwrap_or_else(|| {
             let detail = format!("the body was not complete within {patience:?}: nothing was done");
             Err(Problem::new(StatusCode::REQUEST_TIMEOUT, "body-timeout", detail))
         })?;
+        parts.extensions.get::<Turn>().map_or(Ok(()), |turn| turn.take(app))?;
         if !is_json {
             return Err(Problem::new(
                 StatusCode::UNSUPPORTED_MEDIA_TYPE,
@@ -133,7 +141,14 @@ fn is_json(headers: &HeaderMap) -> bool {
         || (essence.starts_with("application/") && essence.ends_with("+json"))
 }
 
-async fn read_body(headers: &HeaderMap, body: Body) -> Result<Vec<u8>, Problem> {
+/// Reads a body. A body which is not small holds a permit in `large`, as long as the caller holds
+/// the bytes.
+async fn read_body<'a>(
+    app: &'a App,
+    headers: &HeaderMap,
+    body: Body,
+    large: &mut Option<SemaphorePermit<'a>>,
+) -> Result<Vec<u8>, Problem> {
     let too_large = || {
         Problem::new(
             StatusCode::PAYLOAD_TOO_LARGE,
@@ -155,6 +170,12 @@ async fn read_body(headers: &HeaderMap, body: Body) -> Result<Vec<u8>, Problem> 
             Problem::malformed(format!("the body ended before it was complete: {error}"))
         })?;
         seen += chunk.len();
+        if seen > SMALL_BODY_BYTES_MAX && large.is_none() {
+            *large = Some(app.large_bodies.try_acquire().map_err(|_| {
+                let detail = "as many large bodies as this service takes are under way: try again";
+                Problem::unavailable("overloaded", RETRY_SOON, detail)
+            })?);
+        }
         if seen <= BODY_BYTES_MAX {
             bytes.extend_from_slice(&chunk);
         } else if seen > DRAIN_BYTES_MAX {
@@ -180,7 +201,10 @@ impl CommandHeaders {
         &self,
         body: Result<T, Problem>,
     ) -> Result<Result<T, Problem>, Problem> {
-        if self.key.is_some() { Ok(body) } else { body.map(Ok) }
+        match body {
+            Err(problem) if self.key.is_none() || !problem.is_settled() => Err(problem),
+            body => Ok(body),
+        }
     }
 }
 

@@ -1,13 +1,14 @@
 //! What surrounds every request: its id, its limits, its metrics, and answers when it panics.
 
 use std::any::Any;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use axum::extract::{MatchedPath, Request, State};
 use axum::http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use kafold::trace;
+use tokio::sync::OwnedSemaphorePermit;
 use tracing::Instrument;
 
 use super::App;
@@ -88,18 +89,39 @@ fn span_of(request: &Request, id: &str, route: Option<&str>) -> tracing::Span {
     )
 }
 
-async fn within_limits(app: &App, request: Request, next: Next) -> Response {
+/// The place of a request among the requests under way, released with its last clone. A command
+/// takes the place when its body has arrived.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Turn(Arc<OnceLock<OwnedSemaphorePermit>>);
+
+impl Turn {
+    /// Takes the place, or returns 503 when all places are taken.
+    pub(crate) fn take(&self, app: &App) -> Result<(), Problem> {
+        let permit = Arc::clone(&app.permits).try_acquire_owned().map_err(|_| {
+            let detail = "as many requests as this service takes are under way: try again";
+            Problem::unavailable("overloaded", RETRY_SOON, detail)
+        })?;
+        // Taken once: a second permit is released at once.
+        self.0.get_or_init(|| permit);
+        Ok(())
+    }
+}
+
+async fn within_limits(app: &App, mut request: Request, next: Next) -> Response {
     if !has_valid_escapes(request.uri().path()) {
         let detail = "the path has a '%' without two hexadecimal digits: percent-encode it";
         return Problem::malformed(detail).into_response();
     }
-    let permit = app.permits.try_acquire();
-    // Half-sent bodies may hold all permits: an orchestrator must not end the process for that.
-    if permit.is_err() && !request.uri().path().starts_with("/health/") {
-        let detail = "as many requests as this service takes are under way: try again";
-        return Problem::unavailable("overloaded", RETRY_SOON, detail).into_response();
-    }
     let is_read = matches!(*request.method(), Method::GET | Method::HEAD);
+    let turn = Turn::default();
+    // An orchestrator must not end the process because of an overload.
+    if is_read
+        && !request.uri().path().starts_with("/health/")
+        && let Err(overloaded) = turn.take(app)
+    {
+        return overloaded.into_response();
+    }
+    request.extensions_mut().insert(turn.clone());
     let deadline = app.limits.deadline;
     tokio::select! {
         biased;

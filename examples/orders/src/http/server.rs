@@ -35,7 +35,7 @@ use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tower::ServiceExt;
 
-/// Most connections. At the limit a new connection ends the connection with the longest wait for a
+/// Most connections. At the limit a new connection ends the connections with the longest waits for a
 /// request, so idle and half-sent connections keep no client out. While all connections have
 /// requests under way, the new connection waits for the first to end.
 pub(crate) const CONNECTIONS_MAX: usize = 4096;
@@ -53,6 +53,8 @@ pub(crate) const HEAD_BYTES_MAX: usize = 128 * 1024;
 /// While every connection has a request under way, the interval of the search for an idle
 /// connection.
 const EVICT_INTERVAL: Duration = Duration::from_millis(100);
+/// Connections evicted at a time: connections above the limit come in bursts.
+const EVICTIONS: usize = 16;
 /// Most connections in the queue of the listener, if net.core.somaxconn allows as many.
 const BACKLOG_MAX: u32 = 4096;
 /// Descriptors reserved for the log, the database, brokers and files.
@@ -311,15 +313,18 @@ impl Connections {
 
     fn evict_longest_waiting(&self) {
         let open = locked(&self.open);
-        let waiting = open.values().filter_map(|connection| {
-            let phase = *connection.phase.borrow();
-            Some((phase.waiting_since()?, phase, connection))
+        let mut waiting: Vec<_> = open
+            .values()
+            .filter_map(|connection| {
+                let phase = *connection.phase.borrow();
+                Some((phase.waiting_since()?, phase, connection))
+            })
+            .collect();
+        waiting.sort_unstable_by_key(|(since, ..)| *since);
+        // A connection whose request has just arrived stays.
+        waiting.iter().take(EVICTIONS).for_each(|(_, phase, connection)| {
+            connection.evict(*phase);
         });
-        // A connection whose request has just arrived stays, and the new connection waits for the
-        // next slot.
-        if let Some((_, phase, connection)) = waiting.min_by_key(|(since, ..)| *since) {
-            connection.evict(phase);
-        }
     }
 }
 
