@@ -22,5 +22,8 @@ pub trait Aggregate: Default + Clone + Send + Sync + 'static {
     fn decide(&self, command: &Self::Command) -> Result<Vec<Self::Event>, Self::Error>;
 
     /// Takes over what an event says. It cannot fail: the event is a fact.
+    ///
+    /// Runs on decided events before they are appended: a command is refused when `evolve` panics on
+    /// one of its events, and nothing is appended.
     fn evolve(&mut self, event: &Self::Event);
 }

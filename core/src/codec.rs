@@ -10,12 +10,16 @@ use std::error::Error;
 use std::fmt;
 use std::sync::Arc;
 
-use serde::Deserializer;
+use serde::de::DeserializeOwned;
+use serde::ser::Error as _;
+use serde::{Deserializer, Serialize};
 use serde_json::Value;
 
 use crate::event::{DomainEvent, Metadata, NewEvent, Recorded, RecordedEvent};
+use fingerprint::fingerprint;
 use variant::{Fields, Variant};
 
+mod fingerprint;
 mod variant;
 
 /// Why an event cannot become a payload, or a payload an event.
@@ -112,10 +116,52 @@ fn refuse_deep(payload: &[u8]) -> Result<(), serde_json::Error> {
     if brackets <= DEPTH_MAX { Ok(()) } else { serde_json::from_slice::<Value>(payload).map(drop) }
 }
 
-/// The event that is to be appended.
-pub fn new_event<E: DomainEvent>(event: &E, metadata: Metadata) -> Result<NewEvent, CodecError> {
+/// Returns the event to append, and the event that a reader of the log gets from it.
+///
+/// A decision, a fold and an answer must be the same before and after a restart, so everything in
+/// this process goes on from the second one. Rejects an event which the log cannot give back:
+/// numbers that are not finite, integers beyond 64 bits, shapes that serde writes and does not read,
+/// values that change on the way. Costs one decoding and two passes over the event.
+pub fn new_event<E: DomainEvent>(
+    event: &E,
+    metadata: Metadata,
+) -> Result<(NewEvent, E), CodecError> {
     let event_type = E::codec().ready::<E>()?.names[event.type_index()].clone();
-    Ok(NewEvent { event_type, payload: encode(event)?.into(), metadata })
+    let payload = encode(event)?;
+    let read_back = read_back(event, &payload).map_err(|error| CodecError::Unstorable {
+        event_type: event_type.to_string(),
+        reason: error.to_string(),
+    })?;
+    Ok((NewEvent { event_type, payload: payload.into(), metadata }, read_back))
+}
+
+/// Returns the event that the payload gives, if it is the same.
+fn read_back<E: DomainEvent>(event: &E, payload: &[u8]) -> Result<E, serde_json::Error> {
+    // Upcasters get a JSON value, which has no integers beyond 64 bits.
+    let written = fingerprint::<false>(event)?;
+    let mut json = serde_json::Deserializer::from_slice(payload);
+    let read = decode_variant::<E, _>(event.type_index(), &mut json).map_err(|error| {
+        serde_json::Error::custom(format!("it could not be read again: {error}"))
+    })?;
+    match fingerprint::<false>(&read)? == written {
+        true => Ok(read),
+        false => Err(serde_json::Error::custom(CHANGES)),
+    }
+}
+
+const CHANGES: &str = "it would be read as another value: some of its fields change in JSON, such as \
+                       Some(None), which becomes null";
+
+/// Returns a value as JSON, or an error for a value that would be read back as another one.
+pub(crate) fn to_json<T: Serialize + DeserializeOwned>(
+    value: &T,
+) -> Result<Vec<u8>, serde_json::Error> {
+    let json = serde_json::to_vec(value)?;
+    let read: T = serde_json::from_slice(&json)?;
+    match fingerprint::<true>(&read)? == fingerprint::<true>(value)? {
+        true => Ok(json),
+        false => Err(serde_json::Error::custom(CHANGES)),
+    }
 }
 
 /// The event with this recorded type and payload, lifted by upcasters if its shape is an older one.

@@ -407,7 +407,7 @@ impl<A: Aggregate> CommandHandler<A> {
             Ok(events) if events.is_empty() => {
                 self.unconfirmed(&slot, job, Verdict::Unchanged).await
             }
-            Ok(events) => self.submit(&mut slot, job, events),
+            Ok(events) => self.submit(&mut slot, job, &events),
             Err(rule) => self.unconfirmed(&slot, job, Verdict::Rejected(rule)).await,
         }
     }
@@ -432,15 +432,21 @@ impl<A: Aggregate> CommandHandler<A> {
         &self,
         slot: &mut Slot<A>,
         job: &Job<'_, A>,
-        events: Vec<A::Event>,
+        events: &[A::Event],
     ) -> Result<Step<A::Error>, HandleError<A::Error>> {
         let here = trace::current();
         let trace_parent = here.as_deref().or(job.request.trace_parent.as_deref());
-        let encoded = events.iter().map(|event| self.new_event(event, &job.request, trace_parent));
-        let encoded = encoded
+        let unfit = |error| HandleError::Codec { stream: job.stream.clone(), error };
+        let (encoded, events): (Vec<_>, Vec<_>) = events
+            .iter()
+            .map(|event| self.new_event(event, &job.request, trace_parent))
             .collect::<Result<Vec<_>, _>>()
-            .map_err(|error| HandleError::Codec { stream: job.stream.clone(), error })?;
+            .map_err(unfit)?
+            .into_iter()
+            .unzip();
         let commit = Commit::new(job.command_id, encoded)?;
+        // A state that cannot follow its own event refuses the command, before the log has it.
+        let head = slot.evolved(&events).map_err(unfit)?;
         let (ticket, count) = (Ticket::next(), commit.count());
         // The order of submission is the order of decision, because the slot is locked.
         let outcome = SharedOutcome::new(self.store.submit(Append {
@@ -454,7 +460,7 @@ impl<A: Aggregate> CommandHandler<A> {
         let version = slot.version().plus(count);
         let pending = Pending { ticket, command_id: job.command_id, events, version, outcome };
         let outcome = pending.outcome.clone();
-        slot.push(pending);
+        slot.push(pending, head);
         Ok(Step::Submitted { ticket, outcome, events: count })
     }
 
@@ -463,7 +469,7 @@ impl<A: Aggregate> CommandHandler<A> {
         event: &A::Event,
         request: &Request,
         trace_parent: Option<&str>,
-    ) -> Result<NewEvent, codec::CodecError> {
+    ) -> Result<(NewEvent, A::Event), codec::CodecError> {
         let metadata = Metadata {
             event_id: self.ids.event_id(),
             // The log keeps microseconds.

@@ -1,6 +1,6 @@
 //! What is stored of an event, for ever, and how older shapes are read.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap, HashSet};
 
 use chrono::{DateTime, Utc};
 use kafold_core::codec::{self, CodecError, Upcasters, decode, encode};
@@ -111,6 +111,121 @@ proptest! {
     }
 }
 
+/// Shapes that JSON changes, or that serde writes and does not read.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, DomainEvent)]
+enum Hard {
+    #[event("hard.number")]
+    Float { value: f64 },
+    #[event("hard.single")]
+    Single(f32),
+    #[event("hard.maybe")]
+    Maybe { value: Option<f64> },
+    #[event("hard.twice")]
+    Twice { value: Option<Option<u8>> },
+    #[event("hard.flat")]
+    FlatKeys {
+        name: String,
+        #[serde(flatten)]
+        more: BTreeMap<u32, u64>,
+    },
+    #[event("hard.tagged")]
+    TaggedKeys { part: Part },
+    #[event("hard.sparse")]
+    NoDefault {
+        #[serde(skip_serializing_if = "Vec::is_empty")]
+        tags: Vec<String>,
+    },
+    #[event("hard.secret")]
+    Secret {
+        #[serde(skip_serializing)]
+        token: String,
+    },
+    #[event("hard.wide")]
+    Wide { amount: u128 },
+    #[event("hard.flat_wide")]
+    FlatWide {
+        #[serde(flatten)]
+        amount: Amount,
+    },
+    #[event("hard.negative")]
+    Negative(i128),
+    #[event("hard.sets")]
+    Sets { numbers: HashSet<u64>, names: HashMap<String, Option<i32>> },
+    #[event("hard.keys")]
+    Keys(BTreeMap<u64, char>),
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "kind")]
+enum Part {
+    Slots { by_number: BTreeMap<u32, String> },
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+struct Amount {
+    wei: u128,
+}
+
+fn read_back(event: &Hard) -> Result<Hard, String> {
+    codec::new_event(event, metadata()).map(|(_, event)| event).map_err(|error| error.to_string())
+}
+
+#[test]
+fn an_event_that_the_log_cannot_give_back_is_refused() {
+    let name = || String::from("n");
+    let wide = u128::from(u64::MAX) + 1;
+    for (event, words) in [
+        (Hard::Float { value: f64::NAN }, "value: NaN is a number that JSON does not have"),
+        (Hard::Float { value: f64::INFINITY }, "value: inf is a number"),
+        (Hard::Maybe { value: Some(f64::NEG_INFINITY) }, "value: -inf is a number"),
+        (Hard::Single(f32::NAN), "NaN is a number"),
+        (Hard::Twice { value: Some(None) }, "read as another value"),
+        (
+            Hard::FlatKeys { name: name(), more: BTreeMap::from([(7, 9)]) },
+            "could not be read again: invalid type: string \"7\"",
+        ),
+        (
+            Hard::TaggedKeys { part: Part::Slots { by_number: BTreeMap::from([(1, name())]) } },
+            "could not be read again",
+        ),
+        (Hard::NoDefault { tags: vec![] }, "missing field `tags`"),
+        (Hard::Secret { token: name() }, "missing field `token`"),
+        (Hard::Wide { amount: wide }, "amount: 18446744073709551616 needs more than 64 bits"),
+        (Hard::FlatWide { amount: Amount { wei: wide } }, "wei: 18446744073709551616 needs"),
+        (Hard::Negative(i128::from(i64::MIN) - 1), "needs more than 64 bits"),
+    ] {
+        let refused = read_back(&event).expect_err("refused");
+        assert!(refused.contains("cannot be stored: ") && refused.contains(words), "{refused}");
+    }
+}
+
+fn hard() -> impl Strategy<Value = Hard> {
+    let floats = any::<f64>().prop_filter("finite", |value| value.is_finite());
+    let singles = any::<f32>().prop_filter("finite", |value| value.is_finite());
+    let numbers = proptest::collection::hash_set(any::<u64>(), 0..6);
+    let names = proptest::collection::hash_map(any::<String>(), any::<Option<i32>>(), 0..6);
+    let keys = proptest::collection::btree_map(any::<u64>(), any::<char>(), 0..6);
+    prop_oneof![
+        floats.clone().prop_map(|value| Hard::Float { value }),
+        (0.0..1.0_f64).prop_map(|value| Hard::Float { value }),
+        singles.prop_map(Hard::Single),
+        proptest::option::of(floats).prop_map(|value| Hard::Maybe { value }),
+        any::<u64>().prop_map(|amount| Hard::Wide { amount: amount.into() }),
+        any::<i64>().prop_map(|value| Hard::Negative(value.into())),
+        (numbers, names).prop_map(|(numbers, names)| Hard::Sets { numbers, names }),
+        keys.prop_map(Hard::Keys),
+    ]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(10_000))]
+
+    #[test]
+    fn every_other_value_is_read_back_as_the_same(event in hard()) {
+        prop_assert_eq!(read_back(&event), Ok(event));
+    }
+}
+
 fn metadata() -> Metadata {
     Metadata {
         event_id: Uuid::from_u128(7),
@@ -123,8 +238,8 @@ fn metadata() -> Metadata {
 
 #[test]
 fn a_recorded_event_keeps_everything_around_its_payload() {
-    let new = codec::new_event(&Number(5), metadata()).expect("storable");
-    let again = codec::new_event(&Number(6), metadata()).expect("storable");
+    let (new, _) = codec::new_event(&Number(5), metadata()).expect("storable");
+    let (again, _) = codec::new_event(&Number(6), metadata()).expect("storable");
     assert!(std::sync::Arc::ptr_eq(&new.event_type, &again.event_type), "made once a type");
     let recorded = RecordedEvent {
         stream: StreamId::new("shapes", "1").expect("valid"),

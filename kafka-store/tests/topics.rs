@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use kafold_core::clock::RandomIds;
 use kafold_core::memory::MemoryIndex;
-use kafold_core::testing::{commit, commit_of, event, exact, new_command};
+use kafold_core::testing::{commit, commit_of, event, exact, new_command, read_gapless};
 use kafold_core::{Commit, EventStore, StreamId};
 use kafold_kafka_store::{KafkaConfig, KafkaStore, OpenError};
 use rdkafka::ClientConfig;
@@ -254,4 +254,37 @@ async fn retention_that_is_shortened_later_is_refused_at_the_next_start() {
     let alter = AlterConfig::new(ResourceSpecifier::Topic(&topic)).set("retention.ms", "1000");
     support::admin(&brokers).alter_configs([&alter], &AdminOptions::new()).await.expect("altered");
     support::until_refused(config, try_open, &["retention.ms", "1000", &topic]).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn every_compression_of_kafka_is_read() {
+    let Some(brokers) = support::brokers("every_compression_of_kafka_is_read") else { return };
+    for compression in ["gzip", "snappy", "lz4", "zstd"] {
+        let name = support::new_name(compression);
+        let (config, topic) =
+            (support::config(&brokers, &name, "partitions=1"), format!("{name}.events"));
+        let store = try_open(config.clone()).await.expect("is made");
+        support::ready(&store).await;
+        // The broker compresses anew what it gets, as it does where this is its default.
+        // An alteration replaces all settings.
+        let settings = SAFE.into_iter().chain([("compression.type", compression)]);
+        let alter = settings
+            .fold(AlterConfig::new(ResourceSpecifier::Topic(&topic)), |alter, (key, value)| {
+                alter.set(key, value)
+            });
+        support::admin(&brokers)
+            .alter_configs([&alter], &AdminOptions::new())
+            .await
+            .expect("altered");
+        let stream = StreamId::new("order", "a").expect("valid");
+        for version in 0..3 {
+            store.append(&stream, exact(version), commit(1)).await.expect("is next");
+        }
+        store.shutdown().await;
+        // A reader of the log from its beginning.
+        let store = try_open(config).await.expect("is taken");
+        support::ready(&store).await;
+        read_gapless(&store, &stream, 3).await;
+        store.shutdown().await;
+    }
 }

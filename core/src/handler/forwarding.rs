@@ -17,6 +17,7 @@ use tracing::Instrument;
 use super::{CommandHandler, HandleError, Handled, Job, Request};
 use super::{command_span, count_retry, error, handled, too_late, unknown};
 use crate::aggregate::Aggregate;
+use crate::codec;
 use crate::forward::{CommandBus, CommandExecutor, ForwardedCommand, Reply};
 use crate::ids::{CommandId, ExpectedVersion};
 use crate::store::{AppendError, Appended, ReadError};
@@ -42,10 +43,10 @@ impl<A: Aggregate> Clone for Forwarding<A> {
 impl<A: Aggregate> Forwarding<A> {
     pub(super) fn new(bus: Arc<dyn CommandBus>, executor: Arc<dyn CommandExecutor>) -> Self
     where
-        A::Command: Serialize,
+        A::Command: Serialize + DeserializeOwned,
         A::Error: DeserializeOwned,
     {
-        let encode = |command: &A::Command| serde_json::to_vec(command);
+        let encode = |command: &A::Command| codec::to_json(command);
         let decode_rejection = |json: &RawValue| serde_json::from_str(json.get());
         Self { bus, executor, encode, decode_rejection }
     }

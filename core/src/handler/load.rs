@@ -39,7 +39,7 @@ impl<A> Clone for Snapshots<A> {
 
 impl<A: SnapshotState> Snapshots<A> {
     pub(super) fn new(store: Arc<dyn SnapshotStore>) -> Self {
-        let encode = |state: &A| serde_json::to_vec(state);
+        let encode = |state: &A| codec::to_json(state);
         let decode = |json: &[u8]| serde_json::from_slice(json);
         Self { store, schema: A::SCHEMA, encode, decode }
     }

@@ -1,11 +1,14 @@
 //! What is known of one stream: proven events, and those submitted on top of them.
 
+use std::any::Any;
 use std::collections::{VecDeque, vec_deque};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use super::outcome::SharedOutcome;
 use super::{Last, Step};
 use crate::aggregate::Aggregate;
-use crate::event::RecordedEvent;
+use crate::codec::CodecError;
+use crate::event::{DomainEvent, RecordedEvent};
 use crate::ids::{CommandId, Position, Version};
 use crate::mutant::{self, Mutant};
 use crate::store::{AppendError, Appended, Ticket};
@@ -122,15 +125,28 @@ impl<A: Aggregate> Slot<A> {
         self.unproven.as_ref().map(|unproven| unproven.pending.iter()).unwrap_or_default()
     }
 
-    pub(super) fn push(&mut self, pending: Pending<A>) {
+    /// Returns the newest state with these events on top, or an error for an event on which `evolve`
+    /// panics.
+    pub(super) fn evolved(&mut self, events: &[A::Event]) -> Result<A, CodecError> {
+        // If evolve panics, the head is gone and made anew next time.
+        let head = self.unproven.as_mut().and_then(|unproven| unproven.head.take());
+        let mut head = head.unwrap_or_else(|| self.head().clone());
+        for event in events {
+            // The state is dropped after a panic.
+            let evolved = catch_unwind(AssertUnwindSafe(|| head.evolve(event)));
+            evolved.map_err(|panic| CodecError::Unstorable {
+                event_type: event.event_type().to_string(),
+                reason: format!("the state cannot follow it: evolve panics: {}", words_of(&*panic)),
+            })?;
+        }
+        Ok(head)
+    }
+
+    /// Adds a commit which was submitted, and the state with its events.
+    pub(super) fn push(&mut self, pending: Pending<A>, head: A) {
         let empty = || Box::new(Unproven { pending: VecDeque::new(), head: None });
         let unproven = self.unproven.get_or_insert_with(empty);
-        // If evolve panics, the head is gone and made anew next time.
-        let head = unproven.head.take().map(|mut head| {
-            pending.events.iter().for_each(|event| head.evolve(event));
-            head
-        });
-        unproven.head = head;
+        unproven.head = Some(head);
         unproven.pending.push_back(pending);
     }
 
@@ -177,11 +193,12 @@ impl<A: Aggregate> Slot<A> {
 
     fn prove_first(&mut self, appended: Appended) {
         let first = self.unproven.as_mut().and_then(|unproven| unproven.pending.pop_front());
-        self.unproven.take_if(|unproven| unproven.pending.is_empty());
+        let last = self.unproven.take_if(|unproven| unproven.pending.is_empty());
+        let head = last.and_then(|unproven| unproven.head);
         // Taken out: if evolve panics, or the store says what cannot be, the stream is loaded again.
         if let (Some(first), Some(mut proven)) = (first, self.proven.take()) {
             let follows = proven.version.plus(first.events.len() as u64) == appended.version;
-            proven.append(&first, appended);
+            proven.append(&first, head, appended);
             self.proven = follows.then_some(proven);
         }
     }
@@ -237,8 +254,12 @@ impl<A: Aggregate> Proven<A> {
         Self { state: A::default(), version, last: None, recent, saved }
     }
 
-    fn append(&mut self, commit: &Pending<A>, appended: Appended) {
-        commit.events.iter().for_each(|event| self.state.evolve(event));
+    /// Takes over a commit, and the state behind it if that is known already.
+    fn append(&mut self, commit: &Pending<A>, state: Option<A>, appended: Appended) {
+        match state {
+            Some(state) => self.state = state,
+            None => commit.events.iter().for_each(|event| self.state.evolve(event)),
+        }
         self.version = appended.version;
         self.last = Some(appended.position);
         self.recent.add(commit.command_id, appended.version, appended.position);
@@ -251,6 +272,12 @@ impl<A: Aggregate> Proven<A> {
         self.last = Some(recorded.position);
         self.recent.add(recorded.command_id, recorded.version, recorded.position);
     }
+}
+
+/// Returns the message of a panic.
+fn words_of(panic: &(dyn Any + Send)) -> &str {
+    let text = panic.downcast_ref::<String>().map(String::as_str);
+    text.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("without a message")
 }
 
 /// The stream's newest commands and what they came to, oldest first.

@@ -290,7 +290,7 @@ impl Orders {
                 causation_id: None,
                 trace_parent: None,
             };
-            codec::new_event(event, metadata).expect("it encodes")
+            codec::new_event(event, metadata).expect("it encodes").0
         };
         let command = CommandId(RandomIds.event_id());
         let commit = Commit::new(command, events.iter().map(new).collect()).expect("events");

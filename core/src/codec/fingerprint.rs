@@ -1,0 +1,389 @@
+//! [`fingerprint`]: a hash over the structure which a value gives to serde. Equal values have equal
+//! fingerprints, so a value that is read back from JSON can be compared without `PartialEq`.
+//!
+//! JSON itself loses differences: NaN and `Some(None)` become `null`. The fingerprint keeps them.
+//! Elements of sequences and entries of maps count in any order, because a hash set or hash map that
+//! is read back has another order.
+
+use serde::ser::{
+    Error as _, Serialize, SerializeMap, SerializeSeq, SerializeStruct, SerializeStructVariant,
+    SerializeTuple, SerializeTupleStruct, SerializeTupleVariant, Serializer,
+};
+use serde_json::Error;
+use twox_hash::XxHash3_64;
+
+/// Returns the fingerprint of a value, or an error that names a number which JSON does not have. Only
+/// `WIDE` values may have integers beyond 64 bits.
+pub(super) fn fingerprint<const WIDE: bool>(
+    value: &(impl Serialize + ?Sized),
+) -> Result<u64, Error> {
+    value.serialize(Hasher::<WIDE>)
+}
+
+/// The kinds of values, which keep `None`, `()` and `0` apart.
+#[derive(Clone, Copy)]
+enum Kind {
+    Bool = 1,
+    Signed,
+    Unsigned,
+    Wide,
+    Float,
+    Text,
+    Bytes,
+    None,
+    Some,
+    Unit,
+    Sequence,
+    Tuple,
+    Map,
+    Variant,
+}
+
+/// Mixes two hashes; the order matters (the finalizer of SplitMix64).
+fn mix(a: u64, b: u64) -> u64 {
+    let mut z = a.wrapping_mul(0x9e37_79b9_7f4a_7c15).wrapping_add(b);
+    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    z ^ (z >> 31)
+}
+
+fn of(kind: Kind, value: u64) -> u64 {
+    mix(kind as u64, value)
+}
+
+fn text(text: &str) -> u64 {
+    of(Kind::Text, XxHash3_64::oneshot(text.as_bytes()))
+}
+
+/// Puts the name of a field before an error in the field.
+fn named(name: &str, hash: Result<u64, Error>) -> Result<u64, Error> {
+    hash.map_err(|error| Error::custom(format!("{name}: {error}")))
+}
+
+#[derive(Clone, Copy)]
+struct Hasher<const WIDE: bool>;
+
+/// The hashes of the parts of a value.
+struct Parts<const WIDE: bool> {
+    kind: Kind,
+    hash: u64,
+    /// The hash of a map's key, before its value.
+    key: u64,
+    count: u64,
+}
+
+impl<const WIDE: bool> Parts<WIDE> {
+    fn new(kind: Kind) -> Self {
+        Self { kind, hash: 0, key: 0, count: 0 }
+    }
+
+    fn variant(index: u32) -> Self {
+        Self { hash: mix(u64::from(index), 1), ..Self::new(Kind::Variant) }
+    }
+
+    fn ordered(&mut self, part: u64) {
+        self.hash = mix(self.hash, part);
+        self.count += 1;
+    }
+
+    fn unordered(&mut self, part: u64) {
+        self.hash = self.hash.wrapping_add(mix(part, 2));
+        self.count += 1;
+    }
+
+    fn finish(self) -> u64 {
+        of(self.kind, mix(self.hash, self.count))
+    }
+}
+
+impl<const WIDE: bool> Serializer for Hasher<WIDE> {
+    type Ok = u64;
+    type Error = Error;
+    type SerializeSeq = Parts<WIDE>;
+    type SerializeTuple = Parts<WIDE>;
+    type SerializeTupleStruct = Parts<WIDE>;
+    type SerializeTupleVariant = Parts<WIDE>;
+    type SerializeMap = Parts<WIDE>;
+    type SerializeStruct = Parts<WIDE>;
+    type SerializeStructVariant = Parts<WIDE>;
+
+    fn serialize_bool(self, value: bool) -> Result<u64, Error> {
+        Ok(of(Kind::Bool, u64::from(value)))
+    }
+
+    fn serialize_i8(self, value: i8) -> Result<u64, Error> {
+        self.serialize_i64(value.into())
+    }
+
+    fn serialize_i16(self, value: i16) -> Result<u64, Error> {
+        self.serialize_i64(value.into())
+    }
+
+    fn serialize_i32(self, value: i32) -> Result<u64, Error> {
+        self.serialize_i64(value.into())
+    }
+
+    fn serialize_i64(self, value: i64) -> Result<u64, Error> {
+        Ok(of(Kind::Signed, value as u64))
+    }
+
+    fn serialize_i128(self, value: i128) -> Result<u64, Error> {
+        match (i64::try_from(value), u64::try_from(value)) {
+            (Ok(value), _) => self.serialize_i64(value),
+            (_, Ok(value)) => self.serialize_u64(value),
+            _ if WIDE => Ok(of_wide(value as u128)),
+            _ => Err(too_large(value)),
+        }
+    }
+
+    fn serialize_u8(self, value: u8) -> Result<u64, Error> {
+        self.serialize_u64(value.into())
+    }
+
+    fn serialize_u16(self, value: u16) -> Result<u64, Error> {
+        self.serialize_u64(value.into())
+    }
+
+    fn serialize_u32(self, value: u32) -> Result<u64, Error> {
+        self.serialize_u64(value.into())
+    }
+
+    fn serialize_u64(self, value: u64) -> Result<u64, Error> {
+        Ok(of(Kind::Unsigned, value))
+    }
+
+    fn serialize_u128(self, value: u128) -> Result<u64, Error> {
+        match u64::try_from(value) {
+            Ok(value) => self.serialize_u64(value),
+            Err(_) if WIDE => Ok(of_wide(value)),
+            Err(_) => Err(too_large(value)),
+        }
+    }
+
+    fn serialize_f32(self, value: f32) -> Result<u64, Error> {
+        self.serialize_f64(value.into())
+    }
+
+    fn serialize_f64(self, value: f64) -> Result<u64, Error> {
+        match value.is_finite() {
+            true => Ok(of(Kind::Float, value.to_bits())),
+            false => Err(Error::custom(format!(
+                "{value} is a number that JSON does not have: use an Option, or a value of your own"
+            ))),
+        }
+    }
+
+    fn serialize_char(self, value: char) -> Result<u64, Error> {
+        Ok(of(Kind::Text, u64::from(u32::from(value))))
+    }
+
+    fn serialize_str(self, value: &str) -> Result<u64, Error> {
+        Ok(text(value))
+    }
+
+    fn serialize_bytes(self, value: &[u8]) -> Result<u64, Error> {
+        Ok(of(Kind::Bytes, XxHash3_64::oneshot(value)))
+    }
+
+    fn serialize_none(self) -> Result<u64, Error> {
+        Ok(of(Kind::None, 0))
+    }
+
+    fn serialize_some<T: Serialize + ?Sized>(self, value: &T) -> Result<u64, Error> {
+        Ok(of(Kind::Some, value.serialize(self)?))
+    }
+
+    fn serialize_unit(self) -> Result<u64, Error> {
+        Ok(of(Kind::Unit, 0))
+    }
+
+    fn serialize_unit_struct(self, _: &'static str) -> Result<u64, Error> {
+        self.serialize_unit()
+    }
+
+    fn serialize_unit_variant(
+        self,
+        _: &'static str,
+        index: u32,
+        _: &'static str,
+    ) -> Result<u64, Error> {
+        Ok(Parts::<WIDE>::variant(index).finish())
+    }
+
+    fn serialize_newtype_struct<T: Serialize + ?Sized>(
+        self,
+        _: &'static str,
+        value: &T,
+    ) -> Result<u64, Error> {
+        value.serialize(self)
+    }
+
+    fn serialize_newtype_variant<T: Serialize + ?Sized>(
+        self,
+        _: &'static str,
+        index: u32,
+        _: &'static str,
+        value: &T,
+    ) -> Result<u64, Error> {
+        let mut parts = Parts::<WIDE>::variant(index);
+        parts.ordered(value.serialize(self)?);
+        Ok(parts.finish())
+    }
+
+    fn serialize_seq(self, _: Option<usize>) -> Result<Parts<WIDE>, Error> {
+        Ok(Parts::new(Kind::Sequence))
+    }
+
+    fn serialize_tuple(self, _: usize) -> Result<Parts<WIDE>, Error> {
+        Ok(Parts::new(Kind::Tuple))
+    }
+
+    fn serialize_tuple_struct(self, _: &'static str, _: usize) -> Result<Parts<WIDE>, Error> {
+        Ok(Parts::new(Kind::Tuple))
+    }
+
+    fn serialize_tuple_variant(
+        self,
+        _: &'static str,
+        index: u32,
+        _: &'static str,
+        _: usize,
+    ) -> Result<Parts<WIDE>, Error> {
+        Ok(Parts::variant(index))
+    }
+
+    fn serialize_map(self, _: Option<usize>) -> Result<Parts<WIDE>, Error> {
+        Ok(Parts::new(Kind::Map))
+    }
+
+    fn serialize_struct(self, _: &'static str, _: usize) -> Result<Parts<WIDE>, Error> {
+        Ok(Parts::new(Kind::Map))
+    }
+
+    fn serialize_struct_variant(
+        self,
+        _: &'static str,
+        index: u32,
+        _: &'static str,
+        _: usize,
+    ) -> Result<Parts<WIDE>, Error> {
+        Ok(Parts::variant(index))
+    }
+}
+
+fn of_wide(value: u128) -> u64 {
+    of(Kind::Wide, mix(value as u64, (value >> 64) as u64))
+}
+
+fn too_large(value: impl std::fmt::Display) -> Error {
+    Error::custom(format!(
+        "{value} needs more than 64 bits, which upcasters and other readers of JSON lose: store a text"
+    ))
+}
+
+impl<const WIDE: bool> SerializeSeq for Parts<WIDE> {
+    type Ok = u64;
+    type Error = Error;
+
+    fn serialize_element<T: Serialize + ?Sized>(&mut self, value: &T) -> Result<(), Error> {
+        let part = value.serialize(Hasher::<WIDE>)?;
+        self.unordered(part);
+        Ok(())
+    }
+
+    fn end(self) -> Result<u64, Error> {
+        Ok(self.finish())
+    }
+}
+
+impl<const WIDE: bool> SerializeTuple for Parts<WIDE> {
+    type Ok = u64;
+    type Error = Error;
+
+    fn serialize_element<T: Serialize + ?Sized>(&mut self, value: &T) -> Result<(), Error> {
+        let part = value.serialize(Hasher::<WIDE>)?;
+        self.ordered(part);
+        Ok(())
+    }
+
+    fn end(self) -> Result<u64, Error> {
+        Ok(self.finish())
+    }
+}
+
+macro_rules! tuples {
+    ($($name:ident)*) => {$(
+        impl<const WIDE: bool> $name for Parts<WIDE> {
+            type Ok = u64;
+            type Error = Error;
+
+            fn serialize_field<T: Serialize + ?Sized>(&mut self, value: &T) -> Result<(), Error> {
+                SerializeTuple::serialize_element(self, value)
+            }
+
+            fn end(self) -> Result<u64, Error> {
+                Ok(self.finish())
+            }
+        }
+    )*};
+}
+
+tuples!(SerializeTupleStruct SerializeTupleVariant);
+
+impl<const WIDE: bool> SerializeMap for Parts<WIDE> {
+    type Ok = u64;
+    type Error = Error;
+
+    fn serialize_key<T: Serialize + ?Sized>(&mut self, key: &T) -> Result<(), Error> {
+        self.key = key.serialize(Hasher::<WIDE>)?;
+        Ok(())
+    }
+
+    fn serialize_value<T: Serialize + ?Sized>(&mut self, value: &T) -> Result<(), Error> {
+        let part = mix(self.key, value.serialize(Hasher::<WIDE>)?);
+        self.unordered(part);
+        Ok(())
+    }
+
+    /// Names the key in an error, as of a field which serde flattens into a map.
+    fn serialize_entry<K: Serialize + ?Sized, V: Serialize + ?Sized>(
+        &mut self,
+        key: &K,
+        value: &V,
+    ) -> Result<(), Error> {
+        self.serialize_key(key)?;
+        self.serialize_value(value).map_err(|error| {
+            let name = serde_json::to_string(key).unwrap_or_default();
+            Error::custom(format!("{}: {error}", name.trim_matches('"')))
+        })
+    }
+
+    fn end(self) -> Result<u64, Error> {
+        Ok(self.finish())
+    }
+}
+
+macro_rules! structs {
+    ($($name:ident)*) => {$(
+        impl<const WIDE: bool> $name for Parts<WIDE> {
+            type Ok = u64;
+            type Error = Error;
+
+            fn serialize_field<T: Serialize + ?Sized>(
+                &mut self,
+                key: &'static str,
+                value: &T,
+            ) -> Result<(), Error> {
+                let part = mix(text(key), named(key, value.serialize(Hasher::<WIDE>))?);
+                self.unordered(part);
+                Ok(())
+            }
+
+            fn end(self) -> Result<u64, Error> {
+                Ok(self.finish())
+            }
+        }
+    )*};
+}
+
+structs!(SerializeStruct SerializeStructVariant);
