@@ -135,7 +135,7 @@ pub fn new_event<E: DomainEvent>(
     Ok((NewEvent { event_type, payload: payload.into(), metadata }, read_back))
 }
 
-/// Returns the event that the payload gives, if it is the same.
+/// Decodes the payload. Rejects a payload whose event differs from the encoded event.
 fn read_back<E: DomainEvent>(event: &E, payload: &[u8]) -> Result<E, serde_json::Error> {
     // Upcasters get a JSON value, which has no integers beyond 64 bits.
     let written = fingerprint::<false>(event)?;

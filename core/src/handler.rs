@@ -445,7 +445,7 @@ impl<A: Aggregate> CommandHandler<A> {
             .into_iter()
             .unzip();
         let commit = Commit::new(job.command_id, encoded)?;
-        // A state that cannot follow its own event refuses the command, before the log has it.
+        // `evolve` runs before the append: a panic refuses the command.
         let head = slot.evolved(&events).map_err(unfit)?;
         let (ticket, count) = (Ticket::next(), commit.count());
         // The order of submission is the order of decision, because the slot is locked.

@@ -408,7 +408,7 @@ pub(crate) mod tests {
         );
         assert!(tail.digests_to_save(1).is_none(), "is saved");
         tail.drop_below(Offset(7));
-        // A tail that begins at the saved digests reaches the same ones.
+        // A second tail begins at the saved digests and ends with equal digests.
         let mut next =
             Tail::with_digests(Partition(0), Checkpoint { next: at.next, ..from }, digests);
         next.push(proven(vec![event("b-1", 1, 3, 2)], 4));

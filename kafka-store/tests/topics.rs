@@ -265,8 +265,8 @@ async fn every_compression_of_kafka_is_read() {
             (support::config(&brokers, &name, "partitions=1"), format!("{name}.events"));
         let store = try_open(config.clone()).await.expect("is made");
         support::ready(&store).await;
-        // The broker compresses anew what it gets, as it does where this is its default.
-        // An alteration replaces all settings.
+        // The topic setting makes the broker compress every batch.
+        // AlterConfigs replaces all settings of the topic.
         let settings = SAFE.into_iter().chain([("compression.type", compression)]);
         let alter = settings
             .fold(AlterConfig::new(ResourceSpecifier::Topic(&topic)), |alter, (key, value)| {
@@ -281,7 +281,7 @@ async fn every_compression_of_kafka_is_read() {
             store.append(&stream, exact(version), commit(1)).await.expect("is next");
         }
         store.shutdown().await;
-        // A reader of the log from its beginning.
+        // The new store reads the log from offset 0.
         let store = try_open(config).await.expect("is taken");
         support::ready(&store).await;
         read_gapless(&store, &stream, 3).await;

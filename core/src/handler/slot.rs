@@ -254,7 +254,7 @@ impl<A: Aggregate> Proven<A> {
         Self { state: A::default(), version, last: None, recent, saved }
     }
 
-    /// Takes over a commit, and the state behind it if that is known already.
+    /// Adds a commit. `state` is the state after the commit; `None` runs `evolve` on the events.
     fn append(&mut self, commit: &Pending<A>, state: Option<A>, appended: Appended) {
         match state {
             Some(state) => self.state = state,

@@ -21,7 +21,7 @@ pub(super) struct KnownDigests(Mutex<Known>);
 #[derive(Default)]
 struct Known {
     slots: Vec<Slot>,
-    /// Partitions whose heads were not what was declared when last compared.
+    /// Partitions whose heads differed from the declared totals at the last comparison.
     damaged: HashSet<Partition>,
 }
 
@@ -72,7 +72,7 @@ impl KnownDigests {
     }
 }
 
-/// Returns a stream's slot and its two hashes.
+/// Returns the number of the stream's slot and the stream's two hashes.
 fn place(stream: &StreamId) -> (usize, (i64, u64)) {
     let hash = stream_hash(stream);
     let second = Digest::of_parts([&hash.to_le_bytes()[..], stream.as_str().as_bytes()]);

@@ -274,7 +274,7 @@ async fn append_by_copy(
     Ok(moved)
 }
 
-/// Adds a batch wherever the index stands, and whatever it has.
+/// Adds a batch at any position of the index. Events already in the index are compared.
 async fn advance_checked(
     pool: &PgPool,
     known: &KnownDigests,
