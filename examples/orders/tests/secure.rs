@@ -7,6 +7,7 @@ use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
+use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
@@ -25,7 +26,7 @@ const ROLES: [&str; 4] = ["service", "worker", "reader", "doctor"];
 
 /// A log on the broker with TLS, and a PostgreSQL server with TLS of the test's own.
 struct Secured {
-    folder: TempDir,
+    folder: Arc<TempDir>,
     log: String,
     brokers: String,
     files: PathBuf,
@@ -47,7 +48,7 @@ impl Secured {
         };
         let files =
             variable("KAFOLD_TEST_KAFKA_TLS_FILES").expect("the folder of the cluster's files");
-        let folder = TempDir::new().expect("a folder");
+        let folder = Arc::new(TempDir::new().expect("a folder"));
         let mut secured = Self {
             folder,
             log: unique_name(),
@@ -158,7 +159,7 @@ impl Secured {
         let urls = self.as_role(role);
         let mut arguments: Vec<_> = urls.iter().map(String::as_str).collect();
         arguments.extend(["--listen", address]);
-        Service::start_as(command, self.folder.path(), &arguments, &[])
+        Service::start_as(command, &self.folder, &arguments, &[])
     }
 }
 

@@ -53,7 +53,7 @@ pub(crate) fn timed<T>(work: impl FnOnce() -> T) -> (T, Duration) {
 
 /// A log and a database of a test's own.
 pub(crate) struct Stack {
-    pub(crate) folder: TempDir,
+    pub(crate) folder: Arc<TempDir>,
     /// What the program is told.
     pub(crate) args: Vec<String>,
 }
@@ -61,7 +61,7 @@ pub(crate) struct Stack {
 impl Stack {
     /// The default: one file.
     pub(crate) fn embedded() -> Self {
-        Self { folder: TempDir::new().expect("a folder"), args: Vec::new() }
+        Self { folder: Arc::new(TempDir::new().expect("a folder")), args: Vec::new() }
     }
 
     /// Kafka and PostgreSQL, when both are there.
@@ -84,7 +84,7 @@ impl Stack {
             });
             return None;
         };
-        let folder = TempDir::new().expect("a folder");
+        let folder = Arc::new(TempDir::new().expect("a folder"));
         let name = unique_name();
         let log = format!("kafka://{kafka}/{name}?partitions=3&replication=1");
         let database = create_database(&postgres, &name);
@@ -117,7 +117,7 @@ impl Stack {
     /// The same with these variables in its environment.
     pub(crate) fn start_with(&self, more: &[&str], environment: &[(&str, &str)]) -> Service {
         let args = self.args.iter().map(String::as_str).chain(more.iter().copied());
-        Service::start(self.folder.path(), &args.collect::<Vec<_>>(), environment)
+        Service::start(&self.folder, &args.collect::<Vec<_>>(), environment)
     }
 
     /// What its topics begin with; `None` where it has none.
@@ -224,6 +224,8 @@ pub(crate) struct Service {
     child: Child,
     pub(crate) address: SocketAddr,
     log: PathBuf,
+    /// The files of the service, which the test's `Stack` may not outlive.
+    _folder: Arc<TempDir>,
 }
 
 impl Drop for Service {
@@ -234,22 +236,22 @@ impl Drop for Service {
 }
 
 impl Service {
-    fn start(folder: &Path, args: &[&str], environment: &[(&str, &str)]) -> Self {
+    fn start(folder: &Arc<TempDir>, args: &[&str], environment: &[(&str, &str)]) -> Self {
         Self::start_as("serve", folder, args, environment)
     }
 
     /// Starts a listening command of the program.
     pub(crate) fn start_as(
         command: &str,
-        folder: &Path,
+        folder: &Arc<TempDir>,
         args: &[&str],
         environment: &[(&str, &str)],
     ) -> Self {
-        let log = folder.join(format!("{}.log", unique_name()));
-        let output = File::create(folder.join("stdout")).expect("a file");
+        let log = folder.path().join(format!("{}.log", unique_name()));
+        let output = File::create(folder.path().join("stdout")).expect("a file");
         let any_port = ["--listen", "127.0.0.1:0"];
         let listen = if args.contains(&"--listen") { &[][..] } else { &any_port[..] };
-        let child = orders(folder, &[&[command], listen, args].concat())
+        let child = orders(folder.path(), &[&[command], listen, args].concat())
             .env("RUST_LOG", "info,orders=debug")
             .envs(environment.iter().copied())
             .stdout(output)
@@ -257,7 +259,8 @@ impl Service {
             .spawn()
             .expect("the program starts");
         // Made before the wait: should that fail, dropping it ends the process.
-        let mut service = Self { child, address: ([0, 0, 0, 0], 0).into(), log };
+        let address = ([0, 0, 0, 0], 0).into();
+        let mut service = Self { child, address, log, _folder: Arc::clone(folder) };
         service.address = wait_for("the service listens", || {
             let text = service.log();
             let ended = service.child.try_wait().expect("a child");
