@@ -93,6 +93,7 @@ has_maven() { command -v mvn >/dev/null; }
 has_cargo() { command -v cargo >/dev/null; }
 has_c_toolchain() { command -v cc >/dev/null && command -v make >/dev/null; }
 has_openssl() { command -v openssl >/dev/null && command -v pkg-config >/dev/null && pkg-config --exists openssl; }
+has_pgbouncer() { command -v pgbouncer >/dev/null || [[ -x /usr/sbin/pgbouncer ]]; }
 has_postgres() { [[ -n $(postgres_bin) ]]; }
 
 # The folder of the newest PostgreSQL server programs; Debian keeps them out of PATH.
@@ -113,3 +114,4 @@ require_c_toolchain() {
   require "OpenSSL, with its headers," has_openssl openssl libssl-dev pkg-config
 }
 require_postgres() { require "the PostgreSQL server" has_postgres postgresql; }
+require_pgbouncer() { require "PgBouncer" has_pgbouncer pgbouncer; }

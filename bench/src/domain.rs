@@ -48,6 +48,7 @@ const WORDS: [&str; 32] = [
 
 /// Stored as written: renaming a variant or a field changes what old events decode to.
 #[derive(Debug, Clone, PartialEq, Eq, DomainEvent, Serialize, Deserialize)]
+#[event(category = Account::CATEGORY)]
 pub enum AccountEvent {
     /// Somebody paid in.
     #[event("account.deposited", version = 1)]

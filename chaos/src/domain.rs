@@ -14,6 +14,7 @@ pub const GROUPS: u64 = 8;
 
 /// Stored as written: renaming a variant or a field changes what old events decode to.
 #[derive(Debug, Clone, PartialEq, Eq, DomainEvent, Serialize, Deserialize)]
+#[event(category = Tally::CATEGORY)]
 pub enum TallyEvent {
     /// The tally grew.
     #[event("tally.added", version = 1)]

@@ -8,12 +8,14 @@
 use std::any::type_name;
 use std::error::Error;
 use std::fmt;
+use std::io;
 use std::sync::Arc;
 
 use serde::de::DeserializeOwned;
 use serde::ser::Error as _;
 use serde::{Deserializer, Serialize};
 use serde_json::Value;
+use serde_json::ser::{CharEscape, CompactFormatter, Formatter};
 
 use crate::event::{DomainEvent, Metadata, NewEvent, Recorded, RecordedEvent};
 use fingerprint::fingerprint;
@@ -157,10 +159,55 @@ pub(crate) fn to_json<T: Serialize + DeserializeOwned>(
     value: &T,
 ) -> Result<Vec<u8>, serde_json::Error> {
     let json = serde_json::to_vec(value)?;
-    let read: T = serde_json::from_slice(&json)?;
+    refuse_changed(value, &json).map(|()| json)
+}
+
+/// Returns a value as the JSON text of a column, or an error for a value that would be read back as
+/// another one. Rejects the character NUL, which PostgreSQL's JSONB does not store.
+pub(crate) fn to_column<T: Serialize + DeserializeOwned>(
+    value: &T,
+) -> Result<String, serde_json::Error> {
+    let mut json = Vec::with_capacity(128);
+    value.serialize(&mut serde_json::Serializer::with_formatter(&mut json, Jsonb))?;
+    refuse_changed(value, &json)?;
+    String::from_utf8(json).map_err(serde_json::Error::custom)
+}
+
+fn refuse_changed<T: Serialize + DeserializeOwned>(
+    value: &T,
+    json: &[u8],
+) -> Result<(), serde_json::Error> {
+    let read: T = serde_json::from_slice(json)?;
     match fingerprint::<true>(&read)? == fingerprint::<true>(value)? {
-        true => Ok(json),
+        true => Ok(()),
         false => Err(serde_json::Error::custom(CHANGES)),
+    }
+}
+
+/// Writes JSON of which PostgreSQL's JSONB keeps every value. JSONB stores a number as `numeric`: `1e16`
+/// would come back as an integer, and −0.0 as 0.0.
+struct Jsonb;
+
+impl Formatter for Jsonb {
+    fn write_f64<W: ?Sized + io::Write>(&mut self, writer: &mut W, value: f64) -> io::Result<()> {
+        // From here on serde_json writes an exponent and no fraction.
+        match value.abs() >= 1e16 {
+            true => write!(writer, "{value:.1}"),
+            false => CompactFormatter.write_f64(writer, value + 0.0),
+        }
+    }
+
+    fn write_char_escape<W: ?Sized + io::Write>(
+        &mut self,
+        writer: &mut W,
+        escape: CharEscape,
+    ) -> io::Result<()> {
+        match escape {
+            CharEscape::AsciiControl(0) => Err(io::Error::other(
+                "a text contains the character NUL, which PostgreSQL does not store",
+            )),
+            escape => CompactFormatter.write_char_escape(writer, escape),
+        }
     }
 }
 

@@ -31,8 +31,8 @@ impl fmt::Display for EventType {
 /// Facts of one aggregate: an enum whose variants have stable names.
 ///
 /// Derive it: `#[derive(DomainEvent)]` with `#[event("order.placed", version = 1)]` on every
-/// variant. A payload holds the fields of the variant alone, as JSON; which variant it is stands in
-/// the type name.
+/// variant, and `#[event(category = "order")]` on the enum. A payload holds the fields of the variant
+/// alone, as JSON; the type name tells the variant.
 #[diagnostic::on_unimplemented(
     message = "`{Self}` is not a domain event",
     note = "derive it: #[derive(DomainEvent, Serialize, Deserialize, Clone, Debug)] on an enum"
@@ -40,6 +40,16 @@ impl fmt::Display for EventType {
 pub trait DomainEvent:
     Serialize + DeserializeOwned + Clone + fmt::Debug + Send + Sync + 'static
 {
+    /// The category of the streams that have these events: `#[event(category = "order")]` on the enum.
+    ///
+    /// A read model passes by events of other categories. In this category it stops at an event type
+    /// that the enum neither has nor ignores, since a newer program wrote it. Without a category a
+    /// read model learns it from the log, and stops where an event type occurs in two categories.
+    const CATEGORY: Option<&'static str> = None;
+
+    /// Names of events which the enum leaves out on purpose: `#[event(ignore("order.noted"))]`.
+    const IGNORED: &'static [&'static str] = &[];
+
     /// The type of every variant, in the order of declaration. Two equal names do not compile.
     const TYPES: &'static [EventType];
 

@@ -54,7 +54,7 @@ use self::states::HotStates;
 use crate::aggregate::Aggregate;
 use crate::clock::{Clock, IdGenerator, backoff, within};
 use crate::codec;
-use crate::event::{Commit, Metadata, NewEvent};
+use crate::event::{Commit, DomainEvent, Metadata, NewEvent};
 use crate::forward::{CommandBus, CommandExecutor};
 use crate::ids::{CommandId, ExpectedVersion, InvalidStreamId, Position, StreamId, Version};
 use crate::snapshot::SnapshotStore;
@@ -171,6 +171,12 @@ impl<A: Aggregate> CommandHandler<A> {
         clock: Arc<dyn Clock>,
         ids: Arc<dyn IdGenerator>,
     ) -> Self {
+        const {
+            assert!(
+                is_category(A::CATEGORY, <A::Event as DomainEvent>::CATEGORY),
+                "#[event(category = …)] of the events is not the CATEGORY of their aggregate"
+            );
+        }
         let config = HandlerConfig::default();
         let states = Arc::new(HotStates::new(config.hot_states_max));
         Self { store, clock, ids, config, snapshots: None, forwarding: None, states }
@@ -592,4 +598,17 @@ fn count_retry<A: Aggregate>(reason: &'static str) {
 
 fn too_late() -> AppendError {
     AppendError::unavailable(RETRY_AFTER, "the deadline passed before the command was decided")
+}
+
+/// Whether an enum of events declares this category, or none.
+const fn is_category(category: &str, declared: Option<&str>) -> bool {
+    let Some(declared) = declared else { return true };
+    let (category, declared) = (category.as_bytes(), declared.as_bytes());
+    let mut same = category.len() == declared.len();
+    let mut at = 0;
+    while same && at < category.len() {
+        same = category[at] == declared[at];
+        at += 1;
+    }
+    same
 }

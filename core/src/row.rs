@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use chrono::{DateTime, NaiveDate, Utc};
+use chrono::{DateTime, Datelike, NaiveDate, Utc};
 use uuid::Uuid;
 
 /// One row of a read model. Derive it: `#[derive(Row)]` on a struct, with `#[row(key)]` on its key
@@ -17,8 +17,11 @@ pub trait Row: Clone + PartialEq + Send + Sync + 'static {
     /// The value of the key column.
     fn key(&self) -> Self::Key;
 
-    /// The values, in the order of [`Row::COLUMNS`].
-    fn into_values(self) -> Vec<Value>;
+    /// Returns the values that the database gives back, in the order of [`Row::COLUMNS`].
+    ///
+    /// Rejects a row that a column or an index cannot hold: see [`Value::stored`] and
+    /// [`INDEXED_TEXT_BYTES_MAX`].
+    fn into_values(self) -> Result<Vec<Value>, InvalidValue>;
 
     /// The row with these values, in the order of [`Row::COLUMNS`].
     fn from_values(values: Vec<Value>) -> Result<Self, InvalidValue>;
@@ -42,7 +45,7 @@ pub struct Column {
 pub enum ColumnKind {
     /// `bool`
     Boolean,
-    /// Integers, 64 bits with sign.
+    /// Integers of at most 64 bits with sign.
     Integer,
     /// `f64`
     Real,
@@ -108,6 +111,59 @@ pub enum Value {
     Json(String),
 }
 
+/// Longest text of a column with `#[row(index)]` together with a text key, in bytes. PostgreSQL takes
+/// 2704 bytes for an entry of a B-tree, its header included. The limit holds on both databases.
+pub const INDEXED_TEXT_BYTES_MAX: usize = 2_600;
+
+/// Longest part of a text in an error, in characters.
+const SHOWN_CHARS_MAX: usize = 60;
+
+impl Value {
+    /// Returns the value that a column gives back, the same on every database: timestamps have
+    /// microseconds, leap seconds become the next second, and −0.0 becomes 0.0.
+    ///
+    /// Rejects a value that some database cannot hold: a real number that is not finite, a text with
+    /// the character NUL, a date or timestamp outside the years 0 to 9999.
+    pub fn stored(self) -> Result<Self, String> {
+        match self {
+            Self::Real(real) if !real.is_finite() => Err(format!("{real} is not a finite number")),
+            Self::Real(real) => Ok(Self::Real(real + 0.0)),
+            Self::Text(text) if text.contains('\0') => Err(format!(
+                "{} contains the character NUL, which PostgreSQL does not store",
+                shown(&text)
+            )),
+            Self::Date(date) if !has_four_digits(date.year()) => Err(out_of_years(&date)),
+            Self::Timestamp(at) => {
+                let micros = DateTime::from_timestamp_micros(at.timestamp_micros());
+                let stored = micros.filter(|micros| has_four_digits(micros.year()));
+                stored.map(Self::Timestamp).ok_or_else(|| out_of_years(&at))
+            }
+            stored => Ok(stored),
+        }
+    }
+
+    fn text_bytes(&self) -> usize {
+        if let Self::Text(text) = self { text.len() } else { 0 }
+    }
+}
+
+/// Other years do not sort as text, which dates and timestamps are on SQLite.
+fn has_four_digits(year: i32) -> bool {
+    (0..=9999).contains(&year)
+}
+
+fn out_of_years(time: &impl fmt::Display) -> String {
+    format!("{time} is outside the years 0 to 9999")
+}
+
+/// Returns a text in quotes, escaped, and cut when it is long.
+fn shown(text: &str) -> String {
+    match text.char_indices().nth(SHOWN_CHARS_MAX) {
+        None => format!("the text {text:?}"),
+        Some((end, _)) => format!("the text {:?}… of {} bytes", &text[..end], text.len()),
+    }
+}
+
 impl fmt::Display for Value {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -135,11 +191,23 @@ pub struct InvalidValue {
 }
 
 /// A Rust type that is a column's value.
+///
+/// NULL cannot tell `Some(None)` from `None`, so an `Option` of an `Option` does not compile:
+///
+/// ```compile_fail,E0080
+/// #[derive(Clone, PartialEq, kafold_core::Row)]
+/// struct Sales {
+///     #[row(key)]
+///     day: String,
+///     discount: Option<Option<i64>>,
+/// }
+/// ```
 #[diagnostic::on_unimplemented(
     message = "`{Self}` is not a column's type",
     label = "cannot be stored as a column",
-    note = "columns are integers of at most 64 bits, bool, f64, String, NaiveDate, DateTime<Utc>, \
-            Uuid and Options of them; mark any other type that has serde with #[row(json)]"
+    note = "columns are i64, i32, i16, u32, u16, u8, bool, f64, String, NaiveDate, DateTime<Utc>, Uuid \
+            and Options of them; mark any other type that has serde with #[row(json)]",
+    note = "databases have no integers above i64::MAX: u64 and usize are no columns"
 )]
 pub trait ColumnValue: Sized {
     /// What the column holds.
@@ -147,11 +215,10 @@ pub trait ColumnValue: Sized {
     /// Whether the value may be absent.
     const NULLABLE: bool = false;
 
-    /// As a column's value. An integer above `i64::MAX` is stored as `i64::MAX`: bound amounts where
-    /// the command is decided.
+    /// Returns the value of a column. [`Value::stored`] checks and rounds it.
     fn into_value(self) -> Value;
 
-    /// From a column's value; the error says what is wrong.
+    /// Reads the value of a column. The error names the reason.
     fn from_value(value: Value) -> Result<Self, String>;
 }
 
@@ -181,7 +248,7 @@ macro_rules! integer_value {
             const KIND: ColumnKind = ColumnKind::Integer;
 
             fn into_value(self) -> Value {
-                Value::Integer(i64::try_from(self).unwrap_or(i64::MAX))
+                Value::Integer(self.into())
             }
 
             fn from_value(value: Value) -> Result<Self, String> {
@@ -193,11 +260,14 @@ macro_rules! integer_value {
         }
     )*};
 }
-integer_value!(u8, u16, u32, u64, i16, i32);
+integer_value!(u8, u16, u32, i16, i32);
 
 impl<T: ColumnValue> ColumnValue for Option<T> {
     const KIND: ColumnKind = T::KIND;
-    const NULLABLE: bool = true;
+    const NULLABLE: bool = {
+        assert!(!T::NULLABLE, "NULL cannot tell Some(None) from None: use one Option");
+        true
+    };
 
     fn into_value(self) -> Value {
         self.map_or(Value::Null, T::into_value)
@@ -224,7 +294,10 @@ pub mod derived {
     use serde::Serialize;
     use serde::de::DeserializeOwned;
 
-    use super::{ColumnKind, InvalidValue, Row, Value, mismatch};
+    use super::{
+        ColumnKind, ColumnRole, INDEXED_TEXT_BYTES_MAX, InvalidValue, Row, Value, mismatch, shown,
+    };
+    use crate::codec;
 
     /// The values of one row, taken in the order of its columns.
     #[derive(Debug)]
@@ -256,12 +329,42 @@ pub mod derived {
         }
     }
 
-    /// A value as JSON text. Panics when it has none, as `#[derive(Row)]` says.
-    pub fn into_json<T: Serialize>(value: &T) -> Value {
-        match serde_json::to_string(value) {
-            Ok(text) => Value::Json(text),
-            Err(error) => panic!("a #[row(json)] field has no JSON: {error}"),
+    /// Returns the values of a row as the database gives them back. See [`Row::into_values`].
+    pub fn stored<R: Row>(values: Vec<Result<Value, String>>) -> Result<Vec<Value>, InvalidValue> {
+        let named = |(column, value): (&super::Column, Result<Value, String>)| {
+            let stored = value.and_then(Value::stored);
+            stored.map_err(|reason| InvalidValue { column: column.name, reason })
+        };
+        let values: Vec<_> = R::COLUMNS.iter().zip(values).map(named).collect::<Result<_, _>>()?;
+        let columns = || R::COLUMNS.iter().zip(&values);
+        let key = columns().find(|(column, _)| column.role == ColumnRole::Key);
+        let key = key.map_or(0, |(_, key)| key.text_bytes());
+        for (column, value) in columns() {
+            let bytes = match column.role {
+                ColumnRole::Plain => continue,
+                ColumnRole::Key => key,
+                ColumnRole::Index => key + value.text_bytes(),
+            };
+            if let Value::Text(text) = value
+                && bytes > INDEXED_TEXT_BYTES_MAX
+            {
+                return Err(InvalidValue { column: column.name, reason: too_long(text, bytes) });
+            }
         }
+        Ok(values)
+    }
+
+    fn too_long(text: &str, bytes: usize) -> String {
+        format!(
+            "{} makes an index entry of {bytes} bytes, of at most {INDEXED_TEXT_BYTES_MAX} (key and \
+             indexed text together): index a hash of it",
+            shown(text)
+        )
+    }
+
+    /// Returns a value as JSON text, or an error for a value that JSON would give back as another one.
+    pub fn into_json<T: Serialize + DeserializeOwned>(value: &T) -> Result<Value, String> {
+        codec::to_column(value).map(Value::Json).map_err(|error| error.to_string())
     }
 
     /// A value from JSON text.

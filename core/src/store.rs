@@ -111,8 +111,12 @@ pub enum AppendError {
         /// What the stream has.
         actual: Version,
     },
-    /// Another process owns the partition: send the command there.
-    #[error("partition {partition} is owned by {}", owner.as_ref().map_or("another node".into(), Owner::to_string))]
+    /// Another process owns the partition: send the command there, as a handler with
+    /// [`forwarding`](crate::CommandHandler::forwarding) does.
+    #[error(
+        "partition {partition} is owned by {}, and this handler does not forward commands",
+        owner.as_ref().map_or("another node".into(), Owner::to_string)
+    )]
     NotOwner {
         /// The partition of the stream.
         partition: Partition,

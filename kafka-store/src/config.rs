@@ -12,7 +12,7 @@ use rdkafka::types::RDKafkaConfRes;
 use secrecy::{ExposeSecret, SecretString};
 
 use crate::error::ConfigError;
-use crate::judge::UNSAFE_SETTINGS;
+use crate::judge::{ADDED_PARTITIONS, UNSAFE_SETTINGS};
 use crate::secret::{self, is_secret};
 use crate::transport::{self, Login, Tls, UNSAFE_TRANSPORT};
 
@@ -432,7 +432,10 @@ impl KafkaConfig {
                     Some(count.ok_or_else(|| invalid(key, "a number from 1 to 100"))?);
             }
             "allow_unsafe" => {
-                let known = || UNSAFE_SETTINGS.iter().chain(&UNSAFE_TRANSPORT).copied();
+                let known = || {
+                    let settings = UNSAFE_SETTINGS.iter().chain(&UNSAFE_TRANSPORT);
+                    settings.chain([&ADDED_PARTITIONS]).copied()
+                };
                 for name in value.split(',') {
                     if !known().any(|known| known == name) {
                         return Err(invalid(key, known().collect::<Vec<_>>().join(" or ")));

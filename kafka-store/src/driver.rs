@@ -40,6 +40,9 @@ const HANDOVERS_MAX: usize = 2;
 const HANDOVER_WAIT_MAX: Duration = Duration::from_millis(5);
 /// Before a producer that could not be made is tried again.
 const PRODUCER_RETRY: Duration = Duration::from_secs(1);
+/// A request waits this long for the first assignment by the consumer group, which takes some seconds
+/// after a start. Below the deadline of a command.
+const JOIN_PATIENCE: Duration = Duration::from_secs(9);
 /// Messages that the thread handles before timers are looked at.
 const BURST: usize = 1_024;
 /// Messages that somebody else handles at most: they have work of their own.
@@ -69,6 +72,8 @@ pub(crate) enum Message {
     },
     /// The partition is to be ours; the number tells this time from all earlier ones.
     Assign(Partition, Tenure),
+    /// The group has assigned partitions to this node, perhaps none.
+    Joined,
     /// Takes nothing new for the partition and settles what is pending, then tells.
     Release(Partition, oneshot::Sender<()>),
     /// Answers everybody who waits at the partition, at once.
@@ -380,6 +385,10 @@ struct Work {
     full: bool,
     generation: u64,
     producer_retry: Option<Instant>,
+    /// Whether the group has assigned partitions, perhaps none, since the start.
+    has_joined: bool,
+    /// Requests from before that, with the times of their arrival. They count as queued.
+    early: VecDeque<(Instant, Message)>,
     pending: HashMap<RequestId, Pending>,
     last_request: u64,
     /// Inputs that followed from outputs.
@@ -402,6 +411,8 @@ impl Driver {
             full: false,
             generation: 0,
             producer_retry: None,
+            has_joined: false,
+            early: VecDeque::new(),
             pending: HashMap::new(),
             last_request: 0,
             follow_ups: VecDeque::new(),
@@ -457,11 +468,16 @@ impl Work {
         let handovers = slots.clone().filter_map(|slot| slot.outgoing.due());
         let handover = handovers.min().filter(|_| self.producer.is_some() && !self.full);
         let timers = slots.filter_map(|slot| slot.writer.next_wake());
-        timers.chain(retry).chain(handover).chain(self.producer_retry).min()
+        let early = self.early.front().map(|(since, _)| *since + JOIN_PATIENCE);
+        timers.chain(retry).chain(handover).chain(self.producer_retry).chain(early).min()
     }
 
     fn handle(&mut self, message: Message) {
         match message {
+            // Which node owns the partition is not known yet.
+            early @ (Message::Submit { .. } | Message::Confirm { .. }) if !self.has_joined => {
+                self.early.push_back((self.parts.clock.instant(), early));
+            }
             Message::Submit { partition, append, answer } => {
                 self.driver.queued.fetch_sub(1, Ordering::AcqRel);
                 if !self.is_ours(partition) {
@@ -483,6 +499,11 @@ impl Work {
                 self.input(partition, Input::Confirm { request, view });
             }
             Message::Assign(partition, tenure) => self.assign(partition, tenure),
+            Message::Joined => {
+                self.has_joined = true;
+                let early = std::mem::take(&mut self.early);
+                early.into_iter().for_each(|(_, request)| self.handle(request));
+            }
             Message::Release(partition, released) => {
                 let Some(slot) = self.slot(partition).filter(|slot| slot.tenure.is_some()) else {
                     return;
@@ -515,6 +536,21 @@ impl Work {
                 reports.into_iter().for_each(|report| self.report(report));
             }
             Message::Quit => {}
+        }
+    }
+
+    /// Refuses requests that have waited for the group for too long.
+    fn refuse_early(&mut self, now: Instant) {
+        while self.early.front().is_some_and(|(since, _)| *since + JOIN_PATIENCE <= now) {
+            self.driver.queued.fetch_sub(1, Ordering::AcqRel);
+            let cause = "the consumer group has assigned no partition to this node yet";
+            let refusal = AppendError::unavailable(RETRY_AFTER, cause);
+            // A caller that stopped waiting needs no answer.
+            match self.early.pop_front() {
+                Some((_, Message::Submit { answer, .. })) => drop(answer.send(Err(refusal))),
+                Some((_, Message::Confirm { answer, .. })) => drop(answer.send(Err(refusal))),
+                _ => {}
+            }
         }
     }
 
@@ -707,6 +743,7 @@ impl Work {
         if self.producer_retry.is_some_and(|due| due <= now) {
             self.fresh_producer();
         }
+        self.refuse_early(now);
         for index in 0..self.parts.slots.len() {
             let slot = &self.parts.slots[index];
             let partition = slot.shared.partition;

@@ -113,7 +113,7 @@ pub enum IdentityError {
     },
     /// Partitions were added: streams would be looked for in others than they are in.
     #[error(
-        "{topic}/{partition} was repartitioned: the topic has {found} partitions, the log was begun with {expected}. Partitions cannot be removed again: copy the log into a new topic of the right count"
+        "{topic}/{partition} was repartitioned: the topic has {found} partitions, the log was begun with {expected}. Go on with the first {expected} by ?partitions={expected}&allow_unsafe=partitions"
     )]
     Repartitioned {
         /// The topic.

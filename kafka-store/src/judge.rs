@@ -24,6 +24,9 @@ pub(crate) const UNSAFE_SETTINGS: [&str; 6] = [
     "message.timestamp.type",
 ];
 
+/// The name by which `allow_unsafe` accepts partitions that were added to a topic.
+pub(crate) const ADDED_PARTITIONS: &str = "partitions";
+
 /// Everything that is wrong with an existing events topic and not accepted.
 pub(crate) fn findings(
     config: &KafkaConfig,
@@ -55,7 +58,8 @@ pub(crate) fn judge_events(
         setting: "partitions".into(),
         value: shape.partitions.to_string(),
         finding: wanted.map(|wanted| partition_count(shape.partitions, wanted, "?partitions=")),
-        is_accepted: false,
+        is_accepted: wanted.is_some_and(|wanted| wanted < shape.partitions)
+            && config.allow_unsafe.contains(ADDED_PARTITIONS),
     };
     let others = UNSAFE_SETTINGS.iter().map(|setting| {
         let value = settings.get(setting);
@@ -84,8 +88,8 @@ fn partition_count(found: u32, wanted: u32, who: &str) -> Finding {
             "{who} says {wanted}, and streams are found by the number of partitions: their \
              events would be looked for, and written, in the wrong one"
         ),
-        remedy: "give the number the log was begun with, or copy the log into a new topic; \
-                 partitions that were added cannot be taken away"
+        remedy: "give the number the log was begun with; where partitions were added, also \
+                 ?allow_unsafe=partitions, which leaves the added ones unused"
             .into(),
     }
 }
@@ -133,7 +137,8 @@ pub(crate) fn judge_beside(
     partitions: u32,
 ) -> Option<Finding> {
     let events = config.events_topic();
-    (found != partitions).then(|| Finding {
+    let is_accepted = found > partitions && config.allow_unsafe.contains(ADDED_PARTITIONS);
+    (found != partitions && !is_accepted).then(|| Finding {
         setting: "partitions".into(),
         value: found.to_string(),
         why: format!(
@@ -141,7 +146,7 @@ pub(crate) fn judge_beside(
         ),
         remedy: format!(
             "if no node has ever used it, delete {topic}: it is made anew with {partitions}; \
-             else copy the log into a new one"
+             where partitions were added, give ?partitions={partitions}&allow_unsafe=partitions"
         ),
     })
 }

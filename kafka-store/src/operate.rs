@@ -201,7 +201,8 @@ impl Operator {
             Ok(this.preparation()?.look(&this.config.events_topic())?.0)
         });
         let Some(shape) = found.await? else { return Ok(None) };
-        ReadableLog::start(self, shape.partitions).map(Some)
+        let partitions = topic::used_partitions(&self.config, shape.partitions);
+        ReadableLog::start(self, partitions).map(Some)
     }
 
     fn report_events(
@@ -251,7 +252,8 @@ fn report_beside(
         setting: "partitions".into(),
         value: found.partitions.to_string(),
         finding: events.and_then(|events| {
-            judge::judge_beside(config, &topic, found.partitions, events.partitions)
+            let used = topic::used_partitions(config, events.partitions);
+            judge::judge_beside(config, &topic, found.partitions, used)
         }),
         is_accepted: false,
     });

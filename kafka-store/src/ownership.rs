@@ -83,6 +83,7 @@ impl Ownership {
                     held.retain(|partition| !partitions.contains(partition));
                     self.hand_over(&std::mem::take(&mut held)).await;
                     partitions.into_iter().for_each(|partition| self.take(partition));
+                    self.driver.tell(Message::Joined);
                 }
                 Rebalance::Revoked { partitions, settled } => {
                     tracing::info!(?partitions, "revoked by the group");
@@ -102,6 +103,7 @@ impl Ownership {
     /// Every partition, whatever the group says.
     pub(crate) fn take_all(&self) {
         self.partitions.iter().for_each(|shared| self.take(shared.partition));
+        self.driver.tell(Message::Joined);
     }
 
     /// Gives up every partition, within the patience.

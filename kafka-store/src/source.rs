@@ -287,7 +287,19 @@ impl Subscription for KafkaSubscription {
 impl KafkaSubscription {
     fn follow(&mut self, rebalance: Rebalance) {
         match rebalance {
-            Rebalance::Assigned(partitions) => {
+            Rebalance::Assigned(mut partitions) => {
+                let added: Vec<_> =
+                    partitions.extract_if(.., |partition| partition.0 >= self.partitions).collect();
+                if !added.is_empty() {
+                    tracing::warn!(
+                        topic = self.consumer.topic,
+                        ?added,
+                        "partitions were added to the topic: they stay unused, since streams are found \
+                         by the number of partitions; the next start needs ?partitions={}&\
+                         allow_unsafe=partitions",
+                        self.partitions
+                    );
+                }
                 self.ready.push_back(SourceMessage::Assigned(partitions));
             }
             Rebalance::Revoked { partitions, settled } => {

@@ -14,7 +14,7 @@ use tokio::runtime::Handle;
 use crate::client::{Context, Inquirer, TopicShape, open_error};
 use crate::config::KafkaConfig;
 use crate::error::OpenError;
-use crate::judge::{FOR_EVER, REPLICAS_SAFE, Settings, findings, judge_beside};
+use crate::judge::{ADDED_PARTITIONS, FOR_EVER, REPLICAS_SAFE, Settings, findings, judge_beside};
 use crate::operate::MadeTopic;
 
 /// Partitions of a new log when the URL says nothing.
@@ -57,7 +57,7 @@ pub(crate) fn prepare(
     let (found, brokers) = preparation.look(&topic)?;
     let replicas = config.replication.map_or(brokers.min(REPLICATION_DEFAULT), usize::from);
     let partitions = match found {
-        Some(shape) => shape.partitions,
+        Some(shape) => used_partitions(config, shape.partitions),
         None => config.partitions.unwrap_or(PARTITIONS_DEFAULT),
     };
     preparation.create(&topic, found, partitions, replicas, FOR_EVER)?;
@@ -117,6 +117,13 @@ pub(crate) fn check_beside(
         }
     }
     Ok(())
+}
+
+/// Returns the number of partitions that the log uses of a topic with so many: the configured number, if
+/// added partitions are accepted.
+pub(crate) fn used_partitions(config: &KafkaConfig, found: u32) -> u32 {
+    let wanted = config.partitions.filter(|_| config.allow_unsafe.contains(ADDED_PARTITIONS));
+    wanted.map_or(found, |wanted| wanted.min(found))
 }
 
 fn look(
@@ -270,7 +277,7 @@ impl<'a> Preparation<'a> {
         }
         let record_bytes_max = settings.get("max.message.bytes").and_then(|text| text.parse().ok());
         Ok(EventsTopic {
-            partitions: shape.partitions,
+            partitions: used_partitions(self.config, shape.partitions),
             record_bytes_max: record_bytes_max.unwrap_or(RECORD_BYTES_DEFAULT),
             session_timeout_min: SESSION_TIMEOUT_MIN_DEFAULT,
         })

@@ -122,8 +122,29 @@ pub fn refusal(error: &sqlx::Error) -> Option<Refusal> {
     }
 }
 
+/// The remedy for a connection pooler that does not keep a session for each connection.
+pub(crate) const POOLER_REMEDY: &str = "name the server itself in the URL, or a pool in session mode \
+                                        (PgBouncer: pool_mode=session)";
+
+/// Whether PgBouncer's message names a cause that stays until its configuration changes. Its other
+/// messages, such as that of a full pool, have the same code 08P01.
+fn is_refusal_of_pooler(message: &str) -> bool {
+    ["unsupported startup parameter", "not allowed in statement pooling mode"]
+        .iter()
+        .any(|refusal| message.contains(refusal))
+}
+
 fn of_postgres(code: &str, message: &str) -> Option<Refusal> {
     let remedy = match code {
+        "08P01" if is_refusal_of_pooler(message) => POOLER_REMEDY,
+        "08P01" if message.contains("no such database") || message.contains("does not exist") => {
+            "name a database that the pooler and the server have"
+        }
+        "08P01" if message.contains("authentication failed") => {
+            "check the user and the password in the URL and in the pooler's configuration"
+        }
+        // A statement was prepared in another session.
+        "26000" | "42P05" => POOLER_REMEDY,
         "28000" if message.contains("no encryption") => {
             "give sslmode=verify-full instead of sslmode=disable: the server refuses clear text"
         }

@@ -9,7 +9,7 @@ use kafold_core::Clock;
 use kafold_core::clock::SystemClock;
 use kafold_core::secret::shown_path;
 use sqlx::postgres::{PgConnectOptions, PgPoolOptions, PgSslMode};
-use sqlx::{Connection, PgConnection, PgPool};
+use sqlx::{AssertSqlSafe, Connection, PgConnection, PgPool};
 use tokio::time::timeout;
 
 use crate::audit;
@@ -18,6 +18,7 @@ use crate::database::Mode;
 use crate::error::{DatabaseError, is_transient, refusal};
 use crate::rights::{self, Role};
 use crate::schema::{self, Applied, Standing};
+use crate::server;
 use crate::transport::{self, Decided, SslMode};
 use crate::url::PostgresUrl;
 
@@ -91,6 +92,7 @@ impl PostgresDatabase {
             .acquire_timeout(ACQUIRE_TIMEOUT)
             // A round trip each time, while the connection is in use all the time.
             .test_before_acquire(false)
+            .after_connect(|connection, _| Box::pin(settle(connection)))
             .before_acquire(|connection, about| {
                 Box::pin(async move {
                     if about.idle_for >= TRIED_AFTER_IDLE {
@@ -258,12 +260,8 @@ fn options(url: &PostgresUrl) -> Result<(PgConnectOptions, Vec<String>), Databas
             "give postgres://USER@HOST:PORT/DATABASE?password=@FILE, with special characters as %XX",
         )
     })?;
-    let millis = |timeout: Duration| timeout.as_millis().to_string();
-    let mut options = parsed.options([
-        ("statement_timeout", millis(STATEMENT_TIMEOUT)),
-        ("lock_timeout", millis(LOCK_TIMEOUT)),
-        ("idle_in_transaction_session_timeout", millis(IDLE_IN_TRANSACTION_TIMEOUT)),
-    ]);
+    // Poolers refuse this startup parameter. Since PostgreSQL 12 the default shows every digit.
+    let mut options = parsed.extra_float_digits(None);
     let mut warnings = Vec::new();
     if let Some(source) = &url.password {
         let secret = source.read(url.allowed.readable_secret);
@@ -348,6 +346,8 @@ fn of_environment(mode: PgSslMode) -> Option<SslMode> {
 async fn prepare(shown: &str, options: &PgConnectOptions, mode: Mode) -> Result<(), DatabaseError> {
     let failed = |error| opening_failed(shown, error);
     let mut connection = PgConnection::connect_with(options).await.map_err(failed)?;
+    server::check(shown, options, &mut connection).await?;
+    settle(&mut connection).await.map_err(failed)?;
     match mode {
         Mode::Check => match standing(shown, &mut connection).await? {
             Standing::Current => {}
@@ -358,6 +358,20 @@ async fn prepare(shown: &str, options: &PgConnectOptions, mode: Mode) -> Result<
         Mode::Migrate => migrate(shown, &mut connection).await?,
     }
     connection.close().await.map_err(failed)
+}
+
+/// Sets the limits of a new session, and the isolation level for which all statements are written. As
+/// startup parameters a pooler would refuse them.
+async fn settle(connection: &mut PgConnection) -> Result<(), sqlx::Error> {
+    let settings = format!(
+        "SET statement_timeout = {}; SET lock_timeout = {}; \
+         SET idle_in_transaction_session_timeout = {}; \
+         SET default_transaction_isolation = 'read committed'",
+        STATEMENT_TIMEOUT.as_millis(),
+        LOCK_TIMEOUT.as_millis(),
+        IDLE_IN_TRANSACTION_TIMEOUT.as_millis(),
+    );
+    sqlx::raw_sql(AssertSqlSafe(settings)).execute(connection).await.map(drop)
 }
 
 async fn migrate(shown: &str, connection: &mut PgConnection) -> Result<(), DatabaseError> {
@@ -394,7 +408,7 @@ async fn standing(shown: &str, connection: &mut PgConnection) -> Result<Standing
 }
 
 /// Tells a server that is down from a URL or rights that are wrong.
-fn opening_failed(shown: &str, error: sqlx::Error) -> DatabaseError {
+pub(crate) fn opening_failed(shown: &str, error: sqlx::Error) -> DatabaseError {
     if let Some(refusal) = refusal(&error) {
         return DatabaseError::refused(format!("{shown}: {}", refusal.what), refusal.remedy);
     }

@@ -370,6 +370,14 @@ async fn prepare(url: &str, file: &Path, mode: Mode) -> Result<(), DatabaseError
     }
     let options = connect_options(file).create_if_missing(mode == Mode::Migrate);
     let mut connection = SqliteConnection::connect_with(&options).await.map_err(failed)?;
+    let encoding: String =
+        sqlx::query_scalar("PRAGMA encoding").fetch_one(&mut connection).await.map_err(failed)?;
+    if encoding != "UTF-8" {
+        return Err(DatabaseError::refused(
+            format!("{url} is a SQLite database in {encoding}, where text sorts in another order"),
+            "name another file; it is created when it does not exist",
+        ));
+    }
     // A look before anything is written, so that a file of someone else's stays untouched.
     match (standing(url, file, &mut connection).await?, mode) {
         (Standing::Current, _) => {}

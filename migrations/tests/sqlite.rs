@@ -65,6 +65,7 @@ async fn every_table_of_the_design_is_there() {
         "partition",
         "partition_digest",
         "projection",
+        "projection_category",
         "skipped_event",
         "snapshot",
         "stream",
@@ -104,7 +105,22 @@ async fn processes_that_migrate_at_once_make_one_set_of_tables() {
         .fetch_one(database.readers())
         .await
         .expect("reads");
-    assert_eq!(applied, 16);
+    assert_eq!(applied, 17);
+}
+
+#[tokio::test]
+async fn a_file_in_another_encoding_is_refused() {
+    let folder = folder();
+    let file = folder.path().join("utf16.db");
+    let options = sqlx::sqlite::SqliteConnectOptions::new().filename(&file).create_if_missing(true);
+    let mut connection = sqlx::SqliteConnection::connect_with(&options).await.expect("connects");
+    for sql in ["PRAGMA encoding = 'UTF-16le'", "CREATE TABLE t (a TEXT)", "DROP TABLE t"] {
+        sqlx::query(sql).execute(&mut connection).await.expect("executes");
+    }
+    connection.close().await.expect("closes");
+    let url = format!("sqlite://{}", file.display());
+    let error = Database::open(&url, Mode::Migrate).await.expect_err("refused");
+    assert!(error.to_string().contains("in UTF-16le, where text sorts"), "{error}");
 }
 
 #[tokio::test]
@@ -121,7 +137,7 @@ async fn a_newer_schema_is_refused_by_name() {
     for mode in [Mode::Check, Mode::Migrate] {
         let error = Database::open(&url(&file), mode).await.expect_err("newer");
         assert!(
-            matches!(error, DatabaseError::NewerSchema { found: 9999, known: 16, .. }),
+            matches!(error, DatabaseError::NewerSchema { found: 9999, known: 17, .. }),
             "{error}"
         );
         assert!(error.to_string().contains("a.db"), "{error}");
@@ -149,7 +165,7 @@ async fn checking_creates_nothing() {
     assert!(!file.exists());
     std::fs::write(&file, "").expect("an empty file");
     let error = Database::open(&url(&file), Mode::Check).await.expect_err("no tables");
-    assert!(matches!(error, DatabaseError::NotMigrated { found: 0, known: 16, .. }), "{error}");
+    assert!(matches!(error, DatabaseError::NotMigrated { found: 0, known: 17, .. }), "{error}");
     assert_eq!(std::fs::metadata(&file).expect("there").len(), 0);
 }
 

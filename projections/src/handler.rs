@@ -5,6 +5,7 @@ use std::collections::HashSet;
 use std::fmt;
 
 use async_trait::async_trait;
+use kafold_core::codec::CodecError;
 use kafold_core::{Partition, Position, RecordedEvent};
 
 use crate::definition::Definition;
@@ -97,24 +98,36 @@ pub(crate) struct Fault {
 impl Fault {
     pub(crate) fn at(event: &RecordedEvent, reason: impl fmt::Display) -> Self {
         let RecordedEvent { position, event_type, stream, version, .. } = event;
-        let reason =
-            format!("event {position} ({event_type}, version {version} of {stream}): {reason}");
-        Self { at: Some(*position), reason, parks: true }
+        let event = format!("event {position} ({event_type}, version {version} of {stream})");
+        Self { at: Some(*position), reason: storable(format!("{event}: {reason}")), parks: true }
+    }
+
+    /// An event that the program cannot decode. An event of a newer program does not park its stream:
+    /// the projection stops, and a worker of the newer program takes its partitions over.
+    pub(crate) fn unreadable(event: &RecordedEvent, error: &CodecError) -> Self {
+        let is_newer =
+            matches!(error, CodecError::UnknownType { .. } | CodecError::NewerVersion { .. });
+        Self { parks: !is_newer, ..Self::at(event, error) }
     }
 
     pub(crate) fn somewhere(reason: impl fmt::Display) -> Self {
-        Self { at: None, reason: reason.to_string(), parks: true }
+        Self { at: None, reason: storable(reason.to_string()), parks: true }
     }
 
     /// One that every event would meet.
     pub(crate) fn of_all(reason: impl fmt::Display) -> Self {
-        Self { at: None, reason: reason.to_string(), parks: false }
+        Self { parks: false, ..Self::somewhere(reason) }
     }
+}
+
+/// Escapes the character NUL, which an error may quote from a payload and PostgreSQL does not store.
+fn storable(reason: String) -> String {
+    if reason.contains('\0') { reason.replace('\0', "\\0") } else { reason }
 }
 
 /// What a panic said.
 pub(crate) fn panic_text(panic: &(dyn Any + Send)) -> String {
     let text = panic.downcast_ref::<&str>().copied();
     let text = text.or_else(|| panic.downcast_ref::<String>().map(String::as_str));
-    format!("panicked: {}", text.unwrap_or("(no message)"))
+    storable(format!("panicked: {}", text.unwrap_or("(no message)")))
 }

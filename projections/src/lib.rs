@@ -36,6 +36,7 @@
 //! `checkpoint`, `registry` and `table` hold the queries of one table each.
 
 mod audit;
+mod categories;
 mod checkpoint;
 pub mod config;
 pub mod control;

@@ -115,8 +115,10 @@ impl ProjectionBatch {
         self.batches().map(|batch| batch.events.len()).sum()
     }
 
-    /// The events that are `E`'s, decoded; those of other aggregates are left out. An event that
-    /// `E` knows by name but cannot read (written by a newer program, malformed) is an error.
+    /// Returns the events of `E`, decoded. Events of other categories, and those that `E` ignores, are
+    /// left out. An event of `E`'s category that `E` cannot read is an error: it has an unknown type
+    /// or a newer version, or it is malformed. An `E` without
+    /// [`CATEGORY`](DomainEvent::CATEGORY) leaves out unknown types of every category.
     pub fn decode<E: DomainEvent>(&self) -> Result<Vec<Recorded<E>>, UnreadableEvent> {
         self.events().filter_map(|event| decode(event).transpose()).collect()
     }
@@ -150,15 +152,27 @@ pub struct UnreadableEvent {
     pub error: CodecError,
 }
 
-/// `None` when `E` has no event of that name: it is of another aggregate.
+/// Decodes an event. Returns `None` for an event of another category, an ignored event, and an unknown
+/// type where `E` declares no category.
 pub(crate) fn decode<E: DomainEvent>(
     event: &RecordedEvent,
 ) -> Result<Option<Recorded<E>>, UnreadableEvent> {
+    if E::CATEGORY.is_some_and(|category| category != event.stream.category())
+        || ignores::<E>(event)
+    {
+        return Ok(None);
+    }
     match codec::decode_recorded(event) {
         Ok(decoded) => Ok(Some(decoded)),
-        Err(CodecError::UnknownType { .. }) => Ok(None),
+        Err(CodecError::UnknownType { .. }) if E::CATEGORY.is_none() => Ok(None),
         Err(error) => Err(UnreadableEvent { event: Box::new(event.clone()), error }),
     }
+}
+
+/// Whether `E` leaves out the event on purpose.
+pub(crate) fn ignores<E: DomainEvent>(event: &RecordedEvent) -> bool {
+    let name = || event.event_type.rsplit_once(".v").map_or(&*event.event_type, |(name, _)| name);
+    !E::IGNORED.is_empty() && E::IGNORED.contains(&name())
 }
 
 /// A [`Projection`] as the worker runs it.
@@ -226,7 +240,7 @@ fn told(error: HandlerError) -> ApplyError {
         Err(other) => other,
     };
     let error = match error.downcast::<UnreadableEvent>() {
-        Ok(unreadable) => return Fault::at(&unreadable.event, &unreadable.error).into(),
+        Ok(unreadable) => return Fault::unreadable(&unreadable.event, &unreadable.error).into(),
         Err(other) => other,
     };
     match error.is::<WrongDatabase>() {

@@ -5,7 +5,7 @@
 use std::fmt;
 use std::marker::PhantomData;
 
-use kafold_core::row::{Column, ColumnValue, Row, Value};
+use kafold_core::row::{Column, ColumnRole, ColumnValue, Row, Value};
 use kafold_core::store::ReadError;
 use kafold_core::{Offset, Partition};
 use kafold_migrations::{Database, Identifier, is_transient};
@@ -16,6 +16,7 @@ use crate::definition::Definition;
 use crate::generation::Generation;
 use crate::index::{RETRY_AFTER, read_error};
 use crate::read_model::ReadModel;
+use crate::registry;
 use crate::sql::reading;
 use crate::table::Table;
 use crate::value::{add_one, add_value};
@@ -72,17 +73,21 @@ impl<M: ReadModel> Query<M> {
         Self { database, model: PhantomData }
     }
 
-    /// The row of this key.
+    /// Returns the row of this key. A stored row that the model cannot read is
+    /// [`ReadError::Diverged`].
     pub async fn get(&self, key: &<M::Row as Row>::Key) -> Result<Option<M::Row>, ReadError> {
         let table = table::<M>()?;
-        let by = (&table.key(), key.clone().into_value());
-        let mut rows = self.select(&table, Some(by), 1).await?;
-        Ok(rows.pop())
+        // No row has a key that no column holds.
+        let Ok(value) = key.clone().into_value().stored() else { return Ok(None) };
+        let mut rows = self.select(&table, Some((&table.key(), value)), 1).await?;
+        let row = rows.pop().map(read::<M::Row>).transpose();
+        row.map_err(|reason| ReadError::diverged(M::NAME, reason))
     }
 
     /// Rows with this value in a column declared with `#[row(index)]`, or in the key, in the order
     /// of the key; at most `limit`. Another column, or a value of another type, is
-    /// [`ReadError::Diverged`].
+    /// [`ReadError::Diverged`]. A stored row that the model cannot read is left out, with a warning
+    /// in the log.
     pub async fn find<V: ColumnValue>(
         &self,
         column: &str,
@@ -101,12 +106,16 @@ impl<M: ReadModel> Query<M> {
                 return Err(ReadError::diverged(M::NAME, reason));
             }
         };
-        self.select(&table, Some((&found, value.into_value())), limit).await
+        match value.into_value().stored() {
+            Ok(value) => self.readable(&table, Some((&found, value)), limit).await,
+            Err(_) => Ok(Vec::new()),
+        }
     }
 
-    /// The first `limit` rows in the order of the key.
+    /// Returns the first `limit` rows in the order of the key. A stored row that the model cannot read
+    /// is left out, with a warning in the log.
     pub async fn all(&self, limit: usize) -> Result<Vec<M::Row>, ReadError> {
-        self.select(&table::<M>()?, None, limit).await
+        self.readable(&table::<M>()?, None, limit).await
     }
 
     /// Up to where the model is complete now. Taken before a query, it tells of the query's answer.
@@ -114,24 +123,61 @@ impl<M: ReadModel> Query<M> {
         Freshness::of(&self.database, M::NAME).await
     }
 
-    async fn select(
+    /// Selects rows and leaves out those that the model cannot read. Rows of another definition of the
+    /// model are an error, so that a list is never empty for that reason.
+    async fn readable(
         &self,
         table: &Table,
         by: Option<(&Identified<'_>, Value)>,
         limit: usize,
     ) -> Result<Vec<M::Row>, ReadError> {
+        let selected = self.select(table, by, limit).await?;
+        let (mut rows, mut unreadable) = (Vec::with_capacity(selected.len()), None);
+        for row in selected {
+            match read::<M::Row>(row) {
+                Ok(row) => rows.push(row),
+                Err(reason) => {
+                    tracing::warn!(projection = M::NAME, reason, "a stored row is unreadable");
+                    unreadable = Some(reason);
+                }
+            }
+        }
+        match unreadable {
+            Some(reason) if self.is_of_another_definition().await? => {
+                Err(ReadError::diverged(M::NAME, other_definition::<M>(&reason)))
+            }
+            _ => Ok(rows),
+        }
+    }
+
+    /// Whether the live rows were built by another definition of the model.
+    async fn is_of_another_definition(&self) -> Result<bool, ReadError> {
+        let definition = Definition::of_model::<M>();
+        let built = registry::built_by(&self.database, M::NAME).await.map_err(read_error)?;
+        Ok(built.is_some_and(|built| built != definition.fingerprint))
+    }
+
+    async fn select(
+        &self,
+        table: &Table,
+        by: Option<(&Identified<'_>, Value)>,
+        limit: usize,
+    ) -> Result<Vec<Selected>, ReadError> {
         let limit = i64::try_from(limit).unwrap_or(i64::MAX);
         let found = match self.fetch(table, by.clone(), limit).await {
             // The view was switched to another generation under a prepared statement.
             Err(error) if is_stale_plan(&error) => self.fetch(table, by, limit).await,
             found => found,
         };
-        let rows = found.map_err(|error| match is_missing(&error) {
-            true => ReadError::unavailable(RETRY_AFTER, format!("{} is not built yet", M::NAME)),
-            false => read_error(error),
-        })?;
-        let row = |values| M::Row::from_values(values).map_err(|e| ReadError::diverged(M::NAME, e));
-        rows.into_iter().map(row).collect()
+        found.map_err(|error| match () {
+            () if is_missing(&error) => {
+                ReadError::unavailable(RETRY_AFTER, format!("{} is not built yet", M::NAME))
+            }
+            () if is_missing_column(&error) => {
+                ReadError::diverged(M::NAME, other_definition::<M>(&error))
+            }
+            () => read_error(error),
+        })
     }
 
     async fn fetch(
@@ -139,7 +185,7 @@ impl<M: ReadModel> Query<M> {
         table: &Table,
         by: Option<(&Identified<'_>, Value)>,
         limit: i64,
-    ) -> Result<Vec<Vec<Value>>, sqlx::Error> {
+    ) -> Result<Vec<Selected>, sqlx::Error> {
         let on_postgres = matches!(self.database, Database::Postgres(_));
         let mut sql = table.select_from_view(on_postgres);
         if let Some(((_, name), _)) = &by {
@@ -156,7 +202,7 @@ impl<M: ReadModel> Query<M> {
                 }
                 let query = sqlx::query_with(sql.finish(), arguments).bind(limit);
                 let rows = query.fetch_all(database.pool()).await?;
-                rows.iter().map(|row| table.postgres_values(row)).collect()
+                Ok(rows.iter().map(|row| table.postgres_values(row)).collect())
             }
             Database::Sqlite(database) => {
                 let mut arguments = SqliteArguments::default();
@@ -165,10 +211,29 @@ impl<M: ReadModel> Query<M> {
                 }
                 let query = sqlx::query_with(sql.finish(), arguments).bind(limit);
                 let rows = query.fetch_all(database.readers()).await?;
-                rows.iter().map(|row| table.sqlite_values(row)).collect()
+                Ok(rows.iter().map(|row| table.sqlite_values(row)).collect())
             }
         }
     }
+}
+
+/// The values of a selected row, unless a column has another type than the model's.
+type Selected = Result<Vec<Value>, sqlx::Error>;
+
+fn read<R: Row>(selected: Selected) -> Result<R, String> {
+    let values = selected.map_err(|error| error.to_string())?;
+    let key = R::COLUMNS.iter().position(|column| column.role == ColumnRole::Key);
+    let key = key.and_then(|place| values.get(place)).map(Value::to_string);
+    R::from_values(values)
+        .map_err(|invalid| format!("the row of key {}: {invalid}", key.unwrap_or_default()))
+}
+
+fn other_definition<M: ReadModel>(reason: &impl fmt::Display) -> String {
+    format!(
+        "its rows are those of another definition of the model ({reason}); build them anew with \
+         `kafold projections rebuild {}`",
+        M::NAME
+    )
 }
 
 /// A column and its name in SQL.
@@ -184,6 +249,11 @@ fn table<M: ReadModel>() -> Result<Table, ReadError> {
 fn is_stale_plan(error: &sqlx::Error) -> bool {
     let code = error.as_database_error().and_then(|error| error.code());
     code.is_some_and(|code| code == "0A000") && is_transient(error)
+}
+
+fn is_missing_column(error: &sqlx::Error) -> bool {
+    let Some(error) = error.as_database_error() else { return false };
+    error.code().is_some_and(|code| code == "42703") || error.message().contains("no such column")
 }
 
 /// Whether the view is not there: its worker has not registered the model yet.

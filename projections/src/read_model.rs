@@ -1,32 +1,36 @@
 //! [`ReadModel`]: rows folded by key.
 
 use std::collections::{HashMap, HashSet};
+use std::fmt;
 use std::marker::PhantomData;
 use std::num::NonZeroUsize;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use async_trait::async_trait;
 use kafold_core::mutant::{self, Mutant};
-use kafold_core::row::{ColumnValue, Row};
+use kafold_core::row::{ColumnRole, ColumnValue, InvalidValue, Row, Value};
 use kafold_core::store::Batch;
-use kafold_core::{DomainEvent, Partition, Position, Recorded, RecordedEvent};
+use kafold_core::{DomainEvent, Partition, Recorded, RecordedEvent};
 
+use crate::categories::{Sightings, StoredCategories};
 use crate::definition::Definition;
 use crate::generation::Generation;
 use crate::handler::{ApplyError, Fault, Handler, Memory, Target, Work, panic_text};
 use crate::memory::RowMemory;
-use crate::projection::{Part, ProjectionBatch, decode};
+use crate::projection::{Part, ProjectionBatch, decode, ignores};
 use crate::table::Table;
 use crate::transaction::Transaction;
 
 /// Rows folded by key from the events of one aggregate; the table is made from the row.
 ///
 /// Pure, like an aggregate: the same events give the same rows on either database, in batches of any
-/// size. Numbers are 64 bits with sign in the database, so bound amounts and counts where the
-/// command is decided such that no sum passes `i64::MAX` (9.2 · 10¹⁸; a sum of a million millions of
-/// 9 million each still fits), and add with `checked_add` or `saturating_add`: a sum never wraps, and
-/// a panic in a fold stops the model. Texts may not hold the character NUL, which PostgreSQL takes
-/// nowhere: refuse it where the command is decided, too.
+/// size. A fold gets its row as the database gives it back: timestamps have microseconds
+/// ([`Value::stored`](kafold_core::row::Value::stored)). A row that the database cannot hold is a fault of its event, which names
+/// column and value: a number that is not finite, the character NUL in a text, a text too long for
+/// its index ([`INDEXED_TEXT_BYTES_MAX`](kafold_core::row::INDEXED_TEXT_BYTES_MAX)). Refuse such values where
+/// the command is decided. Integers have 64 bits with sign: bound amounts and counts such that no sum
+/// passes `i64::MAX` (9.2 · 10¹⁸), and add with `checked_add` or `saturating_add`. A panic in a fold
+/// is a fault of its event, too.
 pub trait ReadModel: Send + Sync + 'static {
     /// Its name and that of its view: `[a-z][a-z0-9_]*`, at most 50 characters. The view is in the
     /// default schema, on the table `NAME__g1`.
@@ -44,7 +48,9 @@ pub trait ReadModel: Send + Sync + 'static {
     /// pauses the projection first.
     const SHARED: bool = true;
 
-    /// The events it reads. Events of other aggregates pass it by.
+    /// The events it reads, of one [category](DomainEvent::CATEGORY). Events of other aggregates pass it
+    /// by. An event type of its category that it does not have stops it, unless the type is
+    /// [ignored](DomainEvent::IGNORED): a newer program wrote it.
     type Event: DomainEvent;
 
     /// The row.
@@ -67,12 +73,17 @@ type Key<M> = <<M as ReadModel>::Row as Row>::Key;
 /// A [`ReadModel`] as the worker runs it.
 pub(crate) struct ModelHandler<M> {
     definition: Definition,
+    categories: StoredCategories,
     model: PhantomData<fn() -> M>,
 }
 
 impl<M: ReadModel> ModelHandler<M> {
     pub(crate) fn new() -> Self {
-        Self { definition: Definition::of_model::<M>(), model: PhantomData }
+        Self {
+            definition: Definition::of_model::<M>(),
+            categories: StoredCategories::default(),
+            model: PhantomData,
+        }
     }
 }
 
@@ -95,7 +106,7 @@ impl<M: ReadModel> Handler for ModelHandler<M> {
     }
 
     fn prepare<'w>(&'w self, round: &'w ProjectionBatch) -> Result<Box<dyn Work + 'w>, Fault> {
-        Ok(Box::new(ModelWork::<M>::new(&self.definition, round)?))
+        Ok(Box::new(ModelWork::<M>::new(self, round)?))
     }
 
     fn memory(&self, from_start: HashSet<Partition>, rows_max: usize) -> Option<Memory> {
@@ -106,7 +117,9 @@ impl<M: ReadModel> Handler for ModelHandler<M> {
 
 /// A round of one model, decoded.
 struct ModelWork<'w, M: ReadModel> {
-    definition: &'w Definition,
+    model: &'w ModelHandler<M>,
+    /// The first event of each category in each batch, for an enum that declares no category.
+    sightings: Vec<(&'w RecordedEvent, bool)>,
     /// By key, and those of one key in the order of the log.
     touches: Vec<Touch<'w, M>>,
 }
@@ -117,6 +130,12 @@ type Touch<'w, M> = (&'w Key<M>, &'w Recorded<<M as ReadModel>::Event>);
 /// Some of a round's rows, each with its place among them, in their order.
 type Placed<T> = Vec<(usize, T)>;
 
+/// A decoded batch.
+struct DecodedBatch<M: ReadModel> {
+    events: Vec<Touched<M>>,
+    sightings: Sightings,
+}
+
 /// An event and the rows it touches, each once.
 struct Touched<M: ReadModel> {
     event: Recorded<M::Event>,
@@ -125,34 +144,25 @@ struct Touched<M: ReadModel> {
 
 /// What a round does to one row.
 enum Change<R: Row> {
-    Insert(R),
-    Update(R),
+    Insert(R, Vec<Value>),
+    Update(R, Vec<Value>),
     Delete(R::Key),
     Nothing,
 }
 
-impl<R: Row> Change<R> {
-    fn remember(&self, memory: &mut RowMemory<R>) {
-        match self {
-            Self::Insert(row) => memory.inserted(row),
-            Self::Update(row) => memory.updated(row),
-            Self::Delete(key) => memory.deleted(key),
-            Self::Nothing => {}
-        }
-    }
-}
-
 impl<'w, M: ReadModel> ModelWork<'w, M> {
-    fn new(definition: &'w Definition, round: &'w ProjectionBatch) -> Result<Self, Fault> {
+    fn new(model: &'w ModelHandler<M>, round: &'w ProjectionBatch) -> Result<Self, Fault> {
         let mut touches = Vec::with_capacity(round.count());
+        let mut sightings = Vec::new();
         for part in round.parts() {
-            let events = part.decoded(touched::<M>).as_ref().map_err(Fault::clone)?;
-            for Touched { event, keys } in events {
+            let decoded = part.decoded(touched::<M>).as_ref().map_err(Fault::clone)?;
+            for Touched { event, keys } in &decoded.events {
                 touches.extend(keys.iter().map(|key| (key, event)));
             }
+            sightings.extend(decoded.sightings.events(part.batch()));
         }
         touches.sort_by_key(|(key, _)| *key);
-        Ok(Self { definition, touches })
+        Ok(Self { model, sightings, touches })
     }
 
     /// What touches one row, row by row.
@@ -221,13 +231,26 @@ impl<'w, M: ReadModel> ModelWork<'w, M> {
                     return Err(fault.into());
                 }
             };
-            if let Some(memory) = memory.as_deref_mut() {
-                change.remember(memory);
-            }
+            let memory = memory.as_deref_mut();
             match change {
-                Change::Insert(row) => inserts.add(row.into_values()).await?,
-                Change::Update(row) => updates.push(row.into_values()),
-                Change::Delete(key) => deletes.push(key.into_value()),
+                Change::Insert(row, values) => {
+                    if let Some(memory) = memory {
+                        memory.inserted(row);
+                    }
+                    inserts.add(values).await?;
+                }
+                Change::Update(row, values) => {
+                    if let Some(memory) = memory {
+                        memory.updated(row);
+                    }
+                    updates.push(values);
+                }
+                Change::Delete(key) => {
+                    if let Some(memory) = memory {
+                        memory.deleted(&key);
+                    }
+                    deletes.push(key.into_value());
+                }
                 Change::Nothing => {}
             }
         }
@@ -238,58 +261,82 @@ impl<'w, M: ReadModel> ModelWork<'w, M> {
     }
 }
 
-/// What becomes of a row.
+/// Folds the events of one row. After each event the row is as the database gives it back, so that the
+/// result depends neither on the size of batches nor on the memory of rows.
 fn fold<M: ReadModel>(
     touches: &[Touch<'_, M>],
     before: Option<M::Row>,
 ) -> Result<Change<M::Row>, Fault> {
     let mut row = before.clone();
+    let mut values = Vec::new();
     for (key, event) in touches {
         // The row is gone after a panic, and with it the whole round.
         let folded = catch_unwind(AssertUnwindSafe(|| M::fold(key, row.take(), event)));
-        row = folded.map_err(|panic| fault_at(event, &panic_text(&*panic)))?;
-        if row.as_ref().is_some_and(|row| row.key() != **key) {
-            return Err(fault_at(event, "fold gave a row of another key"));
+        row = folded.map_err(|panic| fault_at(event, panic_text(&*panic)))?;
+        if let Some(folded) = row.take() {
+            let invalid = |invalid: InvalidValue| fault_at(event, invalid);
+            values = folded.into_values().map_err(invalid)?;
+            let stored = M::Row::from_values(values.clone()).map_err(invalid)?;
+            if stored.key() != **key {
+                return Err(fault_at(event, "fold gave a row of another key"));
+            }
+            row = Some(stored);
         }
     }
     Ok(match (before, row) {
-        (None, Some(row)) => Change::Insert(row),
-        (Some(before), Some(row)) if before != row => Change::Update(row),
+        (None, Some(row)) => Change::Insert(row, values),
+        (Some(before), Some(row)) if before != row => Change::Update(row, values),
         (Some(before), None) => Change::Delete(before.key()),
         _ => Change::Nothing,
     })
 }
 
-/// The events of a batch with the rows they touch, up to the first that cannot be read.
-fn touched<M: ReadModel>(batch: &Batch) -> Result<Vec<Touched<M>>, Fault> {
-    let mut events = Vec::with_capacity(batch.events.len());
-    for recorded in &batch.events {
+/// Decodes the events of a batch, up to the first that cannot be read.
+fn touched<M: ReadModel>(batch: &Batch) -> Result<DecodedBatch<M>, Fault> {
+    let events = Vec::with_capacity(batch.events.len());
+    let mut decoded = DecodedBatch { events, sightings: Sightings::default() };
+    for (place, recorded) in batch.events.iter().enumerate() {
         // A panic leaves nothing behind: an event is added whole, as the last thing done.
-        let read = catch_unwind(AssertUnwindSafe(|| touch(recorded, &mut events)));
+        let read = catch_unwind(AssertUnwindSafe(|| touch(batch, place, &mut decoded)));
         let read = read.unwrap_or_else(|panic| Err(Fault::at(recorded, panic_text(&*panic))));
         match read {
             Err(_) if mutant::active(Mutant::SkipUnreadable) => {}
             read => read?,
         }
     }
-    Ok(events)
+    Ok(decoded)
 }
 
-/// Adds the event, if it touches a row.
+/// Adds the event at a place of the batch, if it touches a row.
 fn touch<M: ReadModel>(
-    recorded: &RecordedEvent,
-    events: &mut Vec<Touched<M>>,
+    batch: &Batch,
+    place: usize,
+    into: &mut DecodedBatch<M>,
 ) -> Result<(), Fault> {
+    let recorded = &batch.events[place];
     let decoded = decode::<M::Event>(recorded);
-    let decoded = decoded.map_err(|unreadable| Fault::at(recorded, unreadable.error))?;
+    let decoded = decoded.map_err(|unreadable| Fault::unreadable(recorded, &unreadable.error))?;
+    if M::Event::CATEGORY.is_none() && !ignores::<M::Event>(recorded) {
+        into.sightings.add::<M::Event>(batch, place, decoded.is_some())?;
+    }
     let Some(event) = decoded else { return Ok(()) };
-    let mut keys = M::keys(&event);
+    let keys = M::keys(&event).into_iter().map(stored_key::<M::Row>);
+    let mut keys: Vec<_> =
+        keys.collect::<Result<_, _>>().map_err(|invalid| Fault::at(recorded, invalid))?;
     keys.sort_unstable();
     keys.dedup();
     if !keys.is_empty() {
-        events.push(Touched { event, keys });
+        into.events.push(Touched { event, keys });
     }
     Ok(())
+}
+
+/// Returns the key as the database gives it back.
+fn stored_key<R: Row>(key: R::Key) -> Result<R::Key, InvalidValue> {
+    key.into_value().stored().and_then(R::Key::from_value).map_err(|reason| {
+        let column = R::COLUMNS.iter().find(|column| column.role == ColumnRole::Key);
+        InvalidValue { column: column.map_or("key", |column| column.name), reason }
+    })
 }
 
 #[async_trait]
@@ -300,11 +347,14 @@ impl<M: ReadModel> Work for ModelWork<'_, M> {
         tx: &mut Transaction<'_>,
         memory: Option<&mut Memory>,
     ) -> Result<(), ApplyError> {
+        if !self.sightings.is_empty() {
+            self.model.categories.store::<M::Event>(target, tx, &self.sightings).await?;
+        }
         if self.touches.is_empty() {
             return Ok(());
         }
         let mut memory = memory.and_then(|memory| memory.downcast_mut::<RowMemory<M::Row>>());
-        let table = table(self.definition, target.generation);
+        let table = table(&self.model.definition, target.generation);
         if M::SHARED && !mutant::active(Mutant::SharedRowsUnlocked) {
             lock(target, tx).await?;
         }
@@ -327,13 +377,9 @@ async fn lock(target: Target<'_>, tx: &mut Transaction<'_>) -> Result<(), sqlx::
     lock.execute(&mut **connection).await.map(drop)
 }
 
-fn fault_at<E: DomainEvent>(event: &Recorded<E>, reason: &str) -> Fault {
+fn fault_at<E: DomainEvent>(event: &Recorded<E>, reason: impl fmt::Display) -> Fault {
     let Recorded { event, position, stream, version, .. } = event;
     let event_type = event.event_type();
-    let at: Option<Position> = Some(*position);
-    Fault {
-        at,
-        reason: format!("event {position} ({event_type}, version {version} of {stream}): {reason}"),
-        parks: true,
-    }
+    let event = format!("event {position} ({event_type}, version {version} of {stream})");
+    Fault { at: Some(*position), ..Fault::somewhere(format!("{event}: {reason}")) }
 }

@@ -415,6 +415,7 @@ pub(crate) async fn forget(
         "DELETE FROM kafold_checkpoint WHERE projection = $1 AND generation <> $2",
         "DELETE FROM kafold_parked_event WHERE projection = $1 AND generation <> $2",
         "DELETE FROM kafold_skipped_event WHERE projection = $1 AND generation <> $2",
+        "DELETE FROM kafold_projection_category WHERE projection = $1 AND generation <> $2",
     ] {
         either!(tx, connection => {
             let query = sqlx::query(sql).bind(name).bind(live.int());
@@ -506,6 +507,18 @@ pub(crate) async fn find(
     either!(tx, connection => {
         sqlx::query_as(sql).bind(name).fetch_optional(&mut **connection).await
     })
+}
+
+/// Returns the fingerprint of the definition which built the live rows of a projection.
+pub(crate) async fn built_by(
+    database: &Database,
+    name: &str,
+) -> Result<Option<String>, sqlx::Error> {
+    let sql = "SELECT fingerprint FROM kafold_projection WHERE name = $1";
+    let found: Option<String> = reading!(database, pool => {
+        sqlx::query_scalar(sql).bind(name).fetch_optional(pool).await
+    })?;
+    Ok(found.map(|found| found.strip_prefix(RESET).unwrap_or(&found).to_owned()))
 }
 
 /// Returns the rows of all projections, by name, locked until the end of the transaction.

@@ -376,7 +376,8 @@ fn select(
     let mut sql = SqlText::new("SELECT ");
     sql.list(", ", columns.iter().zip(names), |sql, (column, name)| {
         let as_text = on_postgres && column.kind == ColumnKind::Json;
-        sql.name(name).text(if as_text { "::text" } else { "" });
+        // SQLite reads the name of a missing column as a text, unless a table's name is before it.
+        sql.name(from).text(".").name(name).text(if as_text { "::text" } else { "" });
     });
     sql.text(" FROM ").name(from);
     sql

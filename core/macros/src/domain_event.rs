@@ -5,7 +5,7 @@ use quote::quote;
 use syn::parse::{Parse, ParseStream};
 use syn::punctuated::Punctuated;
 use syn::{
-    Attribute, Data, DataEnum, DeriveInput, Error, Ident, LitInt, LitStr, Meta, Path, Token,
+    Attribute, Data, DataEnum, DeriveInput, Error, Expr, Ident, LitInt, LitStr, Meta, Path, Token,
     Variant,
 };
 
@@ -17,7 +17,7 @@ const NAME_BYTES_MAX: usize = 100;
 pub(crate) fn expand(input: &DeriveInput) -> Result<TokenStream, Error> {
     let core = core_path()?;
     let variants = variants_of(input)?;
-    let upcasters = upcasters_of(&input.attrs)?;
+    let EnumAttribute { category, ignored, upcasters } = enum_attribute(&input.attrs)?;
     let types = event_types(input, variants)?;
 
     let enum_name = &input.ident;
@@ -32,9 +32,19 @@ pub(crate) fn expand(input: &DeriveInput) -> Result<TokenStream, Error> {
             }
         }
     });
+    let category = category.map(|category| {
+        quote! {
+            const CATEGORY: ::core::option::Option<&'static str> =
+                ::core::option::Option::Some(#category);
+        }
+    });
     Ok(quote! {
         #[automatically_derived]
         impl #core::event::DomainEvent for #enum_name {
+            #category
+
+            const IGNORED: &'static [&'static str] = &[#(#ignored),*];
+
             const TYPES: &'static [#core::event::EventType] =
                 &[#(#core::event::EventType { name: #names, version: #versions }),*];
 
@@ -118,15 +128,58 @@ fn event_attribute(attributes: &[Attribute]) -> Result<Option<&Attribute>, Error
     }
 }
 
-/// The function named by `#[event(upcasters = …)]` on the enum.
-fn upcasters_of(attributes: &[Attribute]) -> Result<Option<Path>, Error> {
-    let parse = |input: ParseStream<'_>| {
-        expect_key(input, "upcasters")?;
-        let function = input.call(Path::parse_mod_style)?;
-        input.parse::<Option<Token![,]>>()?;
-        Ok(function)
-    };
-    event_attribute(attributes)?.map(|attribute| attribute.parse_args_with(parse)).transpose()
+/// `#[event(category = "order", ignore("order.noted"), upcasters = upcasters)]` on the enum.
+#[derive(Default)]
+struct EnumAttribute {
+    category: Option<Expr>,
+    ignored: Vec<LitStr>,
+    upcasters: Option<Path>,
+}
+
+impl Parse for EnumAttribute {
+    fn parse(input: ParseStream<'_>) -> Result<Self, Error> {
+        let mut found = Self::default();
+        while !input.is_empty() {
+            let key: Ident = input.parse()?;
+            match key.to_string().as_str() {
+                "category" => {
+                    input.parse::<Token![=]>()?;
+                    found.category = Some(input.parse()?);
+                }
+                "upcasters" => {
+                    input.parse::<Token![=]>()?;
+                    found.upcasters = Some(input.call(Path::parse_mod_style)?);
+                }
+                "ignore" => {
+                    let names;
+                    syn::parenthesized!(names in input);
+                    let names = Punctuated::<LitStr, Token![,]>::parse_terminated(&names)?;
+                    found.ignored.extend(names);
+                }
+                other => {
+                    let message = format!(
+                        "expected `category = …`, `ignore(…)` or `upcasters = …`, found `{other}`"
+                    );
+                    return Err(Error::new(key.span(), message));
+                }
+            }
+            if !input.is_empty() {
+                input.parse::<Token![,]>()?;
+            }
+        }
+        Ok(found)
+    }
+}
+
+fn enum_attribute(attributes: &[Attribute]) -> Result<EnumAttribute, Error> {
+    let Some(attribute) = event_attribute(attributes)? else { return Ok(EnumAttribute::default()) };
+    let found: EnumAttribute = attribute.parse_args()?;
+    for name in &found.ignored {
+        if let Some(mistake) = name_mistake(&name.value()) {
+            return Err(Error::new_spanned(name, mistake));
+        }
+    }
+    Ok(found)
 }
 
 fn event_types(input: &DeriveInput, variants: &DataEnum) -> Result<Vec<TypeAttribute>, Error> {

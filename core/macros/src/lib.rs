@@ -16,8 +16,15 @@ mod support;
 /// - `#[event("order.placed", version = 1)]` on each variant. The name is
 ///   `[a-z][a-z0-9_]*(\.[a-z0-9_]+)*` of at most 100 bytes, not `kafold` or below it, and unique in
 ///   the enum; the version counts from 1 and is 1 when left out.
+/// - `#[event(category = "order")]` on the enum: the category of the streams that have these events, as
+///   a literal or as `Order::CATEGORY`. Read models need it to tell events of other aggregates from
+///   unknown events of this one.
+/// - `#[event(ignore("order.noted", "order.archived"))]` on an enum which leaves out some events of its
+///   category.
 /// - `#[event(upcasters = path::to::function)]` on the enum, when events have had other shapes: a
 ///   `fn() -> Upcasters`.
+///
+/// The three may stand in one attribute, with commas between them.
 ///
 /// The enum also derives `Serialize`, `Deserialize`, `Clone` and `Debug`, and keeps serde's default
 /// representation; which field names a payload has is serde's business, which variant it is stands
@@ -32,8 +39,8 @@ pub fn derive_domain_event(input: TokenStream) -> TokenStream {
 ///
 /// - `#[row(key)]` on exactly one field: it identifies the row and is not an `Option`;
 /// - `#[row(index)]` on fields that rows are searched by;
-/// - `#[row(json)]` on fields of any other type with serde, stored as JSON text. Storing panics if
-///   such a value has no JSON (a map whose keys are not texts or numbers).
+/// - `#[row(json)]` on fields of any other type with serde, stored as JSON text. A value which JSON would
+///   give back as another one is a fault of its event.
 ///
 /// Field names are `[a-z][a-z0-9_]*` of at most 50 bytes and do not begin with `kafold_`. The struct
 /// also derives `Clone` and `PartialEq`.

@@ -38,8 +38,10 @@ pub(crate) fn expand(input: &DeriveInput) -> Result<TokenStream, Error> {
                 ::core::clone::Clone::clone(&self.#key_name)
             }
 
-            fn into_values(self) -> ::std::vec::Vec<#core::row::Value> {
-                ::std::vec![#(#values),*]
+            fn into_values(
+                self,
+            ) -> ::core::result::Result<::std::vec::Vec<#core::row::Value>, #core::row::InvalidValue> {
+                #core::row::derived::stored::<Self>(::std::vec![#(#values),*])
             }
 
             fn from_values(
@@ -178,7 +180,7 @@ impl<'a> Column<'a> {
             quote!(#core::row::derived::into_json(&self.#field))
         } else {
             let into_value = self.in_trait(core, "into_value");
-            quote!(#into_value(self.#field))
+            quote!(::core::result::Result::Ok(#into_value(self.#field)))
         }
     }
 

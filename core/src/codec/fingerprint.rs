@@ -166,7 +166,8 @@ impl<const WIDE: bool> Serializer for Hasher<WIDE> {
 
     fn serialize_f64(self, value: f64) -> Result<u64, Error> {
         match value.is_finite() {
-            true => Ok(of(Kind::Float, value.to_bits())),
+            // Columns do not keep the sign of 0.0.
+            true => Ok(of(Kind::Float, (value + 0.0).to_bits())),
             false => Err(Error::custom(format!(
                 "{value} is a number that JSON does not have: use an Option, or a value of your own"
             ))),

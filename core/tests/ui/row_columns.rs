@@ -8,10 +8,10 @@ struct Sales {
     lines: Vec<String>,
     #[row(unique)]
     sku: String,
-    kafold_amount: u64,
-    größe: u64,
-    _hidden: u64,
-    aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa: u64,
+    kafold_amount: i64,
+    größe: i64,
+    _hidden: i64,
+    aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa: i64,
 }
 
 fn main() {}

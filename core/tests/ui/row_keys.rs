@@ -2,7 +2,7 @@ use kafold_core::Row;
 
 #[derive(Row, Clone, PartialEq)]
 struct Keyless {
-    amount_cents: u64,
+    amount_cents: i64,
 }
 
 #[derive(Row, Clone, PartialEq)]

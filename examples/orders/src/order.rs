@@ -43,6 +43,7 @@ pub(crate) struct Line {
 /// Each event carries what its readers need, so that none has to remember another one: payment and
 /// shipment repeat the customer, the cancellation everything that a report has to take back.
 #[derive(Debug, Clone, PartialEq, Eq, DomainEvent, Serialize, Deserialize)]
+#[event(category = Order::CATEGORY)]
 pub(crate) enum OrderEvent {
     /// A customer ordered.
     #[event("order.placed", version = 1)]
@@ -56,6 +57,27 @@ pub(crate) enum OrderEvent {
     /// The order is void.
     #[event("order.cancelled", version = 1)]
     Cancelled { reason: String, customer: String, lines: Vec<Line>, placed_at: DateTime<Utc> },
+}
+
+impl OrderEvent {
+    /// Whether the command decided this event. A command without a time of its own matches any time.
+    pub(crate) fn is_of(&self, command: &OrderCommand, has_time: bool) -> bool {
+        match (self, command) {
+            (
+                Self::Placed { customer, lines, placed_at },
+                OrderCommand::Place { customer: by, lines: asked, placed_at: at },
+            ) => customer == by && lines == asked && (!has_time || placed_at == at),
+            (Self::Paid { amount_cents, .. }, OrderCommand::Pay { amount_cents: asked }) => {
+                amount_cents == asked
+            }
+            (
+                Self::Shipped { carrier, tracking, .. },
+                OrderCommand::Ship { carrier: by, tracking: number },
+            ) => carrier == by && tracking == number,
+            (Self::Cancelled { reason, .. }, OrderCommand::Cancel { reason: why }) => reason == why,
+            _ => false,
+        }
+    }
 }
 
 /// What may be asked of an order. It travels between the nodes of the service as it is written here.

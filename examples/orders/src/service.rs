@@ -4,21 +4,22 @@ use std::num::NonZeroUsize;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use futures_util::TryStreamExt;
 use kafold::projections::{
     Freshness, ProjectionState, ProjectionStatus, ProjectionWorker, Projections, Query,
 };
 use kafold::store::{Health, ReadError};
 use kafold::{
     Clock, CommandHandler, CommandId, Database, EventSource, EventStore, IdGenerator, Log, Offset,
-    Position,
+    Position, StreamId, Version, codec,
 };
 use lru::LruCache;
 
-use crate::order::Order;
+use crate::order::{Order, OrderEvent};
 use crate::read_models::{CustomerOrders, OrderDetails, SalesByCustomer, SalesByDay};
 use crate::sales_by_sku::SalesBySku;
 
-/// Keys of placed orders that are remembered until the read model is sure to have them.
+/// Idempotency keys whose orders are remembered: until the read model is sure to have the placed orders.
 const RECENT_KEYS_MAX: NonZeroUsize = NonZeroUsize::new(100_000).expect("is not zero");
 /// How long the database may take to answer when readiness is asked for.
 const DATABASE_TIMEOUT: Duration = Duration::from_secs(2);
@@ -35,7 +36,7 @@ pub(crate) struct Service {
     pub(crate) by_customer: Query<SalesByCustomer>,
     pub(crate) database: Database,
     clock: Arc<dyn Clock>,
-    placements: Mutex<LruCache<CommandId, Placement>>,
+    uses_of_keys: Mutex<LruCache<CommandId, UseOfKey>>,
 }
 
 /// All read models of orders.
@@ -48,9 +49,9 @@ pub(crate) fn projections(source: Arc<dyn EventSource>, database: Database) -> P
         .with_projection(SalesBySku)
 }
 
-/// The id of the order that a key placed, when it is known. Whoever places with the key holds the
-/// lock, so that two requests with one key cannot place two orders.
-pub(crate) type Placement = Arc<tokio::sync::Mutex<Option<String>>>;
+/// The id of the order for which a key was used, when it is known. A request with the key holds the lock,
+/// so that two requests with one key cannot place two orders.
+pub(crate) type UseOfKey = Arc<tokio::sync::Mutex<Option<String>>>;
 
 impl Service {
     /// Starts the projections.
@@ -74,14 +75,25 @@ impl Service {
             by_customer: Query::new(database.clone()),
             database,
             clock,
-            placements: Mutex::new(LruCache::new(RECENT_KEYS_MAX)),
+            uses_of_keys: Mutex::new(LruCache::new(RECENT_KEYS_MAX)),
         }
     }
 
-    /// What is remembered of a key with which an order is placed.
-    pub(crate) fn placement(&self, key: CommandId) -> Placement {
-        let mut placements = self.placements.lock().unwrap_or_else(PoisonError::into_inner);
-        placements.get_or_insert(key, Placement::default).clone()
+    /// Returns the remembered use of a key, of the last [`RECENT_KEYS_MAX`] keys.
+    pub(crate) fn use_of_key(&self, key: CommandId) -> UseOfKey {
+        let mut uses = self.uses_of_keys.lock().unwrap_or_else(PoisonError::into_inner);
+        uses.get_or_insert(key, UseOfKey::default).clone()
+    }
+
+    /// Returns the event of an order that has this version.
+    pub(crate) async fn event(
+        &self,
+        stream: &StreamId,
+        version: Version,
+    ) -> Result<Option<OrderEvent>, ReadError> {
+        let mut events = self.store.read(stream, Version(version.0.saturating_sub(1)));
+        let Some(event) = events.try_next().await? else { return Ok(None) };
+        Ok(codec::decode_recorded(&event).ok().map(|recorded| recorded.event))
     }
 
     /// The order that was placed with the key, as far as the read model has come.

@@ -6,11 +6,11 @@ use std::collections::BTreeSet;
 use std::thread;
 
 use serde_json::{Value, json};
-use support::{Service, Stack, on_each_log, order, timed, wait_for};
+use support::{Reply, Service, Stack, on_each_log, order, timed, wait_for};
 
 on_each_log!(
     an_order_goes_its_way_and_every_view_shows_it,
-    a_repeated_key_answers_the_first_result_whatever_the_body,
+    a_repeated_key_answers_the_first_result_and_another_request_is_refused,
     one_of_fifty_concurrent_payments_succeeds,
     a_precondition_holds_or_nothing_happens,
     a_view_asked_after_a_position_never_shows_the_state_before,
@@ -79,58 +79,69 @@ fn an_order_goes_its_way_and_every_view_shows_it(stack: &Stack) {
     assert_eq!(events[1]["data"], json!({"customer": "Ada Ölund", "amount_cents": 2500}));
 }
 
-fn a_repeated_key_answers_the_first_result_whatever_the_body(stack: &Stack) {
+fn a_repeated_key_answers_the_first_result_and_another_request_is_refused(stack: &Stack) {
     let service = stack.serve();
     let key = [("idempotency-key", KEY)];
     let mut body = order("", 100);
     body.as_object_mut().expect("an object").remove("order_id");
     let first = service.post_with("/orders", &key, &body);
     assert_eq!(first.status, 201, "{first:?}");
+    assert_eq!(first.header("idempotent-replayed"), None);
     let order_id = first.json()["order_id"].as_str().expect("an id").to_owned();
-
-    let long = "x".repeat(2_000_000);
-    let others = [
-        body.to_string(),
-        order("quite-another", 5).to_string(),
-        json!({"customer": "", "lines": []}).to_string(),
-        "{not json".to_owned(),
-        long,
-    ];
-    let same_answer = |service: &Service| {
-        for other in &others {
-            let headers = [("content-type", "application/json"), key[0]];
-            let again = service.request("POST", "/orders", &headers, other.as_bytes());
-            assert_eq!((again.status, again.json()), (201, first.json()));
-        }
+    let repeated = |path: &str, key: &[(&str, &str)], body: &Value, first: &Reply| {
+        let again = service.post_with(path, key, body);
+        assert_eq!((again.status, again.json()), (first.status, first.json()));
+        assert_eq!(again.header("idempotent-replayed"), Some("true"));
     };
-    same_answer(&service);
+    let reused = |service: &Service, path: &str, key: &[(&str, &str)], body: &Value| {
+        let again = service.post_with(path, key, body);
+        let problem = "/problems/idempotency-key-reused";
+        assert_eq!((again.status, &again.json()["type"]), (422, &json!(problem)), "{again:?}");
+    };
+
+    repeated("/orders", &key, &body, &first);
+    reused(&service, "/orders", &key, &order("quite-another", 100));
+    let mut other = body.clone();
+    other["customer"] = "somebody else".into();
+    reused(&service, "/orders", &key, &other);
+    other = body.clone();
+    other["placed_at"] = "2001-02-03T04:05:06Z".into();
+    reused(&service, "/orders", &key, &other);
+    let headers = [("content-type", "application/json"), key[0]];
+    assert_eq!(service.request("POST", "/orders", &headers, b"{not json").status, 400);
 
     let payment = format!("/orders/{order_id}/payment");
+    // A key of an earlier operation.
+    reused(&service, &payment, &key, &json!({"amount_cents": 100}));
     let pay_key =
         [("idempotency-key", "0d4a3f4e-3a43-4b43-93b1-7a1f9b1c2d3e"), ("if-match", "\"1\"")];
     let paid = service.post_with(&payment, &pay_key, &json!({"amount_cents": 100}));
     assert_eq!(paid.status, 200, "{paid:?}");
-    for other in [json!({"amount_cents": 100}), json!({"amount_cents": 7}), json!({"unknown": 1})] {
-        let again = service.post_with(&payment, &pay_key, &other);
-        assert_eq!((again.status, again.json()), (200, paid.json()));
-    }
+    repeated(&payment, &pay_key, &json!({"amount_cents": 100}), &paid);
+    reused(&service, &payment, &pay_key, &json!({"amount_cents": 7}));
+    let cancellation = format!("/orders/{order_id}/cancellation");
+    reused(&service, &cancellation, &pay_key[..1], &json!({"reason": "none"}));
+    reused(&service, "/orders", &pay_key[..1], &order("another", 100));
     assert_eq!(versions(&service, &order_id), [1, 2]);
 
     // The same key on an order whose id was chosen, then with another id and with none.
     let chosen = [("idempotency-key", "11111111-2222-4333-8444-555555555555")];
-    let first_chosen = service.post_with("/orders", &chosen, &order("chosen", 1));
-    for other in [order("not-chosen", 1), body] {
-        let again = service.post_with("/orders", &chosen, &other);
-        assert_eq!((again.status, again.json()), (201, first_chosen.json()));
-    }
+    let first_chosen = service.post_with("/orders", &chosen, &order("chosen", 100));
+    repeated("/orders", &chosen, &order("chosen", 100), &first_chosen);
+    repeated("/orders", &chosen, &body, &first_chosen);
+    reused(&service, "/orders", &chosen, &order("not-chosen", 100));
+    // A key of one order on another one.
+    reused(&service, "/orders/chosen/payment", &pay_key[..1], &json!({"amount_cents": 100}));
+    reused(&service, &payment, &chosen, &json!({"amount_cents": 100}));
 
     // Nothing of this is lost with the process, once the read model has it.
     get_after(&service, "/orders/chosen", &first_chosen.position());
     service.kill();
     let service = stack.serve();
-    same_answer(&service);
-    let again = service.post_with("/orders", &chosen, &order("not-chosen", 1));
+    let again = service.post_with("/orders", &chosen, &order("chosen", 100));
     assert_eq!((again.status, again.json()), (201, first_chosen.json()));
+    reused(&service, "/orders", &chosen, &order("not-chosen", 100));
+    reused(&service, "/orders", &chosen, &order("chosen", 101));
     assert_eq!(service.get("/orders/not-chosen/events").status, 404);
     assert_eq!(versions(&service, &order_id), [1, 2]);
 }

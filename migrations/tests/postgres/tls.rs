@@ -52,7 +52,7 @@ impl Drop for TlsServer {
     }
 }
 
-async fn eventually(what: &str, mut is_so: impl AsyncFnMut() -> bool) {
+pub(super) async fn eventually(what: &str, mut is_so: impl AsyncFnMut() -> bool) {
     let clock = SystemClock;
     let deadline = clock.instant() + NOTICED_WITHIN;
     while !is_so().await {

@@ -392,7 +392,7 @@ impl Orders {
 }
 
 pub(crate) fn placed(customer: &str, cents: i64) -> OrderEvent {
-    let at = DateTime::from_timestamp_micros(1_600_000_000_000_001 + cents * 86_400_000_000);
+    let at = DateTime::from_timestamp_micros(1_600_000_000_000_001 + cents * 3_600_000_000);
     OrderEvent::Placed {
         customer: customer.to_owned(),
         cents,

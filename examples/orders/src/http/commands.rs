@@ -4,9 +4,9 @@ use std::sync::Arc;
 
 use axum::Json;
 use axum::extract::{Extension, State};
-use axum::http::{HeaderValue, StatusCode, header};
+use axum::http::{HeaderName, HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
-use chrono::{DateTime, SubsecRound, Utc};
+use chrono::{DateTime, Utc};
 use kafold::handler::{HandleError, Handled, Request};
 use kafold::store::{AppendError, ReadError};
 use kafold::{Aggregate, CommandId, ExpectedVersion, Position, StreamId, Version};
@@ -19,6 +19,9 @@ use super::observe::Origin;
 use super::problem::{Problem, RETRY_SOON, chain};
 use crate::order::{Line, Order, OrderCommand, OrderError};
 use crate::service::Service;
+
+/// Marks the answer to a repeated request.
+const REPLAYED: HeaderName = HeaderName::from_static("idempotent-replayed");
 
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -48,15 +51,18 @@ pub(super) struct CancellationBody {
     reason: String,
 }
 
-/// What a command came to: version and position of its last event.
+/// The result of a command: version and position of its last event.
 #[derive(Debug, Serialize)]
 struct Done {
     order_id: String,
     version: Version,
     position: Position,
+    /// Whether it is the first result of a repeated request.
+    #[serde(skip)]
+    is_repeat: bool,
 }
 
-/// One command, as its headers tell it.
+/// One command with its headers.
 struct Call<'a> {
     service: &'a Service,
     id: CommandId,
@@ -73,33 +79,29 @@ pub(super) async fn place(
     headers: CommandHeaders,
     body: Result<JsonOf<PlaceBody>, Problem>,
 ) -> Result<Response, Problem> {
-    let body = headers.perhaps_repeated(body)?;
+    let JsonOf(body) = body?;
     let call = Call::new(&app, origin, &headers)?;
-    let placement = call.service.placement(call.id);
-    let mut placed_as = placement.lock().await;
-    let known = match &*placed_as {
+    let use_of_key = call.service.use_of_key(call.id);
+    let mut used_for = use_of_key.lock().await;
+    let known = match &*used_for {
         Some(order_id) => Some(order_id.clone()),
         // A key of our own making was never seen before.
         None if !call.is_given => None,
         None => call.service.placed_with(call.id).await.map_err(read_problem)?,
     };
-    let body = body.map(|JsonOf(body)| body);
-    let asked = body.as_ref().ok().and_then(|body| body.order_id.clone());
-    let order_id = known.or(asked).unwrap_or_else(|| call.id.to_string());
-    let command = body.map(|body| OrderCommand::Place {
+    let order_id = match (known, body.order_id) {
+        (Some(known), Some(asked)) if known != asked => return Err(key_reused(&known)),
+        (Some(known), _) => known,
+        (None, asked) => asked.unwrap_or_else(|| call.id.to_string()),
+    };
+    let has_time = body.placed_at.is_some();
+    let placed_at = body.placed_at.unwrap_or_else(|| app.clock.now());
+    let command = OrderCommand::Place {
         customer: body.customer,
         lines: body.lines,
-        // Databases keep microseconds.
-        placed_at: body.placed_at.unwrap_or_else(|| app.clock.now()).trunc_subsecs(6),
-    });
-    // Known before the outcome is: should this request be given up, the same key still goes to the
-    // same order.
-    let before = placed_as.replace(order_id.clone());
-    let outcome = call.run(&order_id, command).await;
-    if matches!(&outcome, Err(problem) if problem.is_settled()) {
-        *placed_as = before;
-    }
-    let done = outcome?;
+        placed_at: in_micros(placed_at),
+    };
+    let done = call.run(&mut used_for, &order_id, &command, has_time).await?;
     let location = format!("/orders/{}", utf8_percent_encode(&done.order_id, ENCODED));
     let location = HeaderValue::from_str(&location).expect("percent-encoded text is ASCII");
     Ok((StatusCode::CREATED, [(header::LOCATION, location)], done).into_response())
@@ -113,8 +115,8 @@ pub(super) async fn pay(
     headers: CommandHeaders,
     body: Result<JsonOf<PaymentBody>, Problem>,
 ) -> Result<Response, Problem> {
-    let command = body.map(|JsonOf(body)| OrderCommand::Pay { amount_cents: body.amount_cents });
-    change(app, origin, id, headers, command).await
+    let JsonOf(PaymentBody { amount_cents }) = body?;
+    change(app, origin, id, headers, OrderCommand::Pay { amount_cents }).await
 }
 
 /// `POST /orders/{id}/shipment`
@@ -125,9 +127,8 @@ pub(super) async fn ship(
     headers: CommandHeaders,
     body: Result<JsonOf<ShipmentBody>, Problem>,
 ) -> Result<Response, Problem> {
-    let command = body
-        .map(|JsonOf(ShipmentBody { carrier, tracking })| OrderCommand::Ship { carrier, tracking });
-    change(app, origin, id, headers, command).await
+    let JsonOf(ShipmentBody { carrier, tracking }) = body?;
+    change(app, origin, id, headers, OrderCommand::Ship { carrier, tracking }).await
 }
 
 /// `POST /orders/{id}/cancellation`
@@ -138,8 +139,8 @@ pub(super) async fn cancel(
     headers: CommandHeaders,
     body: Result<JsonOf<CancellationBody>, Problem>,
 ) -> Result<Response, Problem> {
-    let command = body.map(|JsonOf(body)| OrderCommand::Cancel { reason: body.reason });
-    change(app, origin, id, headers, command).await
+    let JsonOf(CancellationBody { reason }) = body?;
+    change(app, origin, id, headers, OrderCommand::Cancel { reason }).await
 }
 
 async fn change(
@@ -147,12 +148,17 @@ async fn change(
     Extension(origin): Extension<Origin>,
     PathId(order_id): PathId,
     headers: CommandHeaders,
-    command: Result<OrderCommand, Problem>,
+    command: OrderCommand,
 ) -> Result<Response, Problem> {
     stream_of(&order_id)?;
-    let command = headers.perhaps_repeated(command)?;
-    let done = Call::new(&app, origin, &headers)?.run(&order_id, command).await?;
-    Ok(done.into_response())
+    let call = Call::new(&app, origin, &headers)?;
+    let use_of_key = call.service.use_of_key(call.id);
+    let mut used_for = use_of_key.lock().await;
+    // The read model is not asked: commands go on while the database is away.
+    if let Some(known) = used_for.as_ref().filter(|known| **known != order_id) {
+        return Err(key_reused(known));
+    }
+    Ok(call.run(&mut used_for, &order_id, &command, true).await?.into_response())
 }
 
 impl<'a> Call<'a> {
@@ -173,54 +179,89 @@ impl<'a> Call<'a> {
         })
     }
 
-    /// Handles the command, or answers the first result of its key: whatever the body says now,
-    /// even when it cannot be read.
+    /// Handles the command, or returns the first result of its key.
     async fn run(
         self,
+        used_for: &mut Option<String>,
         order_id: &str,
-        command: Result<OrderCommand, Problem>,
+        command: &OrderCommand,
+        has_time: bool,
     ) -> Result<Done, Problem> {
-        let command = match command {
-            Ok(command) if self.precondition != Precondition::Never => command,
-            Ok(_) => return self.first_result(order_id, precondition_failed(None)).await,
-            Err(problem) => return self.first_result(order_id, problem).await,
-        };
-        let Self { service, id, request, .. } = self;
-        let expected = request.expected;
-        match service.handler.handle_with(order_id, &command, id, request).await {
-            Ok(handled) => done(order_id, &handled),
-            Err(error) => Err(problem_of(error, expected)),
+        // Known before the outcome is: if this request is given up, the key still belongs to the order.
+        let before = used_for.replace(order_id.to_owned());
+        let outcome = self.handle(order_id, command, has_time).await;
+        if matches!(&outcome, Err(problem) if problem.is_settled()) {
+            *used_for = before;
         }
+        outcome
     }
 
-    async fn first_result(&self, order_id: &str, otherwise: Problem) -> Result<Done, Problem> {
-        let stream = match stream_of(order_id) {
-            Ok(stream) if self.is_given => stream,
-            _ => return Err(otherwise),
-        };
-        let found = self.service.store.find_command(&stream, self.id).await;
-        match found.map_err(read_problem)? {
-            Some(first) => {
+    async fn handle(
+        self,
+        order_id: &str,
+        command: &OrderCommand,
+        has_time: bool,
+    ) -> Result<Done, Problem> {
+        let Self { service, id, request, precondition, is_given } = self;
+        let expected = request.expected;
+        let done = match precondition {
+            Precondition::Never if !is_given => return Err(precondition_failed(None)),
+            Precondition::Never => {
+                let found = service.store.find_command(&stream_of(order_id)?, id).await;
+                let first = found.map_err(read_problem)?;
+                let first = first.ok_or_else(|| precondition_failed(None))?;
                 let (order_id, version) = (order_id.to_owned(), first.version);
-                Ok(Done { order_id, version, position: first.position })
+                Done { order_id, version, position: first.position, is_repeat: true }
             }
-            None => Err(otherwise),
+            _ => match service.handler.handle_with(order_id, command, id, request).await {
+                Ok(handled) => done(order_id, &handled)?,
+                Err(error) => return Err(problem_of(error, expected)),
+            },
+        };
+        if done.is_repeat {
+            let event = service.event(&stream_of(order_id)?, done.version).await;
+            let event = event.map_err(read_problem)?;
+            if !event.is_some_and(|event| event.is_of(command, has_time)) {
+                return Err(key_reused(order_id));
+            }
         }
+        Ok(done)
     }
+}
+
+/// Databases keep microseconds, and a leap second is the next second.
+fn in_micros(time: DateTime<Utc>) -> DateTime<Utc> {
+    DateTime::from_timestamp_micros(time.timestamp_micros()).unwrap_or(time)
+}
+
+/// The IETF draft "The Idempotency-Key HTTP Header Field" demands 422 for a key with another payload.
+fn key_reused(order_id: &str) -> Problem {
+    Problem::new(
+        StatusCode::UNPROCESSABLE_ENTITY,
+        "idempotency-key-reused",
+        format!(
+            "the idempotency key was used for another request, on order {order_id}: send this one with \
+             a new key"
+        ),
+    )
 }
 
 impl IntoResponse for Done {
     fn into_response(self) -> Response {
         let tag = format!("\"{}\"", self.version);
         let tag = HeaderValue::from_str(&tag).expect("a number in quotes is ASCII");
-        ([(header::ETAG, tag)], Json(self)).into_response()
+        let repeat = self.is_repeat.then_some([(REPLAYED, HeaderValue::from_static("true"))]);
+        ([(header::ETAG, tag)], repeat, Json(self)).into_response()
     }
 }
 
 fn done(order_id: &str, handled: &Handled) -> Result<Done, Problem> {
     let order_id = order_id.to_owned();
     match handled.position {
-        Some(position) => Ok(Done { order_id, version: handled.version, position }),
+        Some(position) => {
+            let Handled { version, duplicate: is_repeat, .. } = *handled;
+            Ok(Done { order_id, version, position, is_repeat })
+        }
         None => {
             // Every command of an order decides an event.
             let error = std::io::Error::other("a command of an order changed nothing");

@@ -194,20 +194,6 @@ pub(crate) struct CommandHeaders {
     pub(crate) precondition: Precondition,
 }
 
-impl CommandHeaders {
-    /// What is wrong with a body matters at once only when the command cannot be a repeated one,
-    /// whose first result is answered whatever the body.
-    pub(crate) fn perhaps_repeated<T>(
-        &self,
-        body: Result<T, Problem>,
-    ) -> Result<Result<T, Problem>, Problem> {
-        match body {
-            Err(problem) if self.key.is_none() || !problem.is_settled() => Err(problem),
-            body => Ok(body),
-        }
-    }
-}
-
 /// What `If-Match` demands of the order.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Precondition {
