@@ -81,6 +81,8 @@ pub(crate) enum Message {
     /// For the writer, from something that was begun in the tenure.
     Input(Partition, Tenure, Input),
     ReadFailed(Partition, Tenure, ReadFailure),
+    /// The topic's `max.message.bytes` is now this.
+    RecordBytesMax(usize),
     /// Reports lie ready.
     Reports,
     /// End at once.
@@ -531,12 +533,29 @@ impl Work {
                     self.read_failed(partition, &failure);
                 }
             }
+            Message::RecordBytesMax(bytes) => self.limit_records(bytes),
             Message::Reports => {
                 let reports = std::mem::take(&mut *self.driver.reports());
                 reports.into_iter().for_each(|report| self.report(report));
             }
             Message::Quit => {}
         }
+    }
+
+    /// Takes over a changed `max.message.bytes`. The producer makes batches up to the limit, so it is
+    /// replaced.
+    fn limit_records(&mut self, bytes: usize) {
+        if self.parts.record_bytes_max == bytes {
+            return;
+        }
+        tracing::warn!(
+            from = self.parts.record_bytes_max,
+            to = bytes,
+            "max.message.bytes has changed"
+        );
+        self.parts.record_bytes_max = bytes;
+        self.parts.slots.iter_mut().for_each(|slot| slot.writer.limit_records(bytes));
+        self.fresh_producer();
     }
 
     /// Refuses requests that have waited for the group for too long.
@@ -608,7 +627,12 @@ impl Work {
                 metrics::counter!("kafold_failed_reports_total").increment(1);
                 tracing::debug!(%partition, reason = failure.reason, "record failed");
                 if let Some(slot) = self.parts.slots.get(partition.0 as usize) {
-                    slot.shared.standing().trouble = Some(failure.reason.clone());
+                    let mut standing = slot.shared.standing();
+                    let is_new = standing.trouble.as_ref() != Some(&failure.reason);
+                    if is_new && !matches!(standing.status, Status::Owning) {
+                        tracing::warn!(%partition, reason = failure.reason, "a record failed");
+                    }
+                    standing.trouble = Some(failure.reason.clone());
                 }
                 // The producer that failed has been replaced already.
                 failure.fatal &= generation == self.generation;

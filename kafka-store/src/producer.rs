@@ -174,18 +174,23 @@ impl ProducerContext for Delivery {
 fn failure(error: &KafkaError) -> ReportFailure {
     use RDKafkaErrorCode as C;
     let code = error.rdkafka_error_code();
-    // What is wrong with the record itself. Rights are not: they may be given, and the same command
-    // is then welcome.
-    let refused = [
-        C::MessageSizeTooLarge,
-        C::InvalidMessageSize,
-        C::InvalidRecord,
-        C::InvalidTimestamp,
-        C::PolicyViolation,
-    ];
+    // What is wrong with the record itself. Rights, clocks and limits are not: they may be mended, and
+    // the same command is then welcome.
+    let refused = [C::InvalidMessageSize, C::InvalidRecord, C::PolicyViolation];
+    let reason = match code {
+        Some(C::InvalidTimestamp) => {
+            "the brokers refuse the time of its records: set the clock of this machine, or \
+             message.timestamp.before.max.ms and message.timestamp.after.max.ms of the topic"
+                .into()
+        }
+        Some(C::MessageSizeTooLarge) => {
+            "max.message.bytes of the topic was lowered below the size of the batch".into()
+        }
+        _ => error.to_string(),
+    };
     ReportFailure {
         fatal: code == Some(C::Fatal),
         refused: code.is_some_and(|code| refused.contains(&code)),
-        reason: error.to_string(),
+        reason,
     }
 }

@@ -102,6 +102,21 @@ pub(crate) fn find(
     Ok(EventsTopic { session_timeout_min: preparation.session_timeout_min(), ..events })
 }
 
+/// Returns `max.message.bytes` of the events topic. Blocks.
+pub(crate) fn record_bytes_max(
+    config: &KafkaConfig,
+    inquirer: &Inquirer,
+    clock: &Arc<dyn Clock>,
+) -> Result<usize, OpenError> {
+    let preparation = Preparation::new(config, inquirer, &**clock)?;
+    preparation.describe_topic(&config.events_topic()).map(|found| limit_of(&Settings(&found)))
+}
+
+fn limit_of(settings: &Settings<'_>) -> usize {
+    let limit = settings.get("max.message.bytes").and_then(|text| text.parse().ok());
+    limit.unwrap_or(RECORD_BYTES_DEFAULT)
+}
+
 /// The topics of commands and replies have as many partitions as that of the events: who owns one of
 /// these handles the commands of the same number. Blocks like [`prepare`], and comes after the log
 /// itself was checked: where somebody added partitions to the events topic, that is what is wrong.
@@ -275,10 +290,9 @@ impl<'a> Preparation<'a> {
         if !findings.is_empty() {
             return Err(OpenError::UnsafeTopic { topic: topic.into(), findings });
         }
-        let record_bytes_max = settings.get("max.message.bytes").and_then(|text| text.parse().ok());
         Ok(EventsTopic {
             partitions: used_partitions(self.config, shape.partitions),
-            record_bytes_max: record_bytes_max.unwrap_or(RECORD_BYTES_DEFAULT),
+            record_bytes_max: limit_of(&settings),
             session_timeout_min: SESSION_TIMEOUT_MIN_DEFAULT,
         })
     }

@@ -7,8 +7,11 @@ use std::time::Duration;
 
 use kafold_core::clock::RandomIds;
 use kafold_core::memory::MemoryIndex;
-use kafold_core::testing::{commit, commit_of, event, exact, new_command, read_gapless};
-use kafold_core::{Commit, EventStore, StreamId};
+use kafold_core::store::{AppendError, Health};
+use kafold_core::testing::{
+    commit, commit_of, event, eventually, exact, new_command, read_gapless,
+};
+use kafold_core::{Commit, EventStore, IdGenerator, NewEvent, StreamId};
 use kafold_kafka_store::{KafkaConfig, KafkaStore, OpenError};
 use rdkafka::ClientConfig;
 use rdkafka::admin::{AdminOptions, AlterConfig, ResourceSpecifier};
@@ -256,6 +259,72 @@ async fn retention_that_is_shortened_later_is_refused_at_the_next_start() {
     support::until_refused(config, try_open, &["retention.ms", "1000", &topic]).await;
 }
 
+/// Gives the topic these settings beside the safe ones: AlterConfigs replaces all of them.
+async fn alter(brokers: &str, topic: &str, more: &[(&str, &str)]) {
+    let settings = SAFE.iter().chain(more);
+    let alter = settings
+        .fold(AlterConfig::new(ResourceSpecifier::Topic(topic)), |alter, (key, value)| {
+            alter.set(key, value)
+        });
+    let altered = support::admin(brokers).alter_configs([&alter], &AdminOptions::new()).await;
+    assert!(altered.expect("altered").iter().all(Result::is_ok));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_changed_limit_of_records_is_taken_over() {
+    let Some(brokers) = support::brokers("a_changed_limit_of_records_is_taken_over") else {
+        return;
+    };
+    let name = support::new_name("limit");
+    let (config, topic) =
+        (support::config(&brokers, &name, "partitions=1"), format!("{name}.events"));
+    let store = try_open(config).await.expect("is made");
+    support::ready(&store).await;
+    let large = |bytes: usize| {
+        let id = RandomIds.event_id().to_string();
+        let stream = StreamId::new("order", &id).expect("valid");
+        // Random digits, which compression leaves large.
+        let digits = std::iter::repeat_with(|| format!("{:016x}", RandomIds.random()));
+        let payload: String = digits.take(bytes / 16).collect();
+        let event = NewEvent { payload: format!("\"{payload}\"").into_bytes().into(), ..event(1) };
+        let commit = Commit::new(new_command(), vec![event]).expect("one event");
+        let store = &store;
+        async move { store.append(&stream, exact(0), commit).await }
+    };
+    large(100_000).await.expect("fits");
+    alter(&brokers, &topic, &[("max.message.bytes", "50000")]).await;
+    eventually("the lower limit is known", async || {
+        matches!(large(100_000).await, Err(AppendError::TooLarge { limit: 50_000, .. }))
+    })
+    .await;
+    eventually("small events go on", async || large(100).await.is_ok()).await;
+    alter(&brokers, &topic, &[("max.message.bytes", "2000000")]).await;
+    eventually("the higher limit is known", async || large(1_500_000).await.is_ok()).await;
+    store.shutdown().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_refused_clock_is_named() {
+    let Some(brokers) = support::brokers("a_refused_clock_is_named") else { return };
+    let name = support::new_name("clock");
+    let (config, topic) =
+        (support::config(&brokers, &name, "partitions=1"), format!("{name}.events"));
+    let store = try_open(config.clone()).await.expect("is made");
+    support::ready(&store).await;
+    store.shutdown().await;
+    // No record is as young as this.
+    alter(&brokers, &topic, &[("message.timestamp.before.max.ms", "0")]).await;
+    let store = try_open(config).await.expect("is taken");
+    eventually("the clock is named", async || {
+        let Health::NotReady(reasons) = store.health() else { return false };
+        reasons.iter().any(|reason| reason.contains("set the clock of this machine"))
+    })
+    .await;
+    alter(&brokers, &topic, &[]).await;
+    support::ready(&store).await;
+    store.shutdown().await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn every_compression_of_kafka_is_read() {
     let Some(brokers) = support::brokers("every_compression_of_kafka_is_read") else { return };
@@ -266,16 +335,7 @@ async fn every_compression_of_kafka_is_read() {
         let store = try_open(config.clone()).await.expect("is made");
         support::ready(&store).await;
         // The topic setting makes the broker compress every batch.
-        // AlterConfigs replaces all settings of the topic.
-        let settings = SAFE.into_iter().chain([("compression.type", compression)]);
-        let alter = settings
-            .fold(AlterConfig::new(ResourceSpecifier::Topic(&topic)), |alter, (key, value)| {
-                alter.set(key, value)
-            });
-        support::admin(&brokers)
-            .alter_configs([&alter], &AdminOptions::new())
-            .await
-            .expect("altered");
+        alter(&brokers, &topic, &[("compression.type", compression)]).await;
         let stream = StreamId::new("order", "a").expect("valid");
         for version in 0..3 {
             store.append(&stream, exact(version), commit(1)).await.expect("is next");

@@ -174,6 +174,11 @@ impl PartitionWriter {
         *self = Self::new(self.config.clone(), entropy);
     }
 
+    /// Sets the greatest size of a record from now on.
+    pub fn limit_records(&mut self, bytes: usize) {
+        self.config.limits.record_bytes_max = bytes;
+    }
+
     /// Takes what happened at `now` and adds what is to be done, in order.
     pub fn handle(&mut self, now: Instant, input: Input, out: &mut Vec<Output>) {
         let turn = &mut Turn { now, out };
