@@ -130,8 +130,8 @@ pub trait CommandBus: Send + Sync + 'static {
     /// deadline; nobody is told what it came to. Errors as those of [`CommandBus::call`].
     fn send(&self, command: ForwardedCommand) -> BoxFuture<'static, Result<(), AppendError>>;
 
-    /// Commands of this category that arrive for this node go to the executor from now on, as long as
-    /// somebody else holds it. A second one for a category replaces the first.
+    /// Gives commands of this category that arrive for this node to the executor, as long as a handler
+    /// holds it. Of several executors for a category the newest that is still held gets them.
     fn serve(&self, category: &'static str, executor: &Arc<dyn CommandExecutor>);
 }
 

@@ -15,7 +15,8 @@ use serde_json::{Value, json};
 
 use crate::audit::{self, Act};
 use crate::checkpoint::{bigint, int};
-use crate::generation::Generation;
+use crate::generation::{self, Generation};
+use crate::overview::UNSEEN_SECONDS_MAX;
 use crate::registry::{self, Found, State};
 use crate::sql::{either, reading};
 use crate::transaction::OpenTransaction;
@@ -164,6 +165,33 @@ impl Control {
         registry::forget(&mut act.open.lend(), name, live).await?;
         act.done("abort", by, json!({ "generation": next.0 })).await?;
         Ok(next)
+    }
+
+    /// Removes a projection that no program has any more, with its tables, views and checkpoints. The act
+    /// takes a reason. Refused while a worker runs the projection.
+    pub async fn remove(&self, name: &str, by: By<'_>) -> Result<(), ControlError> {
+        by.reason_for("removing a projection")?;
+        let mut act = self.begin(name).await?;
+        let seen = registry::unseen_seconds(&mut act.open.lend(), name).await?;
+        if let Some(seconds) = seen.filter(|seconds| *seconds <= UNSEEN_SECONDS_MAX) {
+            let reason = format!(
+                "a worker ran projection {name} {seconds} s ago: stop all programs that have it, and \
+                 wait for {UNSEEN_SECONDS_MAX} s"
+            );
+            return act.refuse(reason).await;
+        }
+        let definition = act.found.definition();
+        for table in definition.tables() {
+            if let Some(owner) = generation::foreign_owner(&mut act.open.lend(), &table).await? {
+                let table = table.as_str();
+                let reason =
+                    format!("{table} belongs to the role {owner}: remove it with that login");
+                return act.refuse(reason).await;
+            }
+        }
+        registry::remove(&mut act.open.lend(), &definition).await?;
+        act.done("remove", by, json!({ "tables": definition.tables })).await?;
+        Ok(())
     }
 
     /// Has the commit of the event at this position left out, by the live generation and by the one

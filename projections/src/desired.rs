@@ -3,6 +3,7 @@
 
 use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
+use std::time::Duration;
 
 use kafold_core::{Offset, Partition, Position, StreamId};
 use kafold_migrations::Database;
@@ -41,10 +42,25 @@ pub(crate) struct Desired {
 /// What is asked of every projection, by name.
 pub(crate) type AllDesired = Arc<HashMap<String, Desired>>;
 
-/// Looks it up, again and again, until nobody is interested any more.
-pub(crate) async fn poll(context: Context, told: watch::Sender<AllDesired>) {
+/// Interval at which a worker stores that it runs its projections.
+const SEEN_INTERVAL: Duration = Duration::from_secs(15);
+/// The same while a projection is not registered yet, or the database is away.
+const SEEN_RETRY: Duration = Duration::from_secs(1);
+
+/// Looks it up, again and again, until nobody is interested any more. Stores that this worker runs the
+/// projections of these names.
+pub(crate) async fn poll(context: Context, names: Vec<String>, told: watch::Sender<AllDesired>) {
     let Context { database, config, clock, look, .. } = context;
+    let mut seen_due = clock.instant();
     while !told.is_closed() {
+        let now = clock.instant();
+        if seen_due <= now {
+            let seen = registry::seen(&database, &names).await;
+            if let Err(error) = &seen {
+                tracing::debug!(%error, "cannot store that projections run");
+            }
+            seen_due = now + if matches!(seen, Ok(true)) { SEEN_INTERVAL } else { SEEN_RETRY };
+        }
         match all(&database).await {
             Ok(all) => {
                 told.send_if_modified(|before| {

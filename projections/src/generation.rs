@@ -120,6 +120,16 @@ pub(crate) async fn switch_views(
     Ok(())
 }
 
+pub(crate) async fn drop_views(
+    tx: &mut Transaction<'_>,
+    definition: &Definition,
+) -> Result<(), sqlx::Error> {
+    for table in definition.tables() {
+        run(tx, SqlText::new("DROP VIEW IF EXISTS ").name(&table).finish()).await?;
+    }
+    Ok(())
+}
+
 /// Drops the tables of all generations but these.
 pub(crate) async fn drop_tables(
     tx: &mut Transaction<'_>,

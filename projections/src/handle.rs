@@ -118,17 +118,23 @@ impl Projections {
         let is_local = local.is_some();
         let mut watched = local.map(SharedStatus::watch);
         loop {
-            let here = match &mut watched {
-                Some(watched) => look(&watched.borrow_and_update(), position, standing)?,
-                None => None,
+            let (here, is_assigned) = match &mut watched {
+                Some(watched) => {
+                    let status = watched.borrow_and_update();
+                    (look(&status, position, standing)?, status.is_assigned)
+                }
+                None => (None, true),
             };
             if here == Some(true) {
                 return Ok(());
             }
             tokio::select! {
                 () = changed(watched.as_mut()) => {}
-                // The partition may be held by another process.
-                applied = self.wait_elsewhere(name, position, is_local), if here.is_none() => {
+                // The partition may be held by another process. Before this worker has recognised the log,
+                // a checkpoint may be one of another log.
+                applied = self.wait_elsewhere(name, position, is_local),
+                    if here.is_none() && is_assigned =>
+                {
                     return applied;
                 }
             }

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use chrono::{DateTime, Utc};
 use kafold_core::store::ReadError;
 use kafold_core::{Offset, Partition, StreamId};
+use kafold_migrations::Database;
 use kafold_migrations::micros::Time;
 use serde::Serialize;
 
@@ -189,6 +190,23 @@ struct ProjectionRow {
     desired_state: String,
     actual_state: String,
     actual_state_reason: Option<String>,
+    unseen_seconds: Option<i64>,
+}
+
+/// A projection that no worker has reported for longer stands still. A worker reports four times a
+/// minute.
+pub(crate) const UNSEEN_SECONDS_MAX: i64 = 45;
+
+impl ProjectionRow {
+    /// Returns the reason of a projection which no worker runs.
+    fn unattended(&self) -> Option<String> {
+        let remedy = format!(
+            "start a program that has this projection, or remove it: `kafold projections remove {}`",
+            self.name
+        );
+        let seconds = self.unseen_seconds.filter(|seconds| *seconds > UNSEEN_SECONDS_MAX)?;
+        Some(format!("no worker has run it for {seconds} s: {remedy}"))
+    }
 }
 
 #[derive(sqlx::FromRow)]
@@ -213,9 +231,21 @@ impl Control {
     }
 
     async fn overviews(&self, ends: &[(Partition, Offset)]) -> Result<Vec<Overview>, sqlx::Error> {
-        let sql = "SELECT name, live_generation, next_generation, next_fingerprint, \
-                     next_requested_at, next_reason, desired_state, actual_state, \
-                     actual_state_reason FROM kafold_projection ORDER BY name";
+        let sql = match self.database {
+            Database::Postgres(_) => {
+                "SELECT name, live_generation, next_generation, next_fingerprint, \
+                   next_requested_at, next_reason, desired_state, actual_state, \
+                   actual_state_reason, \
+                   EXTRACT(EPOCH FROM clock_timestamp())::bigint - seen_at AS unseen_seconds \
+                 FROM kafold_projection ORDER BY name"
+            }
+            Database::Sqlite(_) => {
+                "SELECT name, live_generation, next_generation, next_fingerprint, \
+                   next_requested_at, next_reason, desired_state, actual_state, \
+                   actual_state_reason, unixepoch() - seen_at AS unseen_seconds \
+                 FROM kafold_projection ORDER BY name"
+            }
+        };
         let rows: Vec<ProjectionRow> =
             reading!(&self.database, pool => sqlx::query_as(sql).fetch_all(pool).await?);
         let sql = "SELECT projection, generation, partition, next_offset, end_offset, \
@@ -317,14 +347,16 @@ impl Overview {
         let (parked_streams, parked_events) = parked.get(&live).copied().unwrap_or_default();
         let lag = partitions.iter().map(|place| place.lag_seconds(now)).fold(0.0, f64::max);
         let paused = row.desired_state == State::Paused.text();
+        let unattended = row.unattended().filter(|_| !paused);
         Self {
             state: match () {
                 () if row.next_generation.is_some() => OverviewState::Rebuilding,
                 () if row.actual_state == State::Stopped.text() => OverviewState::Stopped,
                 () if paused => OverviewState::Paused,
+                () if unattended.is_some() => OverviewState::Stopped,
                 () => OverviewState::Running,
             },
-            reason: row.actual_state_reason.clone(),
+            reason: row.actual_state_reason.clone().or(unattended),
             paused,
             obeyed: row.desired_state == row.actual_state,
             generation: row.live_generation.unsigned_abs(),

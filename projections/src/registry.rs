@@ -425,6 +425,21 @@ pub(crate) async fn forget(
     Ok(())
 }
 
+/// Removes a projection with all its tables and rows.
+pub(crate) async fn remove(
+    tx: &mut Transaction<'_>,
+    definition: &Definition,
+) -> Result<(), sqlx::Error> {
+    generation::drop_views(tx, definition).await?;
+    generation::drop_tables(tx, definition, &[]).await?;
+    // No generation has this number.
+    forget(tx, &definition.name, Generation(0)).await?;
+    let sql = "DELETE FROM kafold_projection WHERE name = $1";
+    either!(tx, connection => {
+        sqlx::query(sql).bind(&definition.name).execute(&mut **connection).await.map(drop)
+    })
+}
+
 /// Drops the tables of generations that are neither live nor being built: after a switch or an abort,
 /// and after a crash behind one. A table that a query still reads is left for the next time.
 pub(crate) async fn drop_stale(
@@ -476,6 +491,18 @@ impl Found {
         self.next_generation.map(Generation::of)
     }
 
+    /// Returns the definition which built the live rows, without its columns.
+    pub(crate) fn definition(&self) -> Definition {
+        let fingerprint = self.built_by().to_owned();
+        let by_hand = fingerprint.strip_prefix("projection v").and_then(|it| it.split_once(": "));
+        let tables = match by_hand {
+            Some((_, "")) => Vec::new(),
+            Some((_, tables)) => tables.split(", ").map(str::to_owned).collect(),
+            None => vec![self.name.clone()],
+        };
+        Definition { name: self.name.clone(), fingerprint, columns: None, tables }
+    }
+
     pub(crate) fn is_paused(&self) -> bool {
         self.desired_state == State::Paused.text()
     }
@@ -506,6 +533,46 @@ pub(crate) async fn find(
     let sql = locking(tx, FIND, " FOR UPDATE");
     either!(tx, connection => {
         sqlx::query_as(sql).bind(name).fetch_optional(&mut **connection).await
+    })
+}
+
+/// Stores that a worker runs the projections. Returns whether all of them are registered.
+pub(crate) async fn seen(database: &Database, names: &[String]) -> Result<bool, sqlx::Error> {
+    let sql = match database {
+        Database::Postgres(_) => {
+            "UPDATE kafold_projection SET seen_at = EXTRACT(EPOCH FROM clock_timestamp())::bigint \
+             WHERE name = $1"
+        }
+        Database::Sqlite(_) => "UPDATE kafold_projection SET seen_at = unixepoch() WHERE name = $1",
+    };
+    let mut open = OpenTransaction::begin_forgettable(database).await?;
+    let mut found = 0;
+    for name in names {
+        let tx = &mut open.lend();
+        found += either!(tx, connection => {
+            sqlx::query(sql).bind(name).execute(&mut **connection).await?.rows_affected()
+        });
+    }
+    open.commit().await?;
+    Ok(found == names.len() as u64)
+}
+
+/// Returns the seconds since a worker last ran a projection.
+pub(crate) async fn unseen_seconds(
+    tx: &mut Transaction<'_>,
+    name: &str,
+) -> Result<Option<i64>, sqlx::Error> {
+    let sql = match tx {
+        Transaction::Postgres(_) => {
+            "SELECT EXTRACT(EPOCH FROM clock_timestamp())::bigint - seen_at \
+             FROM kafold_projection WHERE name = $1"
+        }
+        Transaction::Sqlite(_) => {
+            "SELECT unixepoch() - seen_at FROM kafold_projection WHERE name = $1"
+        }
+    };
+    either!(tx, connection => {
+        sqlx::query_scalar(sql).bind(name).fetch_one(&mut **connection).await
     })
 }
 
@@ -572,9 +639,19 @@ async fn insert(
     definition: &Definition,
     now: DateTime<Utc>,
 ) -> Result<(), sqlx::Error> {
-    let sql = "INSERT INTO kafold_projection \
-                 (name, live_generation, fingerprint, desired_state, actual_state, updated_at) \
-               VALUES ($1, $2, $3, 'running', 'running', $4)";
+    let sql = match tx {
+        Transaction::Postgres(_) => {
+            "INSERT INTO kafold_projection (name, live_generation, fingerprint, desired_state, \
+               actual_state, updated_at, seen_at) \
+             VALUES ($1, $2, $3, 'running', 'running', $4, \
+               EXTRACT(EPOCH FROM clock_timestamp())::bigint)"
+        }
+        Transaction::Sqlite(_) => {
+            "INSERT INTO kafold_projection (name, live_generation, fingerprint, desired_state, \
+               actual_state, updated_at, seen_at) \
+             VALUES ($1, $2, $3, 'running', 'running', $4, unixepoch())"
+        }
+    };
     let Definition { name, fingerprint, .. } = definition;
     either!(tx, connection => {
         let query = sqlx::query(sql).bind(name).bind(Generation::FIRST.int()).bind(fingerprint);

@@ -411,6 +411,7 @@ impl Runner {
             });
             self.places.insert(partition, place);
         }
+        self.status.change(|status| status.is_assigned = true);
         self.goes_on();
         Ok(())
     }

@@ -23,6 +23,9 @@ pub struct ProjectionStatus {
     pub state: ProjectionState,
     /// The last failure, also when it is over.
     pub last_error: Option<String>,
+    /// Whether the source has assigned partitions to this worker since its start, perhaps none, and the
+    /// worker has recognised the log in them.
+    pub is_assigned: bool,
     /// The partitions that this worker holds.
     pub partitions: BTreeMap<Partition, PartitionStatus>,
     /// Partitions that another worker has taken since; this one does not take them back by itself.
@@ -98,6 +101,7 @@ impl ProjectionStatus {
             generation,
             state: ProjectionState::Starting,
             last_error: None,
+            is_assigned: false,
             partitions: BTreeMap::new(),
             superseded: BTreeSet::new(),
             parked_streams: 0,

@@ -18,6 +18,7 @@ use kafold_projections::{
 };
 
 on_both!(
+    a_projection_that_no_worker_runs_is_named_and_can_be_removed,
     the_stream_of_an_event_that_fails_is_parked_and_the_others_go_on,
     a_retry_after_a_fix_applies_the_stream_in_order,
     a_long_parked_stream_is_retried_to_its_end,
@@ -238,6 +239,43 @@ async fn what_is_parked_for_long_can_be_left_out_at_once(database: &TestDatabase
     orders.place("bad", "c1", 10_000).await;
     applied(&projections, &orders, Poisoned::NAME).await;
     assert_eq!(totals::<Poisoned>(database).await, BTreeMap::from([("c1".to_owned(), 11_011)]));
+}
+
+async fn a_projection_that_no_worker_runs_is_named_and_can_be_removed(database: &TestDatabase) {
+    let orders = Orders::new(2);
+    orders.place("1", "c1", 1).await;
+    let projections = worker(&orders, database).with(CustomerTotals).spawn();
+    applied(&projections, &orders, CustomerTotals::NAME).await;
+    let control = control(database);
+    let state = async || {
+        let [overview] = &control.list(&[]).await.expect("listed")[..] else { panic!("one") };
+        (overview.state, overview.reason.clone().unwrap_or_default())
+    };
+    eventually("a worker is seen", async || state().await.0 == OverviewState::Running).await;
+    let refused = control.remove(CustomerTotals::NAME, ME).await.expect_err("a worker runs");
+    assert!(refused.to_string().contains("stop all programs that have it"), "{refused}");
+    projections.shutdown().await;
+    database.run("UPDATE kafold_projection SET seen_at = seen_at - 100").await;
+    let (stopped, reason) = state().await;
+    assert_eq!(stopped, OverviewState::Stopped);
+    assert!(reason.starts_with("no worker has run it for 10"), "{reason}");
+    assert!(reason.contains("`kafold projections remove customer_totals`"), "{reason}");
+
+    let nobody = By { actor: "nobody", reason: None };
+    let refused = control.remove(CustomerTotals::NAME, nobody).await.expect_err("no reason");
+    assert!(refused.to_string().contains("takes a reason"), "{refused}");
+    control.remove(CustomerTotals::NAME, ME).await.expect("removed");
+    for sql in [
+        "SELECT COUNT(*) FROM kafold_projection",
+        "SELECT COUNT(*) FROM kafold_checkpoint",
+        "SELECT COUNT(*) FROM kafold_projection_category",
+    ] {
+        assert_eq!(database.number(sql).await, 0, "{sql}");
+    }
+    // A program that has it again begins anew.
+    let projections = worker(&orders, database).with(CustomerTotals).spawn();
+    applied(&projections, &orders, CustomerTotals::NAME).await;
+    assert_eq!(totals::<CustomerTotals>(database).await, BTreeMap::from([("c1".to_owned(), 1)]));
 }
 
 async fn a_row_that_the_database_refuses_is_parked(database: &TestDatabase) {

@@ -418,6 +418,10 @@ async fn another_log_under_the_same_name_is_refused(database: &TestDatabase) {
     let recreated = Orders::new(1);
     recreated.place("1", "c1", 10).await;
     let projections = worker(&recreated, database).with(CustomerTotals).spawn();
+    // The old checkpoint is beyond the position, which is one of the new log.
+    let first = Position { partition: Partition(0), offset: Offset(0) };
+    let waited = projections.wait_for(CustomerTotals::NAME, first, WAIT).await;
+    assert!(matches!(waited, Err(WaitError::Stopped { .. })), "{waited:?}");
     let reason = stopped(&projections, CustomerTotals::NAME).await;
     assert!(reason.contains("the cursor is of log"), "{reason}");
     assert_eq!(database.number("SELECT cents FROM customer_totals").await, 10);

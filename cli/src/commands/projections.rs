@@ -36,6 +36,10 @@ pub(crate) enum ProjectionsCommand {
     Rebuild(RebuildArgs),
     /// Gives up a rebuild; the live rows stay as they are.
     Abort(Which),
+    /// Removes a projection that no program has any more, with its tables; takes --reason.
+    ///
+    /// Refused while a worker runs it.
+    Remove(RemoveArgs),
     /// Leaves out the commit of the event at a position, where a projection has stopped or will come to.
     ///
     /// What is parked is skipped with `parked skip`.
@@ -106,6 +110,14 @@ pub(crate) struct RebuildArgs {
 }
 
 #[derive(Debug, Clone, clap::Args)]
+pub(crate) struct RemoveArgs {
+    /// The projection.
+    name: String,
+    #[command(flatten)]
+    who: Who,
+}
+
+#[derive(Debug, Clone, clap::Args)]
 pub(crate) struct SkipArgs {
     /// The projection.
     name: String,
@@ -136,6 +148,11 @@ pub(crate) async fn run(context: &mut Context, command: ProjectionsCommand) -> R
             Ok(())
         }
         ProjectionsCommand::Rebuild(args) => rebuild(context, args).await,
+        ProjectionsCommand::Remove(RemoveArgs { name, who }) => {
+            let by = who.by_reason("removing a projection")?;
+            control(context).await?.remove(&name, by).await?;
+            tell(context, &name, "removed", &format!("{name}: removed with its tables"))
+        }
         ProjectionsCommand::Abort(which) => {
             let control = control(context).await?;
             for name in names(&control, &which).await? {

@@ -1,9 +1,9 @@
 //! `verify`: folds the log again and compares what was made from it.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 
 use futures_util::TryStreamExt;
-use kafold::projections::{Control, SqlIndex, Verification};
+use kafold::projections::{Control, SqlIndex, Verification, VerifyError};
 use kafold::{
     Database, Offset, Partition, ReadError, RecordedEvent, StreamId, StreamIndex, Version,
 };
@@ -33,6 +33,10 @@ struct Report {
     projections: Vec<Verification>,
     /// Projections that only the service's own program can fold again.
     not_verified: Vec<String>,
+    /// Projections that name no tables to compare.
+    without_tables: Vec<String>,
+    /// Records of the log that a projection has not applied, by projection and partition.
+    behind: BTreeMap<String, BTreeMap<u32, u64>>,
 }
 
 impl Report {
@@ -199,14 +203,27 @@ async fn verify_projections(
     database: &Database,
     report: &mut Report,
 ) -> Result<(), Error> {
-    let known = Control::new(database.clone()).list(&[]).await?;
+    let views = overview::partitions(log).await?;
+    let ends: Vec<_> = views.iter().map(|view| (view.partition, view.end)).collect();
+    let known = Control::new(database.clone()).list(&ends).await?;
+    for seen in &known {
+        let behind = seen.partitions.iter().map(|place| (place.partition, place.lag_records()));
+        let behind: BTreeMap<_, _> = behind.filter(|(_, records)| *records > 0).collect();
+        if !behind.is_empty() {
+            report.behind.insert(seen.name.clone(), behind);
+        }
+    }
     let mut known: Vec<_> = known.into_iter().map(|seen| seen.name).collect();
     if let Some(worker) = context.domain.worker {
         let worker = worker(log.source(), database.clone());
         for name in worker.names().into_iter().filter(|name| known.contains(name)) {
             let progress = Progress::new(0, &name);
             let tell = |at: kafold::projections::VerifyProgress| progress.at(at.done, at.total);
-            report.projections.push(worker.verify(&name, &tell).await?);
+            match worker.verify(&name, &tell).await {
+                Ok(verified) => report.projections.push(verified),
+                Err(VerifyError::NoTables(name)) => report.without_tables.push(name),
+                Err(error) => return Err(error.into()),
+            }
         }
         known.retain(|name| !worker.names().contains(name));
     }
@@ -246,6 +263,16 @@ fn print(out: &mut Output, report: &Report) -> Result<(), Error> {
             "{name} (generation {generation}): {rows} of {events}{left_out}, {}",
             verdict(&shown)
         ))?;
+    }
+    for (name, behind) in &report.behind {
+        let partitions: Vec<_> =
+            behind.iter().map(|(partition, records)| format!("{partition}: {records}")).collect();
+        let all = count(behind.values().sum(), "record");
+        out.line(&format!("{name} is {all} behind the log (partition {})", partitions.join(", ")))?;
+    }
+    if !report.without_tables.is_empty() {
+        let names = report.without_tables.join(", ");
+        out.line(&format!("not verified: {names}; a projection that names its `tables` is"))?;
     }
     if !report.not_verified.is_empty() {
         out.line(&format!(

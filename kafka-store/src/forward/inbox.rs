@@ -56,8 +56,9 @@ pub(crate) struct Inboxes {
     ids: Arc<dyn IdGenerator>,
     limits: Limits,
     begin_anew: bool,
-    /// Whoever serves a category keeps its executor, which keeps the store.
-    executors: RwLock<HashMap<&'static str, Weak<dyn CommandExecutor>>>,
+    /// The executors of each category, oldest first. A command handler keeps its executor, which keeps the
+    /// store.
+    executors: RwLock<HashMap<&'static str, Vec<Weak<dyn CommandExecutor>>>>,
     /// How far each partition is with its end.
     stages: Vec<watch::Sender<Stage>>,
 }
@@ -153,12 +154,14 @@ impl Inboxes {
 
     pub(crate) fn serve(&self, category: &'static str, executor: &Arc<dyn CommandExecutor>) {
         let mut executors = self.executors.write().unwrap_or_else(PoisonError::into_inner);
-        executors.insert(category, Arc::downgrade(executor));
+        let of_category = executors.entry(category).or_default();
+        of_category.retain(|executor| executor.strong_count() > 0);
+        of_category.push(Arc::downgrade(executor));
     }
 
     fn executor(&self, category: &str) -> Option<Arc<dyn CommandExecutor>> {
         let executors = self.executors.read().unwrap_or_else(PoisonError::into_inner);
-        executors.get(category).and_then(Weak::upgrade)
+        executors.get(category)?.iter().rev().find_map(Weak::upgrade)
     }
 
     fn stage(&self, partition: Partition) -> &watch::Sender<Stage> {

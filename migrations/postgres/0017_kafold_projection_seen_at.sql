@@ -1,0 +1,5 @@
+-- Written by: a worker that runs the projection, a few times a minute.
+-- Read by: status and doctor: a projection that no worker runs stands still.
+ALTER TABLE kafold_projection ADD COLUMN seen_at BIGINT;  -- seconds since 1970, of the database's clock
+-- A worker of the version before reports nothing: 45 s from now only those that report count.
+UPDATE kafold_projection SET seen_at = EXTRACT(EPOCH FROM clock_timestamp())::bigint;
