@@ -240,7 +240,13 @@ async fn partitions_that_were_added_are_refused_by_readers_too() {
     let grown = NewPartitions::new(&log.topic, 3);
     let options = AdminOptions::new().operation_timeout(Some(support::WAIT_MAX));
     support::admin(&log.brokers).create_partitions([&grown], &options).await.expect("grown");
-    log.is_refused(&["was repartitioned", "3 partitions", "begun with 1", "new topic"]).await;
+    log.is_refused(&[
+        "was repartitioned",
+        "3 partitions",
+        "begun with 1",
+        "allow_unsafe=partitions",
+    ])
+    .await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -42,7 +42,7 @@ pub(crate) struct Desired {
 /// What is asked of every projection, by name.
 pub(crate) type AllDesired = Arc<HashMap<String, Desired>>;
 
-/// Interval at which a worker stores that it runs its projections.
+/// Interval at which a worker stores the time in `seen_at` of its projections.
 const SEEN_INTERVAL: Duration = Duration::from_secs(15);
 /// The same while a projection is not registered yet, or the database is away.
 const SEEN_RETRY: Duration = Duration::from_secs(1);

@@ -121,7 +121,8 @@ impl Projections {
             let (here, is_assigned) = match &mut watched {
                 Some(watched) => {
                     let status = watched.borrow_and_update();
-                    (look(&status, position, standing)?, status.is_assigned)
+                    let is_starting = matches!(status.state, ProjectionState::Starting);
+                    (look(&status, position, standing)?, status.is_assigned || !is_starting)
                 }
                 None => (None, true),
             };

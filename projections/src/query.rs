@@ -150,7 +150,7 @@ impl<M: ReadModel> Query<M> {
         }
     }
 
-    /// Whether the live rows were built by another definition of the model.
+    /// Returns whether another definition of the model built the live rows.
     async fn is_of_another_definition(&self) -> Result<bool, ReadError> {
         let definition = Definition::of_model::<M>();
         let built = registry::built_by(&self.database, M::NAME).await.map_err(read_error)?;

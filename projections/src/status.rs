@@ -23,8 +23,8 @@ pub struct ProjectionStatus {
     pub state: ProjectionState,
     /// The last failure, also when it is over.
     pub last_error: Option<String>,
-    /// Whether the source has assigned partitions to this worker since its start, perhaps none, and the
-    /// worker has recognised the log in them.
+    /// `true` when the source has assigned partitions to this worker since its start, perhaps none, and
+    /// the log in the partitions is the one of the checkpoints.
     pub is_assigned: bool,
     /// The partitions that this worker holds.
     pub partitions: BTreeMap<Partition, PartitionStatus>,

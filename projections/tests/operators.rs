@@ -272,7 +272,7 @@ async fn a_projection_that_no_worker_runs_is_named_and_can_be_removed(database: 
     ] {
         assert_eq!(database.number(sql).await, 0, "{sql}");
     }
-    // A program that has it again begins anew.
+    // A program that has the projection again begins anew.
     let projections = worker(&orders, database).with(CustomerTotals).spawn();
     applied(&projections, &orders, CustomerTotals::NAME).await;
     assert_eq!(totals::<CustomerTotals>(database).await, BTreeMap::from([("c1".to_owned(), 1)]));

@@ -60,7 +60,7 @@ pub(crate) enum OrderEvent {
 }
 
 impl OrderEvent {
-    /// Whether the command decided this event. A command without a time of its own matches any time.
+    /// Returns whether the command decides this event. Ignores the time of the order unless `has_time`.
     pub(crate) fn is_of(&self, command: &OrderCommand, has_time: bool) -> bool {
         match (self, command) {
             (

@@ -21,6 +21,10 @@ use crate::sales_by_sku::SalesBySku;
 
 /// Idempotency keys whose orders are remembered: until the read model is sure to have the placed orders.
 const RECENT_KEYS_MAX: NonZeroUsize = NonZeroUsize::new(100_000).expect("is not zero");
+/// Wait for an appended event to be in the index of another node.
+const INDEXED_WITHIN: Duration = Duration::from_secs(3);
+/// Interval of the looks at the index meanwhile.
+const INDEX_POLL: Duration = Duration::from_millis(20);
 /// How long the database may take to answer when readiness is asked for.
 const DATABASE_TIMEOUT: Duration = Duration::from_secs(2);
 
@@ -85,15 +89,28 @@ impl Service {
         uses.get_or_insert(key, UseOfKey::default).clone()
     }
 
-    /// Returns the event of an order that has this version.
+    /// Returns the event of an order that has this version, which the log is known to have. The index
+    /// of a node that does not own the stream may get the event a moment later.
     pub(crate) async fn event(
         &self,
         stream: &StreamId,
         version: Version,
-    ) -> Result<Option<OrderEvent>, ReadError> {
-        let mut events = self.store.read(stream, Version(version.0.saturating_sub(1)));
-        let Some(event) = events.try_next().await? else { return Ok(None) };
-        Ok(codec::decode_recorded(&event).ok().map(|recorded| recorded.event))
+    ) -> Result<OrderEvent, ReadError> {
+        let deadline = self.clock.instant() + INDEXED_WITHIN;
+        loop {
+            let mut events = self.store.read(stream, Version(version.0.saturating_sub(1)));
+            if let Some(event) = events.try_next().await? {
+                let decoded = codec::decode_recorded(&event);
+                return decoded
+                    .map(|recorded| recorded.event)
+                    .map_err(|error| ReadError::diverged(stream.to_string(), error));
+            }
+            if self.clock.instant() >= deadline {
+                let cause = format!("version {version} of {stream} is not in the index yet");
+                return Err(ReadError::unavailable(INDEX_POLL, cause));
+            }
+            self.clock.sleep(INDEX_POLL).await;
+        }
     }
 
     /// The order that was placed with the key, as far as the read model has come.

@@ -130,7 +130,7 @@ fn a_repeated_key_answers_the_first_result_and_another_request_is_refused(stack:
     repeated("/orders", &chosen, &order("chosen", 100), &first_chosen);
     repeated("/orders", &chosen, &body, &first_chosen);
     reused(&service, "/orders", &chosen, &order("not-chosen", 100));
-    // A key of one order on another one.
+    // The key of one order is used on another order.
     reused(&service, "/orders/chosen/payment", &pay_key[..1], &json!({"amount_cents": 100}));
     reused(&service, &payment, &chosen, &json!({"amount_cents": 100}));
 

@@ -57,7 +57,7 @@ struct Done {
     order_id: String,
     version: Version,
     position: Position,
-    /// Whether it is the first result of a repeated request.
+    /// `true` in the answer to a repeated request.
     #[serde(skip)]
     is_repeat: bool,
 }
@@ -221,7 +221,7 @@ impl<'a> Call<'a> {
         if done.is_repeat {
             let event = service.event(&stream_of(order_id)?, done.version).await;
             let event = event.map_err(read_problem)?;
-            if !event.is_some_and(|event| event.is_of(command, has_time)) {
+            if !event.is_of(command, has_time) {
                 return Err(key_reused(order_id));
             }
         }
