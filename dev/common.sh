@@ -104,6 +104,16 @@ postgres_bin() {
   [[ -z $newest ]] || dirname "$newest"
 }
 
+# Runs a command as the user PostgreSQL and PgBouncer run as, since neither runs as root. It starts in / because that user may
+# not be allowed in the current folder.
+as_owner() {
+  if [[ $EUID -eq 0 ]]; then
+    (cd / && exec runuser -u postgres -- "$@")
+  else
+    "$@"
+  fi
+}
+
 # Rust comes from rustup, not from the distribution, whose version is too old.
 require_cargo() { has_cargo || die "cargo is missing; install Rust with rustup" 2; }
 require_java() { require "a Java runtime, version 17 or newer," has_java default-jre-headless; }

@@ -600,7 +600,7 @@ fn too_late() -> AppendError {
     AppendError::unavailable(RETRY_AFTER, "the deadline passed before the command was decided")
 }
 
-/// Whether an enum of events declares this category, or none.
+/// Returns whether an enum of events declares this category, or none.
 const fn is_category(category: &str, declared: Option<&str>) -> bool {
     let Some(declared) = declared else { return true };
     let (category, declared) = (category.as_bytes(), declared.as_bytes());

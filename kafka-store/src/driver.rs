@@ -387,7 +387,7 @@ struct Work {
     full: bool,
     generation: u64,
     producer_retry: Option<Instant>,
-    /// Whether the group has assigned partitions, perhaps none, since the start.
+    /// `true` after the first assignment by the group, which may be empty.
     has_joined: bool,
     /// Requests from before that, with the times of their arrival. They count as queued.
     early: VecDeque<(Instant, Message)>,
@@ -476,7 +476,7 @@ impl Work {
 
     fn handle(&mut self, message: Message) {
         match message {
-            // Which node owns the partition is not known yet.
+            // The owner of the partition is not known yet.
             early @ (Message::Submit { .. } | Message::Confirm { .. }) if !self.has_joined => {
                 self.early.push_back((self.parts.clock.instant(), early));
             }

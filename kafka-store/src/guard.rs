@@ -98,19 +98,21 @@ pub(crate) fn shown(moment: DateTime<Utc>) -> String {
     moment.to_rfc3339_opts(SecondsFormat::Secs, true)
 }
 
-/// Spawns the watching tasks.
+/// Spawns the watching tasks. Calls `limit_changed` with `max.message.bytes` of the events topic, first
+/// and after each change.
 pub(crate) fn spawn(
     tasks: &mut JoinSet<()>,
     config: &KafkaConfig,
     role: Role,
     inquirer: &Arc<Inquirer>,
     refusals: &Arc<Refusals>,
+    limit_changed: impl Fn(usize) + Send + 'static,
 ) {
     let clock = Arc::clone(&refusals.clock);
     let mut asking = config.clone();
     asking.limits.request_timeout = asking.limits.request_timeout.min(TIMEOUT);
     let prober = Prober::new(&asking, Arc::clone(inquirer), clock);
-    tasks.spawn(watch_rights(asking, role, prober, Arc::clone(refusals)));
+    tasks.spawn(watch_rights(asking, role, prober, Arc::clone(refusals), limit_changed));
     tasks.spawn(watch_logins(config.clone(), Arc::clone(inquirer), Arc::clone(refusals)));
 }
 
@@ -120,7 +122,9 @@ async fn watch_rights(
     role: Role,
     mut prober: Prober,
     refusals: Arc<Refusals>,
+    limit_changed: impl Fn(usize),
 ) {
+    let mut limit = None;
     let rights = role
         .rights(&config)
         .into_iter()
@@ -136,6 +140,10 @@ async fn watch_rights(
         // An error means the runtime is shutting down.
         let Ok((back, answers)) = round.await else { return };
         prober = back;
+        if prober.record_bytes_max != limit {
+            limit = prober.record_bytes_max;
+            limit.into_iter().for_each(&limit_changed);
+        }
         for (right, answer) in rights.iter().zip(answers) {
             let what = right.to_string();
             match answer {

@@ -26,8 +26,9 @@ use tokio::runtime::Handle;
 
 use crate::client::{Context, Inquirer, log};
 use crate::config::KafkaConfig;
+use crate::judge::Settings;
 use crate::rights::{Answer, Operation, Resource, Right};
-use crate::topic::Preparation;
+use crate::topic::{Preparation, record_bytes_max};
 
 /// The wait of a fetch at the end of a topic for records.
 const FETCH_WAIT: Duration = Duration::from_millis(10);
@@ -52,6 +53,8 @@ pub(crate) struct Prober {
     reader: Option<BaseConsumer<Context>>,
     writer: Option<BaseProducer<Trial>>,
     admin: Option<AdminClient<Context>>,
+    /// `max.message.bytes` of the events topic in the newest description of its settings.
+    pub(crate) record_bytes_max: Option<usize>,
     /// A broker has stored a record with `acks=2`, so no further trial is sent.
     takes_trials: bool,
 }
@@ -70,6 +73,7 @@ impl Prober {
             reader: None,
             writer: None,
             admin: None,
+            record_bytes_max: None,
             takes_trials: false,
         }
     }
@@ -206,7 +210,13 @@ impl Prober {
         let options = AdminOptions::new().request_timeout(timeout).operation_timeout(timeout);
         let described = Handle::current().block_on(admin.describe_configs([wanted], &options))?;
         match described.into_iter().next() {
-            Some(Ok(found)) if !found.entries.is_empty() => Ok(Answer::Granted),
+            Some(Ok(found)) if !found.entries.is_empty() => {
+                // The events topic is the only topic whose settings a role reads.
+                if matches!(wanted, ResourceSpecifier::Topic(_)) {
+                    self.record_bytes_max = Some(record_bytes_max(&Settings(&found)));
+                }
+                Ok(Answer::Granted)
+            }
             Some(Ok(_)) => Ok(Answer::Missing),
             Some(Err(code)) => Err(KafkaError::AdminOp(code)),
             None => Ok(Answer::Untried("the broker does not answer".into())),

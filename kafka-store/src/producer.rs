@@ -174,8 +174,8 @@ impl ProducerContext for Delivery {
 fn failure(error: &KafkaError) -> ReportFailure {
     use RDKafkaErrorCode as C;
     let code = error.rdkafka_error_code();
-    // What is wrong with the record itself. Rights, clocks and limits are not: they may be mended, and
-    // the same command is then welcome.
+    // Faults of the record itself. Rights, clocks and limits may be mended, and then the same command is
+    // accepted.
     let refused = [C::InvalidMessageSize, C::InvalidRecord, C::PolicyViolation];
     let reason = match code {
         Some(C::InvalidTimestamp) => {

@@ -75,7 +75,8 @@ impl KafkaSource {
         let (topic, inquirer) = connect(&mut config, clock, topic::find).await?;
         let refusals = Arc::new(Refusals::new(Arc::clone(clock)));
         let (reach, mut tasks) = (Arc::new(Reach::default()), JoinSet::new());
-        guard::spawn(&mut tasks, &config, Role::Worker, &inquirer, &refusals);
+        // A reader writes no records.
+        guard::spawn(&mut tasks, &config, Role::Worker, &inquirer, &refusals, drop);
         tasks.spawn(watch(
             config.clone(),
             Arc::clone(&inquirer),

@@ -50,8 +50,6 @@ const NO_LEADER: Option<RDKafkaErrorCode> = Some(RDKafkaErrorCode::NotLeaderForP
 const REPORT_GRACE: Duration = Duration::from_secs(30);
 /// Stands for a producer that tries for ever.
 const FOR_EVER: Duration = Duration::from_secs(365 * 86_400);
-/// Interval of the look at the topic's `max.message.bytes`.
-const RECORD_LIMIT_INTERVAL: Duration = Duration::from_secs(10);
 /// Questions in a row that no broker answered until it is said that none can be reached.
 const PINGS_LOST: u32 = 3;
 /// Before a question that no broker answered is asked again.
@@ -217,13 +215,16 @@ impl KafkaStore {
             Arc::clone(&reach),
             Arc::clone(&clock),
         ));
-        guard::spawn(&mut tasks, &config, Role::Service, &inquirer, &denials.refusals);
-        tasks.spawn(follow_record_limit(
-            config.clone(),
-            Arc::clone(&inquirer),
-            driver.clone(),
-            Arc::clone(&clock),
-        ));
+        let limited = driver.clone();
+        let limit_changed = move |bytes| limited.tell(Message::RecordBytesMax(bytes));
+        guard::spawn(
+            &mut tasks,
+            &config,
+            Role::Service,
+            &inquirer,
+            &denials.refusals,
+            limit_changed,
+        );
         let ownership = Arc::new(Ownership::new(
             shared.clone(),
             driver.clone(),
@@ -528,29 +529,6 @@ fn slot(
     // A nonce of the operating system's entropy; where that fails the process's own ids are left.
     let entropy: Entropy = Box::new(move || getrandom::u64().unwrap_or_else(|_| ids.random()));
     Slot::new(PartitionWriter::new(writer, entropy), shared)
-}
-
-/// Takes over changes of the topic's `max.message.bytes`.
-async fn follow_record_limit(
-    config: KafkaConfig,
-    inquirer: Arc<Inquirer>,
-    driver: Driver,
-    clock: Arc<dyn Clock>,
-) {
-    loop {
-        clock.sleep(RECORD_LIMIT_INTERVAL).await;
-        let (config, inquirer, clock) = (config.clone(), Arc::clone(&inquirer), Arc::clone(&clock));
-        let asking = tokio::task::spawn_blocking(move || {
-            topic::record_bytes_max(&config, &inquirer, &clock)
-        });
-        match asking.await {
-            Ok(Ok(bytes)) => driver.tell(Message::RecordBytesMax(bytes)),
-            // The guard names brokers and rights that are missing.
-            Ok(Err(error)) => tracing::debug!(%error, "max.message.bytes was not read"),
-            // The runtime is shutting down.
-            Err(_) => return,
-        }
-    }
 }
 
 /// Asks again and again whether a broker answers: an idle process would not notice otherwise.

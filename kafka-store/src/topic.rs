@@ -102,17 +102,8 @@ pub(crate) fn find(
     Ok(EventsTopic { session_timeout_min: preparation.session_timeout_min(), ..events })
 }
 
-/// Returns `max.message.bytes` of the events topic. Blocks.
-pub(crate) fn record_bytes_max(
-    config: &KafkaConfig,
-    inquirer: &Inquirer,
-    clock: &Arc<dyn Clock>,
-) -> Result<usize, OpenError> {
-    let preparation = Preparation::new(config, inquirer, &**clock)?;
-    preparation.describe_topic(&config.events_topic()).map(|found| limit_of(&Settings(&found)))
-}
-
-fn limit_of(settings: &Settings<'_>) -> usize {
+/// Returns `max.message.bytes` of a topic with these settings.
+pub(crate) fn record_bytes_max(settings: &Settings<'_>) -> usize {
     let limit = settings.get("max.message.bytes").and_then(|text| text.parse().ok());
     limit.unwrap_or(RECORD_BYTES_DEFAULT)
 }
@@ -292,7 +283,7 @@ impl<'a> Preparation<'a> {
         }
         Ok(EventsTopic {
             partitions: used_partitions(self.config, shape.partitions),
-            record_bytes_max: limit_of(&settings),
+            record_bytes_max: record_bytes_max(&settings),
             session_timeout_min: SESSION_TIMEOUT_MIN_DEFAULT,
         })
     }

@@ -126,8 +126,8 @@ pub fn refusal(error: &sqlx::Error) -> Option<Refusal> {
 pub(crate) const POOLER_REMEDY: &str = "name the server itself in the URL, or a pool in session mode \
                                         (PgBouncer: pool_mode=session)";
 
-/// Whether PgBouncer's message names a cause that stays until its configuration changes. Its other
-/// messages, such as that of a full pool, have the same code 08P01.
+/// Returns whether a message of PgBouncer names a cause that stays until the pooler's configuration
+/// changes. Other messages, such as that of a full pool, have the same code 08P01.
 fn is_refusal_of_pooler(message: &str) -> bool {
     ["unsupported startup parameter", "not allowed in statement pooling mode"]
         .iter()

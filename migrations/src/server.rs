@@ -49,8 +49,8 @@ pub(crate) async fn check(
     }
 }
 
-/// Whether this connection and a second one use one session of the server, or this connection changes
-/// its session. PgBouncer does so unless its `pool_mode` is `session`.
+/// Returns whether a pooler gives this connection another session from one transaction to the next.
+/// PgBouncer does so unless its `pool_mode` is `session`.
 async fn shares_sessions(
     options: &PgConnectOptions,
     connection: &mut PgConnection,

@@ -5,6 +5,9 @@ mod pooler;
 #[path = "postgres/tls.rs"]
 mod tls;
 
+use std::path::Path;
+use std::process::Command;
+
 use kafold_migrations::sqlx::{self, AssertSqlSafe, Connection, PgConnection};
 use kafold_migrations::{Database, DatabaseError, Mode, PostgresDatabase, is_transient};
 
@@ -17,6 +20,16 @@ fn server(test: &str) -> Option<String> {
         eprintln!("skipped {test}: KAFOLD_TEST_POSTGRES is not set");
     }
     url
+}
+
+/// Runs a script of dev/ on the server of this name. Returns the last line of its output.
+fn dev(script: &str, name: &str, arguments: &[&str]) -> String {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../dev").join(script);
+    let output = Command::new(path).args(arguments).args(["--name", name]).output();
+    let output = output.expect("the script runs");
+    let errors = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "dev/{script} {arguments:?}: {errors}");
+    String::from_utf8_lossy(&output.stdout).lines().last().unwrap_or_default().to_owned()
 }
 
 /// A new empty database of this test's own; gone with the server's data, or made anew.

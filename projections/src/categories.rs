@@ -17,7 +17,7 @@ use crate::handler::{ApplyError, Fault, Target};
 use crate::sql::either;
 use crate::transaction::Transaction;
 
-/// One category in a batch.
+/// One category in a batch, read or passed by. A category of both kinds has two sightings.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Sighting {
     /// The place of the first event in its batch.
@@ -31,35 +31,12 @@ pub(crate) struct Sightings(Vec<Sighting>);
 
 impl Sightings {
     /// Adds the event at a place of the batch.
-    pub(crate) fn add<E: DomainEvent>(
-        &mut self,
-        batch: &Batch,
-        place: usize,
-        is_read: bool,
-    ) -> Result<(), Fault> {
-        let event = &batch.events[place];
-        let category = event.stream.category();
-        let known = self
-            .0
-            .iter()
-            .find(|sighting| batch.events[sighting.first].stream.category() == category);
-        match known {
-            Some(known) if known.is_read != is_read => Err(mixed::<E>(event, is_read)),
-            Some(_) => Ok(()),
-            None if is_read => match self.0.iter().find(|sighting| sighting.is_read) {
-                Some(other) => {
-                    let other = batch.events[other.first].stream.category();
-                    Err(in_two_categories::<E>(event, other))
-                }
-                None => {
-                    self.0.push(Sighting { first: place, is_read });
-                    Ok(())
-                }
-            },
-            None => {
-                self.0.push(Sighting { first: place, is_read });
-                Ok(())
-            }
+    pub(crate) fn add(&mut self, batch: &Batch, place: usize, is_read: bool) {
+        let category = |place: usize| batch.events[place].stream.category();
+        let is_known =
+            |known: &Sighting| known.is_read == is_read && category(known.first) == category(place);
+        if !self.0.iter().any(is_known) {
+            self.0.push(Sighting { first: place, is_read });
         }
     }
 
@@ -106,7 +83,7 @@ impl StoredCategories {
         check::<E>(&stored, sightings).map(drop).map_err(Into::into)
     }
 
-    /// Whether all categories are known to be stored.
+    /// Returns whether all categories are known to be stored. Rejects a contradiction.
     fn check<E: DomainEvent>(
         &self,
         generation: Generation,
@@ -141,7 +118,7 @@ async fn read(
     Ok(rows.into_iter().collect())
 }
 
-/// Whether all categories are stored.
+/// Returns whether all categories are stored. Rejects a sighting that contradicts a stored category.
 fn check<E: DomainEvent>(
     stored: &HashMap<String, bool>,
     sightings: &[(&RecordedEvent, bool)],

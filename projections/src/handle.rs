@@ -118,13 +118,13 @@ impl Projections {
         let is_local = local.is_some();
         let mut watched = local.map(SharedStatus::watch);
         loop {
-            let (here, is_assigned) = match &mut watched {
+            let (here, is_starting) = match &mut watched {
                 Some(watched) => {
                     let status = watched.borrow_and_update();
                     let is_starting = matches!(status.state, ProjectionState::Starting);
-                    (look(&status, position, standing)?, status.is_assigned || !is_starting)
+                    (look(&status, position, standing)?, is_starting)
                 }
-                None => (None, true),
+                None => (None, false),
             };
             if here == Some(true) {
                 return Ok(());
@@ -134,7 +134,7 @@ impl Projections {
                 // The partition may be held by another process. Before this worker has recognised the log,
                 // a checkpoint may be one of another log.
                 applied = self.wait_elsewhere(name, position, is_local),
-                    if here.is_none() && is_assigned =>
+                    if here.is_none() && !is_starting =>
                 {
                     return applied;
                 }

@@ -6,7 +6,7 @@ use std::fmt;
 
 use async_trait::async_trait;
 use kafold_core::codec::CodecError;
-use kafold_core::{Partition, Position, RecordedEvent};
+use kafold_core::{Partition, Position, RecordedEvent, StreamId, Version};
 
 use crate::definition::Definition;
 use crate::generation::Generation;
@@ -98,8 +98,19 @@ pub(crate) struct Fault {
 impl Fault {
     pub(crate) fn at(event: &RecordedEvent, reason: impl fmt::Display) -> Self {
         let RecordedEvent { position, event_type, stream, version, .. } = event;
+        Self::of(*position, event_type, *version, stream, reason)
+    }
+
+    /// The fault of an event with this position, type, version and stream.
+    pub(crate) fn of(
+        position: Position,
+        event_type: impl fmt::Display,
+        version: Version,
+        stream: &StreamId,
+        reason: impl fmt::Display,
+    ) -> Self {
         let event = format!("event {position} ({event_type}, version {version} of {stream})");
-        Self { at: Some(*position), reason: storable(format!("{event}: {reason}")), parks: true }
+        Self { at: Some(position), ..Self::somewhere(format!("{event}: {reason}")) }
     }
 
     /// An event that the program cannot decode. An event of a newer program does not park its stream:

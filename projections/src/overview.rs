@@ -12,7 +12,7 @@ use serde::Serialize;
 use crate::control::Control;
 use crate::index::read_error;
 use crate::registry::State;
-use crate::sql::reading;
+use crate::sql::{reading, with_clock};
 
 /// What a projection does, from the outside.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -231,21 +231,12 @@ impl Control {
     }
 
     async fn overviews(&self, ends: &[(Partition, Offset)]) -> Result<Vec<Overview>, sqlx::Error> {
-        let sql = match self.database {
-            Database::Postgres(_) => {
-                "SELECT name, live_generation, next_generation, next_fingerprint, \
-                   next_requested_at, next_reason, desired_state, actual_state, \
-                   actual_state_reason, \
-                   EXTRACT(EPOCH FROM clock_timestamp())::bigint - seen_at AS unseen_seconds \
-                 FROM kafold_projection ORDER BY name"
-            }
-            Database::Sqlite(_) => {
-                "SELECT name, live_generation, next_generation, next_fingerprint, \
-                   next_requested_at, next_reason, desired_state, actual_state, \
-                   actual_state_reason, unixepoch() - seen_at AS unseen_seconds \
-                 FROM kafold_projection ORDER BY name"
-            }
-        };
+        let sql = with_clock(
+            matches!(self.database, Database::Postgres(_)),
+            "SELECT name, live_generation, next_generation, next_fingerprint, next_requested_at, \
+               next_reason, desired_state, actual_state, actual_state_reason, ",
+            " - seen_at AS unseen_seconds FROM kafold_projection ORDER BY name",
+        );
         let rows: Vec<ProjectionRow> =
             reading!(&self.database, pool => sqlx::query_as(sql).fetch_all(pool).await?);
         let sql = "SELECT projection, generation, partition, next_offset, end_offset, \

@@ -169,7 +169,7 @@ pub(crate) fn decode<E: DomainEvent>(
     }
 }
 
-/// Whether `E` leaves out the event on purpose.
+/// Returns whether `E` leaves out the event on purpose.
 pub(crate) fn ignores<E: DomainEvent>(event: &RecordedEvent) -> bool {
     let name = || event.event_type.rsplit_once(".v").map_or(&*event.event_type, |(name, _)| name);
     !E::IGNORED.is_empty() && E::IGNORED.contains(&name())

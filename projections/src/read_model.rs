@@ -48,9 +48,9 @@ pub trait ReadModel: Send + Sync + 'static {
     /// pauses the projection first.
     const SHARED: bool = true;
 
-    /// The events it reads, of one [category](DomainEvent::CATEGORY). Events of other aggregates pass it
-    /// by. An event type of its category that it does not have stops it, unless the type is
-    /// [ignored](DomainEvent::IGNORED): a newer program wrote it.
+    /// The events of one [category](DomainEvent::CATEGORY) that the model reads. Events of other categories
+    /// pass the model by. An unknown event type of the category stops the model, because a newer program
+    /// wrote the event, unless the enum [ignores](DomainEvent::IGNORED) the type.
     type Event: DomainEvent;
 
     /// The row.
@@ -317,7 +317,7 @@ fn touch<M: ReadModel>(
     let decoded = decode::<M::Event>(recorded);
     let decoded = decoded.map_err(|unreadable| Fault::unreadable(recorded, &unreadable.error))?;
     if M::Event::CATEGORY.is_none() && !ignores::<M::Event>(recorded) {
-        into.sightings.add::<M::Event>(batch, place, decoded.is_some())?;
+        into.sightings.add(batch, place, decoded.is_some());
     }
     let Some(event) = decoded else { return Ok(()) };
     let keys = M::keys(&event).into_iter().map(stored_key::<M::Row>);
@@ -379,7 +379,5 @@ async fn lock(target: Target<'_>, tx: &mut Transaction<'_>) -> Result<(), sqlx::
 
 fn fault_at<E: DomainEvent>(event: &Recorded<E>, reason: impl fmt::Display) -> Fault {
     let Recorded { event, position, stream, version, .. } = event;
-    let event_type = event.event_type();
-    let event = format!("event {position} ({event_type}, version {version} of {stream})");
-    Fault { at: Some(*position), ..Fault::somewhere(format!("{event}: {reason}")) }
+    Fault::of(*position, event.event_type(), *version, stream, reason)
 }

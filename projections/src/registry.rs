@@ -14,7 +14,7 @@ use crate::definition::Definition;
 use crate::generation::{self, Generation};
 use crate::handler::{ApplyError, Fault, Handler, Target};
 use crate::parked;
-use crate::sql::{either, locking, reading};
+use crate::sql::{either, locking, reading, with_clock};
 use crate::transaction::{OpenTransaction, Transaction};
 
 /// How long a switch may hold up the live generation on PostgreSQL, until the next one is at least as
@@ -48,6 +48,7 @@ pub(crate) async fn register(
             set_up(tx, handler, Generation::FIRST).await?;
             generation::create_views(tx, definition, Generation::FIRST).await?;
             insert(tx, definition, now).await?;
+            seen_in(tx, &definition.name).await?;
             Generation::FIRST
         }
         Some(found) if found.is_reset() => begin_anew(tx, handler, &found, now).await?,
@@ -538,23 +539,24 @@ pub(crate) async fn find(
 
 /// Stores that a worker runs the projections. Returns whether all of them are registered.
 pub(crate) async fn seen(database: &Database, names: &[String]) -> Result<bool, sqlx::Error> {
-    let sql = match database {
-        Database::Postgres(_) => {
-            "UPDATE kafold_projection SET seen_at = EXTRACT(EPOCH FROM clock_timestamp())::bigint \
-             WHERE name = $1"
-        }
-        Database::Sqlite(_) => "UPDATE kafold_projection SET seen_at = unixepoch() WHERE name = $1",
-    };
     let mut open = OpenTransaction::begin_forgettable(database).await?;
-    let mut found = 0;
+    let mut are_all_registered = true;
     for name in names {
-        let tx = &mut open.lend();
-        found += either!(tx, connection => {
-            sqlx::query(sql).bind(name).execute(&mut **connection).await?.rows_affected()
-        });
+        are_all_registered &= seen_in(&mut open.lend(), name).await?;
     }
     open.commit().await?;
-    Ok(found == names.len() as u64)
+    Ok(are_all_registered)
+}
+
+/// Stores that a worker runs the projection. Returns whether the projection is registered.
+async fn seen_in(tx: &mut Transaction<'_>, name: &str) -> Result<bool, sqlx::Error> {
+    let is_postgres = matches!(tx, Transaction::Postgres(_));
+    let sql =
+        with_clock(is_postgres, "UPDATE kafold_projection SET seen_at = ", " WHERE name = $1");
+    either!(tx, connection => {
+        let updated = sqlx::query(sql).bind(name).execute(&mut **connection).await?;
+        Ok(updated.rows_affected() > 0)
+    })
 }
 
 /// Returns the seconds since a worker last ran a projection.
@@ -562,15 +564,9 @@ pub(crate) async fn unseen_seconds(
     tx: &mut Transaction<'_>,
     name: &str,
 ) -> Result<Option<i64>, sqlx::Error> {
-    let sql = match tx {
-        Transaction::Postgres(_) => {
-            "SELECT EXTRACT(EPOCH FROM clock_timestamp())::bigint - seen_at \
-             FROM kafold_projection WHERE name = $1"
-        }
-        Transaction::Sqlite(_) => {
-            "SELECT unixepoch() - seen_at FROM kafold_projection WHERE name = $1"
-        }
-    };
+    let is_postgres = matches!(tx, Transaction::Postgres(_));
+    let sql =
+        with_clock(is_postgres, "SELECT ", " - seen_at FROM kafold_projection WHERE name = $1");
     either!(tx, connection => {
         sqlx::query_scalar(sql).bind(name).fetch_one(&mut **connection).await
     })
@@ -639,19 +635,9 @@ async fn insert(
     definition: &Definition,
     now: DateTime<Utc>,
 ) -> Result<(), sqlx::Error> {
-    let sql = match tx {
-        Transaction::Postgres(_) => {
-            "INSERT INTO kafold_projection (name, live_generation, fingerprint, desired_state, \
-               actual_state, updated_at, seen_at) \
-             VALUES ($1, $2, $3, 'running', 'running', $4, \
-               EXTRACT(EPOCH FROM clock_timestamp())::bigint)"
-        }
-        Transaction::Sqlite(_) => {
-            "INSERT INTO kafold_projection (name, live_generation, fingerprint, desired_state, \
-               actual_state, updated_at, seen_at) \
-             VALUES ($1, $2, $3, 'running', 'running', $4, unixepoch())"
-        }
-    };
+    let sql = "INSERT INTO kafold_projection \
+                 (name, live_generation, fingerprint, desired_state, actual_state, updated_at) \
+               VALUES ($1, $2, $3, 'running', 'running', $4)";
     let Definition { name, fingerprint, .. } = definition;
     either!(tx, connection => {
         let query = sqlx::query(sql).bind(name).bind(Generation::FIRST.int()).bind(fingerprint);

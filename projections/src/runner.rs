@@ -411,7 +411,6 @@ impl Runner {
             });
             self.places.insert(partition, place);
         }
-        self.status.change(|status| status.is_assigned = true);
         self.goes_on();
         Ok(())
     }

@@ -34,6 +34,15 @@ macro_rules! reading {
 
 pub(crate) use {either, reading};
 
+/// A statement with the database's clock in it, in seconds since 1970.
+pub(crate) fn with_clock(is_postgres: bool, before: &'static str, after: &'static str) -> SqlStr {
+    let now = match is_postgres {
+        true => "EXTRACT(EPOCH FROM clock_timestamp())::bigint",
+        false => "unixepoch()",
+    };
+    SqlText::new(before).text(now).text(after).finish()
+}
+
 /// A query that locks the rows it finds; on SQLite nobody else writes while a transaction is open.
 pub(crate) fn locking(tx: &Transaction<'_>, select: &'static str, lock: &'static str) -> SqlStr {
     let is_postgres = matches!(tx, Transaction::Postgres(_));

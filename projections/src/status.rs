@@ -23,9 +23,6 @@ pub struct ProjectionStatus {
     pub state: ProjectionState,
     /// The last failure, also when it is over.
     pub last_error: Option<String>,
-    /// `true` when the source has assigned partitions to this worker since its start, perhaps none, and
-    /// the log in the partitions is the one of the checkpoints.
-    pub is_assigned: bool,
     /// The partitions that this worker holds.
     pub partitions: BTreeMap<Partition, PartitionStatus>,
     /// Partitions that another worker has taken since; this one does not take them back by itself.
@@ -101,7 +98,6 @@ impl ProjectionStatus {
             generation,
             state: ProjectionState::Starting,
             last_error: None,
-            is_assigned: false,
             partitions: BTreeMap::new(),
             superseded: BTreeSet::new(),
             parked_streams: 0,

@@ -93,7 +93,6 @@ impl ProjectionWorker {
         let (told, desired) = watch::channel(AllDesired::default());
         let mut names = HashSet::new();
         let mut started = Vec::with_capacity(self.handlers.len());
-        let mut running = Vec::with_capacity(self.handlers.len());
         for handler in self.handlers {
             let definition = handler.definition();
             let name = definition.name.clone();
@@ -109,7 +108,6 @@ impl ProjectionWorker {
                     None
                 }
                 None => {
-                    running.push(name);
                     let orders = Orders { shutdown: asked.clone(), desired: desired.clone() };
                     let (context, status) = (self.context.clone(), status.clone());
                     Some(tokio::spawn(Supervisor::new(handler, context, status, orders).run()))
@@ -118,6 +116,8 @@ impl ProjectionWorker {
             started.push((status, task));
         }
         drop(desired);
+        let running = started.iter().filter(|(_, task)| task.is_some());
+        let running = running.map(|(status, _)| status.name().to_owned()).collect();
         self.context.database.watch(Role::Worker);
         tokio::spawn(desired::poll(self.context.clone(), running, told));
         Projections::new(self.context, started, shutdown)

@@ -5,12 +5,11 @@ mod common;
 use std::sync::Arc;
 use std::time::Duration;
 
-use common::TestDatabase;
 use common::domain::Orders;
-use kafold_core::testing::eventually;
+use common::{TestDatabase, stopped};
 use kafold_core::{DomainEvent, Recorded, Row};
 use kafold_projections::{
-    FaultPolicy, ProjectionConfig, ProjectionState, ProjectionWorker, Projections, Query, ReadModel,
+    FaultPolicy, ProjectionConfig, ProjectionWorker, Projections, Query, ReadModel,
 };
 use serde::{Deserialize, Serialize};
 
@@ -110,12 +109,7 @@ async fn applied(orders: &Orders, database: &TestDatabase, model: impl ReadModel
 
 async fn stops(orders: &Orders, database: &TestDatabase, model: impl ReadModel) -> String {
     let projections = spawn(orders, database, model);
-    let reason = || match &projections.status()[0].state {
-        ProjectionState::Stopped(reason) => Some(reason.clone()),
-        _ => None,
-    };
-    eventually("it stops", async || reason().is_some()).await;
-    let reason = reason().expect("it has stopped");
+    let reason = stopped(&projections).await;
     projections.shutdown().await;
     reason
 }

@@ -6,15 +6,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
-use common::TestDatabase;
 use common::domain::{CustomerTotals, OrderDetails, OrderEvent, Orders, Total, placed};
+use common::{TestDatabase, stopped};
 use kafold_core::store::ReadError;
-use kafold_core::testing::eventually;
 use kafold_core::{Recorded, Row};
 use kafold_migrations::Database;
 use kafold_projections::{
     FaultPolicy, Generation, HandlerError, Projection, ProjectionBatch, ProjectionConfig,
-    ProjectionState, ProjectionWorker, Projections, Query, ReadModel, Transaction, sqlx,
+    ProjectionState, ProjectionWorker, Query, ReadModel, Transaction, sqlx,
 };
 use sqlx::Row as _;
 
@@ -41,15 +40,6 @@ fn worker(orders: &Orders, database: &TestDatabase) -> ProjectionWorker {
     let config =
         ProjectionConfig { fault_policy: FaultPolicy::Stop, ..ProjectionConfig::default() };
     ProjectionWorker::new(Arc::new(orders.store.clone()), database.database.clone()).config(config)
-}
-
-async fn stopped(projections: &Projections) -> String {
-    let reason = || match &projections.status()[0].state {
-        ProjectionState::Stopped(reason) => Some(reason.clone()),
-        _ => None,
-    };
-    eventually("it stops", async || reason().is_some()).await;
-    reason().expect("it has stopped")
 }
 
 async fn run_through<M: ReadModel>(orders: &Orders, database: &TestDatabase, model: M) {

@@ -9,15 +9,12 @@ use std::time::Duration;
 
 use chrono::{DateTime, NaiveDate, Utc};
 use common::domain::Orders;
-use common::{Dice, TestDatabase};
+use common::{Dice, TestDatabase, stopped};
 use kafold_core::row::INDEXED_TEXT_BYTES_MAX;
 use kafold_core::store::ReadError;
-use kafold_core::testing::eventually;
 use kafold_core::{DomainEvent, Recorded, Row};
 use kafold_migrations::Database;
-use kafold_projections::{
-    FaultPolicy, ProjectionConfig, ProjectionState, ProjectionWorker, Query, ReadModel,
-};
+use kafold_projections::{FaultPolicy, ProjectionConfig, ProjectionWorker, Query, ReadModel};
 use serde::{Deserialize, Serialize};
 
 on_both!(
@@ -79,7 +76,7 @@ impl ReadModel for Probes {
         vec![event.stream.id().to_owned()]
     }
 
-    /// Counts the events that are newer than the last one.
+    /// Counts events with a time after the time of the row.
     fn fold(id: &String, row: Option<Probe>, event: &Recorded<ProbeEvent>) -> Option<Probe> {
         let ProbeEvent::Sent { bits, text, at, day, number, nested } = &event.event;
         let real = f64::from_bits(*bits);
@@ -227,12 +224,7 @@ async fn a_value_that_no_column_holds_is_a_fault_that_names_it(database: &TestDa
         let orders = Orders::new(1);
         orders.append("probe-1", &[event]).await;
         let projections = worker(&orders, database, FaultPolicy::Stop).spawn();
-        let reason = || match &projections.status()[0].state {
-            ProjectionState::Stopped(reason) => Some(reason.clone()),
-            _ => None,
-        };
-        eventually("it stops", async || reason().is_some()).await;
-        let reason = reason().expect("it has stopped");
+        let reason = stopped(&projections).await;
         projections.shutdown().await;
         assert!(reason.contains(said), "{nth}: {reason}");
         assert!(

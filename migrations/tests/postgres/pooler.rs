@@ -1,14 +1,11 @@
 //! Databases behind PgBouncer, and databases that cannot store every text.
 
-use std::path::Path;
-use std::process::Command;
-
 use kafold_migrations::sqlx::postgres::PgConnectOptions;
 use kafold_migrations::sqlx::{self, Connection, PgConnection};
 use kafold_migrations::{Database, Mode, refusal};
 
 use super::tls::eventually;
-use super::{execute, new_database, open, refusal as refused, server};
+use super::{dev, execute, new_database, open, refusal as refused, server};
 
 /// A pooler of `dev/pgbouncer`, removed at the end of the test.
 struct Pooler {
@@ -28,12 +25,7 @@ impl Pooler {
 
     /// Runs `dev/pgbouncer`. Returns the last line of its output.
     fn dev(&self, arguments: &[&str]) -> String {
-        let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../dev/pgbouncer");
-        let output = Command::new(script).args(arguments).args(["--name", &self.name]).output();
-        let output = output.expect("dev/pgbouncer runs");
-        let errors = String::from_utf8_lossy(&output.stderr);
-        assert!(output.status.success(), "dev/pgbouncer {arguments:?}: {errors}");
-        String::from_utf8_lossy(&output.stdout).lines().last().unwrap_or_default().to_owned()
+        dev("pgbouncer", &self.name, arguments)
     }
 
     /// Returns the URL of a database behind the pooler, once the pooler has the mode.
@@ -76,7 +68,7 @@ async fn a_pooler_is_refused_unless_it_keeps_sessions() {
         ("statement", "statement pooling mode; name the server itself"),
     ] {
         let url = pooler.in_mode(mode, &direct).await;
-        // Its pool may have one session or several.
+        // The pool may have one session or several.
         for _ in 0..3 {
             let reason = refused(&url).await;
             assert!(reason.contains(said), "{mode}: {reason}");

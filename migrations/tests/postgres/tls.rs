@@ -1,7 +1,6 @@
 //! Transport, secrets and rights on a TLS server started by this program.
 
 use std::path::Path;
-use std::process::Command;
 use std::time::Duration;
 
 use kafold_core::Clock;
@@ -9,7 +8,7 @@ use kafold_core::clock::SystemClock;
 use kafold_migrations::sqlx::{self, AssertSqlSafe, Connection, PgConnection};
 use kafold_migrations::{Database, DatabaseError, Mode, rights, rights::Role};
 
-use super::{open, refusal, server};
+use super::{dev, open, refusal, server};
 
 /// Deadline for the notice of a change on the server, and of its end.
 const NOTICED_WITHIN: Duration = Duration::from_secs(15);
@@ -31,12 +30,7 @@ impl TlsServer {
 
     /// Runs `dev/postgres`. Returns the last line of its output.
     fn dev(&self, arguments: &[&str]) -> String {
-        let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../dev/postgres");
-        let output = Command::new(script).args(arguments).args(["--name", &self.name]).output();
-        let output = output.expect("dev/postgres runs");
-        let errors = String::from_utf8_lossy(&output.stderr);
-        assert!(output.status.success(), "dev/postgres {arguments:?}: {errors}");
-        String::from_utf8_lossy(&output.stdout).lines().last().unwrap_or_default().to_owned()
+        dev("postgres", &self.name, arguments)
     }
 
     /// Returns the URL of a database with other parameters.

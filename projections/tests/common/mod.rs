@@ -13,6 +13,7 @@ use kafold_core::testing::eventually;
 use kafold_core::{Clock, IdGenerator};
 use kafold_migrations::{Database, Mode};
 use kafold_projections::sqlx::{self, AssertSqlSafe, Connection, PgConnection};
+use kafold_projections::{ProjectionState, Projections};
 use tempfile::TempDir;
 
 /// A database of one test's own.
@@ -176,6 +177,16 @@ pub(crate) fn assert_killed<T>(
         // To the stream itself: what a passing test prints is not shown.
         Err(_) => writeln!(std::io::stderr(), "{mutant:?} killed by {claim}").expect("it is open"),
     }
+}
+
+/// Waits until the first projection of a worker stops. Returns the reason.
+pub(crate) async fn stopped(projections: &Projections) -> String {
+    let reason = || match &projections.status()[0].state {
+        ProjectionState::Stopped(reason) => Some(reason.clone()),
+        _ => None,
+    };
+    eventually("it stops", async || reason().is_some()).await;
+    reason().expect("it has stopped")
 }
 
 /// Lets other tasks run for so long: for tests that interrupt at a random moment.
