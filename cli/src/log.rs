@@ -150,8 +150,10 @@ impl Log {
         places: Vec<(Partition, Option<Cursor>)>,
     ) -> Result<Box<dyn Subscription>, ReadError> {
         let mut subscription = match self {
-            Self::Embedded { source, .. } => source.subscribe(READER, BATCH_EVENTS_MAX).await?,
-            Self::Kafka(log) => log.source().subscribe(READER, BATCH_EVENTS_MAX).await?,
+            Self::Embedded { source, .. } => {
+                source.subscribe(READER, None, BATCH_EVENTS_MAX).await?
+            }
+            Self::Kafka(log) => log.source().subscribe(READER, None, BATCH_EVENTS_MAX).await?,
         };
         // Without a group everything is assigned at once.
         subscription.next().await?;
@@ -199,7 +201,7 @@ fn replay_embedded(
 ) -> BoxStream<'static, Result<Batch, ReadError>> {
     let next = from.as_ref().map_or(Offset(0), |cursor| cursor.next);
     let started = async move {
-        let mut subscription = source.subscribe(READER, BATCH_EVENTS_MAX).await?;
+        let mut subscription = source.subscribe(READER, None, BATCH_EVENTS_MAX).await?;
         subscription.next().await?;
         subscription.start(Partition(0), from).await?;
         let batches = move |(mut subscription, next): (Box<dyn Subscription>, Offset)| async move {

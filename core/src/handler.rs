@@ -56,13 +56,16 @@ use crate::clock::{Clock, IdGenerator, backoff, within};
 use crate::codec;
 use crate::event::{Commit, DomainEvent, Metadata, NewEvent};
 use crate::forward::{CommandBus, CommandExecutor};
-use crate::ids::{CommandId, ExpectedVersion, InvalidStreamId, Position, StreamId, Version};
+use crate::ids::{CommandId, ExpectedVersion, Position, StreamId, Version};
+use crate::projecting;
 use crate::snapshot::SnapshotStore;
 use crate::store::{Append, AppendError, Appended, EventStore, Outcome, Ticket, View};
 use crate::trace;
 
 /// How long a command that is already in the log may be held up by saving a snapshot.
 const SNAPSHOT_TIMEOUT: Duration = Duration::from_secs(1);
+/// A decision that takes as long is warned of.
+const DECISION_MAX: Duration = Duration::from_secs(1);
 /// What a caller is told to wait when its deadline was too short.
 const RETRY_AFTER: Duration = Duration::from_secs(1);
 
@@ -308,7 +311,10 @@ impl<A: Aggregate> CommandHandler<A> {
         command_id: CommandId,
         request: Request,
         limit: Duration,
-    ) -> Result<Job<'a, A>, InvalidStreamId> {
+    ) -> Result<Job<'a, A>, HandleError<A::Error>> {
+        if let Some(projection) = projecting::current() {
+            return Err(HandleError::InProjection { projection });
+        }
         let stream = StreamId::new(A::CATEGORY, id)?;
         let deadline = request.deadline.unwrap_or_else(|| self.clock.instant() + limit);
         Ok(Job { stream, command, command_id, request, deadline })
@@ -401,7 +407,8 @@ impl<A: Aggregate> CommandHandler<A> {
         if let Some(known) = slot.find(job.command_id) {
             return Ok(known);
         }
-        if job.deadline <= self.clock.instant() {
+        let now = self.clock.instant();
+        if job.deadline <= now {
             return self.find_older(&slot, job).await?.ok_or_else(|| too_late().into());
         }
         let version = slot.version();
@@ -409,6 +416,7 @@ impl<A: Aggregate> CommandHandler<A> {
             return self.other_version(&slot, job).await;
         }
         let decided = slot.head().decide(job.command);
+        self.check_duration(job, now)?;
         match decided {
             Ok(events) if events.is_empty() => {
                 self.unconfirmed(&slot, job, Verdict::Unchanged).await
@@ -416,6 +424,26 @@ impl<A: Aggregate> CommandHandler<A> {
             Ok(events) => self.submit(&mut slot, job, &events),
             Err(rule) => self.unconfirmed(&slot, job, Verdict::Rejected(rule)).await,
         }
+    }
+
+    /// Warns of a decision of [`DECISION_MAX`] or more: the decision blocked a thread of the runtime.
+    /// Rejects a decision that outlasted the command's deadline.
+    fn check_duration(&self, job: &Job<'_, A>, begun: Instant) -> Result<(), AppendError> {
+        let now = self.clock.instant();
+        let took = now.saturating_duration_since(begun);
+        if took >= DECISION_MAX {
+            tracing::warn!(
+                stream = %job.stream,
+                ?took,
+                "`decide` is slow and blocks a thread: let it compute only, and do what waits before the \
+                 command"
+            );
+        }
+        if took > Duration::ZERO && job.deadline <= now {
+            let why = format!("the deadline passed while `decide` ran, for {took:?}");
+            return Err(AppendError::unavailable(RETRY_AFTER, why));
+        }
+        Ok(())
     }
 
     /// The demanded version is not the one of the view: at once if the log proves it.

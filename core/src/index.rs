@@ -21,6 +21,12 @@ use crate::store::{Appended, Cursor, ReadError};
 /// [`StreamIndex::heads`]).
 #[async_trait]
 pub trait StreamIndex: Send + Sync + 'static {
+    /// Returns the identity of the database with the index; `None` for an index of this process
+    /// alone. All nodes of a log share one database.
+    fn database(&self) -> Option<&str> {
+        None
+    }
+
     /// Where each partition of the index stands. A partition that is absent stands at 0.
     async fn cursors(&self) -> Result<Vec<(Partition, Cursor)>, ReadError>;
 

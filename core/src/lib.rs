@@ -18,6 +18,7 @@
 //! - [`filter`]: what was never there;
 //! - [`row`]: a read model's row as named columns;
 //! - [`memory`]: the exact in-memory store and index: whoever writes another reads them first;
+//! - [`projecting`]: the projection on whose behalf a task runs;
 //! - [`trace`]: trace context on its way through commands, events and readers;
 //! - [`scenario`]: given, when, then for the tests of a domain;
 //! - [`secret`]: passwords and keys named in a URL by file or variable;
@@ -40,6 +41,7 @@ pub mod index;
 pub mod memory;
 #[doc(hidden)]
 pub mod mutant;
+pub mod projecting;
 pub mod row;
 pub mod scenario;
 pub mod secret;

@@ -328,11 +328,14 @@ pub enum SourceMessage {
 /// Reads everything, in the order of the log within each partition.
 #[async_trait]
 pub trait EventSource: Send + Sync + 'static {
-    /// Begins to read under a name; readers of one name share the partitions. A batch holds at most
-    /// `batch_events_max` events, except that a commit is never split.
+    /// Begins to read under a name; readers of one name with one database share the partitions. A
+    /// batch holds at most `batch_events_max` events, except that a commit is never split.
+    ///
+    /// `database` is the identity of the database with the reader's state and position.
     async fn subscribe(
         &self,
         name: &str,
+        database: Option<&str>,
         batch_events_max: usize,
     ) -> Result<Box<dyn Subscription>, ReadError>;
 }

@@ -19,6 +19,9 @@ use crate::guard;
 const REMEDY: &str = "name the file that it was, or build what stores positions (checkpoints, snapshots) \
                       anew from this one with `kafold positions reset --reason TEXT`";
 
+/// The name of a reader, and the identity of its database.
+type ReaderName = (String, Option<String>);
+
 /// Reads the log in a SQLite file, in order. Cheap to clone; clones share the names of readers.
 ///
 /// A reader is woken by commits of this process at once and sees those of other processes within
@@ -28,8 +31,8 @@ pub struct EmbeddedSource {
     database: SqliteDatabase,
     clock: Arc<dyn Clock>,
     log_id: Arc<str>,
-    /// Who holds the lock of a name has the partition under it.
-    names: Arc<Mutex<HashMap<String, Arc<AsyncMutex<()>>>>>,
+    /// The holder of a name's lock has the partition under the name.
+    readers: Arc<Mutex<HashMap<ReaderName, Arc<AsyncMutex<()>>>>>,
 }
 
 impl EmbeddedSource {
@@ -37,7 +40,7 @@ impl EmbeddedSource {
     /// [`ReadError::Diverged`].
     pub async fn open(database: SqliteDatabase, clock: Arc<dyn Clock>) -> Result<Self, ReadError> {
         let log_id = check_own_log(&database).await?.into();
-        Ok(Self { database, clock, log_id, names: Arc::default() })
+        Ok(Self { database, clock, log_id, readers: Arc::default() })
     }
 
     /// The end of the log: the offset of the next event.
@@ -80,11 +83,12 @@ impl EventSource for EmbeddedSource {
     async fn subscribe(
         &self,
         name: &str,
+        database: Option<&str>,
         batch_events_max: usize,
     ) -> Result<Box<dyn Subscription>, ReadError> {
         let lock = {
-            let mut names = self.names.lock().unwrap_or_else(PoisonError::into_inner);
-            Arc::clone(names.entry(name.to_owned()).or_default())
+            let mut readers = self.readers.lock().unwrap_or_else(PoisonError::into_inner);
+            Arc::clone(readers.entry((name.to_owned(), database.map(str::to_owned))).or_default())
         };
         Ok(Box::new(EmbeddedSubscription {
             source: self.clone(),

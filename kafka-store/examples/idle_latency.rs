@@ -3,7 +3,7 @@
 //! `eval "$(dev/kafka env)"; cargo run -p kafold-kafka-store --example idle_latency`
 #![expect(clippy::print_stdout, reason = "a program that prints what it measures")]
 
-#[path = "../tests/support/mod.rs"]
+#[path = "../tests/it/support/mod.rs"]
 mod support;
 
 use std::sync::mpsc::{Sender, channel};

@@ -1,6 +1,7 @@
 //! What all clients of the broker share: their log lines, their errors, and questions that need no
 //! assignment.
 
+use std::fmt;
 use std::io;
 use std::net::{SocketAddr, ToSocketAddrs};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -15,6 +16,7 @@ use rdkafka::client::ClientContext;
 use rdkafka::config::{FromClientConfigAndContext, RDKafkaLogLevel};
 use rdkafka::consumer::{BaseConsumer, Consumer, ConsumerContext};
 use rdkafka::error::{KafkaError, KafkaResult, RDKafkaErrorCode};
+use rdkafka::groups::{GroupInfo, GroupMemberInfo};
 use rdkafka::statistics::Statistics;
 use rdkafka::topic_partition_list::{Offset as RawOffset, TopicPartitionList};
 use secrecy::{ExposeSecret, SecretString};
@@ -297,6 +299,12 @@ impl Inquirer {
         Ok((Some(shape), brokers))
     }
 
+    /// Returns the names of all topics visible to this user.
+    pub(crate) fn topics(&self) -> KafkaResult<Vec<String>> {
+        let metadata = self.ask(self.timeout, |client, wait| client.fetch_metadata(None, wait))?;
+        Ok(metadata.topics().iter().map(|topic| topic.name().to_owned()).collect())
+    }
+
     /// The brokers that are up: id, host and port of each.
     pub(crate) fn brokers(&self) -> KafkaResult<Vec<(i32, String)>> {
         let metadata = self.ask(self.timeout, |client, wait| client.fetch_metadata(None, wait))?;
@@ -304,11 +312,27 @@ impl Inquirer {
         Ok(brokers.map(|b| (b.id(), format!("{}:{}", b.host(), b.port()))).collect())
     }
 
-    /// Returns the consumer groups visible to this user, with the number of members of each.
-    pub(crate) fn group_members(&self) -> KafkaResult<Vec<(String, usize)>> {
+    /// Returns the advertised host and port of each broker, as the answer to a question about a topic
+    /// names them.
+    pub(crate) fn advertised(&self, topic: &str) -> KafkaResult<Vec<String>> {
+        let metadata =
+            self.ask(self.timeout, |client, wait| client.fetch_metadata(Some(topic), wait))?;
+        let brokers = metadata.brokers().iter();
+        Ok(brokers.map(|broker| format!("{}:{}", broker.host(), broker.port())).collect())
+    }
+
+    /// Returns the consumer groups visible to this user, with the members of each.
+    pub(crate) fn groups(&self) -> KafkaResult<Vec<(String, Vec<GroupMember>)>> {
         let groups = self.ask(self.timeout, |client, wait| client.fetch_group_list(None, wait))?;
         let groups = groups.groups().iter();
-        Ok(groups.map(|group| (group.name().to_owned(), group.members().len())).collect())
+        Ok(groups.map(|group| (group.name().to_owned(), members(group))).collect())
+    }
+
+    /// Returns the members of a group; none if the group does not exist or is not visible.
+    pub(crate) fn members(&self, group: &str, timeout: Duration) -> KafkaResult<Vec<GroupMember>> {
+        let groups =
+            self.ask(timeout, |client, wait| client.fetch_group_list(Some(group), wait))?;
+        Ok(groups.groups().iter().filter(|found| found.name() == group).flat_map(members).collect())
     }
 
     /// The first and the next offset of a partition, asked of its leader.
@@ -346,6 +370,29 @@ impl Inquirer {
             _ => end,
         })
     }
+}
+
+/// A member of a consumer group.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct GroupMember {
+    pub(crate) client_id: String,
+    /// The remote address of the member's connection.
+    pub(crate) host: String,
+}
+
+impl fmt::Display for GroupMember {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} at {}", self.client_id, self.host)
+    }
+}
+
+fn members(group: &GroupInfo) -> Vec<GroupMember> {
+    let member = |member: &GroupMemberInfo| GroupMember {
+        client_id: member.client_id().to_owned(),
+        // Kafka writes an address as Java does, with an empty host name before it.
+        host: member.client_host().trim_start_matches('/').to_owned(),
+    };
+    group.members().iter().map(member).collect()
 }
 
 impl Client {
@@ -418,6 +465,17 @@ pub(crate) fn check_hosts(config: &KafkaConfig) -> Result<(), OpenError> {
     })
 }
 
+/// Returns the refusal of a broker with a host that has no address on this machine. Blocks during the
+/// lookup. A name server that does not answer is no refusal.
+pub(crate) fn without_address(broker: &str) -> Option<Refusal> {
+    let error = broker.to_socket_addrs().err().filter(is_unknown_host)?;
+    Some(Refusal::new(
+        format!("the broker's advertised host {broker} has no address on this machine ({error})"),
+        "set advertised.listeners of the broker to a name that this machine can look up, or give the name \
+         an address here",
+    ))
+}
+
 fn must_be_private(config: &KafkaConfig) -> bool {
     !config.allow_unsafe.contains(CLEAR_TEXT) && !config.is_encrypted()
 }
@@ -467,6 +525,19 @@ fn waiting(error: KafkaError, complaint: Option<Complaint>) -> Cause {
     }
 }
 
-fn text(text: String) -> Cause {
+pub(crate) fn text(text: String) -> Cause {
     Box::<dyn std::error::Error + Send + Sync>::from(text).into()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_advertised_host_without_an_address_is_named() {
+        let Refusal { cause, remedy } = without_address("nowhere.invalid:9092").expect("unknown");
+        assert!(cause.contains("nowhere.invalid:9092") && remedy.contains("advertised.listeners"));
+        assert_eq!(without_address("localhost:9092"), None);
+        assert_eq!(without_address("127.0.0.1:1"), None);
+    }
 }

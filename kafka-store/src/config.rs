@@ -12,6 +12,7 @@ use rdkafka::types::RDKafkaConfRes;
 use secrecy::{ExposeSecret, SecretString};
 
 use crate::error::ConfigError;
+use crate::group;
 use crate::judge::{ADDED_PARTITIONS, UNSAFE_SETTINGS};
 use crate::secret::{self, is_secret};
 use crate::transport::{self, Login, Tls, UNSAFE_TRANSPORT};
@@ -304,8 +305,9 @@ impl KafkaConfig {
         config
     }
 
-    /// Settings of a member of a group, which is told about partitions and reads none.
-    pub(crate) fn member(&self, group: &str) -> ClientConfig {
+    /// Settings of a member of a group, which is told about partitions and reads none. `database` is
+    /// the identity of the database with the state of the group.
+    pub(crate) fn member(&self, group: &str, database: Option<&str>) -> ClientConfig {
         let mut config = self.inquirer();
         // Failing over is as fast as the session ends: by the oldest protocol that moves partitions
         // one by one, since the newer one does not allow less than 45 s.
@@ -318,6 +320,7 @@ impl KafkaConfig {
             }
         }
         config
+            .set("client.id", group::client_id(database))
             .set("group.id", group)
             .set("partition.assignment.strategy", "cooperative-sticky")
             .set("enable.auto.commit", "false")
@@ -333,9 +336,15 @@ impl KafkaConfig {
         self.commands_topic()
     }
 
-    /// The group that spreads the partitions over those who read the log under one name.
-    pub(crate) fn readers_group(&self, name: &str) -> String {
-        format!("{}.reader.{name}", self.name)
+    /// The group that spreads the partitions over the readers with this name and this database.
+    pub(crate) fn readers_group(&self, name: &str, database: Option<&str>) -> String {
+        let database = database.map_or(String::new(), |it| format!(".{}", group::short(it)));
+        format!("{}{name}{database}", self.readers_groups())
+    }
+
+    /// The beginning of the names of all groups of readers.
+    pub(crate) fn readers_groups(&self) -> String {
+        format!("{}.reader.", self.name)
     }
 
     /// Settings of a client that reads partitions assigned by hand.

@@ -13,7 +13,7 @@ use kafold_core::Clock;
 use tokio::runtime::Handle;
 use tokio::task::JoinSet;
 
-use crate::client::{Inquirer, Refusal};
+use crate::client::{self, Inquirer, Refusal};
 use crate::config::KafkaConfig;
 use crate::error::OpenError;
 use crate::prober::{Prober, is_denial};
@@ -75,6 +75,14 @@ impl Refusals {
         }
     }
 
+    /// Records a refusal met by one component, with the reason of now.
+    pub(crate) fn replace(&self, what: &str, reason: String) {
+        if let Some(told) = self.lock().get_mut(what) {
+            told.reason.clone_from(&reason);
+        }
+        self.raise(what, "", || reason);
+    }
+
     /// Removes `by` from the refusal. The refusal ends with the last component.
     pub(crate) fn clear(&self, what: &str, by: &str) {
         let mut all = self.lock();
@@ -82,7 +90,7 @@ impl Refusals {
         told.by.remove(by);
         if told.by.is_empty() {
             all.remove(what);
-            tracing::info!("allowed again: {what}");
+            tracing::info!("no longer refused: {what}");
         }
     }
 
@@ -210,12 +218,16 @@ fn knock_at_all(config: &KafkaConfig, inquirer: &Inquirer) -> Vec<(String, Knock
 }
 
 fn knock(config: &KafkaConfig) -> Knock {
+    if let Some(refusal) = client::without_address(&config.brokers) {
+        return Knock::Refused(refusal);
+    }
     let inquirer = match Inquirer::new(config) {
         Ok(inquirer) => inquirer,
         Err(error) => return Refusal::of(&error, "").map_or(Knock::Silent, Knock::Refused),
     };
     match inquirer.topic(&config.events_topic()) {
-        Ok(_) => Knock::Open,
+        Ok(_) => advertised_in_vain(&inquirer, config)
+            .map_or(Knock::Open, |(_, refusal)| Knock::Refused(refusal)),
         // A denial of the topic proves an accepted login.
         Err(error) if is_denial(&error) => Knock::Open,
         Err(_) => {
@@ -241,12 +253,25 @@ pub(crate) async fn explain(
     asked.await.ok().flatten().unwrap_or(error)
 }
 
+/// Returns the first broker with an advertised host that has no address here, and its refusal.
+fn advertised_in_vain(inquirer: &Inquirer, config: &KafkaConfig) -> Option<(String, Refusal)> {
+    let advertised = inquirer.advertised(&config.events_topic()).ok()?;
+    advertised.into_iter().find_map(|broker| {
+        let refusal = client::without_address(&broker)?;
+        Some((broker, refusal))
+    })
+}
+
 fn missing(config: &KafkaConfig, role: Role, clock: &Arc<dyn Clock>) -> Option<OpenError> {
     let inquirer = Inquirer::new(config).ok()?;
     match inquirer.topic(&config.events_topic()) {
         Ok(_) => {}
         Err(error) if is_denial(&error) => {}
         Err(_) => return None,
+    }
+    if let Some((broker, Refusal { cause, remedy })) = advertised_in_vain(&inquirer, config) {
+        let (brokers, doing) = (config.brokers.clone(), format!("a connection to {broker}"));
+        return Some(OpenError::Refused { brokers, doing, remedy, cause: client::text(cause) });
     }
     let mut needed = role.rights(config);
     needed.retain(|right| right.without.is_none());

@@ -72,7 +72,7 @@ pub enum IdentityError {
         stored: Offset,
     },
     /// The topic was deleted and made again.
-    #[error("{topic}/{partition} was recreated: its first claim is {}, but the stored position {stored} comes from a log that began with claim {expected:016x}. Use the old topic, or another database for this one, or `kafold positions reset --reason TEXT`, which rebuilds from this log what stores positions (index, checkpoints, snapshots)", found.map_or("absent".into(), |nonce| format!("{nonce:016x}")))]
+    #[error("{topic}/{partition} is not the log of this database: its first claim is {}, but the stored position {stored} comes from a log that began with claim {expected:016x}. Either the database belongs to another log, or the topic was recreated. Use the log of this database, or another database for this log, or `kafold positions reset --reason TEXT`, which rebuilds from this log what stores positions (index, checkpoints, snapshots)", found.map_or("absent".into(), |nonce| format!("{nonce:016x}")))]
     Recreated {
         /// The topic.
         topic: String,

@@ -33,6 +33,7 @@
 //!   probes periodically while a process runs;
 //! - [`operate`]: the operator's view of a log, outside of the service.
 
+mod aside;
 mod client;
 pub mod config;
 #[cfg(test)]
@@ -42,6 +43,7 @@ pub mod error;
 pub mod fold;
 mod forward;
 mod gatherer;
+mod group;
 mod guard;
 mod handshake;
 pub mod identity;

@@ -7,7 +7,7 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender, TryRecvError, channel};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use chrono::{DateTime, Utc};
@@ -66,22 +66,32 @@ struct MemberState {
     denied: AtomicBool,
     /// What the client last complained about.
     complaint: Mutex<Option<KafkaError>>,
+    /// The reason for which the member has left the group for a while.
+    aside: Mutex<Option<String>>,
+}
+
+impl MemberState {
+    fn aside(&self) -> MutexGuard<'_, Option<String>> {
+        self.aside.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 impl Membership {
     /// Joins the group which shares the partitions of `topic`. The receiver returns every decision
     /// of the group; the last decision revokes everything. `denials` receives a refusal of the
-    /// group.
+    /// group. `database` is the identity of the database with the state of the group.
     pub(crate) fn join(
         config: &KafkaConfig,
         group: &str,
         topic: String,
+        database: Option<&str>,
         denials: Denials,
         clock: &dyn Clock,
     ) -> KafkaResult<(Self, mpsc::UnboundedReceiver<Rebalance>)> {
         let state = Arc::new(MemberState::default());
         let context = MemberContext { events: Mutex::default(), state: Arc::clone(&state) };
-        let consumer = BaseConsumer::from_config_and_context(&config.member(group), context)?;
+        let consumer =
+            BaseConsumer::from_config_and_context(&config.member(group, database), context)?;
         consumer.subscribe(&[&topic])?;
         let (leave, asked) = channel();
         let (told, rebalances) = mpsc::unbounded_channel();
@@ -91,6 +101,7 @@ impl Membership {
             topic,
             told,
             heard: false,
+            is_aside: false,
             settling: Vec::new(),
             denials: denials.of_group(config, group),
         };
@@ -104,6 +115,9 @@ impl Membership {
 
     /// Why it is not known yet what is this member's own, while the group has not told.
     pub(crate) fn unsettled(&self) -> Option<String> {
+        if let Some(reason) = &*self.state.aside() {
+            return Some(reason.clone());
+        }
         if self.state.settled.load(Ordering::Acquire) {
             return None;
         }
@@ -116,6 +130,16 @@ impl Membership {
     /// Returns the time since which this process has been a member, known to the group or not.
     pub(crate) fn since(&self) -> DateTime<Utc> {
         self.since
+    }
+
+    /// Gives up everything and leaves the group until [`Membership::come_back`].
+    pub(crate) fn step_aside(&self, reason: String) {
+        *self.state.aside() = Some(reason);
+    }
+
+    /// Joins the group again.
+    pub(crate) fn come_back(&self) {
+        *self.state.aside() = None;
     }
 
     /// Gives up everything and leaves the group; returns when it has left.
@@ -131,11 +155,18 @@ impl Membership {
 #[derive(Clone)]
 pub(crate) struct Denials {
     pub(crate) refusals: Arc<Refusals>,
+    /// Members of groups that are no part of this service.
+    pub(crate) strangers: Arc<Refusals>,
     /// The role of the process.
     pub(crate) role: Role,
 }
 
 impl Denials {
+    pub(crate) fn new(role: Role, clock: &Arc<dyn Clock>) -> Self {
+        let refusals = || Arc::new(Refusals::new(Arc::clone(clock)));
+        Self { refusals: refusals(), strangers: refusals(), role }
+    }
+
     fn of_group(self, config: &KafkaConfig, group: &str) -> GroupDenial {
         let mut rights = self.role.rights(config).into_iter();
         let right = rights.find(|right| match &right.resource {
@@ -183,6 +214,8 @@ struct Member {
     told: mpsc::UnboundedSender<Rebalance>,
     /// Whether the group has ever decided anything.
     heard: bool,
+    /// Whether the member has left the group for a while.
+    is_aside: bool,
     /// What is to be given up, and who says when that may be.
     settling: Vec<(Vec<Partition>, oneshot::Receiver<()>)>,
     denials: GroupDenial,
@@ -206,6 +239,9 @@ impl Member {
             let is_denied = self.consumer.context().state.denied.load(Ordering::Acquire);
             self.denials.follow(is_denied);
             self.give_up_settled();
+            if !leaving {
+                self.follow_aside();
+            }
             match leave.try_recv() {
                 Err(TryRecvError::Empty) => continue,
                 Ok(waits) => left = Some(waits),
@@ -218,6 +254,28 @@ impl Member {
         // Closing tells the group, and may wait for a broker: on this thread that harms nobody.
         drop(self.consumer);
         drop(left);
+    }
+
+    /// Leaves or joins the group as the state says.
+    fn follow_aside(&mut self) {
+        let is_aside = self.consumer.context().state.aside().is_some();
+        if is_aside == self.is_aside {
+            return;
+        }
+        match is_aside {
+            true => self.consumer.unsubscribe(),
+            false => {
+                if let Err(error) = self.consumer.subscribe(&[&self.topic]) {
+                    // The next call tries again.
+                    tracing::debug!(topic = self.topic, %error, "the group was not joined again");
+                    return;
+                }
+                // Until the group tells, be it nothing.
+                self.heard = false;
+                self.consumer.context().state.steady.store(false, Ordering::Release);
+            }
+        }
+        self.is_aside = is_aside;
     }
 
     /// Whether nothing is held or settled any more.

@@ -171,6 +171,11 @@ impl ProducerContext for Delivery {
     }
 }
 
+/// The reason for a failure because of the record's time.
+pub(crate) const CLOCK_REFUSED: &str = "the brokers refuse the time of its records: set the clock of this \
+                                        machine, or message.timestamp.before.max.ms and \
+                                        message.timestamp.after.max.ms of the topic";
+
 fn failure(error: &KafkaError) -> ReportFailure {
     use RDKafkaErrorCode as C;
     let code = error.rdkafka_error_code();
@@ -178,11 +183,7 @@ fn failure(error: &KafkaError) -> ReportFailure {
     // accepted.
     let refused = [C::InvalidMessageSize, C::InvalidRecord, C::PolicyViolation];
     let reason = match code {
-        Some(C::InvalidTimestamp) => {
-            "the brokers refuse the time of its records: set the clock of this machine, or \
-             message.timestamp.before.max.ms and message.timestamp.after.max.ms of the topic"
-                .into()
-        }
+        Some(C::InvalidTimestamp) => CLOCK_REFUSED.into(),
         Some(C::MessageSizeTooLarge) => {
             "max.message.bytes of the topic was lowered below the size of the batch".into()
         }

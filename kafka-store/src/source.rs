@@ -17,7 +17,8 @@ use crate::client::Inquirer;
 use crate::config::{Assignment, KafkaConfig};
 use crate::error::OpenError;
 use crate::fold::{Checkpoint, CommitReader, LogDiverged, Read};
-use crate::guard::{self, Refusals};
+use crate::group::GroupMembers;
+use crate::guard;
 use crate::inspect::Inspector;
 use crate::membership::{Denials, Membership, Rebalance};
 use crate::partition::Reach;
@@ -73,17 +74,16 @@ impl KafkaSource {
 
     async fn open_log(mut config: KafkaConfig, clock: &Arc<dyn Clock>) -> Result<Self, OpenError> {
         let (topic, inquirer) = connect(&mut config, clock, topic::find).await?;
-        let refusals = Arc::new(Refusals::new(Arc::clone(clock)));
+        let denials = Denials::new(Role::Worker, clock);
         let (reach, mut tasks) = (Arc::new(Reach::default()), JoinSet::new());
         // A reader writes no records.
-        guard::spawn(&mut tasks, &config, Role::Worker, &inquirer, &refusals, drop);
+        guard::spawn(&mut tasks, &config, Role::Worker, &inquirer, &denials.refusals, drop);
         tasks.spawn(watch(
             config.clone(),
             Arc::clone(&inquirer),
             Arc::clone(&reach),
             Arc::clone(clock),
         ));
-        let denials = Denials { refusals, role: Role::Worker };
         let mut source = Self::new(config, topic.partitions, inquirer, Arc::clone(clock), denials);
         source.watch = Some(Watch { reach, _tasks: tasks });
         Ok(source)
@@ -104,11 +104,13 @@ impl KafkaSource {
         self.partitions
     }
 
-    /// Returns `Ready` if a broker answers, accepts the login and grants the needed rights. For the
+    /// Returns `Ready` if a broker answers, accepts the login and grants the needed rights, and no
+    /// other program is in the groups of this process's subscriptions. For the
     /// source of a [`KafkaStore`](crate::KafkaStore) the store reports this health.
     pub fn health(&self) -> Health {
         let down = self.watch.as_ref().and_then(|watch| watch.reach.down());
-        let reasons: Vec<_> = self.refusals().into_iter().chain(down).collect();
+        let strangers = self.watch.iter().flat_map(|_| self.denials.strangers.sentences());
+        let reasons: Vec<_> = self.refusals().into_iter().chain(strangers).chain(down).collect();
         if reasons.is_empty() { Health::Ready } else { Health::NotReady(reasons) }
     }
 
@@ -127,6 +129,7 @@ impl EventSource for KafkaSource {
     async fn subscribe(
         &self,
         name: &str,
+        database: Option<&str>,
         batch_events_max: usize,
     ) -> Result<Box<dyn Subscription>, ReadError> {
         let (inquirer, clock) = (Arc::clone(&self.inquirer), Arc::clone(&self.clock));
@@ -140,21 +143,25 @@ impl EventSource for KafkaSource {
             Arc::clone(&self.inquirer),
             Arc::clone(&self.clock),
         );
+        let mut tasks = JoinSet::new();
         let (member, group, ready) = match self.config.assignment {
             Assignment::Everything => {
                 let all = (0..self.partitions).map(Partition).collect();
                 (None, None, VecDeque::from([SourceMessage::Assigned(all)]))
             }
             Assignment::Group => {
-                let group = self.config.readers_group(name);
+                let group = self.config.readers_group(name, database);
                 let member = Membership::join(
                     &self.config,
                     &group,
                     self.config.events_topic(),
+                    database,
                     self.denials.clone(),
                     &*self.clock,
                 )
                 .map_err(|error| ReadError::unavailable(RETRY_AFTER, error))?;
+                let members = GroupMembers::new(&self.inquirer, &self.clock, &group, database);
+                tasks.spawn(members.watch(Arc::clone(&self.denials.strangers)));
                 (Some(member), Some(group), VecDeque::new())
             }
         };
@@ -173,6 +180,7 @@ impl EventSource for KafkaSource {
             ready,
             group: member,
             revoking: Vec::new(),
+            _tasks: tasks,
         }))
     }
 }
@@ -202,6 +210,8 @@ struct KafkaSubscription {
     group: Option<(Membership, mpsc::UnboundedReceiver<Rebalance>)>,
     /// Dropped when the reader comes back after it was told: then it has let go of the partitions.
     revoking: Vec<oneshot::Sender<()>>,
+    /// Watches the members of the group.
+    _tasks: JoinSet<()>,
 }
 
 /// A partition that is being delivered.

@@ -16,6 +16,7 @@ use kafold_core::{
 use rdkafka::error::{KafkaError, RDKafkaErrorCode};
 use tokio::task::JoinSet;
 
+use crate::aside;
 use crate::client::{Inquirer, check_hosts, open_error};
 use crate::config::{Assignment, KafkaConfig};
 use crate::driver::{Driver, Message, Parts, Slot};
@@ -23,7 +24,8 @@ use crate::error::OpenError;
 use crate::forward::nodes::{self, Nodes};
 use crate::forward::wire::{ReplyContent, ReplyRecord};
 use crate::forward::{Bus, Inboxes, Outbox};
-use crate::guard::{self, Refusals};
+use crate::group::{self, GroupMembers};
+use crate::guard;
 use crate::indexer::Indexer;
 use crate::inspect::{InspectError, Inspector};
 use crate::loader::Loader;
@@ -46,6 +48,8 @@ const IDLE_FETCH_WAIT: Duration = Duration::from_millis(100);
 /// Between two questions to the leader of a topic that was just made.
 const LEADER_POLL: Duration = Duration::from_millis(50);
 const NO_LEADER: Option<RDKafkaErrorCode> = Some(RDKafkaErrorCode::NotLeaderForPartition);
+/// The time from the end of a killed node's session to its removal from the group, at most.
+const SESSION_GRACE: Duration = Duration::from_secs(1);
 /// Records without a report for so much longer than the producer tries are in doubt.
 const REPORT_GRACE: Duration = Duration::from_secs(30);
 /// Stands for a producer that tries for ever.
@@ -73,7 +77,7 @@ pub struct KafkaStore {
     partitions: Vec<Arc<Shared>>,
     ownership: Arc<Ownership>,
     /// `None` when nobody says what is to be owned.
-    membership: Option<Membership>,
+    membership: Option<Arc<Membership>>,
     bus: Arc<Bus>,
     inquirer: Arc<Inquirer>,
     reach: Arc<Reach>,
@@ -119,8 +123,7 @@ impl KafkaStore {
             Ok(topic::prepare(config, inquirer, clock)?.0)
         };
         let (topic, inquirer) = connect(&mut config, &clock, prepare).await?;
-        let refusals = Arc::new(Refusals::new(Arc::clone(&clock)));
-        let denials = Denials { refusals, role: Role::Service };
+        let denials = Denials::new(Role::Service, &clock);
         let client_error = |error| open_error(&config, "starting a client", error, None);
         let readers = Readers { config: &config, inquirer: &inquirer, clock: &clock };
         // The inspector looks at any partition at any time: a read of its own must not replace one
@@ -135,6 +138,10 @@ impl KafkaStore {
         );
         check_log(&config, topic, &*index, &inspector, &*clock).await?;
         check_beside(&config, topic, &inquirer).await?;
+        let database = index.database().map(str::to_owned);
+        let owners = config.owners_group();
+        let members = GroupMembers::new(&inquirer, &clock, &owners, database.as_deref());
+        check_database(&config, &members).await?;
 
         let shared: Vec<_> =
             (0..topic.partitions).map(|p| Arc::new(Shared::new(Partition(p)))).collect();
@@ -240,16 +247,24 @@ impl KafkaStore {
                 None
             }
             Assignment::Group => {
-                let group = config.owners_group();
                 let (membership, rebalances) = Membership::join(
                     &config,
-                    &group,
+                    &owners,
                     config.commands_topic(),
+                    database.as_deref(),
                     denials.clone(),
                     &*clock,
                 )
                 .map_err(client_error)?;
+                tasks.spawn(members.watch(Arc::clone(&denials.strangers)));
                 tasks.spawn(Arc::clone(&ownership).follow(rebalances));
+                let membership = Arc::new(membership);
+                tasks.spawn(aside::watch(
+                    Arc::clone(&membership),
+                    shared.clone(),
+                    Arc::clone(&nodes),
+                    Arc::clone(&clock),
+                ));
                 Some(membership)
             }
         };
@@ -466,6 +481,20 @@ async fn check_beside(
     checked.await.map_err(canceled)?
 }
 
+/// Rejects a start beside a node that writes another database: each of the two would index a part of
+/// the log.
+async fn check_database(config: &KafkaConfig, members: &GroupMembers) -> Result<(), OpenError> {
+    let patience = config.limits.session_timeout + SESSION_GRACE;
+    match members.with_other_database(patience).await {
+        None => Ok(()),
+        Some(other) => Err(OpenError::OtherNode {
+            topic: config.commands_topic(),
+            node: other.to_string(),
+            why: format!("it writes another database; {}", group::REMEDY),
+        }),
+    }
+}
+
 /// Checks every partition against its place in the index. What does not answer is checked when the
 /// partition is taken over, as everything is once more.
 async fn check_log(
@@ -596,8 +625,9 @@ impl EventStore for KafkaStore {
     }
 
     fn health(&self) -> Health {
-        let joining = self.membership.as_ref().and_then(Membership::unsettled);
+        let joining = self.membership.as_deref().and_then(Membership::unsettled);
         let reasons: Vec<_> = (self.refusals().into_iter())
+            .chain(self.denials.strangers.sentences())
             .chain(self.reach.down())
             .chain(joining)
             .chain(self.partitions.iter().filter_map(|shared| shared.reason()))

@@ -11,7 +11,7 @@ use rdkafka::config::FromClientConfigAndContext;
 use rdkafka::error::{KafkaError, RDKafkaErrorCode};
 use tokio::runtime::Handle;
 
-use crate::client::{Context, Inquirer, TopicShape, open_error};
+use crate::client::{Context, Inquirer, TopicShape, open_error, text};
 use crate::config::KafkaConfig;
 use crate::error::OpenError;
 use crate::judge::{ADDED_PARTITIONS, FOR_EVER, REPLICAS_SAFE, Settings, findings, judge_beside};
@@ -245,10 +245,32 @@ impl<'a> Preparation<'a> {
             match result {
                 // Another node was first; what it made is checked like any other.
                 Ok(_) | Err((_, RDKafkaErrorCode::TopicAlreadyExists)) => {}
+                Err((_, RDKafkaErrorCode::InvalidTopic)) => {
+                    return Err(self.invalid(topic, doing()));
+                }
                 Err((_, code)) => return Err(self.error(doing(), KafkaError::AdminOp(code))),
             }
         }
         Ok(())
+    }
+
+    /// The refusal of a topic's name. The client drops the broker's text, which names a topic whose name
+    /// is the same after `.` became `_`, as in names of metrics.
+    fn invalid(&self, topic: &str, doing: String) -> OpenError {
+        let plain = |name: &str| name.replace('.', "_");
+        let all = self.inquirer.topics().unwrap_or_default();
+        match all.into_iter().find(|other| plain(other) == plain(topic)) {
+            Some(other) => OpenError::Refused {
+                brokers: self.config.brokers.clone(),
+                doing,
+                remedy: "choose another log name".into(),
+                cause: text(format!(
+                    "there is a topic {other}, and Kafka does not tell names apart that differ in . \
+                     and _ only"
+                )),
+            },
+            None => self.error(doing, KafkaError::AdminOp(RDKafkaErrorCode::InvalidTopic)),
+        }
     }
 
     /// What the brokers say, or Kafka's own default where they do not tell.

@@ -52,6 +52,15 @@ impl Database {
         }
     }
 
+    /// Returns a text that equals another one only if both handles are on the same database. On
+    /// PostgreSQL also the schema counts; a promoted standby server is the same database.
+    pub fn identity(&self) -> &str {
+        match self {
+            Self::Postgres(database) => database.identity(),
+            Self::Sqlite(database) => database.identity(),
+        }
+    }
+
     /// Rejects a PostgreSQL login without all rights of the role, and names the missing GRANT
     /// lines. Watches the database afterwards.
     pub async fn require(&self, role: Role) -> Result<(), DatabaseError> {

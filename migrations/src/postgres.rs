@@ -58,6 +58,7 @@ pub struct PostgresDatabase {
 struct Inner {
     pool: PgPool,
     url: PostgresUrl,
+    identity: String,
     watch: Mutex<Watch>,
 }
 
@@ -81,9 +82,14 @@ impl PostgresDatabase {
         &self.inner.url.shown
     }
 
+    /// The server's system identifier, the OID of the database, and the schema.
+    pub(crate) fn identity(&self) -> &str {
+        &self.inner.identity
+    }
+
     pub(crate) async fn open(url: PostgresUrl, mode: Mode) -> Result<Self, DatabaseError> {
         let (options, warnings) = options(&url)?;
-        within(&url.shown, prepare(&url.shown, &options, mode)).await?;
+        let identity = within(&url.shown, prepare(&url.shown, &options, mode)).await?;
         for warning in warnings {
             tracing::warn!(database = url.shown, "{warning}");
         }
@@ -102,7 +108,7 @@ impl PostgresDatabase {
                 })
             })
             .connect_lazy_with(options);
-        Ok(Self { inner: Arc::new(Inner { pool, url, watch: Mutex::default() }) })
+        Ok(Self { inner: Arc::new(Inner { pool, url, identity, watch: Mutex::default() }) })
     }
 
     /// Rejects a login without all rights of the role, and [watches](Self::watch) the database.
@@ -246,7 +252,11 @@ async fn within<T>(
     opening: impl Future<Output = Result<T, DatabaseError>>,
 ) -> Result<T, DatabaseError> {
     timeout(ACQUIRE_TIMEOUT, opening).await.unwrap_or_else(|_| {
-        let cause = sqlx::Error::PoolTimedOut;
+        let silent = format!(
+            "no answer within {ACQUIRE_TIMEOUT:?}; see that a PostgreSQL server listens at this host and \
+             port"
+        );
+        let cause = std::io::Error::new(std::io::ErrorKind::TimedOut, silent).into();
         Err(DatabaseError::Unavailable { url: shown.to_owned(), cause })
     })
 }
@@ -342,11 +352,15 @@ fn of_environment(mode: PgSslMode) -> Option<SslMode> {
 }
 
 /// Connects once, so that what is wrong shows as itself and not as a pool's timeout, and sees to
-/// the tables.
-async fn prepare(shown: &str, options: &PgConnectOptions, mode: Mode) -> Result<(), DatabaseError> {
+/// the tables. Returns the identity of the database.
+async fn prepare(
+    shown: &str,
+    options: &PgConnectOptions,
+    mode: Mode,
+) -> Result<String, DatabaseError> {
     let failed = |error| opening_failed(shown, error);
     let mut connection = PgConnection::connect_with(options).await.map_err(failed)?;
-    server::check(shown, options, &mut connection).await?;
+    let identity = server::check(shown, options, &mut connection).await?;
     settle(&mut connection).await.map_err(failed)?;
     match mode {
         Mode::Check => match standing(shown, &mut connection).await? {
@@ -357,7 +371,8 @@ async fn prepare(shown: &str, options: &PgConnectOptions, mode: Mode) -> Result<
         },
         Mode::Migrate => migrate(shown, &mut connection).await?,
     }
-    connection.close().await.map_err(failed)
+    connection.close().await.map_err(failed)?;
+    Ok(identity)
 }
 
 /// Sets the limits of a new session, and the isolation level for which all statements are written. As

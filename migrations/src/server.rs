@@ -1,5 +1,6 @@
 //! The abilities of a PostgreSQL server that kafold rests on, checked when a database is opened: its
-//! version, the encoding of the database, and connections that last for a session.
+//! version, the encoding of the database, and connections that last for a session. And the identity of
+//! the database.
 
 use sqlx::postgres::{PgConnectOptions, PgRow};
 use sqlx::{Connection, PgConnection, Row};
@@ -11,15 +12,17 @@ use crate::postgres::opening_failed;
 pub const POSTGRES_VERSION_MIN: i32 = 14;
 
 /// Rejects a server that is too old, a database that does not store every text, and a connection
-/// pooler which gives each transaction another session.
+/// pooler which gives each transaction another session. Returns the identity of the database.
 pub(crate) async fn check(
     shown: &str,
     options: &PgConnectOptions,
     connection: &mut PgConnection,
-) -> Result<(), DatabaseError> {
+) -> Result<String, DatabaseError> {
     let failed = |error| opening_failed(shown, error);
     let sql = "SELECT current_setting('server_version'), current_setting('server_version_num'), \
-               current_setting('server_encoding'), current_database()::text";
+               current_setting('server_encoding'), datname::text, \
+               concat_ws('.', oid, current_schema()) \
+               FROM pg_database WHERE datname = current_database()";
     let row = simple(connection, sql).await.map_err(failed)?;
     let text = |index: usize| row.try_get::<String, _>(index).map_err(failed);
     let number: i32 = text(1)?.parse().unwrap_or_default();
@@ -41,12 +44,22 @@ pub(crate) async fn check(
         ));
     }
     match shares_sessions(options, connection).await.map_err(failed)? {
-        false => Ok(()),
+        false => Ok(format!("{}.{}", system(connection).await, text(4)?)),
         true => Err(DatabaseError::refused(
             format!("{shown} is a connection pooler that gives each transaction another session"),
             POOLER_REMEDY,
         )),
     }
+}
+
+/// Returns the system identifier of the server, which standby servers share; nothing if the login may
+/// not read it, as where a provider runs the server.
+async fn system(connection: &mut PgConnection) -> String {
+    let row = simple(connection, "SELECT system_identifier::text FROM pg_control_system()").await;
+    row.and_then(|row| row.try_get(0)).unwrap_or_else(|error| {
+        tracing::debug!(%error, "the system identifier of the server is not known");
+        String::new()
+    })
 }
 
 /// Returns whether a pooler gives this connection another session from one transaction to the next.

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
+use kafold_core::projecting;
 use sqlx::pool::PoolConnection;
 use sqlx::sqlite::{
     SqliteConnectOptions, SqliteJournalMode, SqlitePoolOptions, SqliteSynchronous,
@@ -43,6 +44,7 @@ pub struct SqliteDatabase {
 struct OpenFile {
     path: PathBuf,
     url: String,
+    identity: String,
     readers: SqlitePool,
     writer: Arc<Writer>,
     changes: watch::Sender<u64>,
@@ -80,6 +82,11 @@ impl SqliteDatabase {
         &self.file.url
     }
 
+    /// The file's own random number and its inode: a copy of the file is another database.
+    pub(crate) fn identity(&self) -> &str {
+        &self.file.identity
+    }
+
     /// Tells all handles on this file in this process that something was committed.
     pub fn notify_changed(&self) {
         self.file.changes.send_modify(|count| *count += 1);
@@ -93,12 +100,16 @@ impl SqliteDatabase {
     pub(crate) async fn open_file(file: &Path, mode: Mode) -> Result<Self, DatabaseError> {
         let url = format!("sqlite://{}", file.display());
         check_place(&url, file, mode)?;
-        prepare(&url, file, mode).await?;
-        let path = file.canonicalize().map_err(|error| DatabaseError::Unavailable {
-            url: url.clone(),
-            cause: sqlx::Error::Io(error),
-        })?;
-        Ok(Self { file: shared(path, url) })
+        let mut identity = prepare(&url, file, mode).await?;
+        let unavailable =
+            |error| DatabaseError::Unavailable { url: url.clone(), cause: sqlx::Error::Io(error) };
+        let path = file.canonicalize().map_err(unavailable)?;
+        #[cfg(unix)]
+        {
+            let data = path.metadata().map_err(unavailable)?;
+            identity += &format!(".{}", std::os::unix::fs::MetadataExt::ino(&data));
+        }
+        Ok(Self { file: shared(path, url, identity) })
     }
 
     /// Leaves the file whole without SQLite's log beside it, and closes the connections when this is
@@ -174,6 +185,8 @@ struct Writer {
     turns: Arc<Semaphore>,
     /// It, between two turns: the pool would have a task of its own try it each time.
     kept: Mutex<Option<PoolConnection<Sqlite>>>,
+    /// The projection that had the last turn, for messages.
+    last: Mutex<Option<Arc<str>>>,
 }
 
 /// Whoever has it has the connection that writes. [End](WriteTurn::end) it; dropped, it closes the
@@ -194,6 +207,7 @@ impl Writer {
             pool: pool.connect_lazy_with(options),
             turns: Arc::new(Semaphore::new(1)),
             kept: Mutex::default(),
+            last: Mutex::default(),
         })
     }
 
@@ -208,9 +222,27 @@ impl Writer {
                 // One that was dropped may still be closing.
                 None => self.pool.acquire().await?,
             };
+            *self.last() = projecting::current();
             Ok(WriteTurn { connection, writer: Arc::clone(self), permit })
         };
-        timeout(WRITE_TURN_TIMEOUT, turn).await.unwrap_or(Err(sqlx::Error::PoolTimedOut))
+        timeout(WRITE_TURN_TIMEOUT, turn).await.unwrap_or_else(|_| Err(self.timed_out()))
+    }
+
+    fn last(&self) -> MutexGuard<'_, Option<Arc<str>>> {
+        self.last.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The error of a wait for a turn, with the name of the projection that still has its own.
+    fn timed_out(&self) -> sqlx::Error {
+        match &*self.last() {
+            Some(projection) => sqlx::Error::Io(std::io::Error::new(
+                std::io::ErrorKind::TimedOut,
+                format!(
+                    "projection {projection} has kept the file's only writer for {WRITE_TURN_TIMEOUT:?}"
+                ),
+            )),
+            None => sqlx::Error::PoolTimedOut,
+        }
     }
 
     fn kept(&self) -> MutexGuard<'_, Option<PoolConnection<Sqlite>>> {
@@ -267,7 +299,7 @@ impl DerefMut for WriteTurn {
 }
 
 /// The connections to a file, shared by all its handles.
-fn shared(path: PathBuf, url: String) -> Arc<OpenFile> {
+fn shared(path: PathBuf, url: String, identity: String) -> Arc<OpenFile> {
     static OPEN: LazyLock<Mutex<HashMap<PathBuf, Weak<OpenFile>>>> = LazyLock::new(Mutex::default);
     let mut open = OPEN.lock().unwrap_or_else(PoisonError::into_inner);
     open.retain(|_, file| file.strong_count() > 0);
@@ -275,7 +307,7 @@ fn shared(path: PathBuf, url: String) -> Arc<OpenFile> {
         return file;
     }
     warn_if_exposed(&path, &url);
-    let file = Arc::new(OpenFile::new(path.clone(), url));
+    let file = Arc::new(OpenFile::new(path.clone(), url, identity));
     open.insert(path, Arc::downgrade(&file));
     file
 }
@@ -308,7 +340,7 @@ fn warn_if_exposed(path: &Path, url: &str) {
 }
 
 impl OpenFile {
-    fn new(path: PathBuf, url: String) -> Self {
+    fn new(path: PathBuf, url: String, identity: String) -> Self {
         let options = connect_options(&path);
         // Connections are kept for good: opening one costs more than all it holds.
         let pool = || {
@@ -323,7 +355,7 @@ impl OpenFile {
         let readers = pool()
             .max_connections(READERS_MAX)
             .connect_lazy_with(options.pragma("query_only", "ON"));
-        Self { path, url, readers, writer, changes: watch::Sender::new(0) }
+        Self { path, url, identity, readers, writer, changes: watch::Sender::new(0) }
     }
 }
 
@@ -362,8 +394,8 @@ fn check_place(url: &str, file: &Path, mode: Mode) -> Result<(), DatabaseError> 
     Ok(())
 }
 
-/// Sees to the tables over a connection of its own.
-async fn prepare(url: &str, file: &Path, mode: Mode) -> Result<(), DatabaseError> {
+/// Sees to the tables over a connection of its own. Returns the random number of the file.
+async fn prepare(url: &str, file: &Path, mode: Mode) -> Result<String, DatabaseError> {
     let failed = |error| opening_failed(url, file, error);
     if mode == Mode::Migrate {
         create_private(file);
@@ -386,7 +418,11 @@ async fn prepare(url: &str, file: &Path, mode: Mode) -> Result<(), DatabaseError
         }
         (Standing::Behind { .. }, Mode::Migrate) => migrate(url, file, &mut connection).await?,
     }
-    connection.close().await.map_err(failed)
+    let number = sqlx::query_scalar("SELECT log_id FROM kafold_log");
+    // The stores report a lost row by name.
+    let number: Option<String> = number.fetch_optional(&mut connection).await.map_err(failed)?;
+    connection.close().await.map_err(failed)?;
+    Ok(number.unwrap_or_default())
 }
 
 async fn migrate(
@@ -452,5 +488,27 @@ fn opening_failed(url: &str, file: &Path, error: sqlx::Error) -> DatabaseError {
             DatabaseError::Unavailable { url: url.to_owned(), cause: error }
         }
         _ => refused("check the file"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_wait_that_takes_too_long_names_the_projection_that_writes() {
+        let folder = tempfile::TempDir::new().expect("a folder");
+        let opened = SqliteDatabase::open_file(&folder.path().join("a.db"), Mode::Migrate).await;
+        let database = opened.expect("a new file");
+        let writer = &database.file.writer;
+        let sales = Arc::from("sales");
+        let turn = projecting::on_behalf_of(&sales, database.write()).await.expect("a turn");
+        let waited = writer.timed_out();
+        assert!(is_transient(&waited), "{waited}");
+        assert!(waited.to_string().contains("projection sales has kept"), "{waited}");
+        turn.rollback().await.expect("rolls back");
+        let turn = database.write().await.expect("a turn");
+        assert!(matches!(writer.timed_out(), sqlx::Error::PoolTimedOut));
+        turn.rollback().await.expect("rolls back");
     }
 }

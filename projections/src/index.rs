@@ -83,6 +83,10 @@ impl SqlIndex {
 
 #[async_trait]
 impl StreamIndex for SqlIndex {
+    fn database(&self) -> Option<&str> {
+        Some(self.database.identity())
+    }
+
     async fn cursors(&self) -> Result<Vec<(Partition, Cursor)>, ReadError> {
         let sql = "SELECT partition, next_offset, fold_state, checksum FROM kafold_partition";
         let rows: Result<Vec<(i32, i64, String, i64)>, _> =

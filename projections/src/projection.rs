@@ -9,7 +9,7 @@ use async_trait::async_trait;
 use futures_util::FutureExt;
 use kafold_core::codec::{self, CodecError};
 use kafold_core::store::Batch;
-use kafold_core::{DomainEvent, Recorded, RecordedEvent};
+use kafold_core::{DomainEvent, Recorded, RecordedEvent, projecting};
 
 use crate::definition::Definition;
 use crate::generation::Generation;
@@ -22,7 +22,9 @@ pub type HandlerError = Box<dyn Error + Send + Sync>;
 /// Events to rows by hand: a batch and the open transaction of the chosen database.
 ///
 /// What it writes in the transaction commits together with the checkpoint, so every event takes
-/// effect exactly once; what it does outside of the transaction may happen again. A batch that
+/// effect exactly once; what it does outside of the transaction may happen again. A command to a
+/// [`CommandHandler`](kafold_core::CommandHandler) is refused, since on SQLite it would wait for this
+/// very transaction: write down what is to be sent, and send it from another task. A batch that
 /// failed is applied again, whole or in smaller parts. An [`sqlx::Error`] that speaks of the
 /// database (no connection, a deadlock) is retried for ever, one that speaks of the statement (no such
 /// table) stops the projection; any other error, and a panic, is a failure of the event, tried
@@ -178,6 +180,7 @@ pub(crate) fn ignores<E: DomainEvent>(event: &RecordedEvent) -> bool {
 /// A [`Projection`] as the worker runs it.
 pub(crate) struct ProjectionHandler<P> {
     projection: P,
+    name: Arc<str>,
     definition: Definition,
 }
 
@@ -185,7 +188,8 @@ impl<P: Projection> ProjectionHandler<P> {
     pub(crate) fn new(projection: P) -> Self {
         let (name, version) = (projection.name(), projection.version());
         let definition = Definition::of_projection(name, version, projection.tables());
-        Self { projection, definition }
+        let name = Arc::from(projection.name());
+        Self { projection, name, definition }
     }
 }
 
@@ -200,16 +204,17 @@ impl<P: Projection> Handler for ProjectionHandler<P> {
         generation: Generation,
         tx: &mut Transaction<'_>,
     ) -> Result<(), ApplyError> {
-        caught(self.projection.setup(generation, tx)).await
+        let setup = self.projection.setup(generation, tx);
+        caught(projecting::on_behalf_of(&self.name, setup)).await
     }
 
     fn prepare<'w>(&'w self, round: &'w ProjectionBatch) -> Result<Box<dyn Work + 'w>, Fault> {
-        Ok(Box::new(ProjectionWork { projection: &self.projection, batch: round }))
+        Ok(Box::new(ProjectionWork { handler: self, batch: round }))
     }
 }
 
 struct ProjectionWork<'w, P> {
-    projection: &'w P,
+    handler: &'w ProjectionHandler<P>,
     batch: &'w ProjectionBatch,
 }
 
@@ -221,7 +226,9 @@ impl<P: Projection> Work for ProjectionWork<'_, P> {
         tx: &mut Transaction<'_>,
         _memory: Option<&mut Memory>,
     ) -> Result<(), ApplyError> {
-        caught(self.projection.apply(self.batch, target.generation, tx)).await
+        let ProjectionHandler { projection, name, .. } = self.handler;
+        let apply = projection.apply(self.batch, target.generation, tx);
+        caught(projecting::on_behalf_of(name, apply)).await
     }
 }
 

@@ -269,14 +269,18 @@ fn fold<M: ReadModel>(
 ) -> Result<Change<M::Row>, Fault> {
     let mut row = before.clone();
     let mut values = Vec::new();
-    for (key, event) in touches {
+    for (nth, (key, event)) in touches.iter().enumerate() {
         // The row is gone after a panic, and with it the whole round.
         let folded = catch_unwind(AssertUnwindSafe(|| M::fold(key, row.take(), event)));
         row = folded.map_err(|panic| fault_at(event, panic_text(&*panic)))?;
         if let Some(folded) = row.take() {
             let invalid = |invalid: InvalidValue| fault_at(event, invalid);
-            values = folded.into_values().map_err(invalid)?;
-            let stored = M::Row::from_values(values.clone()).map_err(invalid)?;
+            let given_back = folded.into_values().map_err(invalid)?;
+            // The database gets the values of the last event.
+            if nth + 1 == touches.len() {
+                values.clone_from(&given_back);
+            }
+            let stored = M::Row::from_values(given_back).map_err(invalid)?;
             if stored.key() != **key {
                 return Err(fault_at(event, "fold gave a row of another key"));
             }

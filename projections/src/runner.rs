@@ -315,7 +315,8 @@ impl Runner {
                 Generation::FIRST => self.status.name().to_owned(),
                 generation => generation.table(self.status.name()).as_str().to_owned(),
             };
-            let subscribing = self.context.source.subscribe(&name, batch_events_max);
+            let Context { source, database, .. } = &self.context;
+            let subscribing = source.subscribe(&name, Some(database.identity()), batch_events_max);
             match until_asked(&mut self.shutdown, subscribing).await? {
                 Ok(subscription) => {
                     self.is_shared = subscription.is_shared();

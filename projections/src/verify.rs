@@ -236,7 +236,7 @@ impl Verifying<'_> {
     async fn fold(&self, snapshot: &Snapshot) -> Result<(u64, u64), VerifyError> {
         let Context { source, clock, .. } = self.context;
         let name = format!("{}__verify", self.definition().name);
-        let mut subscription = source.subscribe(&name, BATCH_EVENTS_MAX).await?;
+        let mut subscription = source.subscribe(&name, None, BATCH_EVENTS_MAX).await?;
         let total = snapshot.ends.values().map(|end| end.0).sum();
         let mut reached: BTreeMap<Partition, Offset> = BTreeMap::new();
         let (mut events, mut left_out) = (0, 0);

@@ -46,7 +46,7 @@ pub async fn run(bench: &Bench) -> Result<(), Failure> {
 async fn replayed(brokers: &str, name: &str, events: u64, streams: u64) -> Result<Sample, Failure> {
     let source = source(&log_url(brokers, name)).await?;
     let began = now();
-    let mut subscription = source.subscribe("replay", BATCH_EVENTS_MAX).await?;
+    let mut subscription = source.subscribe("replay", None, BATCH_EVENTS_MAX).await?;
     let mut states: HashMap<StreamId, Account> = HashMap::new();
     let mut seen = 0;
     while seen < events {

@@ -166,6 +166,9 @@ async fn check_all(context: &Context, url: Option<&LogUrl>, checks: &mut Checks)
         None => None,
     };
     let database = database::check(context, checks).await;
+    if let (Some(url @ LogUrl::Kafka(_)), Some(_)) = (url, &log) {
+        kafka::check_groups(context, url, database.as_ref(), checks).await;
+    }
     if let Some(database) = &database {
         index::check(log.as_ref(), database, checks).await;
         lag::check(log.as_ref(), database, checks).await;

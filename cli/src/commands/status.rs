@@ -12,7 +12,7 @@ use crate::admin::Context;
 use crate::commands::projections;
 use crate::error::Error;
 use crate::event::time;
-use crate::log::Log;
+use crate::log::{Log, operator};
 use crate::options::LogUrl;
 use crate::output::{Output, count, or_dash, thousands};
 use crate::overview::{self, PartitionView};
@@ -22,6 +22,8 @@ use crate::overview::{self, PartitionView};
 struct Status {
     log: Option<LogStatus>,
     database: Option<DatabaseStatus>,
+    /// Sentences about members of the log's consumer groups that are no part of the service.
+    strangers: Vec<String>,
 }
 
 struct LogStatus {
@@ -31,6 +33,7 @@ struct LogStatus {
 
 struct DatabaseStatus {
     url: String,
+    identity: String,
     /// Where the stream index stands; a log in a file has none.
     index: Option<BTreeMap<Partition, Offset>>,
     projections: Vec<Overview>,
@@ -41,6 +44,7 @@ pub(crate) async fn run(context: &mut Context) -> Result<(), Error> {
     let mut status = Status::default();
     let log = log(context, &mut status).await;
     let database = database(context, &mut status).await;
+    status.strangers = strangers(context, &status).await;
     if !status.ahead().is_empty() {
         // A running service may have advanced the database since the first read of the log.
         self::log(context, &mut status).await?;
@@ -88,6 +92,17 @@ async fn log(context: &Context, status: &mut Status) -> Result<(), Error> {
     Ok(())
 }
 
+/// Returns nothing without a log on Kafka that is there.
+async fn strangers(context: &Context, status: &Status) -> Vec<String> {
+    let Some(url @ LogUrl::Kafka(_)) = status.log.as_ref().map(|log| &log.url) else {
+        return Vec::new();
+    };
+    let identity = status.database.as_ref().map(|database| database.identity.as_str());
+    let found =
+        async { Ok::<_, Error>(operator(url, &context.clock).await?.strangers(identity).await?) };
+    found.await.unwrap_or_else(|error| vec![error.reason().to_owned()])
+}
+
 async fn database(context: &Context, status: &mut Status) -> Result<(), Error> {
     let Some(database) = context.options.maybe_database().await? else { return Ok(()) };
     let ends = status.log.as_ref().map(|log| log.partitions.as_slice());
@@ -99,8 +114,8 @@ async fn database(context: &Context, status: &mut Status) -> Result<(), Error> {
             Some(cursors.into_iter().map(|(partition, at)| (partition, at.next)).collect())
         }
     };
-    let url = database.url().to_owned();
-    status.database = Some(DatabaseStatus { url, index, projections });
+    let (url, identity) = (database.url().to_owned(), database.identity().to_owned());
+    status.database = Some(DatabaseStatus { url, identity, index, projections });
     Ok(())
 }
 
@@ -145,6 +160,7 @@ impl Status {
             "index": index,
             "projections": projections,
             "ahead": self.ahead(),
+            "strangers": self.strangers,
         })
     }
 
@@ -181,6 +197,9 @@ impl Status {
             let partitions = count(log.partitions.len() as u64, "partition");
             let records = count(log.records(), "record");
             out.line(&format!("log       {}: {partitions}, {records}", log.url.shown()))?;
+        }
+        for stranger in &self.strangers {
+            out.line(&format!("warning   {stranger}"))?;
         }
         let Some(database) = &self.database else {
             self.print_owners(out)?;

@@ -1,5 +1,7 @@
 //! Why a command was not handled.
 
+use std::sync::Arc;
+
 use tracing::Span;
 
 use super::Handled;
@@ -45,6 +47,16 @@ pub enum HandleError<E: std::error::Error + 'static> {
         /// What does not fit.
         #[source]
         error: CodecError,
+    },
+    /// The command was sent from within the transaction of a projection, for which the command might
+    /// wait: nothing was appended. Write down what is to be sent, and send it after the transaction.
+    #[error(
+        "projection {projection} sends a command from within its transaction, and might wait for itself: \
+         write down what is to be sent, and send it from another task after the transaction"
+    )]
+    InProjection {
+        /// The name of the projection.
+        projection: Arc<str>,
     },
     /// The command decided more events than a commit holds: nothing was appended, split it.
     #[error(transparent)]
@@ -109,6 +121,7 @@ fn failure_name<E: std::error::Error>(failure: &HandleError<E>) -> &'static str 
         HandleError::Read(ReadError::Unavailable { .. }) => "unavailable",
         HandleError::InvalidCommit(_) => "too_large",
         HandleError::InvalidId(_) => "invalid_id",
+        HandleError::InProjection { .. } => "in_projection",
         HandleError::Read(ReadError::Diverged { .. }) | HandleError::Codec { .. } => "unreadable",
     }
 }

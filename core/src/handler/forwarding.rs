@@ -10,8 +10,8 @@ use std::time::{Duration, Instant};
 use async_trait::async_trait;
 use chrono::{DateTime, TimeDelta, Utc};
 use serde::Serialize;
-use serde::de::DeserializeOwned;
-use serde_json::value::{RawValue, to_raw_value};
+use serde::de::{DeserializeOwned, Error as _};
+use serde_json::value::RawValue;
 use tracing::Instrument;
 
 use super::{CommandHandler, HandleError, Handled, Job, Request};
@@ -183,7 +183,7 @@ impl<A: Aggregate> Executor<A> {
 impl<A: Aggregate> CommandExecutor for Executor<A>
 where
     A::Command: DeserializeOwned,
-    A::Error: Serialize,
+    A::Error: Serialize + DeserializeOwned,
 {
     async fn execute(
         &self,
@@ -243,7 +243,7 @@ where
 /// What is told to the node that sent the command; nothing of what is not settled.
 fn reply<A: Aggregate>(command: &ForwardedCommand, answer: Answer<A>) -> Result<Reply, AppendError>
 where
-    A::Error: Serialize,
+    A::Error: Serialize + DeserializeOwned,
 {
     let failed =
         |reason: String| Reply::Failed { what: format!("stream {}", command.stream), reason };
@@ -263,12 +263,17 @@ where
         Err(HandleError::Codec { error, .. }) => Ok(failed(error.to_string())),
         Err(HandleError::InvalidCommit(error)) => Ok(failed(error.to_string())),
         Err(HandleError::InvalidId(error)) => Ok(failed(error.to_string())),
+        Err(error @ HandleError::InProjection { .. }) => Ok(failed(error.to_string())),
     }
 }
 
-fn rejected<E: Serialize>(command: &ForwardedCommand, rule: &E) -> Reply {
+fn rejected<E: Serialize + DeserializeOwned>(command: &ForwardedCommand, rule: &E) -> Reply {
     let ForwardedCommand { stream, command_id, .. } = command;
-    match to_raw_value(rule) {
+    let raw = |json| {
+        let text = String::from_utf8(json).map_err(serde_json::Error::custom)?;
+        RawValue::from_string(text)
+    };
+    match codec::to_json(rule).and_then(raw) {
         Ok(error) => Reply::Rejected { error },
         Err(error) => Reply::Failed {
             what: format!(

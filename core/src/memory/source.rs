@@ -76,12 +76,14 @@ impl EventSource for MemoryStore {
     async fn subscribe(
         &self,
         name: &str,
+        database: Option<&str>,
         batch_events_max: usize,
     ) -> Result<Box<dyn Subscription>, ReadError> {
-        let member = self.log().readers.join(name);
+        let name = database.map_or(name.to_owned(), |database| format!("{name}@{database}"));
+        let member = self.log().readers.join(&name);
         Ok(Box::new(MemorySubscription {
             store: self.clone(),
-            name: name.to_owned(),
+            name,
             member,
             batch_events_max: batch_events_max.max(1),
             started: BTreeMap::new(),

@@ -33,7 +33,8 @@ struct Reader {
 impl Reader {
     async fn new(source: &dyn EventSource, batch_events_max: usize) -> Self {
         let name = format!("contract-{}", RandomIds.event_id());
-        let subscription = source.subscribe(&name, batch_events_max).await.expect("subscribed");
+        let subscription =
+            source.subscribe(&name, None, batch_events_max).await.expect("subscribed");
         Self { subscription, cursors: HashMap::new(), batches: Vec::new() }
     }
 

@@ -50,6 +50,8 @@ pub(crate) struct Nodes {
     partitions: Vec<Arc<Shared>>,
     clock: Arc<dyn Clock>,
     heard: Mutex<HashMap<Uuid, (Instant, Node)>>,
+    /// The time of the last announcement of this node that came back from the log.
+    heard_itself: Mutex<Option<Instant>>,
 }
 
 impl Nodes {
@@ -59,7 +61,8 @@ impl Nodes {
         partitions: Vec<Arc<Shared>>,
         clock: Arc<dyn Clock>,
     ) -> Self {
-        Self { id, owner, partitions, clock, heard: Mutex::default() }
+        let (heard, heard_itself) = (Mutex::default(), Mutex::default());
+        Self { id, owner, partitions, clock, heard, heard_itself }
     }
 
     /// This node first, then the others that were heard of lately, by name.
@@ -74,6 +77,19 @@ impl Nodes {
         all.append(&mut others);
         keep_newest_owners(&mut all);
         all
+    }
+
+    /// Returns whether another node was heard lately.
+    pub(crate) fn has_others(&self) -> bool {
+        let mut heard = self.heard.lock().unwrap_or_else(PoisonError::into_inner);
+        forget_silent(&mut heard, self.clock.instant());
+        !heard.is_empty()
+    }
+
+    /// Returns whether the brokers lately took an announcement of this node.
+    pub(crate) fn hears_itself(&self) -> bool {
+        let heard = *self.heard_itself.lock().unwrap_or_else(PoisonError::into_inner);
+        heard.is_some_and(|at| self.clock.instant().saturating_duration_since(at) < SILENCE_MAX)
     }
 
     fn this(&self) -> Node {
@@ -97,10 +113,11 @@ impl Nodes {
             tracing::debug!("an announcement cannot be read");
             return;
         };
+        let now = self.clock.instant();
         if node.id == self.id {
+            *self.heard_itself.lock().unwrap_or_else(PoisonError::into_inner) = Some(now);
             return;
         }
-        let now = self.clock.instant();
         let mut heard = self.heard.lock().unwrap_or_else(PoisonError::into_inner);
         if heard.len() >= NODES_MAX {
             forget_silent(&mut heard, now);

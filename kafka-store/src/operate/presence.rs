@@ -11,11 +11,12 @@ use rdkafka::error::KafkaResult;
 use uuid::Uuid;
 
 use super::Operator;
-use crate::client::Inquirer;
+use crate::client::{GroupMember, Inquirer};
 use crate::config::KafkaConfig;
 use crate::error::OpenError;
 use crate::forward::nodes::{self, Announcement};
 use crate::forward::wire::{ReplyContent, ReplyRecord};
+use crate::group;
 use crate::reader::{ReadFailure, Reader};
 
 /// The wait of a fetch for new announcements.
@@ -49,7 +50,20 @@ impl Operator {
             }
             _ => Vec::new(),
         };
+        let groups = groups.into_iter().map(|(name, members)| (name, members.len())).collect();
         Ok(Presence { nodes, groups })
+    }
+
+    /// Returns one sentence for each of the log's groups with members that are no part of the service
+    /// with this database: other programs, and nodes with another database. Groups that are not
+    /// visible to this user are left out.
+    pub async fn strangers(&self, database: Option<&str>) -> Result<Vec<String>, OpenError> {
+        let doing = "asking for the members of the log's groups";
+        let listing = move |this: &Self| {
+            groups(&this.config, &this.inquirer).map_err(|error| this.error(doing, error))
+        };
+        let groups = self.blocking(doing, listing).await?;
+        Ok(group::complaints(&groups, &self.config.owners_group(), database))
     }
 
     /// Returns the nodes with a newest announcement in this range other than their end.
@@ -92,11 +106,15 @@ fn lately(operator: &Operator) -> KafkaResult<Option<(Offset, Offset)>> {
 }
 
 /// Returns the log's groups with members.
-fn groups(config: &KafkaConfig, inquirer: &Inquirer) -> KafkaResult<Vec<(String, usize)>> {
-    let (owners, readers) = (config.owners_group(), config.readers_group(""));
-    let mut groups = inquirer.group_members()?;
-    groups
-        .retain(|(name, members)| *members > 0 && (*name == owners || name.starts_with(&readers)));
-    groups.sort_unstable();
+fn groups(
+    config: &KafkaConfig,
+    inquirer: &Inquirer,
+) -> KafkaResult<Vec<(String, Vec<GroupMember>)>> {
+    let (owners, readers) = (config.owners_group(), config.readers_groups());
+    let mut groups = inquirer.groups()?;
+    groups.retain(|(name, members)| {
+        !members.is_empty() && (*name == owners || name.starts_with(&readers))
+    });
+    groups.sort_unstable_by(|(one, _), (other, _)| one.cmp(other));
     Ok(groups)
 }

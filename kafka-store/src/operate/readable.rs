@@ -15,7 +15,6 @@ use crate::client::{Inquirer, open_error};
 use crate::config::{Assignment, KafkaConfig};
 use crate::error::OpenError;
 use crate::fold::{Anchor, Checkpoint, CommitReader, Fold, FoldState, LogIdentity, Read, Verdict};
-use crate::guard::Refusals;
 use crate::inspect::{InspectError, Inspector};
 use crate::membership::Denials;
 use crate::partitioner::partition_of;
@@ -164,8 +163,7 @@ impl ReadableLog {
     pub fn source(&self) -> KafkaSource {
         let config = KafkaConfig { assignment: Assignment::Everything, ..(*self.config).clone() };
         let (inquirer, clock) = (Arc::clone(&self.inquirer), Arc::clone(&self.clock));
-        let refusals = Arc::new(Refusals::new(Arc::clone(&clock)));
-        let denials = Denials { refusals, role: Role::Reader };
+        let denials = Denials::new(Role::Reader, &clock);
         KafkaSource::new(config, self.partitions, inquirer, clock, denials)
     }
 

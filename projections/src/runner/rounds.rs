@@ -1,11 +1,12 @@
 //! Rounds of batches into the database: the transaction, and what follows when it fails.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
+use std::sync::Arc;
 use std::time::Duration;
 
 use kafold_core::mutant::{self, Mutant};
 use kafold_core::store::Batch;
-use kafold_core::{Offset, Partition, RecordedEvent, trace};
+use kafold_core::{Offset, Partition, RecordedEvent, projecting, trace};
 use kafold_migrations::Database;
 use tracing::{Instrument, Span};
 
@@ -180,13 +181,14 @@ impl Runner {
         let Context { clock, config, .. } = &self.context;
         let (clock, timeout) = (clock.clone(), config.transaction_timeout);
         let begun = clock.instant();
+        let name = Arc::from(self.status.name());
         // Only what is committed is remembered.
         let rows_max = config.remembered_rows_max;
         let memory = self.memory.take();
         let mut memory = memory.or_else(|| self.handler.memory(HashSet::new(), rows_max));
         let (steps, held) = tokio::select! {
             biased;
-            done = self.commit(round, aside, memory.as_mut()) => done?,
+            done = projecting::on_behalf_of(&name, self.commit(round, aside, memory.as_mut())) => done?,
             () = clock.sleep(timeout) => {
                 let reason = format!("a transaction was not through within {timeout:?}");
                 return Err(Failed::Unavailable(reason));

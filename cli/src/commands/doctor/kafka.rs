@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 
+use kafold::Database;
 use kafold::kafka::Operator;
 use kafold::kafka::operate::{Broker, Peer};
 
@@ -48,6 +49,35 @@ pub(super) async fn check(context: &Context, url: &LogUrl, checks: &mut Checks) 
     let Some(absent) = check_topics(&operator, checks).await else { return false };
     check_rights(&operator, absent.is_empty(), checks).await;
     !absent.contains(&operator.config().events_topic())
+}
+
+/// Reports members of the log's groups that are no part of the service with this database.
+pub(super) async fn check_groups(
+    context: &Context,
+    url: &LogUrl,
+    database: Option<&Database>,
+    checks: &mut Checks,
+) {
+    const NAME: &str = "groups";
+    let found = async {
+        let operator = operator(url, &context.clock).await?;
+        Ok::<_, Error>(operator.strangers(database.map(Database::identity)).await?)
+    };
+    match found.await {
+        Ok(strangers) if strangers.is_empty() => {
+            checks.ok(NAME, "no member of another program or database is visible");
+        }
+        Ok(strangers) => {
+            for stranger in strangers {
+                checks.problem(
+                    NAME,
+                    stranger,
+                    "see which program uses the log's groups, and stop it",
+                );
+            }
+        }
+        Err(error) => checks.failed(NAME, &error),
+    }
 }
 
 fn check_brokers(brokers: &[Broker], checks: &mut Checks) {

@@ -304,9 +304,9 @@ fn problem_of(error: HandleError<OrderError>, expected: ExpectedVersion) -> Prob
         HandleError::InvalidId(error) => invalid_id(&error),
         HandleError::Append(error) => append_problem(error),
         HandleError::Read(error) => read_problem(error),
-        error @ (HandleError::Codec { .. } | HandleError::InvalidCommit(_)) => {
-            Problem::internal(&error)
-        }
+        error @ (HandleError::Codec { .. }
+        | HandleError::InProjection { .. }
+        | HandleError::InvalidCommit(_)) => Problem::internal(&error),
     }
 }
 

@@ -1,0 +1,235 @@
+//! Members of the log's consumer groups that are no part of this service.
+//!
+//! The group protocol spreads partitions over all members of a group, whatever program they run and
+//! whatever database they write. A partition that goes to another program is served by nobody, and two
+//! nodes with different databases each index a part of the log. So every member of this service has a
+//! client id with the identity of its database, by which the others recognise it.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use kafold_core::Clock;
+use kafold_core::digest::Digest;
+use rdkafka::error::{KafkaError, KafkaResult};
+
+use crate::client::{GroupMember, Inquirer};
+use crate::guard::Refusals;
+
+/// The client id of a member without a database, and the first word of every other.
+const CLIENT_ID: &str = "kafold";
+/// Interval of the looks at the members of a group. A foreign member is named within this and the
+/// time of a request.
+const LOOK_INTERVAL: Duration = Duration::from_secs(10);
+/// Delay of the first look: the start has priority.
+const LOOK_DELAY: Duration = Duration::from_secs(2);
+/// Interval of the looks of a start that waits for a node with another database to leave.
+const LEAVE_POLL: Duration = Duration::from_millis(500);
+/// Longest wait for the brokers' answer.
+const TIMEOUT: Duration = Duration::from_secs(2);
+/// Most foreign members that are named; the others are counted.
+const NAMED_MAX: usize = 3;
+
+/// Returns a short text for the identity of a database, for names of groups and clients.
+pub(crate) fn short(database: &str) -> String {
+    // The upper half of a hash is a hash.
+    format!("{:08x}", Digest::of_parts([database.as_bytes()]).0 >> u32::BITS)
+}
+
+/// Returns the client id of a member whose state is in this database.
+pub(crate) fn client_id(database: Option<&str>) -> String {
+    database.map_or(CLIENT_ID.to_owned(), |database| format!("{CLIENT_ID}.{}", short(database)))
+}
+
+/// What a member of a group of this service is to this process.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Kin {
+    Ours,
+    /// A node of the same log with another database.
+    OtherDatabase,
+    /// Another program.
+    Foreign,
+}
+
+fn kin(own: &str, client_id: &str) -> Kin {
+    let database = |id: &str| {
+        id.strip_prefix(CLIENT_ID).and_then(|rest| rest.strip_prefix('.').map(str::to_owned))
+    };
+    match (database(own), database(client_id)) {
+        (Some(own), Some(other)) if own != other => Kin::OtherDatabase,
+        // A member without a database shares none, and takes none from the others.
+        (_, Some(_)) => Kin::Ours,
+        (_, None) if client_id == CLIENT_ID => Kin::Ours,
+        (_, None) => Kin::Foreign,
+    }
+}
+
+/// Returns one sentence about the members of a group that are no part of this service; `None` if all
+/// are.
+fn complaint(group: &str, own: &str, members: &[GroupMember]) -> Option<String> {
+    let of = |wanted| members.iter().filter(move |member| kin(own, &member.client_id) == wanted);
+    let named = |wanted| {
+        let named: Vec<_> = of(wanted).take(NAMED_MAX).map(ToString::to_string).collect();
+        let more = of(wanted).count().saturating_sub(NAMED_MAX);
+        let more = if more > 0 { format!(" and {more} more") } else { String::new() };
+        format!("{}{more}", named.join(", "))
+    };
+    if of(Kin::OtherDatabase).next().is_some() {
+        let others = named(Kin::OtherDatabase);
+        return Some(format!(
+            "group {group} is shared with a node that writes another database: {others}; {REMEDY}"
+        ));
+    }
+    of(Kin::Foreign).next()?;
+    Some(format!(
+        "group {group} is shared with another program: {}; nobody serves the partitions that the group \
+         gives to it: stop it, or give it a group of its own",
+        named(Kin::Foreign)
+    ))
+}
+
+/// The remedy for two nodes with different databases.
+pub(crate) const REMEDY: &str = "stop one of the two, or give both the same database";
+
+/// The members of one group, as the brokers report them.
+pub(crate) struct GroupMembers {
+    inquirer: Arc<Inquirer>,
+    clock: Arc<dyn Clock>,
+    group: String,
+    own: String,
+}
+
+impl GroupMembers {
+    /// `database` is the identity of the database with the state that members of the group share.
+    pub(crate) fn new(
+        inquirer: &Arc<Inquirer>,
+        clock: &Arc<dyn Clock>,
+        group: &str,
+        database: Option<&str>,
+    ) -> Self {
+        let (inquirer, clock) = (Arc::clone(inquirer), Arc::clone(clock));
+        Self { inquirer, clock, group: group.to_owned(), own: client_id(database) }
+    }
+
+    /// Returns the member with another database that has not left within `patience`: the members of
+    /// a killed node stay in the group until their session ends.
+    pub(crate) async fn with_other_database(&self, patience: Duration) -> Option<GroupMember> {
+        let deadline = self.clock.instant() + patience;
+        loop {
+            let other = match self.look().await {
+                Ok(members) => members
+                    .into_iter()
+                    .find(|member| kin(&self.own, &member.client_id) == Kin::OtherDatabase)?,
+                Err(error) => {
+                    tracing::debug!(group = self.group, %error, "cannot look up the members");
+                    return None;
+                }
+            };
+            if self.clock.instant() >= deadline {
+                return Some(other);
+            }
+            self.clock.sleep(LEAVE_POLL).await;
+        }
+    }
+
+    /// Reports members that are no part of this service, as long as they are there. Ends with the
+    /// task only.
+    pub(crate) async fn watch(self, strangers: Arc<Refusals>) {
+        let told = Told { strangers, what: format!("group {}, as it is shared", self.group) };
+        self.clock.sleep(LOOK_DELAY).await;
+        loop {
+            match self.look().await {
+                Ok(members) => told.follow(complaint(&self.group, &self.own, &members)),
+                Err(error) => {
+                    tracing::debug!(group = self.group, %error, "cannot look up the members");
+                }
+            }
+            self.clock.sleep(LOOK_INTERVAL).await;
+        }
+    }
+
+    async fn look(&self) -> KafkaResult<Vec<GroupMember>> {
+        let (inquirer, group) = (Arc::clone(&self.inquirer), self.group.clone());
+        let asked = tokio::task::spawn_blocking(move || inquirer.members(&group, TIMEOUT)).await;
+        asked.unwrap_or_else(|error| Err(KafkaError::ClientCreation(error.to_string())))
+    }
+}
+
+/// Withdraws the complaint when the watch ends.
+struct Told {
+    strangers: Arc<Refusals>,
+    what: String,
+}
+
+impl Told {
+    fn follow(&self, complaint: Option<String>) {
+        match complaint {
+            // The members may have changed.
+            Some(complaint) => self.strangers.replace(&self.what, complaint),
+            None => self.strangers.clear(&self.what, ""),
+        }
+    }
+}
+
+impl Drop for Told {
+    fn drop(&mut self) {
+        self.strangers.clear(&self.what, "");
+    }
+}
+
+/// Returns the sentences about all groups of a log, each with its members.
+pub(crate) fn complaints(
+    groups: &[(String, Vec<GroupMember>)],
+    owners: &str,
+    database: Option<&str>,
+) -> Vec<String> {
+    let complaint = |(group, members): &(String, Vec<GroupMember>)| {
+        // Readers with another database have a group of their own.
+        let database = database.filter(|_| group == owners);
+        complaint(group, &client_id(database), members)
+    };
+    groups.iter().filter_map(complaint).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn member(client_id: &str, host: &str) -> GroupMember {
+        GroupMember { client_id: client_id.into(), host: host.into() }
+    }
+
+    #[test]
+    fn members_are_recognised_by_their_client_id() {
+        let (one, other) = (client_id(Some("1.2.public")), client_id(Some("1.3.public")));
+        assert_ne!(one, other);
+        for (own, client, expected) in [
+            (one.as_str(), one.as_str(), Kin::Ours),
+            (&one, &other, Kin::OtherDatabase),
+            (&one, CLIENT_ID, Kin::Ours),
+            (CLIENT_ID, &one, Kin::Ours),
+            (CLIENT_ID, CLIENT_ID, Kin::Ours),
+            (&one, "rdkafka", Kin::Foreign),
+            (&one, "kafolded", Kin::Foreign),
+            (&one, "", Kin::Foreign),
+            (CLIENT_ID, "console-consumer", Kin::Foreign),
+        ] {
+            assert_eq!(kin(own, client), expected, "{own} beside {client}");
+        }
+    }
+
+    #[test]
+    fn a_group_names_the_members_that_are_not_of_this_service() {
+        let own = client_id(Some("a"));
+        let ours = member(&own, "10.0.0.1");
+        assert_eq!(complaint("g", &own, std::slice::from_ref(&ours)), None);
+        let mut members = vec![ours];
+        members.extend((2..7).map(|host| member("rdkafka", &format!("10.0.0.{host}"))));
+        let text = complaint("g", &own, &members).expect("foreign members");
+        let named = "group g is shared with another program: rdkafka at 10.0.0.2, rdkafka at \
+                     10.0.0.3, rdkafka at 10.0.0.4 and 2 more; ";
+        assert!(text.starts_with(named), "{text}");
+        members.push(member(&client_id(Some("b")), "10.0.0.9"));
+        let text = complaint("g", &own, &members).expect("another database");
+        assert!(text.contains("writes another database") && text.contains("10.0.0.9"), "{text}");
+    }
+}

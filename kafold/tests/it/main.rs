@@ -1,0 +1,7 @@
+//! Tests across all crates.
+
+mod damage;
+mod layout;
+mod metrics;
+mod rolling;
+mod supply;

@@ -1,0 +1,4 @@
+//! Tests of real databases.
+
+mod postgres;
+mod sqlite;

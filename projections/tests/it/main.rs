@@ -1,0 +1,13 @@
+//! Tests on both databases.
+
+#[macro_use]
+mod common;
+
+mod audit;
+mod categories;
+mod index;
+mod models;
+mod operators;
+mod outage;
+mod values;
+mod worker;
