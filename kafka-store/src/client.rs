@@ -321,18 +321,16 @@ impl Inquirer {
         Ok(brokers.map(|broker| format!("{}:{}", broker.host(), broker.port())).collect())
     }
 
-    /// Returns the consumer groups visible to this user, with the members of each.
-    pub(crate) fn groups(&self) -> KafkaResult<Vec<(String, Vec<GroupMember>)>> {
+    /// Returns the consumer groups visible to this user.
+    pub(crate) fn groups(&self) -> KafkaResult<Vec<Group>> {
         let groups = self.ask(self.timeout, |client, wait| client.fetch_group_list(None, wait))?;
-        let groups = groups.groups().iter();
-        Ok(groups.map(|group| (group.name().to_owned(), members(group))).collect())
+        Ok(groups.groups().iter().map(Group::of).collect())
     }
 
-    /// Returns the members of a group; none if the group does not exist or is not visible.
-    pub(crate) fn members(&self, group: &str, timeout: Duration) -> KafkaResult<Vec<GroupMember>> {
-        let groups =
-            self.ask(timeout, |client, wait| client.fetch_group_list(Some(group), wait))?;
-        Ok(groups.groups().iter().filter(|found| found.name() == group).flat_map(members).collect())
+    /// Returns a group; `None` if the group does not exist or is not visible.
+    pub(crate) fn group(&self, name: &str, timeout: Duration) -> KafkaResult<Option<Group>> {
+        let groups = self.ask(timeout, |client, wait| client.fetch_group_list(Some(name), wait))?;
+        Ok(groups.groups().iter().find(|found| found.name() == name).map(Group::of))
     }
 
     /// The first and the next offset of a partition, asked of its leader.
@@ -372,6 +370,16 @@ impl Inquirer {
     }
 }
 
+/// A consumer group.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Group {
+    pub(crate) name: String,
+    pub(crate) members: Vec<GroupMember>,
+    /// Whether a member uses the protocol of KIP-848, `group.protocol=consumer`. Brokers list such a group
+    /// and describe it as dead to clients of the classic protocol, which kafold has.
+    pub(crate) is_of_new_protocol: bool,
+}
+
 /// A member of a consumer group.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct GroupMember {
@@ -386,14 +394,23 @@ impl fmt::Display for GroupMember {
     }
 }
 
-fn members(group: &GroupInfo) -> Vec<GroupMember> {
-    let member = |member: &GroupMemberInfo| GroupMember {
-        client_id: member.client_id().to_owned(),
-        // Kafka writes an address as Java does, with an empty host name before it.
-        host: member.client_host().trim_start_matches('/').to_owned(),
-    };
-    group.members().iter().map(member).collect()
+impl Group {
+    fn of(group: &GroupInfo) -> Self {
+        let member = |member: &GroupMemberInfo| GroupMember {
+            client_id: member.client_id().to_owned(),
+            // Kafka writes an address as Java does, with an empty host name before it.
+            host: member.client_host().trim_start_matches('/').to_owned(),
+        };
+        Self {
+            name: group.name().to_owned(),
+            members: group.members().iter().map(member).collect(),
+            is_of_new_protocol: group.state() == DEAD,
+        }
+    }
 }
+
+/// The state of a group that a broker does not describe.
+const DEAD: &str = "Dead";
 
 impl Client {
     fn new(config: &KafkaConfig) -> KafkaResult<Self> {

@@ -183,6 +183,9 @@ impl Default for Limits {
     }
 }
 
+/// The least `message.max.bytes` that librdkafka takes; a topic may have less.
+const MESSAGE_BYTES_MIN: usize = 1_000;
+
 impl KafkaConfig {
     /// The topic that holds the events, and nothing but events, claims and barriers.
     pub fn events_topic(&self) -> String {
@@ -285,7 +288,7 @@ impl KafkaConfig {
         config
             .set("enable.idempotence", "true")
             .set("acks", "all")
-            .set("message.max.bytes", record_bytes_max.to_string());
+            .set("message.max.bytes", record_bytes_max.max(MESSAGE_BYTES_MIN).to_string());
         config
     }
 

@@ -12,8 +12,9 @@ use kafold_core::Clock;
 use kafold_core::digest::Digest;
 use rdkafka::error::{KafkaError, KafkaResult};
 
-use crate::client::{GroupMember, Inquirer};
+use crate::client::{Group, GroupMember, Inquirer};
 use crate::guard::Refusals;
+use crate::membership::Denials;
 
 /// The client id of a member without a database, and the first word of every other.
 const CLIENT_ID: &str = "kafold";
@@ -65,7 +66,8 @@ fn kin(own: &str, client_id: &str) -> Kin {
 
 /// Returns one sentence about the members of a group that are no part of this service; `None` if all
 /// are.
-fn complaint(group: &str, own: &str, members: &[GroupMember]) -> Option<String> {
+fn complaint(group: &Group, own: &str) -> Option<String> {
+    let Group { name, members, is_of_new_protocol } = group;
     let of = |wanted| members.iter().filter(move |member| kin(own, &member.client_id) == wanted);
     let named = |wanted| {
         let named: Vec<_> = of(wanted).take(NAMED_MAX).map(ToString::to_string).collect();
@@ -76,14 +78,16 @@ fn complaint(group: &str, own: &str, members: &[GroupMember]) -> Option<String> 
     if of(Kin::OtherDatabase).next().is_some() {
         let others = named(Kin::OtherDatabase);
         return Some(format!(
-            "group {group} is shared with a node that writes another database: {others}; {REMEDY}"
+            "group {name} is shared with a node that writes another database: {others}; {REMEDY}"
         ));
     }
-    of(Kin::Foreign).next()?;
+    let foreign = match is_of_new_protocol {
+        true => "a consumer with group.protocol=consumer".to_owned(),
+        false => of(Kin::Foreign).next().map(|_| named(Kin::Foreign))?,
+    };
     Some(format!(
-        "group {group} is shared with another program: {}; nobody serves the partitions that the group \
-         gives to it: stop it, or give it a group of its own",
-        named(Kin::Foreign)
+        "group {name} is shared with another program: {foreign}; nobody serves the partitions that the \
+         group gives to it: stop it, or give it a group of its own"
     ))
 }
 
@@ -116,8 +120,7 @@ impl GroupMembers {
         let deadline = self.clock.instant() + patience;
         loop {
             let other = match self.look().await {
-                Ok(members) => members
-                    .into_iter()
+                Ok(group) => (group?.members.into_iter())
                     .find(|member| kin(&self.own, &member.client_id) == Kin::OtherDatabase)?,
                 Err(error) => {
                     tracing::debug!(group = self.group, %error, "cannot look up the members");
@@ -133,12 +136,16 @@ impl GroupMembers {
 
     /// Reports members that are no part of this service, as long as they are there. Ends with the
     /// task only.
-    pub(crate) async fn watch(self, strangers: Arc<Refusals>) {
-        let told = Told { strangers, what: format!("group {}, as it is shared", self.group) };
+    ///
+    /// Of two nodes with different databases that have joined at the same moment one has a complaint
+    /// in `refusals`, which ends a starting program.
+    pub(crate) async fn watch(self, Denials { refusals, strangers, .. }: Denials) {
+        let what = format!("members of group {}", self.group);
+        let told = Told { refusals, strangers, what };
         self.clock.sleep(LOOK_DELAY).await;
         loop {
             match self.look().await {
-                Ok(members) => told.follow(complaint(&self.group, &self.own, &members)),
+                Ok(group) => told.follow(group.as_ref(), &self.own),
                 Err(error) => {
                     tracing::debug!(group = self.group, %error, "cannot look up the members");
                 }
@@ -147,45 +154,59 @@ impl GroupMembers {
         }
     }
 
-    async fn look(&self) -> KafkaResult<Vec<GroupMember>> {
+    async fn look(&self) -> KafkaResult<Option<Group>> {
         let (inquirer, group) = (Arc::clone(&self.inquirer), self.group.clone());
-        let asked = tokio::task::spawn_blocking(move || inquirer.members(&group, TIMEOUT)).await;
+        let asked = tokio::task::spawn_blocking(move || inquirer.group(&group, TIMEOUT)).await;
         asked.unwrap_or_else(|error| Err(KafkaError::ClientCreation(error.to_string())))
     }
 }
 
+/// Returns whether a node with another database precedes this one: the smaller identity stays.
+fn yields(group: &Group, own: &str) -> bool {
+    let mut members = group.members.iter().map(|member| member.client_id.as_str());
+    members.any(|other| kin(own, other) == Kin::OtherDatabase && other < own)
+}
+
 /// Withdraws the complaint when the watch ends.
 struct Told {
+    refusals: Arc<Refusals>,
     strangers: Arc<Refusals>,
     what: String,
 }
 
 impl Told {
-    fn follow(&self, complaint: Option<String>) {
-        match complaint {
-            // The members may have changed.
-            Some(complaint) => self.strangers.replace(&self.what, complaint),
-            None => self.strangers.clear(&self.what, ""),
+    fn follow(&self, group: Option<&Group>, own: &str) {
+        let complaint = group.and_then(|group| Some((group, complaint(group, own)?)));
+        let Some((group, complaint)) = complaint else { return self.withdraw() };
+        // The members may have changed.
+        match yields(group, own) {
+            true => self.refusals.replace(&self.what, complaint),
+            false => {
+                self.refusals.clear(&self.what, "");
+                self.strangers.replace(&self.what, complaint);
+            }
         }
+    }
+
+    fn withdraw(&self) {
+        self.refusals.clear(&self.what, "");
+        self.strangers.clear(&self.what, "");
     }
 }
 
 impl Drop for Told {
     fn drop(&mut self) {
-        self.strangers.clear(&self.what, "");
+        self.withdraw();
     }
 }
 
-/// Returns the sentences about all groups of a log, each with its members.
-pub(crate) fn complaints(
-    groups: &[(String, Vec<GroupMember>)],
-    owners: &str,
-    database: Option<&str>,
-) -> Vec<String> {
-    let complaint = |(group, members): &(String, Vec<GroupMember>)| {
-        // Readers with another database have a group of their own.
-        let database = database.filter(|_| group == owners);
-        complaint(group, &client_id(database), members)
+/// Returns one sentence for each group with members that are no part of the service. Nodes with
+/// different databases are compared with each other.
+pub(crate) fn complaints(groups: &[Group]) -> Vec<String> {
+    let complaint = |group: &Group| {
+        let mut own = group.members.iter().map(|member| member.client_id.as_str());
+        let own = own.find(|id| kin(CLIENT_ID, id) == Kin::Ours).unwrap_or(CLIENT_ID);
+        complaint(group, own)
     };
     groups.iter().filter_map(complaint).collect()
 }
@@ -217,19 +238,35 @@ mod tests {
         }
     }
 
+    fn group(members: Vec<GroupMember>) -> Group {
+        Group { name: "g".into(), members, is_of_new_protocol: false }
+    }
+
     #[test]
     fn a_group_names_the_members_that_are_not_of_this_service() {
-        let own = client_id(Some("a"));
+        let (own, other) = (client_id(Some("a")), client_id(Some("b")));
         let ours = member(&own, "10.0.0.1");
-        assert_eq!(complaint("g", &own, std::slice::from_ref(&ours)), None);
-        let mut members = vec![ours];
-        members.extend((2..7).map(|host| member("rdkafka", &format!("10.0.0.{host}"))));
-        let text = complaint("g", &own, &members).expect("foreign members");
+        let mut shared = group(vec![ours]);
+        assert_eq!(complaint(&shared, &own), None);
+        shared.members.extend((2..7).map(|host| member("rdkafka", &format!("10.0.0.{host}"))));
+        let text = complaint(&shared, &own).expect("foreign members");
         let named = "group g is shared with another program: rdkafka at 10.0.0.2, rdkafka at \
                      10.0.0.3, rdkafka at 10.0.0.4 and 2 more; ";
         assert!(text.starts_with(named), "{text}");
-        members.push(member(&client_id(Some("b")), "10.0.0.9"));
-        let text = complaint("g", &own, &members).expect("another database");
+        assert!(!yields(&shared, &own));
+        shared.members.push(member(&other, "10.0.0.9"));
+        let text = complaint(&shared, &own).expect("another database");
         assert!(text.contains("writes another database") && text.contains("10.0.0.9"), "{text}");
+        assert_ne!(yields(&shared, &own), yields(&shared, &other), "one of the two stays");
+        assert_eq!(complaints(&[shared]), [text]);
+        let opaque = Group { is_of_new_protocol: true, ..group(Vec::new()) };
+        let text = complaint(&opaque, &own).expect("a member that is not shown");
+        assert!(text.contains("group.protocol=consumer"), "{text}");
+        let worker = group(vec![member(&other, "10.0.0.9")]);
+        assert_eq!(
+            complaints(&[worker]),
+            Vec::<String>::new(),
+            "the database of an operator's does not count"
+        );
     }
 }

@@ -90,7 +90,7 @@ impl Refusals {
         told.by.remove(by);
         if told.by.is_empty() {
             all.remove(what);
-            tracing::info!("no longer refused: {what}");
+            tracing::info!("no complaint any more: {what}");
         }
     }
 

@@ -82,6 +82,11 @@ impl Inspector {
         Self { reader, ..self.clone() }
     }
 
+    /// The same, for a topic that was just made: no leader of it is stale.
+    pub(crate) fn of_new_topic(&self) -> Self {
+        Self { patience: Duration::ZERO, ..self.clone() }
+    }
+
     /// Checks a stored position, the default one for none. An end that is too low is looked at
     /// again for a while: a stale leader looks the same.
     pub(crate) async fn check(

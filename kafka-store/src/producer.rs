@@ -185,7 +185,9 @@ fn failure(error: &KafkaError) -> ReportFailure {
     let reason = match code {
         Some(C::InvalidTimestamp) => CLOCK_REFUSED.into(),
         Some(C::MessageSizeTooLarge) => {
-            "max.message.bytes of the topic was lowered below the size of the batch".into()
+            "max.message.bytes of the events topic is below the size of the batch: raise it \
+             (kafka-configs.sh --alter --entity-type topics --add-config max.message.bytes=1048588)"
+                .into()
         }
         _ => error.to_string(),
     };

@@ -161,7 +161,7 @@ impl EventSource for KafkaSource {
                 )
                 .map_err(|error| ReadError::unavailable(RETRY_AFTER, error))?;
                 let members = GroupMembers::new(&self.inquirer, &self.clock, &group, database);
-                tasks.spawn(members.watch(Arc::clone(&self.denials.strangers)));
+                tasks.spawn(members.watch(self.denials.clone()));
                 (Some(member), Some(group), VecDeque::new())
             }
         };

@@ -136,7 +136,8 @@ impl KafkaStore {
             Arc::clone(&inquirer),
             Arc::clone(&clock),
         );
-        check_log(&config, topic, &*index, &inspector, &*clock).await?;
+        let inspecting = if topic.is_new { inspector.of_new_topic() } else { inspector.clone() };
+        check_log(&config, topic, &*index, &inspecting, &*clock).await?;
         check_beside(&config, topic, &inquirer).await?;
         let database = index.database().map(str::to_owned);
         let owners = config.owners_group();
@@ -256,7 +257,7 @@ impl KafkaStore {
                     &*clock,
                 )
                 .map_err(client_error)?;
-                tasks.spawn(members.watch(Arc::clone(&denials.strangers)));
+                tasks.spawn(members.watch(denials.clone()));
                 tasks.spawn(Arc::clone(&ownership).follow(rebalances));
                 let membership = Arc::new(membership);
                 tasks.spawn(aside::watch(

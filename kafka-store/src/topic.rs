@@ -43,6 +43,8 @@ pub(crate) struct EventsTopic {
     pub(crate) record_bytes_max: usize,
     /// The shortest session timeout that the brokers allow to a member of a group.
     pub(crate) session_timeout_min: Duration,
+    /// Whether this process has just made it.
+    pub(crate) is_new: bool,
 }
 
 /// Creates the topics that are absent and checks the events topic; tells which were there. Blocks;
@@ -74,7 +76,8 @@ pub(crate) fn prepare(
     for warning in config.warnings() {
         tracing::warn!("{warning}");
     }
-    Ok((EventsTopic { session_timeout_min, ..events }, made))
+    let is_new = found.is_none();
+    Ok((EventsTopic { session_timeout_min, is_new, ..events }, made))
 }
 
 /// Returns the events topic, checked as in [`prepare`]. Creates nothing and reads no other topic.
@@ -307,6 +310,7 @@ impl<'a> Preparation<'a> {
             partitions: used_partitions(self.config, shape.partitions),
             record_bytes_max: record_bytes_max(&settings),
             session_timeout_min: SESSION_TIMEOUT_MIN_DEFAULT,
+            is_new: false,
         })
     }
 

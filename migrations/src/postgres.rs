@@ -59,7 +59,31 @@ struct Inner {
     pool: PgPool,
     url: PostgresUrl,
     identity: String,
+    renewal: Arc<Renewal>,
     watch: Mutex<Watch>,
+}
+
+/// Has older connections closed at their next use. Behind a pooler that has changed its mode for a
+/// while they would go on with statements of other sessions.
+#[derive(Debug, Default)]
+struct Renewal {
+    /// Connections opened before are closed.
+    at: Mutex<Option<Instant>>,
+}
+
+impl Renewal {
+    fn lock(&self) -> MutexGuard<'_, Option<Instant>> {
+        self.at.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn renew(&self) {
+        *self.lock() = Some(SystemClock.instant());
+    }
+
+    fn is_due(&self, age: Duration) -> bool {
+        let at = *self.lock();
+        at.is_some_and(|at| age > SystemClock.instant().saturating_duration_since(at))
+    }
 }
 
 /// The role and the results of the probes of a database.
@@ -93,14 +117,20 @@ impl PostgresDatabase {
         for warning in warnings {
             tracing::warn!(database = url.shown, "{warning}");
         }
+        let renewal = Arc::new(Renewal::default());
+        let renewed = Arc::clone(&renewal);
         let pool = PgPoolOptions::new()
             .max_connections(CONNECTIONS_MAX)
             .acquire_timeout(ACQUIRE_TIMEOUT)
             // A round trip each time, while the connection is in use all the time.
             .test_before_acquire(false)
             .after_connect(|connection, _| Box::pin(settle(connection)))
-            .before_acquire(|connection, about| {
+            .before_acquire(move |connection, about| {
+                let is_old = renewed.is_due(about.age);
                 Box::pin(async move {
+                    if is_old {
+                        return Ok(false);
+                    }
                     if about.idle_for >= TRIED_AFTER_IDLE {
                         connection.ping().await?;
                     }
@@ -108,7 +138,9 @@ impl PostgresDatabase {
                 })
             })
             .connect_lazy_with(options);
-        Ok(Self { inner: Arc::new(Inner { pool, url, identity, watch: Mutex::default() }) })
+        Ok(Self {
+            inner: Arc::new(Inner { pool, url, identity, renewal, watch: Mutex::default() }),
+        })
     }
 
     /// Rejects a login without all rights of the role, and [watches](Self::watch) the database.
@@ -180,6 +212,7 @@ impl Inner {
         let failed = |error| opening_failed(shown, error);
         let probing = async {
             let mut connection = PgConnection::connect_with(&options).await.map_err(failed)?;
+            server::refuse_shared_sessions(shown, &options, &mut connection).await?;
             let missing = rights::missing(&mut connection, role, None).await.map_err(failed)?;
             connection.close().await.map_err(failed)?;
             Ok(missing)
@@ -210,6 +243,7 @@ impl Inner {
         match probed {
             Ok(()) => {
                 if watch.complaint.take().is_some() {
+                    self.renewal.renew();
                     tracing::info!(database = self.url.shown, "the database refuses no more");
                 }
                 watch.complained_at = None;

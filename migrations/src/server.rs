@@ -43,8 +43,19 @@ pub(crate) async fn check(
             ),
         ));
     }
+    refuse_shared_sessions(shown, options, connection).await?;
+    Ok(format!("{}.{}", system(connection).await, text(4)?))
+}
+
+/// Rejects a connection pooler which gives each transaction another session.
+pub(crate) async fn refuse_shared_sessions(
+    shown: &str,
+    options: &PgConnectOptions,
+    connection: &mut PgConnection,
+) -> Result<(), DatabaseError> {
+    let failed = |error| opening_failed(shown, error);
     match shares_sessions(options, connection).await.map_err(failed)? {
-        false => Ok(format!("{}.{}", system(connection).await, text(4)?)),
+        false => Ok(()),
         true => Err(DatabaseError::refused(
             format!("{shown} is a connection pooler that gives each transaction another session"),
             POOLER_REMEDY,

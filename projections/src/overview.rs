@@ -201,7 +201,7 @@ impl ProjectionRow {
     /// Returns the reason of a projection which no worker runs.
     fn unattended(&self) -> Option<String> {
         let remedy = format!(
-            "start a program that has this projection, or remove it: `kafold projections remove {}`",
+            "start a program that has this projection; if no program has it any more, run `kafold projections remove {} --reason TEXT`",
             self.name
         );
         let seconds = self.unseen_seconds.filter(|seconds| *seconds > UNSEEN_SECONDS_MAX)?;

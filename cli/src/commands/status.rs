@@ -33,7 +33,6 @@ struct LogStatus {
 
 struct DatabaseStatus {
     url: String,
-    identity: String,
     /// Where the stream index stands; a log in a file has none.
     index: Option<BTreeMap<Partition, Offset>>,
     projections: Vec<Overview>,
@@ -55,7 +54,8 @@ pub(crate) async fn run(context: &mut Context) -> Result<(), Error> {
     }
     log.and(database)?;
     match status.ahead().as_slice() {
-        [] => Ok(()),
+        [] if status.strangers.is_empty() => Ok(()),
+        [] => Err(Error::failed(status.strangers.join("; "))),
         ahead => {
             let places: Vec<_> = ahead.iter().map(ToString::to_string).collect();
             Err(Error::failed(format!(
@@ -97,9 +97,7 @@ async fn strangers(context: &Context, status: &Status) -> Vec<String> {
     let Some(url @ LogUrl::Kafka(_)) = status.log.as_ref().map(|log| &log.url) else {
         return Vec::new();
     };
-    let identity = status.database.as_ref().map(|database| database.identity.as_str());
-    let found =
-        async { Ok::<_, Error>(operator(url, &context.clock).await?.strangers(identity).await?) };
+    let found = async { Ok::<_, Error>(operator(url, &context.clock).await?.strangers().await?) };
     found.await.unwrap_or_else(|error| vec![error.reason().to_owned()])
 }
 
@@ -114,8 +112,8 @@ async fn database(context: &Context, status: &mut Status) -> Result<(), Error> {
             Some(cursors.into_iter().map(|(partition, at)| (partition, at.next)).collect())
         }
     };
-    let (url, identity) = (database.url().to_owned(), database.identity().to_owned());
-    status.database = Some(DatabaseStatus { url, identity, index, projections });
+    let url = database.url().to_owned();
+    status.database = Some(DatabaseStatus { url, index, projections });
     Ok(())
 }
 

@@ -13,11 +13,13 @@ use crate::admin::Context;
 use crate::error::Error;
 use crate::log::Log;
 use crate::output::{Output, count};
-use crate::overview;
+use crate::overview::{self, PartitionView};
 use crate::progress::Progress;
 
 /// Differences that are told of the log and of the index.
 const SHOWN_MAX: usize = 10;
+/// The name of the stream index among what is behind the log.
+const INDEX: &str = "stream index";
 
 /// What was compared, and what differs.
 #[derive(Default, Serialize)]
@@ -35,7 +37,7 @@ struct Report {
     not_verified: Vec<String>,
     /// Projections that name no tables to compare.
     without_tables: Vec<String>,
-    /// Records of the log that a projection has not applied, by projection and partition.
+    /// Records of the log that the stream index or a projection has not read, by name and partition.
     behind: BTreeMap<String, BTreeMap<u32, u64>>,
 }
 
@@ -77,6 +79,10 @@ async fn verify_log(
     let mut versions: HashMap<StreamId, Version> = HashMap::new();
     let views = overview::partitions(log).await?;
     let progress = Progress::new(views.iter().map(|seen| seen.end.0).sum(), "the log");
+    if let Some(indexed) = &indexed {
+        let behind = views.iter().map(|view| (view.partition.0, indexed.lag(view)));
+        report.add_behind(INDEX, behind);
+    }
     for view in views {
         let mut batches = log.replay(view.partition, None, view.end);
         while let Some(batch) = batches.try_next().await? {
@@ -128,6 +134,12 @@ impl Index {
         let next = cursors.into_iter().map(|(partition, cursor)| (partition, cursor.next));
         let index = SqlIndex::new(database.clone());
         Ok(Some(Self { index, next: next.collect(), events: HashMap::new() }))
+    }
+
+    /// Returns the number of records of a partition that the index has not read.
+    fn lag(&self, view: &PartitionView) -> u64 {
+        let next = self.next.get(&view.partition).copied().unwrap_or_default();
+        view.end.0.saturating_sub(next.0)
     }
 
     async fn compare(
@@ -185,6 +197,13 @@ impl Index {
 }
 
 impl Report {
+    fn add_behind(&mut self, name: &str, behind: impl Iterator<Item = (u32, u64)>) {
+        let behind: BTreeMap<_, _> = behind.filter(|(_, records)| *records > 0).collect();
+        if !behind.is_empty() {
+            self.behind.insert(name.to_owned(), behind);
+        }
+    }
+
     fn differs(&mut self, difference: String) {
         if self.index_differences.len() < SHOWN_MAX {
             self.index_differences.push(difference);
@@ -208,10 +227,7 @@ async fn verify_projections(
     let known = Control::new(database.clone()).list(&ends).await?;
     for seen in &known {
         let behind = seen.partitions.iter().map(|place| (place.partition, place.lag_records()));
-        let behind: BTreeMap<_, _> = behind.filter(|(_, records)| *records > 0).collect();
-        if !behind.is_empty() {
-            report.behind.insert(seen.name.clone(), behind);
-        }
+        report.add_behind(&seen.name, behind);
     }
     let mut known: Vec<_> = known.into_iter().map(|seen| seen.name).collect();
     if let Some(worker) = context.domain.worker {

@@ -11,7 +11,7 @@ use rdkafka::error::KafkaResult;
 use uuid::Uuid;
 
 use super::Operator;
-use crate::client::{GroupMember, Inquirer};
+use crate::client::{Group, Inquirer};
 use crate::config::KafkaConfig;
 use crate::error::OpenError;
 use crate::forward::nodes::{self, Announcement};
@@ -50,20 +50,20 @@ impl Operator {
             }
             _ => Vec::new(),
         };
-        let groups = groups.into_iter().map(|(name, members)| (name, members.len())).collect();
+        let groups = groups.into_iter().map(|group| (group.name, group.members.len())).collect();
         Ok(Presence { nodes, groups })
     }
 
-    /// Returns one sentence for each of the log's groups with members that are no part of the service
-    /// with this database: other programs, and nodes with another database. Groups that are not
-    /// visible to this user are left out.
-    pub async fn strangers(&self, database: Option<&str>) -> Result<Vec<String>, OpenError> {
+    /// Returns one sentence for each of the log's groups with members that are no part of the service:
+    /// other programs, and nodes with different databases. Groups that are not visible to this user
+    /// are left out.
+    pub async fn strangers(&self) -> Result<Vec<String>, OpenError> {
         let doing = "asking for the members of the log's groups";
         let listing = move |this: &Self| {
             groups(&this.config, &this.inquirer).map_err(|error| this.error(doing, error))
         };
         let groups = self.blocking(doing, listing).await?;
-        Ok(group::complaints(&groups, &self.config.owners_group(), database))
+        Ok(group::complaints(&groups))
     }
 
     /// Returns the nodes with a newest announcement in this range other than their end.
@@ -106,15 +106,13 @@ fn lately(operator: &Operator) -> KafkaResult<Option<(Offset, Offset)>> {
 }
 
 /// Returns the log's groups with members.
-fn groups(
-    config: &KafkaConfig,
-    inquirer: &Inquirer,
-) -> KafkaResult<Vec<(String, Vec<GroupMember>)>> {
+fn groups(config: &KafkaConfig, inquirer: &Inquirer) -> KafkaResult<Vec<Group>> {
     let (owners, readers) = (config.owners_group(), config.readers_groups());
     let mut groups = inquirer.groups()?;
-    groups.retain(|(name, members)| {
-        !members.is_empty() && (*name == owners || name.starts_with(&readers))
+    groups.retain(|Group { name, members, is_of_new_protocol }| {
+        let is_used = !members.is_empty() || *is_of_new_protocol;
+        is_used && (*name == owners || name.starts_with(&readers))
     });
-    groups.sort_unstable_by(|(one, _), (other, _)| one.cmp(other));
+    groups.sort_unstable_by(|one, other| one.name.cmp(&other.name));
     Ok(groups)
 }

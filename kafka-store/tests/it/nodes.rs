@@ -736,6 +736,35 @@ async fn open_in(config: &KafkaConfig, database: &'static str) -> Result<KafkaSt
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn of_two_nodes_that_join_at_once_with_two_databases_one_gives_up() {
+    let Some(brokers) = support::brokers("of_two_nodes_that_join_at_once") else { return };
+    let config = config(&brokers, "at-once", 2);
+    let (blue, green) = tokio::join!(open_in(&config, "blue"), open_in(&config, "green"));
+    let nodes = match (blue, green) {
+        (Ok(blue), Ok(green)) => [blue, green],
+        // One of the two was a little faster.
+        (Ok(one), Err(error)) | (Err(error), Ok(one)) => {
+            assert!(error.to_string().contains("writes another database"), "{error}");
+            return one.shutdown().await;
+        }
+        (Err(one), Err(other)) => panic!("{one}; {other}"),
+    };
+    let refused =
+        |node: &KafkaStore| node.refusals().iter().any(|it| it.contains("another database"));
+    support::until("one of the two is refused", || {
+        let refused = nodes.iter().filter(|node| refused(node)).count();
+        let unready = nodes.iter().filter(|node| node.health() != Health::Ready).count();
+        if (refused, unready) == (1, 2) { Ok(()) } else { Err(format!("{refused}, {unready}")) }
+    })
+    .await;
+    let (given_up, kept): (Vec<_>, Vec<_>) = nodes.into_iter().partition(refused);
+    for node in given_up {
+        node.shutdown().await;
+    }
+    support::ready(&kept[0]).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_node_with_another_database_is_refused_until_the_first_one_has_left() {
     let Some(brokers) = support::brokers("a_node_with_another_database") else { return };
     let config = config(&brokers, "databases", 2);
@@ -766,7 +795,7 @@ async fn another_program_in_a_group_of_the_log_is_named_until_it_leaves() {
     let mut tasks = tokio::task::JoinSet::new();
     tasks.spawn(async move { while reading.next().await.is_ok() {} });
     let operator = Operator::connect(config.clone(), support::clock()).await.expect("connected");
-    assert_eq!(operator.strangers(Some("blue")).await.expect("answers"), Vec::<String>::new());
+    assert_eq!(operator.strangers().await.expect("answers"), Vec::<String>::new());
     let groups = operator.presence().await.expect("answers").groups;
     let groups: Vec<_> = groups.into_iter().map(|(group, _)| group).collect();
     assert_eq!(groups.len(), 2, "{groups:?}");
@@ -776,20 +805,28 @@ async fn another_program_in_a_group_of_the_log_is_named_until_it_leaves() {
         } else {
             config.commands_topic()
         };
-        let foreign = support::joined(&brokers, group, &topic);
-        let named = support::until("it is named", || match store.health() {
-            Health::NotReady(reasons) => Ok(reasons.join("; ")),
-            Health::Ready => Err("ready".into()),
-        });
-        let named = named.await;
-        assert!(named.contains(group) && named.contains("a stranger at 127.0.0.1"), "{named}");
-        let strangers = operator.strangers(Some("blue")).await.expect("answers");
-        assert!(strangers.len() == 1 && strangers[0].contains("a stranger"), "{strangers:?}");
-        drop(foreign);
-        support::ready(&store).await;
+        for protocol in ["classic", "consumer"] {
+            let foreign = support::joined(&brokers, group, &topic, protocol);
+            let named = support::until("it is named", || {
+                let _ = foreign.poll(Duration::ZERO);
+                match store.health() {
+                    Health::NotReady(reasons) => Ok(reasons.join("; ")),
+                    Health::Ready => Err("ready".into()),
+                }
+            });
+            let named = named.await;
+            let stranger = if protocol == "classic" {
+                "a stranger at 127.0.0.1"
+            } else {
+                "group.protocol=consumer"
+            };
+            assert!(named.contains(group) && named.contains(stranger), "{named}");
+            let strangers = operator.strangers().await.expect("answers");
+            assert!(strangers.len() == 1 && strangers[0].contains(stranger), "{strangers:?}");
+            drop(foreign);
+            support::ready(&store).await;
+        }
     }
-    let others = operator.strangers(Some("green")).await.expect("answers");
-    assert!(others.len() == 1 && others[0].contains("another database"), "{others:?}");
     drop(tasks);
     store.shutdown().await;
 }

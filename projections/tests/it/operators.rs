@@ -259,7 +259,10 @@ async fn a_projection_that_no_worker_runs_is_named_and_can_be_removed(database: 
     let (stopped, reason) = state().await;
     assert_eq!(stopped, OverviewState::Stopped);
     assert!(reason.starts_with("no worker has run it for 10"), "{reason}");
-    assert!(reason.contains("`kafold projections remove customer_totals`"), "{reason}");
+    assert!(
+        reason.contains("`kafold projections remove customer_totals --reason TEXT`"),
+        "{reason}"
+    );
 
     let nobody = By { actor: "nobody", reason: None };
     let refused = control.remove(CustomerTotals::NAME, nobody).await.expect_err("no reason");

@@ -2,7 +2,6 @@
 
 use std::collections::BTreeSet;
 
-use kafold::Database;
 use kafold::kafka::Operator;
 use kafold::kafka::operate::{Broker, Peer};
 
@@ -51,21 +50,16 @@ pub(super) async fn check(context: &Context, url: &LogUrl, checks: &mut Checks) 
     !absent.contains(&operator.config().events_topic())
 }
 
-/// Reports members of the log's groups that are no part of the service with this database.
-pub(super) async fn check_groups(
-    context: &Context,
-    url: &LogUrl,
-    database: Option<&Database>,
-    checks: &mut Checks,
-) {
+/// Reports members of the log's groups that are no part of the service.
+pub(super) async fn check_groups(context: &Context, url: &LogUrl, checks: &mut Checks) {
     const NAME: &str = "groups";
     let found = async {
         let operator = operator(url, &context.clock).await?;
-        Ok::<_, Error>(operator.strangers(database.map(Database::identity)).await?)
+        Ok::<_, Error>(operator.strangers().await?)
     };
     match found.await {
         Ok(strangers) if strangers.is_empty() => {
-            checks.ok(NAME, "no member of another program or database is visible");
+            checks.ok(NAME, "no member of another program is visible");
         }
         Ok(strangers) => {
             for stranger in strangers {

@@ -238,7 +238,12 @@ impl<S: Send + Sync> FromRequestParts<S> for CommandHeaders {
     type Rejection = Problem;
 
     async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, Problem> {
-        let key = parsed(&parts.headers, "idempotency-key", "a UUID", Uuid::from_str)?;
+        // The IETF's draft writes the key in quotes, as a string of a structured field.
+        let unquoted = |text: &str| {
+            let inner = text.strip_prefix('"').and_then(|text| text.strip_suffix('"'));
+            Uuid::from_str(inner.unwrap_or(text))
+        };
+        let key = parsed(&parts.headers, "idempotency-key", "a UUID", unquoted)?;
         let precondition = parsed(
             &parts.headers,
             "if-match",

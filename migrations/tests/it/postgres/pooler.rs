@@ -1,5 +1,6 @@
 //! Databases behind PgBouncer, and databases that cannot store every text.
 
+use kafold_migrations::rights::Role;
 use kafold_migrations::sqlx::postgres::PgConnectOptions;
 use kafold_migrations::sqlx::{self, Connection, PgConnection};
 use kafold_migrations::{Database, Mode, refusal};
@@ -107,6 +108,20 @@ async fn a_pooler_is_refused_unless_it_keeps_sessions() {
     }
     let found = found.expect("statements of one connection meet those of another");
     assert!(found.remedy.contains("pool_mode=session"), "{found:?}");
+
+    // A running process names it, and goes on with new connections when it is mended.
+    let watched = Database::Postgres(database.clone());
+    watched.watch(Role::Service);
+    let words = "gives each transaction another session";
+    let is_named = async || watched.complaint().is_some_and(|complaint| complaint.contains(words));
+    eventually("it is named", is_named).await;
+    pooler.in_mode("session", &direct).await;
+    eventually("it is mended", async || watched.complaint().is_none()).await;
+    let pid = "SELECT pg_backend_pid()";
+    for _ in 0..20 {
+        let asked: Result<i32, _> = sqlx::query_scalar(pid).fetch_one(database.pool()).await;
+        asked.expect("the statements of a session are its own");
+    }
 }
 
 #[tokio::test]
