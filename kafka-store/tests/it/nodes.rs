@@ -805,27 +805,17 @@ async fn another_program_in_a_group_of_the_log_is_named_until_it_leaves() {
         } else {
             config.commands_topic()
         };
-        for protocol in ["classic", "consumer"] {
-            let foreign = support::joined(&brokers, group, &topic, protocol);
-            let named = support::until("it is named", || {
-                let _ = foreign.poll(Duration::ZERO);
-                match store.health() {
-                    Health::NotReady(reasons) => Ok(reasons.join("; ")),
-                    Health::Ready => Err("ready".into()),
-                }
-            });
-            let named = named.await;
-            let stranger = if protocol == "classic" {
-                "a stranger at 127.0.0.1"
-            } else {
-                "group.protocol=consumer"
-            };
-            assert!(named.contains(group) && named.contains(stranger), "{named}");
-            let strangers = operator.strangers().await.expect("answers");
-            assert!(strangers.len() == 1 && strangers[0].contains(stranger), "{strangers:?}");
-            drop(foreign);
-            support::ready(&store).await;
-        }
+        let foreign = support::joined(&brokers, group, &topic);
+        let named = support::until("it is named", || match store.health() {
+            Health::NotReady(reasons) => Ok(reasons.join("; ")),
+            Health::Ready => Err("ready".into()),
+        });
+        let named = named.await;
+        assert!(named.contains(group) && named.contains("a stranger at 127.0.0.1"), "{named}");
+        let strangers = operator.strangers().await.expect("answers");
+        assert!(strangers.len() == 1 && strangers[0].contains("a stranger"), "{strangers:?}");
+        drop(foreign);
+        support::ready(&store).await;
     }
     drop(tasks);
     store.shutdown().await;

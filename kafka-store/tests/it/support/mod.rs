@@ -120,21 +120,19 @@ pub(crate) fn admin(brokers: &str) -> AdminClient<DefaultClientContext> {
     ClientConfig::new().set("bootstrap.servers", brokers).create().expect("an admin client")
 }
 
-/// A consumer of another program that joins a group. With the classic protocol it has got partitions.
-pub(crate) fn joined(brokers: &str, group: &str, topic: &str, protocol: &str) -> BaseConsumer {
-    let mut settings = ClientConfig::new();
-    settings
+/// A consumer of another program, which has joined a group and got its first answer.
+pub(crate) fn joined(brokers: &str, group: &str, topic: &str) -> BaseConsumer {
+    let consumer: BaseConsumer = ClientConfig::new()
         .set("bootstrap.servers", brokers)
         .set("client.id", "a stranger")
         .set("group.id", group)
-        .set("group.protocol", protocol);
-    if protocol == "classic" {
-        settings.set("partition.assignment.strategy", "cooperative-sticky");
-    }
-    let consumer: BaseConsumer = settings.create().expect("a consumer");
+        .set("partition.assignment.strategy", "cooperative-sticky")
+        .set("session.timeout.ms", "6000")
+        .create()
+        .expect("a consumer");
     consumer.subscribe(&[topic]).expect("subscribed");
     let deadline = SystemClock.instant() + WAIT_MAX;
-    while protocol == "classic" && consumer.assignment().expect("known").count() == 0 {
+    while consumer.assignment().expect("known").count() == 0 {
         assert!(SystemClock.instant() < deadline, "the group gives it nothing");
         let _ = consumer.poll(Duration::from_millis(50));
     }
