@@ -1,5 +1,5 @@
-//! A node with a clock that the brokers refuse leaves the group of the nodes, so that other nodes serve its
-//! partitions.
+//! A node leaves the group of the nodes while the brokers refuse the times of its records. The other nodes
+//! serve its partitions meanwhile.
 
 use std::sync::Arc;
 use std::time::Duration;

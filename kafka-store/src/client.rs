@@ -307,18 +307,18 @@ impl Inquirer {
 
     /// The brokers that are up: id, host and port of each.
     pub(crate) fn brokers(&self) -> KafkaResult<Vec<(i32, String)>> {
-        let metadata = self.ask(self.timeout, |client, wait| client.fetch_metadata(None, wait))?;
-        let brokers = metadata.brokers().iter();
-        Ok(brokers.map(|b| (b.id(), format!("{}:{}", b.host(), b.port()))).collect())
+        self.brokers_beside(None)
     }
 
-    /// Returns the advertised host and port of each broker, as the answer to a question about a topic
-    /// names them.
-    pub(crate) fn advertised(&self, topic: &str) -> KafkaResult<Vec<String>> {
-        let metadata =
-            self.ask(self.timeout, |client, wait| client.fetch_metadata(Some(topic), wait))?;
+    /// The same, asked beside one topic: a smaller answer than with all topics.
+    pub(crate) fn advertised(&self, topic: &str) -> KafkaResult<Vec<(i32, String)>> {
+        self.brokers_beside(Some(topic))
+    }
+
+    fn brokers_beside(&self, topic: Option<&str>) -> KafkaResult<Vec<(i32, String)>> {
+        let metadata = self.ask(self.timeout, |client, wait| client.fetch_metadata(topic, wait))?;
         let brokers = metadata.brokers().iter();
-        Ok(brokers.map(|broker| format!("{}:{}", broker.host(), broker.port())).collect())
+        Ok(brokers.map(|b| (b.id(), format!("{}:{}", b.host(), b.port()))).collect())
     }
 
     /// Returns the consumer groups visible to this user.
@@ -375,8 +375,8 @@ impl Inquirer {
 pub(crate) struct Group {
     pub(crate) name: String,
     pub(crate) members: Vec<GroupMember>,
-    /// Whether a member uses the protocol of KIP-848, `group.protocol=consumer`. Brokers list such a group
-    /// and describe it as dead to clients of the classic protocol, which kafold has.
+    /// `true` if a member uses the protocol of KIP-848, `group.protocol=consumer`. Brokers list such a
+    /// group, and describe the group as dead to clients of the classic protocol such as kafold.
     pub(crate) is_of_new_protocol: bool,
 }
 

@@ -27,7 +27,7 @@ const LOOK_DELAY: Duration = Duration::from_secs(2);
 const LEAVE_POLL: Duration = Duration::from_millis(500);
 /// Longest wait for the brokers' answer.
 const TIMEOUT: Duration = Duration::from_secs(2);
-/// Most foreign members that are named; the others are counted.
+/// Most members named in one complaint; the complaint counts the others.
 const NAMED_MAX: usize = 3;
 
 /// Returns a short text for the identity of a database, for names of groups and clients.
@@ -41,7 +41,7 @@ pub(crate) fn client_id(database: Option<&str>) -> String {
     database.map_or(CLIENT_ID.to_owned(), |database| format!("{CLIENT_ID}.{}", short(database)))
 }
 
-/// What a member of a group of this service is to this process.
+/// The relation of a member of a group to this process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Kin {
     Ours,
@@ -51,11 +51,12 @@ enum Kin {
     Foreign,
 }
 
+fn database_of(client_id: &str) -> Option<&str> {
+    client_id.strip_prefix(CLIENT_ID)?.strip_prefix('.')
+}
+
 fn kin(own: &str, client_id: &str) -> Kin {
-    let database = |id: &str| {
-        id.strip_prefix(CLIENT_ID).and_then(|rest| rest.strip_prefix('.').map(str::to_owned))
-    };
-    match (database(own), database(client_id)) {
+    match (database_of(own), database_of(client_id)) {
         (Some(own), Some(other)) if own != other => Kin::OtherDatabase,
         // A member without a database shares none, and takes none from the others.
         (_, Some(_)) => Kin::Ours,
@@ -94,7 +95,7 @@ fn complaint(group: &Group, own: &str) -> Option<String> {
 /// The remedy for two nodes with different databases.
 pub(crate) const REMEDY: &str = "stop one of the two, or give both the same database";
 
-/// The members of one group, as the brokers report them.
+/// Requests the members of one group from the brokers.
 pub(crate) struct GroupMembers {
     inquirer: Arc<Inquirer>,
     clock: Arc<dyn Clock>,
@@ -178,14 +179,13 @@ impl Told {
     fn follow(&self, group: Option<&Group>, own: &str) {
         let complaint = group.and_then(|group| Some((group, complaint(group, own)?)));
         let Some((group, complaint)) = complaint else { return self.withdraw() };
+        let (place, other) = match yields(group, own) {
+            true => (&self.refusals, &self.strangers),
+            false => (&self.strangers, &self.refusals),
+        };
+        other.clear(&self.what, "");
         // The members may have changed.
-        match yields(group, own) {
-            true => self.refusals.replace(&self.what, complaint),
-            false => {
-                self.refusals.clear(&self.what, "");
-                self.strangers.replace(&self.what, complaint);
-            }
-        }
+        place.replace(&self.what, complaint);
     }
 
     fn withdraw(&self) {

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use chrono::{DateTime, SecondsFormat, Utc};
 use kafold_core::Clock;
+use rdkafka::error::KafkaResult;
 use tokio::runtime::Handle;
 use tokio::task::JoinSet;
 
@@ -225,9 +226,9 @@ fn knock(config: &KafkaConfig) -> Knock {
         Ok(inquirer) => inquirer,
         Err(error) => return Refusal::of(&error, "").map_or(Knock::Silent, Knock::Refused),
     };
-    match inquirer.topic(&config.events_topic()) {
-        Ok(_) => advertised_in_vain(&inquirer, config)
-            .map_or(Knock::Open, |(_, refusal)| Knock::Refused(refusal)),
+    match advertised_in_vain(&inquirer, config) {
+        Ok(None) => Knock::Open,
+        Ok(Some((_, refusal))) => Knock::Refused(refusal),
         // A denial of the topic proves an accepted login.
         Err(error) if is_denial(&error) => Knock::Open,
         Err(_) => {
@@ -253,25 +254,29 @@ pub(crate) async fn explain(
     asked.await.ok().flatten().unwrap_or(error)
 }
 
-/// Returns the first broker with an advertised host that has no address here, and its refusal.
-fn advertised_in_vain(inquirer: &Inquirer, config: &KafkaConfig) -> Option<(String, Refusal)> {
-    let advertised = inquirer.advertised(&config.events_topic()).ok()?;
-    advertised.into_iter().find_map(|broker| {
+/// Returns the first broker with an advertised host that has no address on this machine, and the refusal
+/// of the broker. An answer proves an accepted login.
+fn advertised_in_vain(
+    inquirer: &Inquirer,
+    config: &KafkaConfig,
+) -> KafkaResult<Option<(String, Refusal)>> {
+    let advertised = inquirer.advertised(&config.events_topic())?;
+    Ok(advertised.into_iter().find_map(|(_, broker)| {
         let refusal = client::without_address(&broker)?;
         Some((broker, refusal))
-    })
+    }))
 }
 
 fn missing(config: &KafkaConfig, role: Role, clock: &Arc<dyn Clock>) -> Option<OpenError> {
     let inquirer = Inquirer::new(config).ok()?;
-    match inquirer.topic(&config.events_topic()) {
-        Ok(_) => {}
+    match advertised_in_vain(&inquirer, config) {
+        Ok(Some((broker, Refusal { cause, remedy }))) => {
+            let (brokers, doing) = (config.brokers.clone(), format!("a connection to {broker}"));
+            return Some(OpenError::Refused { brokers, doing, remedy, cause: client::text(cause) });
+        }
+        Ok(None) => {}
         Err(error) if is_denial(&error) => {}
         Err(_) => return None,
-    }
-    if let Some((broker, Refusal { cause, remedy })) = advertised_in_vain(&inquirer, config) {
-        let (brokers, doing) = (config.brokers.clone(), format!("a connection to {broker}"));
-        return Some(OpenError::Refused { brokers, doing, remedy, cause: client::text(cause) });
     }
     let mut needed = role.rights(config);
     needed.retain(|right| right.without.is_none());
@@ -286,7 +291,7 @@ fn missing(config: &KafkaConfig, role: Role, clock: &Arc<dyn Clock>) -> Option<O
         brokers: config.brokers.clone(),
         doing: format!("what a {} does", role.name()),
         remedy: first.remedy(config, role),
-        cause: Box::<dyn std::error::Error + Send + Sync>::from(cause).into(),
+        cause: client::text(cause),
     })
 }
 

@@ -82,7 +82,7 @@ impl Inspector {
         Self { reader, ..self.clone() }
     }
 
-    /// The same, for a topic that was just made: no leader of it is stale.
+    /// Returns an inspector without patience, for a topic that was just created and has no stale leader.
     pub(crate) fn of_new_topic(&self) -> Self {
         Self { patience: Duration::ZERO, ..self.clone() }
     }

@@ -214,7 +214,7 @@ struct Member {
     told: mpsc::UnboundedSender<Rebalance>,
     /// Whether the group has ever decided anything.
     heard: bool,
-    /// Whether the member has left the group for a while.
+    /// `true` between [`Membership::step_aside`] and [`Membership::come_back`].
     is_aside: bool,
     /// What is to be given up, and who says when that may be.
     settling: Vec<(Vec<Partition>, oneshot::Receiver<()>)>,

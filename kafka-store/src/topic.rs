@@ -43,7 +43,7 @@ pub(crate) struct EventsTopic {
     pub(crate) record_bytes_max: usize,
     /// The shortest session timeout that the brokers allow to a member of a group.
     pub(crate) session_timeout_min: Duration,
-    /// Whether this process has just made it.
+    /// `true` if this process has just created the topic.
     pub(crate) is_new: bool,
 }
 
@@ -95,7 +95,7 @@ pub(crate) fn find(
         return Err(OpenError::Unavailable {
             brokers: config.brokers.clone(),
             doing: format!("looking for topic {topic}"),
-            cause: Box::<dyn std::error::Error + Send + Sync>::from(cause).into(),
+            cause: text(cause),
         });
     }
     let events = preparation.check(&topic)?;
