@@ -159,27 +159,32 @@ pub(crate) fn to_json<T: Serialize + DeserializeOwned>(
     value: &T,
 ) -> Result<Vec<u8>, serde_json::Error> {
     let json = serde_json::to_vec(value)?;
-    refuse_changed(value, &json).map(|()| json)
+    read_same(value, &json).map(|_| json)
 }
 
-/// Returns a value as the JSON text of a column, or an error for a value that would be read back as
-/// another one. Rejects the character NUL, which PostgreSQL's JSONB does not store.
-pub(crate) fn to_column<T: Serialize + DeserializeOwned>(
-    value: &T,
-) -> Result<String, serde_json::Error> {
+/// Returns a value as the JSON text of a column. Rejects the character NUL, which PostgreSQL's JSONB
+/// does not store.
+pub(crate) fn to_column<T: Serialize>(value: &T) -> Result<String, serde_json::Error> {
     let mut json = Vec::with_capacity(128);
     value.serialize(&mut serde_json::Serializer::with_formatter(&mut json, Jsonb))?;
-    refuse_changed(value, &json)?;
     String::from_utf8(json).map_err(serde_json::Error::custom)
 }
 
-fn refuse_changed<T: Serialize + DeserializeOwned>(
+/// Returns the value that is read from the JSON text of a column, or an error for a value that would
+/// be read as another one.
+pub(crate) fn read_from_column<T: Serialize + DeserializeOwned>(
+    value: &T,
+) -> Result<T, serde_json::Error> {
+    read_same(value, to_column(value)?.as_bytes())
+}
+
+fn read_same<T: Serialize + DeserializeOwned>(
     value: &T,
     json: &[u8],
-) -> Result<(), serde_json::Error> {
+) -> Result<T, serde_json::Error> {
     let read: T = serde_json::from_slice(json)?;
     match fingerprint::<true>(&read)? == fingerprint::<true>(value)? {
-        true => Ok(()),
+        true => Ok(read),
         false => Err(serde_json::Error::custom(CHANGES)),
     }
 }

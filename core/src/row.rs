@@ -17,10 +17,15 @@ pub trait Row: Clone + PartialEq + Send + Sync + 'static {
     /// The value of the key column.
     fn key(&self) -> Self::Key;
 
-    /// Returns the values that the database gives back, in the order of [`Row::COLUMNS`].
+    /// Returns the row as the database gives it back, see [`ColumnValue::normalize`]. A value with
+    /// `#[row(json)]` becomes the value that is read from its JSON.
     ///
-    /// Rejects a row that a column or an index cannot hold: see [`Value::stored`] and
-    /// [`INDEXED_TEXT_BYTES_MAX`].
+    /// Rejects a row that a column or an index cannot hold, see also [`INDEXED_TEXT_BYTES_MAX`], and
+    /// a value that would be read from its JSON as another one.
+    fn normalize(self) -> Result<Self, InvalidValue>;
+
+    /// Returns the values of a [normalized](Row::normalize) row, in the order of [`Row::COLUMNS`].
+    /// Rejects a value with `#[row(json)]` that cannot be written as JSON.
     fn into_values(self) -> Result<Vec<Value>, InvalidValue>;
 
     /// The row with these values, in the order of [`Row::COLUMNS`].
@@ -118,35 +123,6 @@ pub const INDEXED_TEXT_BYTES_MAX: usize = 2_600;
 /// Longest part of a text in an error, in characters.
 const SHOWN_CHARS_MAX: usize = 60;
 
-impl Value {
-    /// Returns the value that a column gives back, the same on every database: timestamps have
-    /// microseconds, leap seconds become the next second, and −0.0 becomes 0.0.
-    ///
-    /// Rejects a value that some database cannot hold: a real number that is not finite, a text with
-    /// the character NUL, a date or timestamp outside the years 0 to 9999.
-    pub fn stored(self) -> Result<Self, String> {
-        match self {
-            Self::Real(real) if !real.is_finite() => Err(format!("{real} is not a finite number")),
-            Self::Real(real) => Ok(Self::Real(real + 0.0)),
-            Self::Text(text) if text.contains('\0') => Err(format!(
-                "{} contains the character NUL, which PostgreSQL does not store",
-                shown(&text)
-            )),
-            Self::Date(date) if !has_four_digits(date.year()) => Err(out_of_years(&date)),
-            Self::Timestamp(at) => {
-                let micros = DateTime::from_timestamp_micros(at.timestamp_micros());
-                let stored = micros.filter(|micros| has_four_digits(micros.year()));
-                stored.map(Self::Timestamp).ok_or_else(|| out_of_years(&at))
-            }
-            stored => Ok(stored),
-        }
-    }
-
-    fn text_bytes(&self) -> usize {
-        if let Self::Text(text) = self { text.len() } else { 0 }
-    }
-}
-
 /// Other years do not sort as text, which dates and timestamps are on SQLite.
 fn has_four_digits(year: i32) -> bool {
     (0..=9999).contains(&year)
@@ -215,7 +191,18 @@ pub trait ColumnValue: Sized {
     /// Whether the value may be absent.
     const NULLABLE: bool = false;
 
-    /// Returns the value of a column. [`Value::stored`] checks and rounds it.
+    /// Returns the value that a column gives back, the same on every database: timestamps have
+    /// microseconds, leap seconds become the next second, and −0.0 becomes 0.0.
+    ///
+    /// Rejects a value that some database cannot hold: a real number that is not finite, a text with
+    /// the character NUL, a date or timestamp outside the years 0 to 9999.
+    fn normalize(self) -> Result<Self, String>;
+
+    /// Returns the text of a column of [`ColumnKind::Text`], and `None` for other columns and for an
+    /// absent value. An index entry has a limit for it.
+    fn text(&self) -> Option<&str>;
+
+    /// Returns the value of a column.
     fn into_value(self) -> Value;
 
     /// Reads the value of a column. The error names the reason.
@@ -223,9 +210,17 @@ pub trait ColumnValue: Sized {
 }
 
 macro_rules! column_value {
-    ($($type:ty => $kind:ident),*) => {$(
+    ($($type:ty => $kind:ident, $normalize:expr, $text:expr;)*) => {$(
         impl ColumnValue for $type {
             const KIND: ColumnKind = ColumnKind::$kind;
+
+            fn normalize(self) -> Result<Self, String> {
+                $normalize(self)
+            }
+
+            fn text(&self) -> Option<&str> {
+                $text(self)
+            }
 
             fn into_value(self) -> Value {
                 Value::$kind(self)
@@ -240,12 +235,53 @@ macro_rules! column_value {
         }
     )*};
 }
-column_value!(bool => Boolean, i64 => Integer, f64 => Real, String => Text, NaiveDate => Date, DateTime<Utc> => Timestamp, Uuid => Uuid);
+column_value! {
+    bool => Boolean, Ok, no_text;
+    i64 => Integer, Ok, no_text;
+    f64 => Real, normalize_real, no_text;
+    String => Text, normalize_text, Some::<&str>;
+    NaiveDate => Date, normalize_date, no_text;
+    DateTime<Utc> => Timestamp, normalize_timestamp, no_text;
+    Uuid => Uuid, Ok, no_text;
+}
+
+fn no_text<T>(_: &T) -> Option<&str> {
+    None
+}
+
+fn normalize_real(real: f64) -> Result<f64, String> {
+    if real.is_finite() { Ok(real + 0.0) } else { Err(format!("{real} is not a finite number")) }
+}
+
+fn normalize_text(text: String) -> Result<String, String> {
+    if !text.as_bytes().contains(&0) {
+        return Ok(text);
+    }
+    let text = shown(&text);
+    Err(format!("{text} contains the character NUL, which PostgreSQL does not store"))
+}
+
+fn normalize_date(date: NaiveDate) -> Result<NaiveDate, String> {
+    if has_four_digits(date.year()) { Ok(date) } else { Err(out_of_years(&date)) }
+}
+
+fn normalize_timestamp(at: DateTime<Utc>) -> Result<DateTime<Utc>, String> {
+    let micros = DateTime::from_timestamp_micros(at.timestamp_micros());
+    micros.filter(|micros| has_four_digits(micros.year())).ok_or_else(|| out_of_years(&at))
+}
 
 macro_rules! integer_value {
     ($($type:ty),*) => {$(
         impl ColumnValue for $type {
             const KIND: ColumnKind = ColumnKind::Integer;
+
+            fn normalize(self) -> Result<Self, String> {
+                Ok(self)
+            }
+
+            fn text(&self) -> Option<&str> {
+                None
+            }
 
             fn into_value(self) -> Value {
                 Value::Integer(self.into())
@@ -268,6 +304,14 @@ impl<T: ColumnValue> ColumnValue for Option<T> {
         assert!(!T::NULLABLE, "NULL cannot tell Some(None) from None: use one Option");
         true
     };
+
+    fn normalize(self) -> Result<Self, String> {
+        self.map(T::normalize).transpose()
+    }
+
+    fn text(&self) -> Option<&str> {
+        self.as_ref().and_then(T::text)
+    }
 
     fn into_value(self) -> Value {
         self.map_or(Value::Null, T::into_value)
@@ -295,7 +339,7 @@ pub mod derived {
     use serde::de::DeserializeOwned;
 
     use super::{
-        ColumnKind, ColumnRole, INDEXED_TEXT_BYTES_MAX, InvalidValue, Row, Value, mismatch, shown,
+        ColumnKind, ColumnValue, INDEXED_TEXT_BYTES_MAX, InvalidValue, Row, Value, mismatch, shown,
     };
     use crate::codec;
 
@@ -329,29 +373,34 @@ pub mod derived {
         }
     }
 
-    /// Returns the values of a row as the database gives them back. See [`Row::into_values`].
-    pub fn stored<R: Row>(values: Vec<Result<Value, String>>) -> Result<Vec<Value>, InvalidValue> {
-        let named = |(column, value): (&super::Column, Result<Value, String>)| {
-            let stored = value.and_then(Value::stored);
-            stored.map_err(|reason| InvalidValue { column: column.name, reason })
-        };
-        let values: Vec<_> = R::COLUMNS.iter().zip(values).map(named).collect::<Result<_, _>>()?;
-        let columns = || R::COLUMNS.iter().zip(&values);
-        let key = columns().find(|(column, _)| column.role == ColumnRole::Key);
-        let key = key.map_or(0, |(_, key)| key.text_bytes());
-        for (column, value) in columns() {
-            let bytes = match column.role {
-                ColumnRole::Plain => continue,
-                ColumnRole::Key => key,
-                ColumnRole::Index => key + value.text_bytes(),
-            };
-            if let Value::Text(text) = value
-                && bytes > INDEXED_TEXT_BYTES_MAX
-            {
-                return Err(InvalidValue { column: column.name, reason: too_long(text, bytes) });
-            }
+    /// Returns the value that the column gives back.
+    pub fn normalize<T: ColumnValue>(column: &'static str, value: T) -> Result<T, InvalidValue> {
+        value.normalize().map_err(|reason| InvalidValue { column, reason })
+    }
+
+    /// Returns the value that is read from the JSON of a value. Rejects a value that becomes another
+    /// one.
+    pub fn normalize_json<T: Serialize + DeserializeOwned>(
+        column: &'static str,
+        value: &T,
+    ) -> Result<T, InvalidValue> {
+        let read = codec::read_from_column(value);
+        read.map_err(|error| InvalidValue { column, reason: error.to_string() })
+    }
+
+    /// Rejects texts that are too long for the index of a column: `text` is of the column, and `key`,
+    /// if any, of the key that follows it in the index.
+    pub fn check_index_entry(
+        column: &'static str,
+        text: Option<&str>,
+        key: Option<&str>,
+    ) -> Result<(), InvalidValue> {
+        let Some(text) = text else { return Ok(()) };
+        let bytes = text.len() + key.map_or(0, str::len);
+        if bytes <= INDEXED_TEXT_BYTES_MAX {
+            return Ok(());
         }
-        Ok(values)
+        Err(InvalidValue { column, reason: too_long(text, bytes) })
     }
 
     fn too_long(text: &str, bytes: usize) -> String {
@@ -362,9 +411,12 @@ pub mod derived {
         )
     }
 
-    /// Returns a value as JSON text, or an error for a value that JSON would give back as another one.
-    pub fn into_json<T: Serialize + DeserializeOwned>(value: &T) -> Result<Value, String> {
-        codec::to_column(value).map(Value::Json).map_err(|error| error.to_string())
+    /// Returns a value as JSON text.
+    pub fn into_json<T: Serialize>(column: &'static str, value: &T) -> Result<Value, InvalidValue> {
+        match codec::to_column(value) {
+            Ok(text) => Ok(Value::Json(text)),
+            Err(error) => Err(InvalidValue { column, reason: error.to_string() }),
+        }
     }
 
     /// A value from JSON text.

@@ -294,7 +294,7 @@ impl KafkaConfig {
 
     /// Settings of the producer of commands and replies.
     pub(crate) fn outbox(&self) -> ClientConfig {
-        let mut config = self.producer(crate::topic::RECORD_BYTES_DEFAULT);
+        let mut config = self.producer(crate::judge::RECORD_BYTES_DEFAULT);
         // Nobody waits longer for any of it.
         config.set("message.timeout.ms", OUTBOX_TIMEOUT_MS);
         config

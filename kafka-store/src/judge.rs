@@ -24,6 +24,11 @@ pub(crate) const UNSAFE_SETTINGS: [&str; 6] = [
     "message.timestamp.type",
 ];
 
+/// The setting for the bytes of the largest record, everything included.
+const RECORD_BYTES_MAX: &str = "max.message.bytes";
+/// Kafka's default of `max.message.bytes`, for a broker that does not return the setting.
+pub(crate) const RECORD_BYTES_DEFAULT: usize = 1_048_588;
+
 /// The name by which `allow_unsafe` accepts partitions that were added to a topic.
 pub(crate) const ADDED_PARTITIONS: &str = "partitions";
 
@@ -54,12 +59,16 @@ pub(crate) fn judge_events(
     settings: &Settings<'_>,
 ) -> Vec<SettingReport> {
     let wanted = config.partitions.filter(|wanted| *wanted != shape.partitions);
+    let is_accepted = wanted.is_some_and(|wanted| wanted < shape.partitions)
+        && config.allow_unsafe.contains(ADDED_PARTITIONS);
     let partitions = SettingReport {
         setting: "partitions".into(),
         value: shape.partitions.to_string(),
-        finding: wanted.map(|wanted| partition_count(shape.partitions, wanted, "?partitions=")),
-        is_accepted: wanted.is_some_and(|wanted| wanted < shape.partitions)
-            && config.allow_unsafe.contains(ADDED_PARTITIONS),
+        finding: wanted.map(|wanted| match is_accepted {
+            true => added_partitions(shape.partitions, wanted),
+            false => partition_count(shape.partitions, wanted),
+        }),
+        is_accepted,
     };
     let others = UNSAFE_SETTINGS.iter().map(|setting| {
         let value = settings.get(setting);
@@ -79,13 +88,42 @@ pub(crate) fn judge_events(
     std::iter::once(partitions).chain(others).collect()
 }
 
-/// The finding that a log has another number of partitions than `who` says.
-fn partition_count(found: u32, wanted: u32, who: &str) -> Finding {
+/// The finding that partitions were added to a topic, which the URL accepts.
+fn added_partitions(found: u32, used: u32) -> Finding {
     Finding {
         setting: "partitions".into(),
         value: found.to_string(),
         why: format!(
-            "{who} says {wanted}, and streams are found by the number of partitions: their \
+            "the log uses the first {used}: the added partitions stay unused, since streams are found by \
+             the number of partitions"
+        ),
+        remedy: format!("keep ?partitions={used}&allow_unsafe=partitions in each URL of the log"),
+    }
+}
+
+/// Warns of a topic that takes smaller records than Kafka's default.
+pub(crate) fn judge_record_limit(settings: &Settings<'_>) -> SettingReport {
+    let limit = record_bytes_max(settings);
+    let finding = (limit < RECORD_BYTES_DEFAULT).then(|| Finding {
+        setting: RECORD_BYTES_MAX.into(),
+        value: limit.to_string(),
+        why: "an event with more bytes is refused as too large".into(),
+        remedy: format!(
+            "raise it to Kafka's default of {RECORD_BYTES_DEFAULT} or more, unless it is meant: \
+             running services take it over"
+        ),
+    });
+    let value = limit.to_string();
+    SettingReport { setting: RECORD_BYTES_MAX.into(), value, finding, is_accepted: true }
+}
+
+/// The finding that a log has another number of partitions than the URL says.
+fn partition_count(found: u32, wanted: u32) -> Finding {
+    Finding {
+        setting: "partitions".into(),
+        value: found.to_string(),
+        why: format!(
+            "?partitions= says {wanted}, and streams are found by the number of partitions: their \
              events would be looked for, and written, in the wrong one"
         ),
         remedy: "give the number the log was begun with; where partitions were added, also \
@@ -149,6 +187,12 @@ pub(crate) fn judge_beside(
              where partitions were added, give ?partitions={partitions}&allow_unsafe=partitions"
         ),
     })
+}
+
+/// Returns `max.message.bytes` of a topic with these settings.
+pub(crate) fn record_bytes_max(settings: &Settings<'_>) -> usize {
+    let limit = settings.get(RECORD_BYTES_MAX).and_then(|text| text.parse().ok());
+    limit.unwrap_or(RECORD_BYTES_DEFAULT)
 }
 
 /// The settings of a topic or a broker by name.

@@ -202,7 +202,7 @@ impl Operator {
         });
         let Some(shape) = found.await? else { return Ok(None) };
         let partitions = topic::used_partitions(&self.config, shape.partitions);
-        ReadableLog::start(self, partitions).map(Some)
+        ReadableLog::start(self, partitions, shape.partitions).map(Some)
     }
 
     fn report_events(
@@ -214,7 +214,10 @@ impl Operator {
         let settings = match shape {
             Some(shape) => {
                 let resource = preparation.describe_topic(topic)?;
-                judge::judge_events(&self.config, topic, shape, &Settings(&resource))
+                let settings = Settings(&resource);
+                let mut reports = judge::judge_events(&self.config, topic, shape, &settings);
+                reports.push(judge::judge_record_limit(&settings));
+                reports
             }
             None => Vec::new(),
         };

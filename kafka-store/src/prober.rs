@@ -27,8 +27,9 @@ use tokio::runtime::Handle;
 use crate::client::{Context, Inquirer, log};
 use crate::config::KafkaConfig;
 use crate::judge::Settings;
+use crate::judge::record_bytes_max;
 use crate::rights::{Answer, Operation, Resource, Right};
-use crate::topic::{Preparation, record_bytes_max};
+use crate::topic::Preparation;
 
 /// The wait of a fetch at the end of a topic for records.
 const FETCH_WAIT: Duration = Duration::from_millis(10);

@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
@@ -48,6 +49,8 @@ pub struct KafkaSource {
     inquirer: Arc<Inquirer>,
     clock: Arc<dyn Clock>,
     denials: Denials,
+    /// The number of added partitions that a warning has named.
+    added: Arc<AtomicUsize>,
     /// `None` if the store of the same process watches the brokers.
     watch: Option<Watch>,
 }
@@ -96,7 +99,8 @@ impl KafkaSource {
         clock: Arc<dyn Clock>,
         denials: Denials,
     ) -> Self {
-        Self { config, partitions, inquirer, clock, denials, watch: None }
+        let added = Arc::default();
+        Self { config, partitions, inquirer, clock, denials, added, watch: None }
     }
 
     /// Returns the number of partitions of the log.
@@ -169,6 +173,7 @@ impl EventSource for KafkaSource {
         Ok(Box::new(KafkaSubscription {
             consumer: Consumer { topic: self.config.events_topic(), group },
             partitions: self.partitions,
+            added: Arc::clone(&self.added),
             low_end_patience: self.config.limits.low_end_patience,
             batch_events_max: batch_events_max.max(1),
             clock: Arc::clone(&self.clock),
@@ -195,6 +200,8 @@ struct Answer {
 struct KafkaSubscription {
     consumer: Consumer,
     partitions: u32,
+    /// Shared by the subscriptions of a source: one of them warns.
+    added: Arc<AtomicUsize>,
     low_end_patience: Duration,
     batch_events_max: usize,
     clock: Arc<dyn Clock>,
@@ -301,7 +308,7 @@ impl KafkaSubscription {
             Rebalance::Assigned(mut partitions) => {
                 let added: Vec<_> =
                     partitions.extract_if(.., |partition| partition.0 >= self.partitions).collect();
-                if !added.is_empty() {
+                if self.added.fetch_max(added.len(), Ordering::Relaxed) < added.len() {
                     tracing::warn!(
                         topic = self.consumer.topic,
                         ?added,

@@ -14,7 +14,9 @@ use tokio::runtime::Handle;
 use crate::client::{Context, Inquirer, TopicShape, open_error, text};
 use crate::config::KafkaConfig;
 use crate::error::OpenError;
-use crate::judge::{ADDED_PARTITIONS, FOR_EVER, REPLICAS_SAFE, Settings, findings, judge_beside};
+use crate::judge::{
+    ADDED_PARTITIONS, FOR_EVER, REPLICAS_SAFE, Settings, findings, judge_beside, record_bytes_max,
+};
 use crate::operate::MadeTopic;
 
 /// Partitions of a new log when the URL says nothing.
@@ -32,8 +34,6 @@ const SETTINGS_PATIENCE: Duration = Duration::from_secs(3);
 const CREATION_POLL: Duration = Duration::from_millis(50);
 /// Kafka's own `group.min.session.timeout.ms`, should a broker not tell.
 const SESSION_TIMEOUT_MIN_DEFAULT: Duration = Duration::from_secs(6);
-/// Kafka's own `max.message.bytes`, should a broker not tell.
-pub(crate) const RECORD_BYTES_DEFAULT: usize = 1_048_588;
 
 /// The events topic as it was found or made.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -103,12 +103,6 @@ pub(crate) fn find(
         tracing::warn!("{warning}");
     }
     Ok(EventsTopic { session_timeout_min: preparation.session_timeout_min(), ..events })
-}
-
-/// Returns `max.message.bytes` of a topic with these settings.
-pub(crate) fn record_bytes_max(settings: &Settings<'_>) -> usize {
-    let limit = settings.get("max.message.bytes").and_then(|text| text.parse().ok());
-    limit.unwrap_or(RECORD_BYTES_DEFAULT)
 }
 
 /// The topics of commands and replies have as many partitions as that of the events: who owns one of

@@ -78,8 +78,8 @@ impl<M: ReadModel> Query<M> {
     pub async fn get(&self, key: &<M::Row as Row>::Key) -> Result<Option<M::Row>, ReadError> {
         let table = table::<M>()?;
         // No row has a key that no column holds.
-        let Ok(value) = key.clone().into_value().stored() else { return Ok(None) };
-        let mut rows = self.select(&table, Some((&table.key(), value)), 1).await?;
+        let Ok(key) = key.clone().normalize() else { return Ok(None) };
+        let mut rows = self.select(&table, Some((&table.key(), key.into_value())), 1).await?;
         let row = rows.pop().map(read::<M::Row>).transpose();
         row.map_err(|reason| ReadError::diverged(M::NAME, reason))
     }
@@ -106,8 +106,8 @@ impl<M: ReadModel> Query<M> {
                 return Err(ReadError::diverged(M::NAME, reason));
             }
         };
-        match value.into_value().stored() {
-            Ok(value) => self.readable(&table, Some((&found, value)), limit).await,
+        match value.normalize() {
+            Ok(value) => self.readable(&table, Some((&found, value.into_value())), limit).await,
             Err(_) => Ok(Vec::new()),
         }
     }

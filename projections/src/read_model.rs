@@ -25,7 +25,7 @@ use crate::transaction::Transaction;
 ///
 /// Pure, like an aggregate: the same events give the same rows on either database, in batches of any
 /// size. A fold gets its row as the database gives it back: timestamps have microseconds
-/// ([`Value::stored`](kafold_core::row::Value::stored)). A row that the database cannot hold is a fault of its event, which names
+/// ([`ColumnValue::normalize`]). A row that the database cannot hold is a fault of its event, which names
 /// column and value: a number that is not finite, the character NUL in a text, a text too long for
 /// its index ([`INDEXED_TEXT_BYTES_MAX`](kafold_core::row::INDEXED_TEXT_BYTES_MAX)). Refuse such values where
 /// the command is decided. Integers have 64 bits with sign: bound amounts and counts such that no sum
@@ -144,8 +144,8 @@ struct Touched<M: ReadModel> {
 
 /// What a round does to one row.
 enum Change<R: Row> {
-    Insert(R, Vec<Value>),
-    Update(R, Vec<Value>),
+    Insert(Vec<Value>, R),
+    Update(Vec<Value>, R),
     Delete(R::Key),
     Nothing,
 }
@@ -233,13 +233,13 @@ impl<'w, M: ReadModel> ModelWork<'w, M> {
             };
             let memory = memory.as_deref_mut();
             match change {
-                Change::Insert(row, values) => {
+                Change::Insert(values, row) => {
                     if let Some(memory) = memory {
                         memory.inserted(row);
                     }
                     inserts.add(values).await?;
                 }
-                Change::Update(row, values) => {
+                Change::Update(values, row) => {
                     if let Some(memory) = memory {
                         memory.updated(row);
                     }
@@ -268,28 +268,25 @@ fn fold<M: ReadModel>(
     before: Option<M::Row>,
 ) -> Result<Change<M::Row>, Fault> {
     let mut row = before.clone();
-    let mut values = Vec::new();
-    for (nth, (key, event)) in touches.iter().enumerate() {
+    for (key, event) in touches {
         // The row is gone after a panic, and with it the whole round.
         let folded = catch_unwind(AssertUnwindSafe(|| M::fold(key, row.take(), event)));
         row = folded.map_err(|panic| fault_at(event, panic_text(&*panic)))?;
         if let Some(folded) = row.take() {
-            let invalid = |invalid: InvalidValue| fault_at(event, invalid);
-            let given_back = folded.into_values().map_err(invalid)?;
-            // The database gets the values of the last event.
-            if nth + 1 == touches.len() {
-                values.clone_from(&given_back);
-            }
-            let stored = M::Row::from_values(given_back).map_err(invalid)?;
-            if stored.key() != **key {
+            let normalized = folded.normalize().map_err(|invalid| fault_at(event, invalid))?;
+            if normalized.key() != **key {
                 return Err(fault_at(event, "fold gave a row of another key"));
             }
-            row = Some(stored);
+            row = Some(normalized);
         }
     }
+    let values = |row: &M::Row| {
+        let (_, event) = touches[touches.len() - 1];
+        row.clone().into_values().map_err(|invalid| fault_at(event, invalid))
+    };
     Ok(match (before, row) {
-        (None, Some(row)) => Change::Insert(row, values),
-        (Some(before), Some(row)) if before != row => Change::Update(row, values),
+        (None, Some(row)) => Change::Insert(values(&row)?, row),
+        (Some(before), Some(row)) if before != row => Change::Update(values(&row)?, row),
         (Some(before), None) => Change::Delete(before.key()),
         _ => Change::Nothing,
     })
@@ -337,7 +334,7 @@ fn touch<M: ReadModel>(
 
 /// Returns the key as the database gives it back.
 fn stored_key<R: Row>(key: R::Key) -> Result<R::Key, InvalidValue> {
-    key.into_value().stored().and_then(R::Key::from_value).map_err(|reason| {
+    key.normalize().map_err(|reason| {
         let column = R::COLUMNS.iter().find(|column| column.role == ColumnRole::Key);
         InvalidValue { column: column.map_or("key", |column| column.name), reason }
     })

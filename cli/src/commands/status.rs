@@ -4,13 +4,13 @@ use std::collections::BTreeMap;
 use std::fmt;
 
 use kafold::projections::Overview;
-use kafold::{Offset, Partition};
+use kafold::{Offset, Partition, ReadError};
 use serde::Serialize;
 use serde_json::{Value, json};
 
 use crate::admin::Context;
 use crate::commands::projections;
-use crate::error::Error;
+use crate::error::{Error, chain};
 use crate::event::time;
 use crate::log::{Log, operator};
 use crate::options::LogUrl;
@@ -22,13 +22,16 @@ use crate::overview::{self, PartitionView};
 struct Status {
     log: Option<LogStatus>,
     database: Option<DatabaseStatus>,
-    /// Sentences about members of the log's consumer groups that are no part of the service.
-    strangers: Vec<String>,
+    /// Sentences about a log that services refuse, and about members of its consumer groups that are
+    /// no part of the service.
+    problems: Vec<String>,
 }
 
 struct LogStatus {
     url: LogUrl,
     partitions: Vec<PartitionView>,
+    /// Partitions of the topic that the log does not use.
+    added: Vec<Partition>,
 }
 
 struct DatabaseStatus {
@@ -43,7 +46,7 @@ pub(crate) async fn run(context: &mut Context) -> Result<(), Error> {
     let mut status = Status::default();
     let log = log(context, &mut status).await;
     let database = database(context, &mut status).await;
-    status.strangers = strangers(context, &status).await;
+    status.problems.extend(strangers(context, &status).await);
     if !status.ahead().is_empty() {
         // A running service may have advanced the database since the first read of the log.
         self::log(context, &mut status).await?;
@@ -54,8 +57,8 @@ pub(crate) async fn run(context: &mut Context) -> Result<(), Error> {
     }
     log.and(database)?;
     match status.ahead().as_slice() {
-        [] if status.strangers.is_empty() => Ok(()),
-        [] => Err(Error::failed(status.strangers.join("; "))),
+        [] if status.problems.is_empty() => Ok(()),
+        [] => Err(Error::failed(status.problems.join("; "))),
         ahead => {
             let places: Vec<_> = ahead.iter().map(ToString::to_string).collect();
             Err(Error::failed(format!(
@@ -88,7 +91,17 @@ async fn log(context: &Context, status: &mut Status) -> Result<(), Error> {
     let Some(url) = context.options.maybe_log()? else { return Ok(()) };
     let log = Log::open(&url, &context.clock).await?;
     let partitions = overview::partitions(&log).await?;
-    status.log = Some(LogStatus { url, partitions });
+    let mut added = Vec::new();
+    status.problems.clear();
+    if let Log::Kafka(readable) = &log {
+        added.extend(readable.added_partitions());
+        match readable.check(Partition(0), None).await {
+            Ok(()) => {}
+            Err(ReadError::Diverged { cause, .. }) => status.problems.push(chain(&*cause)),
+            Err(error) => return Err(error.into()),
+        }
+    }
+    status.log = Some(LogStatus { url, partitions, added });
     Ok(())
 }
 
@@ -139,7 +152,10 @@ impl LogStatus {
         };
         let partitions: Vec<_> = self.partitions.iter().map(partition).collect();
         let (url, kind, records) = (self.url.shown(), self.kind(), self.records());
-        json!({ "url": url, "kind": kind, "records": records, "partitions": partitions })
+        json!({
+            "url": url, "kind": kind, "records": records, "partitions": partitions,
+            "added_partitions": self.added,
+        })
     }
 }
 
@@ -158,7 +174,7 @@ impl Status {
             "index": index,
             "projections": projections,
             "ahead": self.ahead(),
-            "strangers": self.strangers,
+            "problems": self.problems,
         })
     }
 
@@ -195,9 +211,15 @@ impl Status {
             let partitions = count(log.partitions.len() as u64, "partition");
             let records = count(log.records(), "record");
             out.line(&format!("log       {}: {partitions}, {records}", log.url.shown()))?;
+            if !log.added.is_empty() {
+                let added = count(log.added.len() as u64, "partition");
+                out.line(&format!(
+                    "warning   {added} added to the topic: the log does not use them"
+                ))?;
+            }
         }
-        for stranger in &self.strangers {
-            out.line(&format!("warning   {stranger}"))?;
+        for problem in &self.problems {
+            out.line(&format!("warning   {problem}"))?;
         }
         let Some(database) = &self.database else {
             self.print_owners(out)?;

@@ -131,6 +131,7 @@ pub(crate) async fn findings(operator: &Operator) -> Result<Vec<Finding>, Error>
     let mut findings: Vec<_> = reports.iter().flat_map(of_settings).collect();
     if let (Some(events), Some(log)) = (reports.first(), operator.log().await?) {
         findings.push(of_records(&events.topic, &log).await?);
+        findings.extend(of_added(&events.topic, &log).await?);
     }
     Ok(findings)
 }
@@ -187,6 +188,20 @@ async fn of_records(topic: &str, log: &ReadableLog) -> Result<Finding, Error> {
             Finding { topic, setting, value, verdict, why: None, remedy: None }
         }
     })
+}
+
+/// Warns of records in partitions that the log does not use.
+async fn of_added(topic: &str, log: &ReadableLog) -> Result<Option<Finding>, Error> {
+    let ends = ask_all(log.added_partitions(), |partition| log.ends(partition)).await?;
+    let records: u64 = ends.iter().map(|(start, end)| end.0 - start.0).sum();
+    Ok((records > 0).then(|| Finding {
+        topic: topic.to_owned(),
+        setting: "records".into(),
+        value: format!("{} in added partitions", count(records, "record")),
+        verdict: Verdict::Warning,
+        why: Some("another program wrote them, and no reader of the log reads them".into()),
+        remedy: Some("find the producer and stop it".into()),
+    }))
 }
 
 /// What is wrong with the records of a partition.

@@ -19,6 +19,8 @@ pub(crate) fn expand(input: &DeriveInput) -> Result<TokenStream, Error> {
     let struct_name = &input.ident;
     let (key_name, key_type) = (key.field, key.ty);
     let constants = columns.iter().map(|column| column.constant(&core));
+    let normalized = columns.iter().map(|column| column.normalize(&core));
+    let entries = columns.iter().filter_map(|column| column.check_entry(key, &core));
     let values = columns.iter().map(|column| column.write(&core));
     let fields = columns.iter().map(|column| column.read(&core));
     let key_is_present = quote_spanned! {key_type.span()=>
@@ -38,10 +40,16 @@ pub(crate) fn expand(input: &DeriveInput) -> Result<TokenStream, Error> {
                 ::core::clone::Clone::clone(&self.#key_name)
             }
 
+            fn normalize(self) -> ::core::result::Result<Self, #core::row::InvalidValue> {
+                let row = Self { #(#normalized),* };
+                #(#entries)*
+                ::core::result::Result::Ok(row)
+            }
+
             fn into_values(
                 self,
             ) -> ::core::result::Result<::std::vec::Vec<#core::row::Value>, #core::row::InvalidValue> {
-                #core::row::derived::stored::<Self>(::std::vec![#(#values),*])
+                ::core::result::Result::Ok(::std::vec![#(#values),*])
             }
 
             fn from_values(
@@ -174,13 +182,37 @@ impl<'a> Column<'a> {
         }
     }
 
-    fn write(&self, core: &TokenStream) -> TokenStream {
-        let field = self.field;
+    fn normalize(&self, core: &TokenStream) -> TokenStream {
+        let (field, name) = (self.field, &self.name);
         if self.is_json {
-            quote!(#core::row::derived::into_json(&self.#field))
+            quote!(#field: #core::row::derived::normalize_json(#name, &self.#field)?)
+        } else {
+            quote!(#field: #core::row::derived::normalize(#name, self.#field)?)
+        }
+    }
+
+    /// Checks the length of an index entry. An index holds its column and the key.
+    fn check_entry(&self, key: &Column<'_>, core: &TokenStream) -> Option<TokenStream> {
+        let (field, name) = (self.field, &self.name);
+        let text = self.in_trait(core, "text");
+        let key = match (self.is_key, self.is_index) {
+            (true, _) => quote!(::core::option::Option::None),
+            (_, true) => {
+                let (key_field, key_text) = (key.field, key.in_trait(core, "text"));
+                quote!(#key_text(&row.#key_field))
+            }
+            _ => return None,
+        };
+        Some(quote!(#core::row::derived::check_index_entry(#name, #text(&row.#field), #key)?;))
+    }
+
+    fn write(&self, core: &TokenStream) -> TokenStream {
+        let (field, name) = (self.field, &self.name);
+        if self.is_json {
+            quote!(#core::row::derived::into_json(#name, &self.#field)?)
         } else {
             let into_value = self.in_trait(core, "into_value");
-            quote!(::core::result::Result::Ok(#into_value(self.#field)))
+            quote!(#into_value(self.#field))
         }
     }
 

@@ -21,10 +21,10 @@ use super::inbox::Inboxes;
 use super::nodes::Nodes;
 use super::outbox::Outbox;
 use super::wire::{self, ReplyContent, ReplyRecord, ReplyTo};
+use crate::judge::RECORD_BYTES_DEFAULT;
 use crate::partition::{Reach, Shared};
 use crate::partitioner::partition_of;
 use crate::reader::{ReadFailure, Reader};
-use crate::topic::RECORD_BYTES_DEFAULT;
 
 /// When a caller may try again who found too many calls waiting, or no broker.
 const RETRY_AFTER: Duration = Duration::from_secs(1);

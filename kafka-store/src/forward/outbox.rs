@@ -5,7 +5,7 @@ use std::time::Duration;
 use kafold_core::{Clock, Partition};
 use rdkafka::client::ClientContext;
 use rdkafka::config::RDKafkaLogLevel;
-use rdkafka::error::{KafkaError, KafkaResult};
+use rdkafka::error::{KafkaError, KafkaResult, RDKafkaErrorCode};
 use rdkafka::message::{Header, OwnedHeaders};
 use rdkafka::producer::{BaseRecord, DeliveryResult, Producer as _, ProducerContext};
 use rdkafka::statistics::Statistics;
@@ -14,6 +14,7 @@ use tokio::sync::oneshot;
 use super::wire::{self, Letter, ReplyTo};
 use crate::client::{Renewal, log, raw_partition};
 use crate::config::KafkaConfig;
+use crate::judge::RECORD_BYTES_DEFAULT;
 use crate::producer::Polled;
 
 /// How long the last words of a node may take.
@@ -115,6 +116,13 @@ impl ProducerContext for Postmark {
             Ok(_) => Ok(()),
             Err((error, _)) => {
                 metrics::counter!("kafold_outbox_failures_total").increment(1);
+                if error.rdkafka_error_code() == Some(RDKafkaErrorCode::MessageSizeTooLarge) {
+                    tracing::warn!(
+                        "a command or reply was not delivered: max.message.bytes of its topic is below \
+                         its size, raise it to {RECORD_BYTES_DEFAULT} (kafka-configs.sh --alter \
+                         --entity-type topics --add-config max.message.bytes={RECORD_BYTES_DEFAULT})"
+                    );
+                }
                 tracing::debug!(%error, "a command or reply was not delivered");
                 Err(error.clone())
             }

@@ -35,6 +35,7 @@ const WINDOW_RECORDS: u64 = 500;
 pub struct ReadableLog {
     config: Arc<KafkaConfig>,
     partitions: u32,
+    topic_partitions: u32,
     inquirer: Arc<Inquirer>,
     inspector: Inspector,
     clock: Arc<dyn Clock>,
@@ -60,7 +61,11 @@ pub struct PartitionFacts {
 }
 
 impl ReadableLog {
-    pub(super) fn start(operator: &Operator, partitions: u32) -> Result<Self, OpenError> {
+    pub(super) fn start(
+        operator: &Operator,
+        partitions: u32,
+        topic_partitions: u32,
+    ) -> Result<Self, OpenError> {
         let Operator { config, inquirer, clock } = operator.clone();
         let topic = config.events_topic();
         let reader = LogReader::start(&config, topic, FETCH_WAIT, inquirer.clone(), clock.clone());
@@ -68,12 +73,17 @@ impl ReadableLog {
             reader.map_err(|error| open_error(&config, "starting a client", error, None))?;
         let inspector =
             Inspector::new(&config, partitions, reader, inquirer.clone(), clock.clone());
-        Ok(Self { config, partitions, inquirer, inspector, clock })
+        Ok(Self { config, partitions, topic_partitions, inquirer, inspector, clock })
     }
 
-    /// How many partitions the topic has.
+    /// Returns the number of partitions of the log.
     pub fn partitions(&self) -> u32 {
         self.partitions
+    }
+
+    /// Returns the partitions that were added to the topic and that the log does not use.
+    pub fn added_partitions(&self) -> impl Iterator<Item = Partition> + use<> {
+        (self.partitions..self.topic_partitions).map(Partition)
     }
 
     /// The partition of a stream.

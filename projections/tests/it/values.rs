@@ -180,8 +180,8 @@ async fn random_rows_come_back_or_their_events_are_refused(database: &TestDataba
     run_through(&orders, database).await;
     let mut expected = Vec::new();
     for row in orders.fold::<Probes>().await {
-        if let Ok(values) = row.into_values() {
-            expected.push(Probe::from_values(values).expect("readable"));
+        if let Ok(row) = row.normalize() {
+            expected.push(row);
         }
     }
     expected.sort_by(|one, other| one.id.cmp(&other.id));
