@@ -18,10 +18,11 @@ use serde_json::Value;
 use serde_json::ser::{CharEscape, CompactFormatter, Formatter};
 
 use crate::event::{DomainEvent, Metadata, NewEvent, Recorded, RecordedEvent};
-use fingerprint::fingerprint;
+use fingerprint::{Fingerprint, fingerprint};
 use variant::{Fields, Variant};
 
 mod fingerprint;
+mod reversed;
 mod variant;
 
 /// Why an event cannot become a payload, or a payload an event.
@@ -141,18 +142,33 @@ pub fn new_event<E: DomainEvent>(
 fn read_back<E: DomainEvent>(event: &E, payload: &[u8]) -> Result<E, serde_json::Error> {
     // Upcasters get a JSON value, which has no integers beyond 64 bits.
     let written = fingerprint::<false>(event)?;
-    let mut json = serde_json::Deserializer::from_slice(payload);
-    let read = decode_variant::<E, _>(event.type_index(), &mut json).map_err(|error| {
-        serde_json::Error::custom(format!("it could not be read again: {error}"))
-    })?;
-    match fingerprint::<false>(&read)? == written {
-        true => Ok(read),
-        false => Err(serde_json::Error::custom(CHANGES)),
+    let read = |payload: &[u8]| {
+        let mut json = serde_json::Deserializer::from_slice(payload);
+        let read: E = decode_variant(event.type_index(), &mut json).map_err(unread)?;
+        let is_same = fingerprint::<false>(&read)? == written && read.is_same(event);
+        if is_same { Ok(read) } else { Err(serde_json::Error::custom(CHANGES)) }
+    };
+    if written.needs_order {
+        // Upcasters do not keep the order of fields.
+        read(&reversed::fields(payload)?).map_err(unread_in_order)?;
     }
+    read(payload)
+}
+
+fn unread(error: serde_json::Error) -> serde_json::Error {
+    serde_json::Error::custom(format!("it could not be read again: {error}"))
+}
+
+fn unread_in_order(error: serde_json::Error) -> serde_json::Error {
+    serde_json::Error::custom(format!(
+        "with its fields in another order {error}. An enum with a tag and a content takes no integers of \
+         128 bits, no raw JSON, and no maps whose keys are not texts"
+    ))
 }
 
 const CHANGES: &str = "it would be read as another value: some of its fields change in JSON, such as \
-                       Some(None), which becomes null";
+                       Some(None), which becomes null, or an untagged enum of which an earlier variant \
+                       fits";
 
 /// Returns a value as JSON, or an error for a value that would be read back as another one.
 pub(crate) fn to_json<T: Serialize + DeserializeOwned>(
@@ -172,19 +188,30 @@ pub(crate) fn to_column<T: Serialize>(value: &T) -> Result<String, serde_json::E
 
 /// Returns the value that is read from the JSON text of a column, or an error for a value that would
 /// be read as another one.
-pub(crate) fn read_from_column<T: Serialize + DeserializeOwned>(
+pub(crate) fn read_from_column<T: Serialize + DeserializeOwned + PartialEq>(
     value: &T,
 ) -> Result<T, serde_json::Error> {
-    read_same(value, to_column(value)?.as_bytes())
+    let json = to_column(value)?;
+    let (read, written) = read_same(value, json.as_bytes())?;
+    if read != *value {
+        return Err(serde_json::Error::custom(CHANGES));
+    }
+    if written.needs_order {
+        // PostgreSQL's JSONB does not keep the order of fields.
+        read_same(value, &reversed::fields(json.as_bytes())?).map_err(unread_in_order)?;
+    }
+    Ok(read)
 }
 
+/// Returns the value that is read and its fingerprint.
 fn read_same<T: Serialize + DeserializeOwned>(
     value: &T,
     json: &[u8],
-) -> Result<T, serde_json::Error> {
-    let read: T = serde_json::from_slice(json)?;
-    match fingerprint::<true>(&read)? == fingerprint::<true>(value)? {
-        true => Ok(read),
+) -> Result<(T, Fingerprint), serde_json::Error> {
+    let read: T = serde_json::from_slice(json).map_err(unread)?;
+    let written = fingerprint::<true>(value)?;
+    match fingerprint::<true>(&read)? == written {
+        true => Ok((read, written)),
         false => Err(serde_json::Error::custom(CHANGES)),
     }
 }
@@ -212,6 +239,40 @@ impl Formatter for Jsonb {
                 "a text contains the character NUL, which PostgreSQL does not store",
             )),
             escape => CompactFormatter.write_char_escape(writer, escape),
+        }
+    }
+}
+
+/// What `#[derive(DomainEvent)]` calls; not for use by hand.
+#[doc(hidden)]
+pub mod derived {
+    /// Two values to compare. The methods of both traits have one name: a call takes that of
+    /// [`ByEquality`] where it exists, since that of [`ByNothing`] needs one reference more (autoref
+    /// specialization).
+    #[derive(Debug)]
+    pub struct Pair<'a, T>(pub &'a T, pub &'a T);
+
+    /// Compares values that have `PartialEq`.
+    pub trait ByEquality {
+        /// Whether both are equal.
+        fn is_same(&self) -> bool;
+    }
+
+    impl<T: PartialEq> ByEquality for Pair<'_, T> {
+        fn is_same(&self) -> bool {
+            self.0 == self.1
+        }
+    }
+
+    /// Compares nothing.
+    pub trait ByNothing {
+        /// `true`.
+        fn is_same(&self) -> bool;
+    }
+
+    impl<T> ByNothing for &Pair<'_, T> {
+        fn is_same(&self) -> bool {
+            true
         }
     }
 }

@@ -338,9 +338,7 @@ pub mod derived {
     use serde::Serialize;
     use serde::de::DeserializeOwned;
 
-    use super::{
-        ColumnKind, ColumnValue, INDEXED_TEXT_BYTES_MAX, InvalidValue, Row, Value, mismatch, shown,
-    };
+    use super::{ColumnKind, INDEXED_TEXT_BYTES_MAX, InvalidValue, Row, Value, mismatch, shown};
     use crate::codec;
 
     /// The values of one row, taken in the order of its columns.
@@ -369,23 +367,22 @@ pub mod derived {
         ) -> Result<T, InvalidValue> {
             let column = R::COLUMNS[R::COLUMNS.len() - self.left.len()].name;
             let value = self.left.next().expect("one for each column, counted in `new`");
-            convert(value).map_err(|reason| InvalidValue { column, reason })
+            named(column, convert(value))
         }
     }
 
-    /// Returns the value that the column gives back.
-    pub fn normalize<T: ColumnValue>(column: &'static str, value: T) -> Result<T, InvalidValue> {
-        value.normalize().map_err(|reason| InvalidValue { column, reason })
+    /// Adds the name of the column to the reason for a refusal.
+    pub fn named<T>(column: &'static str, result: Result<T, String>) -> Result<T, InvalidValue> {
+        result.map_err(|reason| InvalidValue { column, reason })
     }
 
     /// Returns the value that is read from the JSON of a value. Rejects a value that becomes another
     /// one.
-    pub fn normalize_json<T: Serialize + DeserializeOwned>(
+    pub fn normalize_json<T: Serialize + DeserializeOwned + PartialEq>(
         column: &'static str,
         value: &T,
     ) -> Result<T, InvalidValue> {
-        let read = codec::read_from_column(value);
-        read.map_err(|error| InvalidValue { column, reason: error.to_string() })
+        named(column, codec::read_from_column(value).map_err(|error| error.to_string()))
     }
 
     /// Rejects texts that are too long for the index of a column: `text` is of the column, and `key`,
@@ -413,10 +410,8 @@ pub mod derived {
 
     /// Returns a value as JSON text.
     pub fn into_json<T: Serialize>(column: &'static str, value: &T) -> Result<Value, InvalidValue> {
-        match codec::to_column(value) {
-            Ok(text) => Ok(Value::Json(text)),
-            Err(error) => Err(InvalidValue { column, reason: error.to_string() }),
-        }
+        let text = codec::to_column(value).map_err(|error| error.to_string());
+        named(column, text.map(Value::Json))
     }
 
     /// A value from JSON text.

@@ -7,7 +7,10 @@ use std::time::Duration;
 
 use kafold::projections::sqlx::{Connection, PgConnection, query};
 use rdkafka::ClientConfig;
-use rdkafka::admin::{AdminClient, AdminOptions, NewTopic, TopicReplication};
+use rdkafka::admin::{
+    AdminClient, AdminOptions, AlterConfig, NewPartitions, NewTopic, ResourceSpecifier,
+    TopicReplication,
+};
 use rdkafka::client::DefaultClientContext;
 use rdkafka::producer::{BaseProducer, BaseRecord, Producer};
 use serde_json::{Value, json};
@@ -17,23 +20,29 @@ use tempfile::TempDir;
 /// The longest that anybody waits for a server that is not there.
 const UNREACHABLE_MAX: Duration = Duration::from_secs(12);
 
+fn admin(brokers: &str) -> AdminClient<DefaultClientContext> {
+    ClientConfig::new().set("bootstrap.servers", brokers).create().expect("a client")
+}
+
 /// A topic as somebody else makes it.
 async fn create_topic(brokers: &str, topic: &str, settings: &[(&str, &str)]) {
-    let admin: AdminClient<DefaultClientContext> =
-        ClientConfig::new().set("bootstrap.servers", brokers).create().expect("a client");
     let mut new = NewTopic::new(topic, 2, TopicReplication::Fixed(1));
     for (key, value) in settings {
         new = new.set(key, value);
     }
     let options = AdminOptions::new().operation_timeout(Some(Duration::from_secs(10)));
-    let made = admin.create_topics([&new], &options).await.expect("an answer");
+    let made = admin(brokers).create_topics([&new], &options).await.expect("an answer");
     made.into_iter().for_each(|made| drop(made.expect("created")));
 }
 
 fn produce(brokers: &str, topic: &str) {
+    produce_to(brokers, topic, 0);
+}
+
+fn produce_to(brokers: &str, topic: &str, partition: i32) {
     let producer: BaseProducer =
         ClientConfig::new().set("bootstrap.servers", brokers).create().expect("a producer");
-    let record = BaseRecord::<str, str>::to(topic).payload("hello").partition(0);
+    let record = BaseRecord::<str, str>::to(topic).payload("hello").partition(partition);
     producer.send(record).map_err(|(error, _)| error).expect("queued");
     producer.flush(Duration::from_secs(10)).expect("delivered");
 }
@@ -267,4 +276,56 @@ async fn status_and_doctor_tell_what_there_is() {
         let ended = run(folder.path(), &[command, "--database", &empty]);
         ended.says(1, &["schema 9999", "newer kafold version"]);
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn added_partitions_and_a_lowered_limit_are_shown() {
+    let Some((brokers, postgres)) = servers() else { return };
+    let folder = TempDir::new().expect("a folder");
+    let (name, database) = (unique_name(), create_database(&postgres).await);
+    let (topic, url) = (format!("{name}.events"), format!("kafka://{brokers}/{name}"));
+    fill(&format!("{url}?partitions=2&replication=1"), Some(&database)).await;
+    let admin = admin(&brokers);
+    let grown = NewPartitions::new(&topic, 4);
+    let grown = admin.create_partitions([&grown], &AdminOptions::new()).await.expect("an answer");
+    grown.into_iter().for_each(|grown| drop(grown.expect("grown")));
+    let lowered = AlterConfig::new(ResourceSpecifier::Topic(&topic))
+        .set("retention.ms", "-1")
+        .set("max.message.bytes", "2000");
+    let lowered = admin.alter_configs([&lowered], &AdminOptions::new()).await.expect("an answer");
+    lowered.into_iter().for_each(|lowered| drop(lowered.expect("altered")));
+
+    let both = |command: &str, log: &str| {
+        run(folder.path(), &[command, "--log", log, "--database", &database])
+    };
+    let words = "4 partitions, the log was begun with 2";
+    let status = both("status", &url);
+    status.says(1, &[words, "?partitions=2&allow_unsafe=partitions"]);
+    assert!(status.stdout.contains(words), "{status:?}");
+    let doctor = both("doctor", &url);
+    doctor.says(1, &["problem"]);
+    assert!(doctor.stdout.contains(words), "{doctor:?}");
+    assert!(
+        doctor.stdout.contains("max.message.bytes=2000: an event with more bytes"),
+        "{doctor:?}"
+    );
+
+    let accepted = format!("{url}?partitions=2&allow_unsafe=partitions");
+    fill(&accepted, Some(&database)).await;
+    let status = both("status", &accepted).ok();
+    assert!(
+        status.contains("2 partitions added to the topic: the log does not use them"),
+        "{status}"
+    );
+    let doctor = both("doctor", &accepted).ok();
+    for words in
+        ["partitions=4: the log uses the first 2", "keep ?partitions=2&allow_unsafe=partitions"]
+    {
+        assert!(doctor.contains(words), "{doctor}");
+    }
+    assert!(!doctor.contains("give the number"), "followed already: {doctor}");
+    assert!(!doctor.contains("in added partitions"), "{doctor}");
+    let check = |url: &str| run(folder.path(), &["topic", "check", "--log", url]);
+    produce_to(&brokers, &topic, 3);
+    assert!(check(&accepted).ok().contains("records=1 record in added partitions"));
 }

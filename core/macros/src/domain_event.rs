@@ -56,6 +56,11 @@ pub(crate) fn expand(input: &DeriveInput) -> Result<TokenStream, Error> {
 
             #upcasters
 
+            fn is_same(&self, other: &Self) -> bool {
+                use #core::codec::derived::{ByEquality as _, ByNothing as _, Pair};
+                (&Pair(self, other)).is_same()
+            }
+
             fn codec() -> &'static #core::codec::Codec {
                 static CODEC: ::std::sync::OnceLock<#core::codec::Codec> =
                     ::std::sync::OnceLock::new();

@@ -187,7 +187,8 @@ impl<'a> Column<'a> {
         if self.is_json {
             quote!(#field: #core::row::derived::normalize_json(#name, &self.#field)?)
         } else {
-            quote!(#field: #core::row::derived::normalize(#name, self.#field)?)
+            let normalize = self.in_trait(core, "normalize");
+            quote!(#field: #core::row::derived::named(#name, #normalize(self.#field))?)
         }
     }
 

@@ -16,12 +16,36 @@ use twox_hash::XxHash3_64;
 /// `WIDE` values may have integers beyond 64 bits.
 pub(super) fn fingerprint<const WIDE: bool>(
     value: &(impl Serialize + ?Sized),
-) -> Result<u64, Error> {
+) -> Result<Fingerprint, Error> {
     value.serialize(Hasher::<WIDE>)
 }
 
+/// The hash of a value.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Fingerprint {
+    hash: u64,
+    kind: Kind,
+    /// Whether the value has an integer type of 128 bits, a map whose keys are no texts, or raw JSON.
+    /// serde reads these as long as it has not to buffer them. It buffers the content of an adjacently
+    /// tagged enum whose tag comes later.
+    pub(super) needs_order: bool,
+}
+
+impl Fingerprint {
+    fn is_text(self) -> bool {
+        matches!(self.kind, Kind::Text | Kind::Variant)
+    }
+
+    fn needing_order(self) -> Self {
+        Self { needs_order: true, ..self }
+    }
+}
+
+/// The name by which serde_json recognizes raw JSON.
+const RAW: &str = "$serde_json::private::RawValue";
+
 /// The kinds of values, which keep `None`, `()` and `0` apart.
-#[derive(Clone, Copy)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Kind {
     Bool = 1,
     Signed,
@@ -47,17 +71,17 @@ fn mix(a: u64, b: u64) -> u64 {
     z ^ (z >> 31)
 }
 
-fn of(kind: Kind, value: u64) -> u64 {
-    mix(kind as u64, value)
+fn of(kind: Kind, value: u64) -> Fingerprint {
+    Fingerprint { hash: mix(kind as u64, value), kind, needs_order: false }
 }
 
-fn text(text: &str) -> u64 {
+fn text(text: &str) -> Fingerprint {
     of(Kind::Text, XxHash3_64::oneshot(text.as_bytes()))
 }
 
 /// Puts the name of a field before an error in the field.
-fn named(name: &str, hash: Result<u64, Error>) -> Result<u64, Error> {
-    hash.map_err(|error| Error::custom(format!("{name}: {error}")))
+fn named(name: &str, part: Result<Fingerprint, Error>) -> Result<Fingerprint, Error> {
+    part.map_err(|error| Error::custom(format!("{name}: {error}")))
 }
 
 #[derive(Clone, Copy)]
@@ -70,34 +94,43 @@ struct Parts<const WIDE: bool> {
     /// The hash of a map's key, before its value.
     key: u64,
     count: u64,
+    needs_order: bool,
 }
 
 impl<const WIDE: bool> Parts<WIDE> {
     fn new(kind: Kind) -> Self {
-        Self { kind, hash: 0, key: 0, count: 0 }
+        Self { kind, hash: 0, key: 0, count: 0, needs_order: false }
     }
 
     fn variant(index: u32) -> Self {
         Self { hash: mix(u64::from(index), 1), ..Self::new(Kind::Variant) }
     }
 
-    fn ordered(&mut self, part: u64) {
-        self.hash = mix(self.hash, part);
+    fn ordered(&mut self, part: Fingerprint) {
+        self.hash = mix(self.hash, part.hash);
         self.count += 1;
+        self.needs_order |= part.needs_order;
     }
 
-    fn unordered(&mut self, part: u64) {
-        self.hash = self.hash.wrapping_add(mix(part, 2));
+    fn unordered(&mut self, part: Fingerprint) {
+        self.hash = self.hash.wrapping_add(mix(part.hash, 2));
         self.count += 1;
+        self.needs_order |= part.needs_order;
     }
 
-    fn finish(self) -> u64 {
-        of(self.kind, mix(self.hash, self.count))
+    /// Adds an entry of a map whose key has this hash.
+    fn entry(&mut self, key: u64, value: Fingerprint) {
+        self.unordered(Fingerprint { hash: mix(key, value.hash), ..value });
+    }
+
+    fn finish(self) -> Fingerprint {
+        let needs_order = self.needs_order;
+        Fingerprint { needs_order, ..of(self.kind, mix(self.hash, self.count)) }
     }
 }
 
 impl<const WIDE: bool> Serializer for Hasher<WIDE> {
-    type Ok = u64;
+    type Ok = Fingerprint;
     type Error = Error;
     type SerializeSeq = Parts<WIDE>;
     type SerializeTuple = Parts<WIDE>;
@@ -107,64 +140,66 @@ impl<const WIDE: bool> Serializer for Hasher<WIDE> {
     type SerializeStruct = Parts<WIDE>;
     type SerializeStructVariant = Parts<WIDE>;
 
-    fn serialize_bool(self, value: bool) -> Result<u64, Error> {
+    fn serialize_bool(self, value: bool) -> Result<Fingerprint, Error> {
         Ok(of(Kind::Bool, u64::from(value)))
     }
 
-    fn serialize_i8(self, value: i8) -> Result<u64, Error> {
+    fn serialize_i8(self, value: i8) -> Result<Fingerprint, Error> {
         self.serialize_i64(value.into())
     }
 
-    fn serialize_i16(self, value: i16) -> Result<u64, Error> {
+    fn serialize_i16(self, value: i16) -> Result<Fingerprint, Error> {
         self.serialize_i64(value.into())
     }
 
-    fn serialize_i32(self, value: i32) -> Result<u64, Error> {
+    fn serialize_i32(self, value: i32) -> Result<Fingerprint, Error> {
         self.serialize_i64(value.into())
     }
 
-    fn serialize_i64(self, value: i64) -> Result<u64, Error> {
+    fn serialize_i64(self, value: i64) -> Result<Fingerprint, Error> {
         Ok(of(Kind::Signed, value as u64))
     }
 
-    fn serialize_i128(self, value: i128) -> Result<u64, Error> {
-        match (i64::try_from(value), u64::try_from(value)) {
-            (Ok(value), _) => self.serialize_i64(value),
-            (_, Ok(value)) => self.serialize_u64(value),
-            _ if WIDE => Ok(of_wide(value as u128)),
-            _ => Err(too_large(value)),
-        }
+    fn serialize_i128(self, value: i128) -> Result<Fingerprint, Error> {
+        let part = match (i64::try_from(value), u64::try_from(value)) {
+            (Ok(value), _) => self.serialize_i64(value)?,
+            (_, Ok(value)) => self.serialize_u64(value)?,
+            _ if WIDE => of_wide(value as u128),
+            _ => return Err(too_large(value)),
+        };
+        Ok(part.needing_order())
     }
 
-    fn serialize_u8(self, value: u8) -> Result<u64, Error> {
+    fn serialize_u8(self, value: u8) -> Result<Fingerprint, Error> {
         self.serialize_u64(value.into())
     }
 
-    fn serialize_u16(self, value: u16) -> Result<u64, Error> {
+    fn serialize_u16(self, value: u16) -> Result<Fingerprint, Error> {
         self.serialize_u64(value.into())
     }
 
-    fn serialize_u32(self, value: u32) -> Result<u64, Error> {
+    fn serialize_u32(self, value: u32) -> Result<Fingerprint, Error> {
         self.serialize_u64(value.into())
     }
 
-    fn serialize_u64(self, value: u64) -> Result<u64, Error> {
+    fn serialize_u64(self, value: u64) -> Result<Fingerprint, Error> {
         Ok(of(Kind::Unsigned, value))
     }
 
-    fn serialize_u128(self, value: u128) -> Result<u64, Error> {
-        match u64::try_from(value) {
-            Ok(value) => self.serialize_u64(value),
-            Err(_) if WIDE => Ok(of_wide(value)),
-            Err(_) => Err(too_large(value)),
-        }
+    fn serialize_u128(self, value: u128) -> Result<Fingerprint, Error> {
+        let part = match u64::try_from(value) {
+            Ok(value) => self.serialize_u64(value)?,
+            Err(_) if WIDE => of_wide(value),
+            Err(_) => return Err(too_large(value)),
+        };
+        Ok(part.needing_order())
     }
 
-    fn serialize_f32(self, value: f32) -> Result<u64, Error> {
+    fn serialize_f32(self, value: f32) -> Result<Fingerprint, Error> {
         self.serialize_f64(value.into())
     }
 
-    fn serialize_f64(self, value: f64) -> Result<u64, Error> {
+    fn serialize_f64(self, value: f64) -> Result<Fingerprint, Error> {
         match value.is_finite() {
             // Columns do not keep the sign of 0.0.
             true => Ok(of(Kind::Float, (value + 0.0).to_bits())),
@@ -174,31 +209,33 @@ impl<const WIDE: bool> Serializer for Hasher<WIDE> {
         }
     }
 
-    fn serialize_char(self, value: char) -> Result<u64, Error> {
+    fn serialize_char(self, value: char) -> Result<Fingerprint, Error> {
         Ok(of(Kind::Text, u64::from(u32::from(value))))
     }
 
-    fn serialize_str(self, value: &str) -> Result<u64, Error> {
+    fn serialize_str(self, value: &str) -> Result<Fingerprint, Error> {
         Ok(text(value))
     }
 
-    fn serialize_bytes(self, value: &[u8]) -> Result<u64, Error> {
+    fn serialize_bytes(self, value: &[u8]) -> Result<Fingerprint, Error> {
         Ok(of(Kind::Bytes, XxHash3_64::oneshot(value)))
     }
 
-    fn serialize_none(self) -> Result<u64, Error> {
+    fn serialize_none(self) -> Result<Fingerprint, Error> {
         Ok(of(Kind::None, 0))
     }
 
-    fn serialize_some<T: Serialize + ?Sized>(self, value: &T) -> Result<u64, Error> {
-        Ok(of(Kind::Some, value.serialize(self)?))
+    fn serialize_some<T: Serialize + ?Sized>(self, value: &T) -> Result<Fingerprint, Error> {
+        let mut parts = Parts::<WIDE>::new(Kind::Some);
+        parts.ordered(value.serialize(self)?);
+        Ok(parts.finish())
     }
 
-    fn serialize_unit(self) -> Result<u64, Error> {
+    fn serialize_unit(self) -> Result<Fingerprint, Error> {
         Ok(of(Kind::Unit, 0))
     }
 
-    fn serialize_unit_struct(self, _: &'static str) -> Result<u64, Error> {
+    fn serialize_unit_struct(self, _: &'static str) -> Result<Fingerprint, Error> {
         self.serialize_unit()
     }
 
@@ -207,7 +244,7 @@ impl<const WIDE: bool> Serializer for Hasher<WIDE> {
         _: &'static str,
         index: u32,
         _: &'static str,
-    ) -> Result<u64, Error> {
+    ) -> Result<Fingerprint, Error> {
         Ok(Parts::<WIDE>::variant(index).finish())
     }
 
@@ -215,7 +252,7 @@ impl<const WIDE: bool> Serializer for Hasher<WIDE> {
         self,
         _: &'static str,
         value: &T,
-    ) -> Result<u64, Error> {
+    ) -> Result<Fingerprint, Error> {
         value.serialize(self)
     }
 
@@ -225,7 +262,7 @@ impl<const WIDE: bool> Serializer for Hasher<WIDE> {
         index: u32,
         _: &'static str,
         value: &T,
-    ) -> Result<u64, Error> {
+    ) -> Result<Fingerprint, Error> {
         let mut parts = Parts::<WIDE>::variant(index);
         parts.ordered(value.serialize(self)?);
         Ok(parts.finish())
@@ -257,8 +294,8 @@ impl<const WIDE: bool> Serializer for Hasher<WIDE> {
         Ok(Parts::new(Kind::Map))
     }
 
-    fn serialize_struct(self, _: &'static str, _: usize) -> Result<Parts<WIDE>, Error> {
-        Ok(Parts::new(Kind::Map))
+    fn serialize_struct(self, name: &'static str, _: usize) -> Result<Parts<WIDE>, Error> {
+        Ok(Parts { needs_order: name == RAW, ..Parts::new(Kind::Map) })
     }
 
     fn serialize_struct_variant(
@@ -272,7 +309,7 @@ impl<const WIDE: bool> Serializer for Hasher<WIDE> {
     }
 }
 
-fn of_wide(value: u128) -> u64 {
+fn of_wide(value: u128) -> Fingerprint {
     of(Kind::Wide, mix(value as u64, (value >> 64) as u64))
 }
 
@@ -283,7 +320,7 @@ fn too_large(value: impl std::fmt::Display) -> Error {
 }
 
 impl<const WIDE: bool> SerializeSeq for Parts<WIDE> {
-    type Ok = u64;
+    type Ok = Fingerprint;
     type Error = Error;
 
     fn serialize_element<T: Serialize + ?Sized>(&mut self, value: &T) -> Result<(), Error> {
@@ -292,13 +329,13 @@ impl<const WIDE: bool> SerializeSeq for Parts<WIDE> {
         Ok(())
     }
 
-    fn end(self) -> Result<u64, Error> {
+    fn end(self) -> Result<Fingerprint, Error> {
         Ok(self.finish())
     }
 }
 
 impl<const WIDE: bool> SerializeTuple for Parts<WIDE> {
-    type Ok = u64;
+    type Ok = Fingerprint;
     type Error = Error;
 
     fn serialize_element<T: Serialize + ?Sized>(&mut self, value: &T) -> Result<(), Error> {
@@ -307,7 +344,7 @@ impl<const WIDE: bool> SerializeTuple for Parts<WIDE> {
         Ok(())
     }
 
-    fn end(self) -> Result<u64, Error> {
+    fn end(self) -> Result<Fingerprint, Error> {
         Ok(self.finish())
     }
 }
@@ -315,14 +352,14 @@ impl<const WIDE: bool> SerializeTuple for Parts<WIDE> {
 macro_rules! tuples {
     ($($name:ident)*) => {$(
         impl<const WIDE: bool> $name for Parts<WIDE> {
-            type Ok = u64;
+            type Ok = Fingerprint;
             type Error = Error;
 
             fn serialize_field<T: Serialize + ?Sized>(&mut self, value: &T) -> Result<(), Error> {
                 SerializeTuple::serialize_element(self, value)
             }
 
-            fn end(self) -> Result<u64, Error> {
+            fn end(self) -> Result<Fingerprint, Error> {
                 Ok(self.finish())
             }
         }
@@ -332,17 +369,18 @@ macro_rules! tuples {
 tuples!(SerializeTupleStruct SerializeTupleVariant);
 
 impl<const WIDE: bool> SerializeMap for Parts<WIDE> {
-    type Ok = u64;
+    type Ok = Fingerprint;
     type Error = Error;
 
     fn serialize_key<T: Serialize + ?Sized>(&mut self, key: &T) -> Result<(), Error> {
-        self.key = key.serialize(Hasher::<WIDE>)?;
+        let key = key.serialize(Hasher::<WIDE>)?;
+        self.key = key.hash;
+        self.needs_order |= !key.is_text();
         Ok(())
     }
 
     fn serialize_value<T: Serialize + ?Sized>(&mut self, value: &T) -> Result<(), Error> {
-        let part = mix(self.key, value.serialize(Hasher::<WIDE>)?);
-        self.unordered(part);
+        self.entry(self.key, value.serialize(Hasher::<WIDE>)?);
         Ok(())
     }
 
@@ -359,7 +397,7 @@ impl<const WIDE: bool> SerializeMap for Parts<WIDE> {
         })
     }
 
-    fn end(self) -> Result<u64, Error> {
+    fn end(self) -> Result<Fingerprint, Error> {
         Ok(self.finish())
     }
 }
@@ -367,7 +405,7 @@ impl<const WIDE: bool> SerializeMap for Parts<WIDE> {
 macro_rules! structs {
     ($($name:ident)*) => {$(
         impl<const WIDE: bool> $name for Parts<WIDE> {
-            type Ok = u64;
+            type Ok = Fingerprint;
             type Error = Error;
 
             fn serialize_field<T: Serialize + ?Sized>(
@@ -375,12 +413,12 @@ macro_rules! structs {
                 key: &'static str,
                 value: &T,
             ) -> Result<(), Error> {
-                let part = mix(text(key), named(key, value.serialize(Hasher::<WIDE>))?);
-                self.unordered(part);
+                let value = named(key, value.serialize(Hasher::<WIDE>))?;
+                self.entry(text(key).hash, value);
                 Ok(())
             }
 
-            fn end(self) -> Result<u64, Error> {
+            fn end(self) -> Result<Fingerprint, Error> {
                 Ok(self.finish())
             }
         }

@@ -149,6 +149,10 @@ enum Hard {
     },
     #[event("hard.negative")]
     Negative(i128),
+    #[event("hard.choice")]
+    Choice(Choice),
+    #[event("hard.content")]
+    Content(Content),
     #[event("hard.sets")]
     Sets { numbers: HashSet<u64>, names: HashMap<String, Option<i32>> },
     #[event("hard.keys")]
@@ -159,6 +163,23 @@ enum Hard {
 #[serde(tag = "kind")]
 enum Part {
     Slots { by_number: BTreeMap<u32, String> },
+}
+
+/// serde reads the first variant that fits.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(untagged)]
+enum Choice {
+    Moment(DateTime<Utc>),
+    Text(String),
+}
+
+/// serde reads all of it as long as the tag comes first, which upcasters do not promise.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "type", content = "data")]
+enum Content {
+    Wide(u128),
+    Numbered(BTreeMap<u32, String>),
+    Text(String),
 }
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -193,6 +214,15 @@ fn an_event_that_the_log_cannot_give_back_is_refused() {
         (Hard::Wide { amount: wide }, "amount: 18446744073709551616 needs more than 64 bits"),
         (Hard::FlatWide { amount: Amount { wei: wide } }, "wei: 18446744073709551616 needs"),
         (Hard::Negative(i128::from(i64::MIN) - 1), "needs more than 64 bits"),
+        (
+            Hard::Choice(Choice::Text("2024-02-29T12:00:00Z".into())),
+            "an untagged enum of which an earlier variant fits",
+        ),
+        (Hard::Content(Content::Wide(1)), "in another order it could not be read again: u128"),
+        (
+            Hard::Content(Content::Numbered(BTreeMap::from([(7, name())]))),
+            "in another order it could not be read again: invalid type: string \"7\"",
+        ),
     ] {
         let refused = read_back(&event).expect_err("refused");
         assert!(refused.contains("cannot be stored: ") && refused.contains(words), "{refused}");
@@ -214,6 +244,7 @@ fn hard() -> impl Strategy<Value = Hard> {
         any::<i64>().prop_map(|value| Hard::Negative(value.into())),
         (numbers, names).prop_map(|(numbers, names)| Hard::Sets { numbers, names }),
         keys.prop_map(Hard::Keys),
+        any::<String>().prop_map(|text| Hard::Content(Content::Text(text))),
     ]
 }
 

@@ -7,3 +7,4 @@ mod memory;
 mod row;
 mod scenario;
 mod ui;
+mod values;

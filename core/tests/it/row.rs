@@ -144,6 +144,14 @@ struct EdgeJson {
     real: f64,
     untyped: serde_json::Value,
     twice: Option<Option<u32>>,
+    content: Option<EdgeContent>,
+}
+
+/// JSONB keeps shorter names of fields first: the content comes before the tag.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "kind", content = "c")]
+enum EdgeContent {
+    Numbered(std::collections::BTreeMap<u32, bool>),
 }
 
 #[test]
@@ -160,8 +168,7 @@ fn a_stored_row_is_what_the_database_gives_back() {
     assert_eq!(values[1], Value::Timestamp(next_second));
     let Value::Real(real) = values[2] else { panic!("{values:?}") };
     assert!(real.is_sign_positive());
-    let json =
-        r#"{"real":0.0,"untyped":[10000000000000000.0,-200000000000000000000.0,1],"twice":null}"#;
+    let json = r#"{"real":0.0,"untyped":[10000000000000000.0,-200000000000000000000.0,1],"twice":null,"content":null}"#;
     assert_eq!(values[3], Value::Json(json.into()));
     assert_eq!(Edges::from_values(values), Ok(row));
 }
@@ -180,6 +187,10 @@ fn a_row_that_no_database_holds_names_its_column() {
     assert!(infinite.starts_with("column json: "), "{infinite}");
     let twice = refused(|row| row.json.twice = Some(None));
     assert!(twice.starts_with("column json: it would be read as another value"), "{twice}");
+    let numbered = refused(|row| {
+        row.json.content = Some(EdgeContent::Numbered([(1, true)].into_iter().collect()));
+    });
+    assert!(numbered.starts_with("column json: with its fields in another order"), "{numbered}");
     let nul = refused(|row| row.json.untyped = "\0".into());
     assert!(nul.starts_with("column json: a text contains the character NUL"), "{nul}");
 }
