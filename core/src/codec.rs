@@ -144,22 +144,23 @@ fn read_back<E: DomainEvent>(event: &E, payload: &[u8]) -> Result<E, serde_json:
     let written = fingerprint::<false>(event)?;
     let read = |payload: &[u8]| {
         let mut json = serde_json::Deserializer::from_slice(payload);
-        let read: E = decode_variant(event.type_index(), &mut json).map_err(unread)?;
+        let read: E =
+            decode_variant(event.type_index(), &mut json).map_err(|error| unread(&error))?;
         let is_same = fingerprint::<false>(&read)? == written && read.is_same(event);
         if is_same { Ok(read) } else { Err(serde_json::Error::custom(CHANGES)) }
     };
     if written.needs_order {
-        // Upcasters do not keep the order of fields.
-        read(&reversed::fields(payload)?).map_err(unread_in_order)?;
+        // The JSON value of upcasters does not keep the order of fields.
+        read(&reversed::fields(payload)?).map_err(|error| unread_in_order(&error))?;
     }
     read(payload)
 }
 
-fn unread(error: serde_json::Error) -> serde_json::Error {
+fn unread(error: &serde_json::Error) -> serde_json::Error {
     serde_json::Error::custom(format!("it could not be read again: {error}"))
 }
 
-fn unread_in_order(error: serde_json::Error) -> serde_json::Error {
+fn unread_in_order(error: &serde_json::Error) -> serde_json::Error {
     serde_json::Error::custom(format!(
         "with its fields in another order {error}. An enum with a tag and a content takes no integers of \
          128 bits, no raw JSON, and no maps whose keys are not texts"
@@ -198,7 +199,8 @@ pub(crate) fn read_from_column<T: Serialize + DeserializeOwned + PartialEq>(
     }
     if written.needs_order {
         // PostgreSQL's JSONB does not keep the order of fields.
-        read_same(value, &reversed::fields(json.as_bytes())?).map_err(unread_in_order)?;
+        read_same(value, &reversed::fields(json.as_bytes())?)
+            .map_err(|error| unread_in_order(&error))?;
     }
     Ok(read)
 }
@@ -208,7 +210,7 @@ fn read_same<T: Serialize + DeserializeOwned>(
     value: &T,
     json: &[u8],
 ) -> Result<(T, Fingerprint), serde_json::Error> {
-    let read: T = serde_json::from_slice(json).map_err(unread)?;
+    let read: T = serde_json::from_slice(json).map_err(|error| unread(&error))?;
     let written = fingerprint::<true>(value)?;
     match fingerprint::<true>(&read)? == written {
         true => Ok((read, written)),
@@ -243,18 +245,17 @@ impl Formatter for Jsonb {
     }
 }
 
-/// What `#[derive(DomainEvent)]` calls; not for use by hand.
+/// Items for the code of `#[derive(DomainEvent)]`, not for use by hand.
 #[doc(hidden)]
 pub mod derived {
-    /// Two values to compare. The methods of both traits have one name: a call takes that of
-    /// [`ByEquality`] where it exists, since that of [`ByNothing`] needs one reference more (autoref
-    /// specialization).
+    /// Two values to compare by autoref specialization: a call of `is_same` takes the method of
+    /// [`ByEquality`] where it exists, since the method of [`ByNothing`] needs one reference more.
     #[derive(Debug)]
     pub struct Pair<'a, T>(pub &'a T, pub &'a T);
 
     /// Compares values that have `PartialEq`.
     pub trait ByEquality {
-        /// Whether both are equal.
+        /// Returns `true` if both values are equal.
         fn is_same(&self) -> bool;
     }
 
@@ -266,7 +267,7 @@ pub mod derived {
 
     /// Compares nothing.
     pub trait ByNothing {
-        /// `true`.
+        /// Returns `true`.
         fn is_same(&self) -> bool;
     }
 

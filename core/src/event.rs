@@ -61,9 +61,9 @@ pub trait DomainEvent:
         Self::TYPES[self.type_index()]
     }
 
-    /// Whether both events are equal, by `PartialEq` if the enum has it. A decided event is compared with
-    /// the event that is read from its JSON. Without `PartialEq` their serialized forms are compared
-    /// alone, which do not tell the variants of an untagged enum apart.
+    /// Returns `true` if both events are equal by `PartialEq`, and always without `PartialEq`. The codec
+    /// compares a decided event with the event that is read from its JSON. Serialized forms alone do
+    /// not tell the variants of an untagged enum apart.
     #[doc(hidden)]
     fn is_same(&self, _: &Self) -> bool {
         true

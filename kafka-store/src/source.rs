@@ -200,7 +200,7 @@ struct Answer {
 struct KafkaSubscription {
     consumer: Consumer,
     partitions: u32,
-    /// Shared by the subscriptions of a source: one of them warns.
+    /// The number of added partitions that a warning of any subscription of the source has named.
     added: Arc<AtomicUsize>,
     low_end_patience: Duration,
     batch_events_max: usize,

@@ -22,9 +22,8 @@ use crate::overview::{self, PartitionView};
 struct Status {
     log: Option<LogStatus>,
     database: Option<DatabaseStatus>,
-    /// Sentences about a log that services refuse, and about members of its consumer groups that are
-    /// no part of the service.
-    problems: Vec<String>,
+    /// Sentences about members of the log's consumer groups that are no part of the service.
+    strangers: Vec<String>,
 }
 
 struct LogStatus {
@@ -32,6 +31,8 @@ struct LogStatus {
     partitions: Vec<PartitionView>,
     /// Partitions of the topic that the log does not use.
     added: Vec<Partition>,
+    /// The reason for which services refuse the log.
+    refusal: Option<String>,
 }
 
 struct DatabaseStatus {
@@ -46,7 +47,7 @@ pub(crate) async fn run(context: &mut Context) -> Result<(), Error> {
     let mut status = Status::default();
     let log = log(context, &mut status).await;
     let database = database(context, &mut status).await;
-    status.problems.extend(strangers(context, &status).await);
+    status.strangers = strangers(context, &status).await;
     if !status.ahead().is_empty() {
         // A running service may have advanced the database since the first read of the log.
         self::log(context, &mut status).await?;
@@ -56,9 +57,10 @@ pub(crate) async fn run(context: &mut Context) -> Result<(), Error> {
         false => status.print(&mut context.out)?,
     }
     log.and(database)?;
+    let problems: Vec<_> = status.problems().collect();
     match status.ahead().as_slice() {
-        [] if status.problems.is_empty() => Ok(()),
-        [] => Err(Error::failed(status.problems.join("; "))),
+        [] if problems.is_empty() => Ok(()),
+        [] => Err(Error::failed(problems.join("; "))),
         ahead => {
             let places: Vec<_> = ahead.iter().map(ToString::to_string).collect();
             Err(Error::failed(format!(
@@ -91,17 +93,16 @@ async fn log(context: &Context, status: &mut Status) -> Result<(), Error> {
     let Some(url) = context.options.maybe_log()? else { return Ok(()) };
     let log = Log::open(&url, &context.clock).await?;
     let partitions = overview::partitions(&log).await?;
-    let mut added = Vec::new();
-    status.problems.clear();
+    let (mut added, mut refusal) = (Vec::new(), None);
     if let Log::Kafka(readable) = &log {
         added.extend(readable.added_partitions());
         match readable.check(Partition(0), None).await {
             Ok(()) => {}
-            Err(ReadError::Diverged { cause, .. }) => status.problems.push(chain(&*cause)),
+            Err(ReadError::Diverged { cause, .. }) => refusal = Some(chain(&*cause)),
             Err(error) => return Err(error.into()),
         }
     }
-    status.log = Some(LogStatus { url, partitions, added });
+    status.log = Some(LogStatus { url, partitions, added, refusal });
     Ok(())
 }
 
@@ -174,8 +175,14 @@ impl Status {
             "index": index,
             "projections": projections,
             "ahead": self.ahead(),
-            "problems": self.problems,
+            "problems": self.problems().collect::<Vec<_>>(),
         })
+    }
+
+    /// Returns one sentence for each problem of the log.
+    fn problems(&self) -> impl Iterator<Item = &str> {
+        let refusal = self.log.iter().filter_map(|log| log.refusal.as_deref());
+        refusal.chain(self.strangers.iter().map(String::as_str))
     }
 
     /// Returns the database's positions beyond the end of the log; none without both.
@@ -218,7 +225,7 @@ impl Status {
                 ))?;
             }
         }
-        for problem in &self.problems {
+        for problem in self.problems() {
             out.line(&format!("warning   {problem}"))?;
         }
         let Some(database) = &self.database else {

@@ -33,6 +33,8 @@ struct Report {
     indexed_events: Option<u64>,
     index_differences: Vec<String>,
     projections: Vec<Verification>,
+    /// Reasons for which projections could not be folded again or compared, by name.
+    failed: BTreeMap<String, String>,
     /// Projections that only the service's own program can fold again.
     not_verified: Vec<String>,
     /// Projections that name no tables to compare.
@@ -45,6 +47,7 @@ impl Report {
     fn is_clean(&self) -> bool {
         self.log_differences.is_empty()
             && self.index_differences.is_empty()
+            && self.failed.is_empty()
             && self.projections.iter().all(|projection| projection.differences.is_empty())
     }
 }
@@ -64,7 +67,14 @@ pub(crate) async fn run(context: &mut Context) -> Result<(), Error> {
     }
     match report.is_clean() {
         true => Ok(()),
-        false => Err(Error::failed("what was made from the log is not what the log says")),
+        false if report.failed.is_empty() => {
+            Err(Error::failed("what was made from the log is not what the log says"))
+        }
+        false => {
+            let failed: Vec<_> = report.failed.keys().map(String::as_str).collect();
+            let (count, names) = (count(failed.len() as u64, "projection"), failed.join(", "));
+            Err(Error::failed(format!("{count} could not be verified: {names}")))
+        }
     }
 }
 
@@ -238,6 +248,10 @@ async fn verify_projections(
             match worker.verify(&name, &tell).await {
                 Ok(verified) => report.projections.push(verified),
                 Err(VerifyError::NoTables(name)) => report.without_tables.push(name),
+                // A dropped table, or a handler that fails: the others are verified all the same.
+                Err(error @ (VerifyError::Handler { .. } | VerifyError::Database(_))) => {
+                    report.failed.insert(name, crate::error::chain(&error));
+                }
                 Err(error) => return Err(error.into()),
             }
         }
@@ -279,6 +293,9 @@ fn print(out: &mut Output, report: &Report) -> Result<(), Error> {
             "{name} (generation {generation}): {rows} of {events}{left_out}, {}",
             verdict(&shown)
         ))?;
+    }
+    for (name, reason) in &report.failed {
+        out.line(&format!("{name}: NOT VERIFIED: {reason}"))?;
     }
     for (name, behind) in &report.behind {
         let partitions: Vec<_> =

@@ -25,9 +25,9 @@ pub(super) fn fingerprint<const WIDE: bool>(
 pub(super) struct Fingerprint {
     hash: u64,
     kind: Kind,
-    /// Whether the value has an integer type of 128 bits, a map whose keys are no texts, or raw JSON.
-    /// serde reads these as long as it has not to buffer them. It buffers the content of an adjacently
-    /// tagged enum whose tag comes later.
+    /// `true` if the value has an integer type of 128 bits, a map whose keys are not texts, or raw JSON.
+    /// serde does not read these after it has buffered them, and it buffers the content of an adjacently
+    /// tagged enum if the content comes before the tag.
     pub(super) needs_order: bool,
 }
 

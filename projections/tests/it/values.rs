@@ -60,6 +60,64 @@ struct Nested {
     untyped: serde_json::Value,
     wide: u128,
     by_number: BTreeMap<i64, String>,
+    internal: Option<Internal>,
+    adjacent: Option<Adjacent>,
+    untagged: Vec<Untagged>,
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "kind")]
+enum Internal {
+    Fields { a: Option<f64>, text: String },
+    Empty,
+}
+
+/// JSONB has the shorter `c` before `kind`, and then serde does not read the keys of `Numbered`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "kind", content = "c")]
+enum Adjacent {
+    Text(String),
+    Real(f64),
+    Numbered(BTreeMap<i64, f64>),
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(untagged)]
+enum Untagged {
+    Whole(i64),
+    Real(f64),
+    Text(String),
+    Pair(u8, Option<f32>),
+    Nothing,
+}
+
+/// A value with an enum of each of serde's forms.
+fn nested(real: f64, number: i64, text: &str, bits: u64) -> Nested {
+    let text = || text.to_owned();
+    Nested {
+        real,
+        untyped: serde_json::json!([real, number, text()]),
+        wide: u128::from(bits) << 64,
+        by_number: BTreeMap::from([(number, text())]),
+        internal: match number % 3 {
+            0 => Some(Internal::Fields { a: Some(real), text: text() }),
+            1 => Some(Internal::Empty),
+            _ => None,
+        },
+        adjacent: match number % 7 {
+            0 => Some(Adjacent::Numbered(BTreeMap::from([(number, real)]))),
+            1 | 2 => Some(Adjacent::Real(real)),
+            3 | 4 => Some(Adjacent::Text(text())),
+            _ => None,
+        },
+        untagged: vec![
+            Untagged::Whole(number),
+            Untagged::Real(real),
+            Untagged::Text(text()),
+            Untagged::Pair(7, Some(real as f32).filter(|real| real.is_finite())),
+            Untagged::Nothing,
+        ],
+    }
 }
 
 struct Probes;
@@ -82,12 +140,7 @@ impl ReadModel for Probes {
         let real = f64::from_bits(*bits);
         let is_newer = row.as_ref().is_none_or(|row| *at > row.at);
         let nested = match nested {
-            true => Nested {
-                real,
-                untyped: serde_json::json!([real, number, text]),
-                wide: u128::from(*bits) << 64,
-                by_number: BTreeMap::from([(*number, text.clone())]),
-            },
+            true => self::nested(real, *number, text, *bits),
             false => Nested::default(),
         };
         Some(Probe {
@@ -121,7 +174,7 @@ fn worker(orders: &Orders, database: &TestDatabase, policy: FaultPolicy) -> Proj
     let config = ProjectionConfig {
         fault_policy: policy,
         fault_attempts_max: 1,
-        parked_streams_max: 100_000,
+        parked_streams_max: 1_000_000,
         ..ProjectionConfig::default()
     };
     ProjectionWorker::new(Arc::new(orders.store.clone()), database.database.clone())
@@ -171,7 +224,7 @@ fn random(dice: &mut Dice) -> ProbeEvent {
 
 async fn random_rows_come_back_or_their_events_are_refused(database: &TestDatabase) {
     let count = std::env::var("KAFOLD_VALUES").ok().and_then(|count| count.parse().ok());
-    let count: usize = count.unwrap_or(2_000);
+    let count: usize = count.unwrap_or(10_000);
     let orders = Orders::new(3);
     let mut dice = Dice::new(21);
     for n in 0..count {

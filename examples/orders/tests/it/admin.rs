@@ -5,7 +5,7 @@ use crate::support;
 use std::process::Output;
 
 use serde_json::{Value, json};
-use support::{Stack, run};
+use support::{Stack, execute, run};
 
 fn text(output: &Output) -> String {
     assert!(output.status.success(), "{output:?}");
@@ -80,5 +80,15 @@ fn every_read_model_is_rebuilt_under_load_and_is_what_the_log_says() {
         for name in ["order_details (generation 2): 60 rows", "sales_by_sku (generation 2)"] {
             assert!(verified.contains(name), "{verified}");
         }
+        let Some(database) = stack.args.last() else { continue };
+        drop(service);
+        execute(database, "DROP TABLE sales_by_day__g2 CASCADE".to_owned());
+        let half = admin(&["verify"]);
+        assert_eq!(half.status.code(), Some(1), "{half:?}");
+        let said = String::from_utf8_lossy(&half.stderr);
+        assert!(said.contains("1 projection could not be verified: sales_by_day"), "{said}");
+        let told = String::from_utf8_lossy(&half.stdout);
+        assert!(told.contains("order_details (generation 2): 60 rows"), "{told}");
+        assert!(told.contains("sales_by_day: NOT VERIFIED: "), "{told}");
     }
 }

@@ -189,13 +189,17 @@ pub(crate) fn unique_name() -> String {
     format!("orders_test_{:016x}", kafold::clock::RandomIds.random())
 }
 
-fn create_database(server: &str, name: &str) -> String {
+/// Runs a statement on PostgreSQL.
+pub(crate) fn execute(database: &str, statement: String) {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     runtime.expect("a runtime").block_on(async {
-        let mut connection = PgConnection::connect(server).await.expect("connect to PostgreSQL");
-        let statement = AssertSqlSafe(format!("CREATE DATABASE {name}"));
-        query(statement).execute(&mut connection).await.expect("create a database");
+        let mut connection = PgConnection::connect(database).await.expect("connect to PostgreSQL");
+        query(AssertSqlSafe(statement)).execute(&mut connection).await.expect("executed");
     });
+}
+
+fn create_database(server: &str, name: &str) -> String {
+    execute(server, format!("CREATE DATABASE {name}"));
     let (server, _) = server.rsplit_once('/').expect("the URL names a database");
     format!("{server}/{name}")
 }
