@@ -174,7 +174,7 @@ fn worker(orders: &Orders, database: &TestDatabase, policy: FaultPolicy) -> Proj
     let config = ProjectionConfig {
         fault_policy: policy,
         fault_attempts_max: 1,
-        parked_streams_max: 1_000_000,
+        parked_streams_max: 100_000,
         ..ProjectionConfig::default()
     };
     ProjectionWorker::new(Arc::new(orders.store.clone()), database.database.clone())
@@ -224,7 +224,7 @@ fn random(dice: &mut Dice) -> ProbeEvent {
 
 async fn random_rows_come_back_or_their_events_are_refused(database: &TestDatabase) {
     let count = std::env::var("KAFOLD_VALUES").ok().and_then(|count| count.parse().ok());
-    let count: usize = count.unwrap_or(10_000);
+    let count: usize = count.unwrap_or(2_000);
     let orders = Orders::new(3);
     let mut dice = Dice::new(21);
     for n in 0..count {
