@@ -27,9 +27,6 @@ pub const MESSAGE_TIMEOUT_MIN: Duration = Duration::from_secs(5);
 
 /// Signs of life of a node in the time in which one must come.
 const HEARTBEATS: u32 = 6;
-/// Interval in which a member asks for the partitions of its topic.
-const METADATA_INTERVAL: &str = "topic.metadata.refresh.interval.ms";
-const METADATA_INTERVAL_MS: &str = "20000";
 const RECONNECT_BACKOFF_MAX: &str = "reconnect.backoff.max.ms";
 /// How long a forwarded command or a reply may take into its topic.
 const OUTBOX_TIMEOUT_MS: &str = "15000";
@@ -315,11 +312,6 @@ impl KafkaConfig {
     /// the identity of the database with the state of the group.
     pub(crate) fn member(&self, group: &str, database: Option<&str>) -> ClientConfig {
         let mut config = self.inquirer();
-        // A group notices partitions that were added to its topic with the next metadata. Kafka's default
-        // is five minutes.
-        if config.get(METADATA_INTERVAL).is_none() {
-            config.set(METADATA_INTERVAL, METADATA_INTERVAL_MS);
-        }
         // Failing over is as fast as the session ends: by the oldest protocol that moves partitions
         // one by one, since the newer one does not allow less than 45 s.
         let session = self.limits.session_timeout;

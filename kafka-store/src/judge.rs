@@ -26,8 +26,6 @@ pub(crate) const UNSAFE_SETTINGS: [&str; 6] = [
 
 /// The setting for the bytes of the largest record, everything included.
 const RECORD_BYTES_MAX: &str = "max.message.bytes";
-/// The least `max.message.bytes` with which a log can be written. A claim has some 500 bytes.
-const RECORD_BYTES_LEAST: usize = 1_000;
 /// Kafka's default of `max.message.bytes`, for a broker that does not return the setting.
 pub(crate) const RECORD_BYTES_DEFAULT: usize = 1_048_588;
 
@@ -106,21 +104,17 @@ fn added_partitions(found: u32, used: u32) -> Finding {
 /// Warns of a topic that takes smaller records than Kafka's default.
 pub(crate) fn judge_record_limit(settings: &Settings<'_>) -> SettingReport {
     let limit = record_bytes_max(settings);
-    let is_accepted = limit >= RECORD_BYTES_LEAST;
     let finding = (limit < RECORD_BYTES_DEFAULT).then(|| Finding {
         setting: RECORD_BYTES_MAX.into(),
         value: limit.to_string(),
-        why: match is_accepted {
-            true => "an event with more bytes is refused as too large".into(),
-            false => "nodes cannot even claim a partition with records of this size".into(),
-        },
+        why: "an event with more bytes is refused as too large".into(),
         remedy: format!(
             "raise it to Kafka's default of {RECORD_BYTES_DEFAULT} or more, unless it is meant: \
              running services take it over"
         ),
     });
     let value = limit.to_string();
-    SettingReport { setting: RECORD_BYTES_MAX.into(), value, finding, is_accepted }
+    SettingReport { setting: RECORD_BYTES_MAX.into(), value, finding, is_accepted: true }
 }
 
 /// The finding that a log has another number of partitions than the URL says.
@@ -188,17 +182,10 @@ pub(crate) fn judge_beside(
         why: format!(
             "{events} has {partitions}, and commands are sent to the partition of their stream"
         ),
-        remedy: match found < partitions {
-            true => format!(
-                "where partitions were added to {events}, give ?partitions={found}&allow_unsafe=partitions; \
-                 if no node has ever used {topic}, delete it: it is made anew with {partitions}"
-            ),
-            false => format!(
-                "where partitions were added to {topic}, give \
-                 ?partitions={partitions}&allow_unsafe=partitions; if no node has ever used it, delete it: \
-                 it is made anew with {partitions}"
-            ),
-        },
+        remedy: format!(
+            "if no node has ever used it, delete {topic}: it is made anew with {partitions}; \
+             where partitions were added, give ?partitions={partitions}&allow_unsafe=partitions"
+        ),
     })
 }
 

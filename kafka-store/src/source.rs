@@ -313,7 +313,7 @@ impl KafkaSubscription {
                         topic = self.consumer.topic,
                         ?added,
                         "partitions were added to the topic: they stay unused, since streams are found \
-                         by the number of partitions; each start needs ?partitions={}&\
+                         by the number of partitions; the next start needs ?partitions={}&\
                          allow_unsafe=partitions",
                         self.partitions
                     );
