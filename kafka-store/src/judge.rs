@@ -195,6 +195,14 @@ pub(crate) fn record_bytes_max(settings: &Settings<'_>) -> usize {
     limit.unwrap_or(RECORD_BYTES_DEFAULT)
 }
 
+/// Returns the remedy for records that are larger than their topic takes.
+pub(crate) fn raise_record_limit() -> String {
+    format!(
+        "raise it (kafka-configs.sh --alter --entity-type topics --add-config \
+         {RECORD_BYTES_MAX}={RECORD_BYTES_DEFAULT})"
+    )
+}
+
 /// The settings of a topic or a broker by name.
 pub(crate) struct Settings<'a>(pub(crate) &'a ConfigResource);
 

@@ -17,6 +17,7 @@ use rdkafka::statistics::Statistics;
 
 use crate::client::{Renewal, log, offset, raw_partition};
 use crate::config::KafkaConfig;
+use crate::judge::raise_record_limit;
 use crate::wire::{ClaimId, Encoded};
 use crate::writer::ReportFailure;
 
@@ -184,11 +185,10 @@ fn failure(error: &KafkaError) -> ReportFailure {
     let refused = [C::InvalidMessageSize, C::InvalidRecord, C::PolicyViolation];
     let reason = match code {
         Some(C::InvalidTimestamp) => CLOCK_REFUSED.into(),
-        Some(C::MessageSizeTooLarge) => {
-            "max.message.bytes of the events topic is below the size of the batch: raise it \
-             (kafka-configs.sh --alter --entity-type topics --add-config max.message.bytes=1048588)"
-                .into()
-        }
+        Some(C::MessageSizeTooLarge) => format!(
+            "max.message.bytes of the events topic is below the size of the batch: {}",
+            raise_record_limit()
+        ),
         _ => error.to_string(),
     };
     ReportFailure {

@@ -3,23 +3,23 @@
 
 use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
 use chrono::{DateTime, NaiveDate, NaiveDateTime, NaiveTime, Utc};
-use futures_util::future::BoxFuture;
-use futures_util::{FutureExt, TryStreamExt};
-use kafold_core::clock::{Clock, IdGenerator, RandomIds, SystemClock};
+use futures_util::TryStreamExt;
+use kafold_core::clock::{IdGenerator, RandomIds};
 use kafold_core::codec::{self, Upcasters};
 use kafold_core::handler::{HandleError, HandlerConfig, SnapshotState};
 use kafold_core::memory::{MemorySnapshots, MemoryStore};
 use kafold_core::{
-    Aggregate, AppendError, CommandBus, CommandExecutor, CommandHandler, CommandId, DomainEvent,
-    EventStore, ForwardedCommand, Reply, SnapshotStore, StreamId, Version,
+    Aggregate, CommandHandler, CommandId, DomainEvent, EventStore, SnapshotStore, StreamId, Version,
 };
 use proptest::prelude::*;
 use proptest::test_runner::TestRunner;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
+
+use crate::handler::wire::Wire;
 
 /// Values in one run. `KAFOLD_VALUES` sets another number.
 const VALUES: u32 = 10_000;
@@ -303,54 +303,6 @@ fn shown(event: Option<&ShelfEvent>) -> String {
     format!("{event:?}")
 }
 
-/// Forwards each command to the other handler. Commands and replies cross as JSON.
-#[derive(Clone, Default)]
-struct Loop(Arc<Mutex<Option<Arc<dyn CommandExecutor>>>>);
-
-impl CommandBus for Loop {
-    fn is_local(&self, _: &StreamId) -> bool {
-        false
-    }
-
-    fn call(&self, command: ForwardedCommand) -> BoxFuture<'static, Result<Reply, AppendError>> {
-        let executor = self.0.lock().expect("no panic under it").clone().expect("is served");
-        let deadline = SystemClock.instant() + std::time::Duration::from_secs(10);
-        async move {
-            let reply = executor.execute(&command, deadline).await?;
-            let json = serde_json::to_string(&reply).expect("is JSON");
-            Ok(serde_json::from_str(&json).expect("was written so"))
-        }
-        .boxed()
-    }
-
-    fn send(&self, _: ForwardedCommand) -> BoxFuture<'static, Result<(), AppendError>> {
-        unreachable!("nothing is sent without waiting")
-    }
-
-    fn serve(&self, _: &'static str, _: &Arc<dyn CommandExecutor>) {}
-}
-
-/// The other end: nothing is forwarded from it.
-struct Here(Loop);
-
-impl CommandBus for Here {
-    fn is_local(&self, _: &StreamId) -> bool {
-        true
-    }
-
-    fn call(&self, _: ForwardedCommand) -> BoxFuture<'static, Result<Reply, AppendError>> {
-        unreachable!("every stream is local")
-    }
-
-    fn send(&self, _: ForwardedCommand) -> BoxFuture<'static, Result<(), AppendError>> {
-        unreachable!("every stream is local")
-    }
-
-    fn serve(&self, _: &'static str, executor: &Arc<dyn CommandExecutor>) {
-        *self.0.0.lock().expect("no panic under it") = Some(Arc::clone(executor));
-    }
-}
-
 struct World {
     store: MemoryStore,
     snapshots: Arc<MemorySnapshots>,
@@ -360,15 +312,15 @@ struct World {
 
 impl World {
     fn new() -> Self {
-        let (store, wire) = (MemoryStore::default(), Loop::default());
+        let (store, (near, far)) = (MemoryStore::default(), Wire::pair(Shelf::CATEGORY));
         let snapshots = Arc::new(MemorySnapshots::new());
         let handler = || CommandHandler::new(Arc::new(store.clone()));
         let config = HandlerConfig { snapshot_every: 1, ..HandlerConfig::default() };
         let owner = handler()
             .config(config)
             .with_snapshots(snapshots.clone())
-            .forwarding(Some(Arc::new(Here(wire.clone()))));
-        let other = handler().forwarding(Some(Arc::new(wire)));
+            .forwarding(Some(Arc::new(far)));
+        let other = handler().forwarding(Some(Arc::new(near)));
         Self { store: store.clone(), snapshots, owner, other }
     }
 

@@ -14,7 +14,7 @@ use tokio::sync::oneshot;
 use super::wire::{self, Letter, ReplyTo};
 use crate::client::{Renewal, log, raw_partition};
 use crate::config::KafkaConfig;
-use crate::judge::RECORD_BYTES_DEFAULT;
+use crate::judge::raise_record_limit;
 use crate::producer::Polled;
 
 /// How long the last words of a node may take.
@@ -119,8 +119,8 @@ impl ProducerContext for Postmark {
                 if error.rdkafka_error_code() == Some(RDKafkaErrorCode::MessageSizeTooLarge) {
                     tracing::warn!(
                         "a command or reply was not delivered: max.message.bytes of its topic is below \
-                         its size, raise it to {RECORD_BYTES_DEFAULT} (kafka-configs.sh --alter \
-                         --entity-type topics --add-config max.message.bytes={RECORD_BYTES_DEFAULT})"
+                         its size, {}",
+                        raise_record_limit()
                     );
                 }
                 tracing::debug!(%error, "a command or reply was not delivered");

@@ -478,7 +478,7 @@ async fn an_executed_command_has_the_deadline_that_it_is_given() {
 
 #[tokio::test]
 async fn the_executor_shares_cache_snapshots_and_limits_with_its_handler() {
-    let (store, wire) = (ScriptedStore::default(), Wire::default());
+    let (store, (wire, _)) = (ScriptedStore::default(), Wire::pair("account"));
     let (snapshots, config) = (
         Arc::new(MemorySnapshots::new()),
         HandlerConfig { snapshot_every: 1, attempts_max: 1, ..HandlerConfig::default() },

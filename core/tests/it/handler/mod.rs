@@ -10,4 +10,4 @@ mod scripted;
 mod snapshots;
 #[cfg(feature = "opentelemetry")]
 mod trace;
-mod wire;
+pub(crate) mod wire;

@@ -35,6 +35,8 @@ pub(crate) enum Delivery {
 #[derive(Default)]
 struct End {
     is_local: bool,
+    /// The category of the commands.
+    category: &'static str,
     /// The node at the other end.
     peer: Option<Wire>,
     executor: Option<Arc<dyn CommandExecutor>>,
@@ -44,10 +46,19 @@ struct End {
 }
 
 /// One node's end of a wire.
-#[derive(Clone, Default)]
+#[derive(Clone)]
 pub(crate) struct Wire(Arc<Mutex<End>>);
 
 impl Wire {
+    /// Returns the two ends of a wire. The node at the first end owns no stream, the other node owns each.
+    pub(crate) fn pair(category: &'static str) -> (Self, Self) {
+        let end = |is_local, peer| {
+            Self(Arc::new(Mutex::new(End { is_local, category, peer, ..End::default() })))
+        };
+        let far = end(true, None);
+        (end(false, Some(far.clone())), far)
+    }
+
     fn end(&self) -> MutexGuard<'_, End> {
         self.0.lock().expect("no test panics under this lock")
     }
@@ -110,8 +121,9 @@ impl CommandBus for Wire {
     }
 
     fn serve(&self, category: &'static str, executor: &Arc<dyn CommandExecutor>) {
-        assert_eq!(category, "account");
-        self.end().executor = Some(Arc::clone(executor));
+        let mut end = self.end();
+        assert_eq!(category, end.category);
+        end.executor = Some(Arc::clone(executor));
     }
 }
 
@@ -140,18 +152,15 @@ pub(crate) fn nodes() -> (Node, Node) {
 pub(crate) fn nodes_with(mut config: HandlerConfig, clock: Arc<dyn Clock>) -> (Node, Node) {
     config.backoff_base = Duration::from_millis(1);
     let store = ScriptedStore::default();
-    let node = |store: ScriptedStore, clock| {
-        let wire = Wire::default();
+    let (near, far) = Wire::pair("account");
+    let node = |store: ScriptedStore, wire: Wire, clock| {
         let accounts =
             CommandHandler::with_parts(Arc::new(store.clone()), clock, Arc::new(RandomIds))
                 .config(config.clone())
                 .forwarding(Some(Arc::new(wire.clone())));
         Node { store, wire, accounts }
     };
-    let (near, far) = (node(store.beside(), Arc::clone(&clock)), node(store, clock));
-    near.wire.end().peer = Some(far.wire.clone());
-    far.wire.set_local(true);
-    (near, far)
+    (node(store.beside(), near, Arc::clone(&clock)), node(store, far, clock))
 }
 
 /// A clock that stands until it is moved.
