@@ -27,6 +27,9 @@ pub const MESSAGE_TIMEOUT_MIN: Duration = Duration::from_secs(5);
 
 /// Signs of life of a node in the time in which one must come.
 const HEARTBEATS: u32 = 6;
+/// Interval in which a member asks for the partitions of its topic.
+const METADATA_INTERVAL: &str = "topic.metadata.refresh.interval.ms";
+const METADATA_INTERVAL_MS: &str = "20000";
 const RECONNECT_BACKOFF_MAX: &str = "reconnect.backoff.max.ms";
 /// How long a forwarded command or a reply may take into its topic.
 const OUTBOX_TIMEOUT_MS: &str = "15000";
@@ -185,6 +188,8 @@ impl Default for Limits {
 
 /// The least `message.max.bytes` that librdkafka takes; a topic may have less.
 const MESSAGE_BYTES_MIN: usize = 1_000;
+/// librdkafka's default of `batch.size`.
+const BATCH_BYTES_MAX: usize = 1_000_000;
 
 impl KafkaConfig {
     /// The topic that holds the events, and nothing but events, claims and barriers.
@@ -292,9 +297,13 @@ impl KafkaConfig {
         config
     }
 
-    /// Settings of the producer of commands and replies.
-    pub(crate) fn outbox(&self) -> ClientConfig {
-        let mut config = self.producer(crate::judge::RECORD_BYTES_DEFAULT);
+    /// Settings of the producer of commands and replies. Each of the two topics has a
+    /// `max.message.bytes`.
+    pub(crate) fn outbox(&self, commands: usize, replies: usize) -> ClientConfig {
+        let mut config = self.producer(commands.max(replies));
+        // A batch of several records is never too large for its topic.
+        let batch = commands.min(replies).clamp(MESSAGE_BYTES_MIN, BATCH_BYTES_MAX);
+        config.set("batch.size", batch.to_string());
         // Nobody waits longer for any of it.
         config.set("message.timeout.ms", OUTBOX_TIMEOUT_MS);
         config
@@ -312,6 +321,11 @@ impl KafkaConfig {
     /// the identity of the database with the state of the group.
     pub(crate) fn member(&self, group: &str, database: Option<&str>) -> ClientConfig {
         let mut config = self.inquirer();
+        // A group notices partitions that were added to its topic with the next metadata. Kafka's default
+        // is five minutes.
+        if config.get(METADATA_INTERVAL).is_none() {
+            config.set(METADATA_INTERVAL, METADATA_INTERVAL_MS);
+        }
         // Failing over is as fast as the session ends: by the oldest protocol that moves partitions
         // one by one, since the newer one does not allow less than 45 s.
         let session = self.limits.session_timeout;

@@ -107,21 +107,21 @@ pub(crate) fn shown(moment: DateTime<Utc>) -> String {
     moment.to_rfc3339_opts(SecondsFormat::Secs, true)
 }
 
-/// Spawns the watching tasks. Calls `limit_changed` with `max.message.bytes` of the events topic, first
-/// and after each change.
+/// Spawns the watching tasks. Calls `limits_changed` with `max.message.bytes` of each topic, first and
+/// after each change.
 pub(crate) fn spawn(
     tasks: &mut JoinSet<()>,
     config: &KafkaConfig,
     role: Role,
     inquirer: &Arc<Inquirer>,
     refusals: &Arc<Refusals>,
-    limit_changed: impl Fn(usize) + Send + 'static,
+    limits_changed: impl Fn(&BTreeMap<String, usize>) + Send + 'static,
 ) {
     let clock = Arc::clone(&refusals.clock);
     let mut asking = config.clone();
     asking.limits.request_timeout = asking.limits.request_timeout.min(TIMEOUT);
     let prober = Prober::new(&asking, Arc::clone(inquirer), clock);
-    tasks.spawn(watch_rights(asking, role, prober, Arc::clone(refusals), limit_changed));
+    tasks.spawn(watch_rights(asking, role, prober, Arc::clone(refusals), limits_changed));
     tasks.spawn(watch_logins(config.clone(), Arc::clone(inquirer), Arc::clone(refusals)));
 }
 
@@ -131,29 +131,28 @@ async fn watch_rights(
     role: Role,
     mut prober: Prober,
     refusals: Arc<Refusals>,
-    limit_changed: impl Fn(usize),
+    limits_changed: impl Fn(&BTreeMap<String, usize>),
 ) {
-    let mut limit = None;
-    let rights = role
-        .rights(&config)
-        .into_iter()
-        .filter(|right| right.without.is_none() && matches!(right.resource, Resource::Topic(_)));
-    let rights: Arc<[Right]> = rights.collect();
+    let mut limits = BTreeMap::new();
+    let mut rights = role.rights(&config);
+    rights.retain(|right| matches!(right.resource, Resource::Topic(_)));
     refusals.clock.sleep(RIGHTS_DELAY).await;
     loop {
-        let asked = Arc::clone(&rights);
         let round = tokio::task::spawn_blocking(move || {
-            let answers: Vec<_> = asked.iter().map(|right| prober.ask(right)).collect();
+            let asked = rights.into_iter().map(|right| (prober.ask(&right), right));
+            let answers: Vec<_> = asked.collect();
             (prober, answers)
         });
         // An error means the runtime is shutting down.
-        let Ok((back, answers)) = round.await else { return };
+        let Ok((back, mut answers)) = round.await else { return };
         prober = back;
-        if prober.record_bytes_max != limit {
-            limit = prober.record_bytes_max;
-            limit.into_iter().for_each(&limit_changed);
+        if prober.record_limits != limits {
+            limits.clone_from(&prober.record_limits);
+            limits_changed(&limits);
         }
-        for (right, answer) in rights.iter().zip(answers) {
+        // Brokers log each denial.
+        answers.retain(|(answer, right)| *answer != Answer::Missing || right.without.is_none());
+        for (answer, right) in &answers {
             let what = right.to_string();
             match answer {
                 Answer::Granted => refusals.clear(&what, ""),
@@ -161,6 +160,7 @@ async fn watch_rights(
                 Answer::Untried(why) => tracing::debug!(%right, why, "a right was not tried"),
             }
         }
+        rights = answers.into_iter().map(|(_, right)| right).collect();
         refusals.clock.sleep(RIGHTS_INTERVAL).await;
     }
 }

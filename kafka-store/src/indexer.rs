@@ -16,7 +16,7 @@ use crate::driver::{Driver, Message, Tenure};
 use crate::fold::{Checkpoint, CommitReader, InvalidCursor, LogDiverged, Read};
 use crate::gatherer::Gatherer;
 use crate::inspect::{InspectError, Inspector};
-use crate::partition::Shared;
+use crate::partition::{DamageSite, Shared};
 use crate::reader::{LogReader, ReadFailure};
 use crate::tail::Tail;
 use crate::writer::Input;
@@ -223,6 +223,7 @@ impl Indexer {
                     attempt = 0;
                     from = next;
                     shared.standing().index = None;
+                    shared.mended(&DamageSite::Feed);
                     let now = self.clock.instant();
                     if now >= save_at {
                         self.save_digests(shared, SAVE_OFFSETS).await;
@@ -352,16 +353,12 @@ impl Indexer {
     /// Reports an error as a problem of the partition in two cases: the tail is full and accepts no
     /// commands, or the index contradicts the log and waits for an operator.
     fn tell_if_serious(&self, shared: &Shared, error: &FeedError) {
-        let reason = match error {
-            FeedError::Index(ReadError::Diverged { cause, .. }) => {
-                Some(format!("its index: {cause}"))
-            }
-            _ if shared.tail().events() >= self.config.limits.tail_events_max => {
-                Some(format!("the index cannot be fed and the tail is full: {error}"))
-            }
-            _ => None,
-        };
-        shared.standing().index = reason;
+        if let FeedError::Index(error @ ReadError::Diverged { .. }) = error {
+            return shared.damaged(DamageSite::Feed, error);
+        }
+        let is_full = shared.tail().events() >= self.config.limits.tail_events_max;
+        let reason = || format!("the index cannot be fed and the tail is full: {error}");
+        shared.standing().index = is_full.then(reason);
     }
 
     async fn pause(&self, attempt: u32) {

@@ -26,6 +26,8 @@ pub(crate) const UNSAFE_SETTINGS: [&str; 6] = [
 
 /// The setting for the bytes of the largest record, everything included.
 const RECORD_BYTES_MAX: &str = "max.message.bytes";
+/// The least `max.message.bytes` with which a log can be written. A claim has some 500 bytes.
+const RECORD_BYTES_LEAST: usize = 1_000;
 /// Kafka's default of `max.message.bytes`, for a broker that does not return the setting.
 pub(crate) const RECORD_BYTES_DEFAULT: usize = 1_048_588;
 
@@ -104,17 +106,21 @@ fn added_partitions(found: u32, used: u32) -> Finding {
 /// Warns of a topic that takes smaller records than Kafka's default.
 pub(crate) fn judge_record_limit(settings: &Settings<'_>) -> SettingReport {
     let limit = record_bytes_max(settings);
+    let is_accepted = limit >= RECORD_BYTES_LEAST;
     let finding = (limit < RECORD_BYTES_DEFAULT).then(|| Finding {
         setting: RECORD_BYTES_MAX.into(),
         value: limit.to_string(),
-        why: "an event with more bytes is refused as too large".into(),
+        why: match is_accepted {
+            true => "an event with more bytes is refused as too large".into(),
+            false => "nodes cannot even claim a partition with records of this size".into(),
+        },
         remedy: format!(
             "raise it to Kafka's default of {RECORD_BYTES_DEFAULT} or more, unless it is meant: \
              running services take it over"
         ),
     });
     let value = limit.to_string();
-    SettingReport { setting: RECORD_BYTES_MAX.into(), value, finding, is_accepted: true }
+    SettingReport { setting: RECORD_BYTES_MAX.into(), value, finding, is_accepted }
 }
 
 /// The finding that a log has another number of partitions than the URL says.
@@ -182,10 +188,17 @@ pub(crate) fn judge_beside(
         why: format!(
             "{events} has {partitions}, and commands are sent to the partition of their stream"
         ),
-        remedy: format!(
-            "if no node has ever used it, delete {topic}: it is made anew with {partitions}; \
-             where partitions were added, give ?partitions={partitions}&allow_unsafe=partitions"
-        ),
+        remedy: match found < partitions {
+            true => format!(
+                "where partitions were added to {events}, give ?partitions={found}&allow_unsafe=partitions; \
+                 if no node has ever used {topic}, delete it: it is made anew with {partitions}"
+            ),
+            false => format!(
+                "where partitions were added to {topic}, give \
+                 ?partitions={partitions}&allow_unsafe=partitions; if no node has ever used it, delete it: \
+                 it is made anew with {partitions}"
+            ),
+        },
     })
 }
 
@@ -195,10 +208,11 @@ pub(crate) fn record_bytes_max(settings: &Settings<'_>) -> usize {
     limit.unwrap_or(RECORD_BYTES_DEFAULT)
 }
 
-/// Returns the remedy for records that are larger than their topic takes.
-pub(crate) fn raise_record_limit() -> String {
+/// Returns the reason for a record that is larger than its topic takes, and the remedy.
+pub(crate) fn above_record_limit(topic: &str) -> String {
     format!(
-        "raise it (kafka-configs.sh --alter --entity-type topics --add-config \
+        "{RECORD_BYTES_MAX} of topic {topic} is below the size of the batch: raise it (kafka-configs.sh \
+         --alter --entity-type topics --entity-name {topic} --add-config \
          {RECORD_BYTES_MAX}={RECORD_BYTES_DEFAULT})"
     )
 }

@@ -237,9 +237,9 @@ impl Loader {
             if shared.tail().knows_heads() || !shared.is_assigned() {
                 return Ok(());
             }
-            if let Some(damage) = &shared.standing().damage {
+            if let Some(damage) = shared.first_damage() {
                 let what = format!("partition {partition}");
-                return Err(ReadError::diverged(what, damage.reason.clone()));
+                return Err(ReadError::diverged(what, damage.reason));
             }
             let left = deadline.saturating_duration_since(self.clock.instant());
             if within(&*self.clock, left, checked).await.is_none() {
@@ -471,6 +471,7 @@ mod tests {
 
     use super::*;
     use crate::fold::{Checkpoint, FoldState};
+    use crate::tail::Tail;
     use crate::writer::Proven;
 
     const PARTITION: Partition = Partition(0);
@@ -581,6 +582,28 @@ mod tests {
         assert!(matches!(refused, ReadError::Unavailable { .. }), "{refused}");
         let found = log.loader.find(PARTITION, &log.stream, CommandId(Uuid::nil())).await;
         assert!(matches!(found, Err(ReadError::Unavailable { .. })), "{found:?}");
+    }
+
+    #[tokio::test]
+    async fn a_load_does_not_wait_for_the_check_of_an_index_known_to_be_damaged() {
+        let log = fixture();
+        log.feed(1, 3).await;
+        let next = Checkpoint { next: Offset(3), state: FoldState::default() };
+        *log.shared.tail() = Tail::new(PARTITION, next);
+        let clock = SystemClock;
+        log.shared.assign(clock.instant(), clock.now());
+        log.shared.placed();
+        log.shared
+            .damaged(DamageSite::Feed, &damaged(PARTITION, "kafold_event", "a row is missing"));
+        let refused = log.read().await.expect_err("the index is damaged");
+        assert!(matches!(refused, ReadError::Diverged { .. }), "{refused}");
+        // Each place is mended by itself.
+        log.shared.damaged(DamageSite::Heads, &damaged(PARTITION, "kafold_stream", "it differs"));
+        log.shared.mended(&DamageSite::Feed);
+        let reason = log.shared.reason().expect("still damaged");
+        assert!(reason.contains("kafold_stream"), "{reason}");
+        log.shared.mended(&DamageSite::Heads);
+        assert!(log.shared.first_damage().is_none());
     }
 
     #[tokio::test]

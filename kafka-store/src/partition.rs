@@ -71,6 +71,14 @@ pub(crate) enum DamageSite {
     Rows,
     /// The rows of one stream.
     Stream(StreamId),
+    /// The rows below those that are being written.
+    Feed,
+}
+
+impl DamageSite {
+    fn is_same_kind(&self, other: &Self) -> bool {
+        std::mem::discriminant(self) == std::mem::discriminant(other)
+    }
 }
 
 /// How far the writer of a partition is.
@@ -83,10 +91,11 @@ pub(crate) struct Standing {
     pub(crate) end: Offset,
     /// What the partition waits for before its writer can begin.
     pub(crate) waiting: Option<String>,
-    /// Whether the index has contradicted the log.
+    /// The reason for which the index takes no events, unless it is damage.
     pub(crate) index: Option<String>,
-    /// The difference between the tables of the index and the log, if any.
-    pub(crate) damage: Option<Damage>,
+    /// The differences between the tables of the index and the log: at most one per kind of
+    /// [`DamageSite`], the first found first.
+    damages: Vec<Damage>,
     /// Why forwarded commands are not handled.
     pub(crate) commands: Option<String>,
     /// The newest failure while the writer does not own the partition.
@@ -157,9 +166,15 @@ impl Shared {
             other => other.to_string(),
         };
         let mut standing = self.standing();
-        if standing.damage.as_ref().is_none_or(|known| known.reason != reason) {
+        let known =
+            standing.damages.iter_mut().find(|known| known.found_in.is_same_kind(&found_in));
+        if known.as_ref().is_none_or(|known| known.reason != reason) {
             tracing::error!(partition = %self.partition, reason, "the index is damaged");
-            standing.damage = Some(Damage { reason, found_in });
+            let damage = Damage { reason, found_in };
+            match known {
+                Some(known) => *known = damage,
+                None => standing.damages.push(damage),
+            }
         }
         drop(standing);
         self.checked.notify_waiters();
@@ -189,15 +204,30 @@ impl Shared {
         }
     }
 
+    /// Returns the first known difference between the tables of the index and the log.
+    pub(crate) fn first_damage(&self) -> Option<Damage> {
+        self.standing().damages.first().cloned()
+    }
+
+    /// Returns the stream with damaged rows, if one is known.
+    pub(crate) fn damaged_stream(&self) -> Option<StreamId> {
+        self.standing().damages.iter().find_map(|damage| match &damage.found_in {
+            DamageSite::Stream(stream) => Some(stream.clone()),
+            _ => None,
+        })
+    }
+
     /// Returns `true` if damage at this place is known.
     pub(crate) fn is_damaged_in(&self, site: &DamageSite) -> bool {
-        self.standing().damage.as_ref().is_some_and(|damage| damage.found_in == *site)
+        self.standing().damages.iter().any(|damage| damage.found_in == *site)
     }
 
     /// Clears damage found at this place.
     pub(crate) fn mended(&self, site: &DamageSite) {
-        let mended = self.standing().damage.take_if(|damage| damage.found_in == *site);
-        if mended.is_some() {
+        let mut standing = self.standing();
+        let before = standing.damages.len();
+        standing.damages.retain(|damage| damage.found_in != *site);
+        if before > 0 && standing.damages.is_empty() {
             tracing::info!(partition = %self.partition, "the index is whole again");
         }
     }
@@ -209,7 +239,7 @@ impl Shared {
         if !self.is_assigned() {
             return None;
         }
-        let damage = standing.damage.as_ref().map(|damage| &damage.reason);
+        let damage = standing.damages.first().map(|damage| &damage.reason);
         if let Some(reason) = damage.or(standing.index.as_ref()).or(standing.commands.as_ref()) {
             return Some(format!("partition {partition}: {reason}"));
         }
@@ -242,7 +272,7 @@ impl Standing {
             end: Offset(0),
             waiting: Some("its place in the log is being looked up".into()),
             index: None,
-            damage: None,
+            damages: Vec::new(),
             commands: None,
             trouble: None,
             since: None,

@@ -8,7 +8,7 @@
 //!   group first, then the topic, and store nothing.
 //! - Create: a validate-only request. Describe and DescribeConfigs: the requests themselves.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -54,8 +54,8 @@ pub(crate) struct Prober {
     reader: Option<BaseConsumer<Context>>,
     writer: Option<BaseProducer<Trial>>,
     admin: Option<AdminClient<Context>>,
-    /// `max.message.bytes` of the events topic in the newest description of its settings.
-    pub(crate) record_bytes_max: Option<usize>,
+    /// `max.message.bytes` of each topic in the newest description of its settings.
+    pub(crate) record_limits: BTreeMap<String, usize>,
     /// A broker has stored a record with `acks=2`, so no further trial is sent.
     takes_trials: bool,
 }
@@ -74,7 +74,7 @@ impl Prober {
             reader: None,
             writer: None,
             admin: None,
-            record_bytes_max: None,
+            record_limits: BTreeMap::new(),
             takes_trials: false,
         }
     }
@@ -212,9 +212,9 @@ impl Prober {
         let described = Handle::current().block_on(admin.describe_configs([wanted], &options))?;
         match described.into_iter().next() {
             Some(Ok(found)) if !found.entries.is_empty() => {
-                // The events topic is the only topic whose settings a role reads.
-                if matches!(wanted, ResourceSpecifier::Topic(_)) {
-                    self.record_bytes_max = Some(record_bytes_max(&Settings(&found)));
+                if let ResourceSpecifier::Topic(topic) = wanted {
+                    let limit = record_bytes_max(&Settings(&found));
+                    self.record_limits.insert((*topic).to_owned(), limit);
                 }
                 Ok(Answer::Granted)
             }

@@ -17,7 +17,7 @@ use rdkafka::statistics::Statistics;
 
 use crate::client::{Renewal, log, offset, raw_partition};
 use crate::config::KafkaConfig;
-use crate::judge::raise_record_limit;
+use crate::judge::above_record_limit;
 use crate::wire::{ClaimId, Encoded};
 use crate::writer::ReportFailure;
 
@@ -126,7 +126,7 @@ impl Producer {
         match self.polled.inner.send(message) {
             Ok(()) => Sent::Queued,
             Err((KafkaError::MessageProduction(RDKafkaErrorCode::QueueFull), _)) => Sent::Full,
-            Err((error, _)) => Sent::Failed(failure(&error)),
+            Err((error, _)) => Sent::Failed(failure(&self.topic, &error)),
         }
     }
 
@@ -164,7 +164,7 @@ impl ProducerContext for Delivery {
         let (message, result) = match result {
             // A success may come without an offset (−1001): then nothing is known of the place.
             Ok(message) => (message, Ok(offset(message.offset()).ok())),
-            Err((error, message)) => (message, Err(failure(error))),
+            Err((error, message)) => (message, Err(failure(message.topic(), error))),
         };
         let partition = Partition(u32::try_from(message.partition()).unwrap_or(u32::MAX));
         let generation = self.generation;
@@ -177,7 +177,7 @@ pub(crate) const CLOCK_REFUSED: &str = "the brokers refuse the time of its recor
                                         machine, or message.timestamp.before.max.ms and \
                                         message.timestamp.after.max.ms of the topic";
 
-fn failure(error: &KafkaError) -> ReportFailure {
+fn failure(topic: &str, error: &KafkaError) -> ReportFailure {
     use RDKafkaErrorCode as C;
     let code = error.rdkafka_error_code();
     // Faults of the record itself. Rights, clocks and limits may be mended, and then the same command is
@@ -185,10 +185,7 @@ fn failure(error: &KafkaError) -> ReportFailure {
     let refused = [C::InvalidMessageSize, C::InvalidRecord, C::PolicyViolation];
     let reason = match code {
         Some(C::InvalidTimestamp) => CLOCK_REFUSED.into(),
-        Some(C::MessageSizeTooLarge) => format!(
-            "max.message.bytes of the events topic is below the size of the batch: {}",
-            raise_record_limit()
-        ),
+        Some(C::MessageSizeTooLarge) => above_record_limit(topic),
         _ => error.to_string(),
     };
     ReportFailure {

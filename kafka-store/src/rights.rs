@@ -110,15 +110,24 @@ impl Role {
             without: Some("a node that died is noticed after 6 s, not after 2 s"),
             ..needed(DescribeConfigs, Resource::Cluster)
         };
+        let limit = |name| Right {
+            without: Some(
+                "a forwarded command or reply above max.message.bytes has an unknown outcome, if that is \
+                 below its default",
+            ),
+            ..topic(DescribeConfigs, name)
+        };
         match self {
             Self::Service => vec![
                 topic(Read, events.clone()),
                 topic(Write, events.clone()),
                 topic(DescribeConfigs, events),
                 topic(Read, commands.clone()),
-                topic(Write, commands),
+                topic(Write, commands.clone()),
+                limit(commands),
                 topic(Read, replies.clone()),
-                topic(Write, replies),
+                topic(Write, replies.clone()),
+                limit(replies),
                 needed(Read, Resource::Group(log.owners_group())),
                 readers(),
                 session(),

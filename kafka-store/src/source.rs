@@ -80,7 +80,7 @@ impl KafkaSource {
         let denials = Denials::new(Role::Worker, clock);
         let (reach, mut tasks) = (Arc::new(Reach::default()), JoinSet::new());
         // A reader writes no records.
-        guard::spawn(&mut tasks, &config, Role::Worker, &inquirer, &denials.refusals, drop);
+        guard::spawn(&mut tasks, &config, Role::Worker, &inquirer, &denials.refusals, |_| ());
         tasks.spawn(watch(
             config.clone(),
             Arc::clone(&inquirer),
@@ -313,7 +313,7 @@ impl KafkaSubscription {
                         topic = self.consumer.topic,
                         ?added,
                         "partitions were added to the topic: they stay unused, since streams are found \
-                         by the number of partitions; the next start needs ?partitions={}&\
+                         by the number of partitions; each start needs ?partitions={}&\
                          allow_unsafe=partitions",
                         self.partitions
                     );

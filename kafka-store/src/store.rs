@@ -1,5 +1,6 @@
 //! The event store on Kafka: opens the log, joins driver, loader and indexer, and answers.
 
+use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -23,7 +24,7 @@ use crate::driver::{Driver, Message, Parts, Slot};
 use crate::error::OpenError;
 use crate::forward::nodes::{self, Nodes};
 use crate::forward::wire::{ReplyContent, ReplyRecord};
-use crate::forward::{Bus, Inboxes, Outbox};
+use crate::forward::{Bus, Inboxes, Outbox, RecordLimits};
 use crate::group::{self, GroupMembers};
 use crate::guard;
 use crate::indexer::Indexer;
@@ -180,7 +181,7 @@ impl KafkaStore {
             Arc::clone(&ids),
         );
 
-        let outbox = Arc::new(Outbox::start(&config).map_err(client_error)?);
+        let outbox = Arc::new(Outbox::start(&config, Arc::clone(&clock)).map_err(client_error)?);
         let mut few = config.clone();
         few.limits.read_records_max = COMMANDS_READ_MAX;
         let commands = Readers { config: &few, ..readers };
@@ -223,15 +224,27 @@ impl KafkaStore {
             Arc::clone(&reach),
             Arc::clone(&clock),
         ));
-        let limited = driver.clone();
-        let limit_changed = move |bytes| limited.tell(Message::RecordBytesMax(bytes));
+        let limits_changed = {
+            let (driver, outbox, config) = (driver.clone(), Arc::clone(&outbox), config.clone());
+            move |limits: &BTreeMap<String, usize>| {
+                if let Some(bytes) = limits.get(&config.events_topic()) {
+                    driver.tell(Message::RecordBytesMax(*bytes));
+                }
+                let known = outbox.limits();
+                let limit = |topic, known| limits.get(&topic).copied().unwrap_or(known);
+                outbox.limit_records(RecordLimits {
+                    commands: limit(config.commands_topic(), known.commands),
+                    replies: limit(config.replies_topic(), known.replies),
+                });
+            }
+        };
         guard::spawn(
             &mut tasks,
             &config,
             Role::Service,
             &inquirer,
             &denials.refusals,
-            limit_changed,
+            limits_changed,
         );
         let ownership = Arc::new(Ownership::new(
             shared.clone(),
@@ -357,7 +370,7 @@ impl KafkaStore {
         // Also when there was no time for it.
         self.reach.stop();
         self.bus.nodes.leave(&self.bus.outbox);
-        self.bus.outbox.flush(&*self.clock).await;
+        self.bus.outbox.flush().await;
         self.driver.tell(Message::Quit);
         self.ownership.abort();
         self.tasks.lock().unwrap_or_else(PoisonError::into_inner).abort_all();

@@ -99,7 +99,7 @@ impl Verifier {
                 Err(ReadError::Unavailable { retry_after, .. }) => retry_after,
             };
             self.look_at_damaged_stream(&shared).await;
-            let is_damaged = shared.standing().damage.is_some();
+            let is_damaged = shared.first_damage().is_some();
             self.clock.sleep(if is_damaged { DAMAGED_WAIT } else { wait }).await;
         }
     }
@@ -163,12 +163,10 @@ impl Verifier {
 
     /// Reads the stream with the damaged rows again.
     async fn look_at_damaged_stream(&self, shared: &Shared) {
-        let site = shared.standing().damage.as_ref().map(|damage| damage.found_in.clone());
-        let Some(site @ DamageSite::Stream(_)) = site else { return };
-        let DamageSite::Stream(stream) = &site else { return };
-        let read = self.loader.read(shared.partition, stream, Version::EMPTY);
+        let Some(stream) = shared.damaged_stream() else { return };
+        let read = self.loader.read(shared.partition, &stream, Version::EMPTY);
         if read.try_for_each(|_| std::future::ready(Ok(()))).await.is_ok() {
-            shared.mended(&site);
+            shared.mended(&DamageSite::Stream(stream));
         }
     }
 

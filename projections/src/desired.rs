@@ -31,6 +31,8 @@ pub(crate) struct Desired {
     /// Why the rebuild does not go on, as it is written down.
     pub(crate) next_reason: Option<String>,
     pub(crate) is_paused: bool,
+    /// `true` if the stored state says that the projection has stopped.
+    pub(crate) is_stopped: bool,
     /// Counts the requests to go on.
     pub(crate) resumptions: i64,
     /// Parked streams to try again.
@@ -91,6 +93,7 @@ struct AskedRow {
     next_fingerprint: Option<String>,
     next_reason: Option<String>,
     desired_state: String,
+    actual_state: String,
     resumptions: i64,
     /// Of any projection, as is the next.
     has_retries: bool,
@@ -100,7 +103,7 @@ struct AskedRow {
 async fn all(database: &Database) -> Result<HashMap<String, Desired>, sqlx::Error> {
     // Most of the time this is all there is to ask.
     let sql = "SELECT name, live_generation, fingerprint, next_generation, next_fingerprint, \
-                 next_reason, desired_state, resumptions, \
+                 next_reason, desired_state, actual_state, resumptions, \
                  EXISTS (SELECT 1 FROM kafold_parked_event WHERE retry) AS has_retries, \
                  EXISTS (SELECT 1 FROM kafold_skipped_event) AS has_skips \
                FROM kafold_projection";
@@ -164,6 +167,7 @@ fn desired(row: AskedRow) -> (String, Desired) {
         next_fingerprint: row.next_fingerprint,
         next_reason: row.next_reason,
         is_paused: row.desired_state == State::Paused.text(),
+        is_stopped: row.actual_state == State::Stopped.text(),
         resumptions: row.resumptions,
         retries: Vec::new(),
         skips: BTreeSet::new(),

@@ -167,6 +167,25 @@ pub(crate) async fn set_state(
     open.commit().await
 }
 
+/// Stores that a projection runs, if the stored state is "stopped" and the generation is live.
+pub(crate) async fn goes_on(
+    database: &Database,
+    name: &str,
+    live: Generation,
+    now: DateTime<Utc>,
+) -> Result<(), sqlx::Error> {
+    let sql = "UPDATE kafold_projection \
+               SET actual_state = $3, actual_state_reason = NULL, updated_at = $4 \
+               WHERE name = $1 AND live_generation = $2 AND actual_state = $5";
+    let (running, stopped) = (State::Running.text(), State::Stopped.text());
+    let mut open = OpenTransaction::begin(database).await?;
+    either!(open.lend(), connection => {
+        let query = sqlx::query(sql).bind(name).bind(live.int()).bind(running).bind(Time(now));
+        query.bind(stopped).execute(connection).await.map(drop)?;
+    });
+    open.commit().await
+}
+
 /// Writes down why a rebuild does not go on.
 pub(crate) async fn set_next_reason(
     database: &Database,

@@ -288,7 +288,7 @@ impl Runner {
             }
             match self.receive(&mut reader).await? {
                 None => {}
-                Some(Message::Assigned(partitions)) => self.take(&partitions, &reader).await?,
+                Some(Message::Assigned(partitions)) => self.take(&partitions, &mut reader).await?,
                 Some(Message::Revoked(partitions)) => self.release(&partitions),
                 Some(Message::Round(round)) => self.work_off(round).await?,
                 Some(Message::Closed) => {
@@ -375,10 +375,11 @@ impl Runner {
     }
 
     /// Makes the partitions this worker's own, and lets the source go on where SQL says.
-    async fn take(&mut self, partitions: &[Partition], reader: &Reader) -> Result<(), Ended> {
+    async fn take(&mut self, partitions: &[Partition], reader: &mut Reader) -> Result<(), Ended> {
         let Context { database, clock, .. } = self.context.clone();
         let name = self.status.name().to_owned();
         let target = Target { name: &name, generation: self.generation };
+        self.check_log(target, partitions, reader).await?;
         let take = async || {
             let places = checkpoint::take(&database, target, partitions, clock.now()).await?;
             Ok((places, parked::streams(&database, target).await?))
@@ -413,6 +414,26 @@ impl Runner {
             self.places.insert(partition, place);
         }
         self.goes_on();
+        Ok(())
+    }
+
+    /// Lets the source refuse the position of another log before the fences are raised: a worker with a
+    /// wrong log must not take partitions from the workers with the right one. One position is enough.
+    async fn check_log(
+        &mut self,
+        target: Target<'_>,
+        partitions: &[Partition],
+        reader: &mut Reader,
+    ) -> Result<(), Ended> {
+        let database = self.context.database.clone();
+        let stored = async || Ok(checkpoint::places(&database, target).await?);
+        let stored = self.until_done(stored).await?;
+        let known =
+            |place: &Place| partitions.contains(&place.partition) && place.cursor().is_some();
+        if let Some(place) = stored.into_iter().find(known) {
+            self.start(reader, &place).await?;
+            reader.stop(vec![place.partition]).await;
+        }
         Ok(())
     }
 

@@ -115,6 +115,7 @@ impl Supervisor {
             if let Some(desired) = &desired {
                 self.switch(desired).await;
                 self.tell().await;
+                self.take_over_state(desired).await;
                 self.tidy().await;
             }
             let is_behind = next_is_behind(&status.borrow_and_update());
@@ -302,6 +303,26 @@ impl Supervisor {
                 Ok(()) => self.untold_reason = None,
                 Err(error) => tracing::debug!(name, %error, "cannot write down why it waits"),
             }
+        }
+    }
+
+    /// Stores that the projection runs after another worker has stored that it stopped. The other worker
+    /// may be of another version or read another log.
+    async fn take_over_state(&mut self, desired: &Desired) {
+        let status = self.status.now();
+        let goes_on = status.state == ProjectionState::Running && !status.partitions.is_empty();
+        if !desired.is_stopped || desired.is_reset || status.generation != desired.live || !goes_on
+        {
+            return;
+        }
+        let Context { database, clock, look, .. } = &self.context;
+        let name = &status.name;
+        match registry::goes_on(database, name, desired.live, clock.now()).await {
+            Ok(()) => {
+                tracing::info!(name, "another worker stopped, this one goes on");
+                look.notify_one();
+            }
+            Err(error) => tracing::debug!(name, %error, "cannot store that it runs"),
         }
     }
 

@@ -173,7 +173,11 @@ async fn of_records(topic: &str, log: &ReadableLog) -> Result<Finding, Error> {
     for (found, fault) in looked {
         records += found;
         worst = match (worst, fault) {
-            (Some(known), Some(new)) if new.verdict != Verdict::Unsafe => Some(known),
+            (Some(known), Some(new))
+                if known.verdict == Verdict::Unsafe || new.verdict != Verdict::Unsafe =>
+            {
+                Some(known)
+            }
             (known, new) => new.or(known),
         };
     }

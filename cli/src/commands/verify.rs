@@ -18,6 +18,8 @@ use crate::progress::Progress;
 
 /// Differences that are told of the log and of the index.
 const SHOWN_MAX: usize = 10;
+/// The result of a verification that found differences.
+const DIFFERS: &str = "what was made from the log is not what the log says";
 /// The name of the stream index among what is behind the log.
 const INDEX: &str = "stream index";
 
@@ -45,10 +47,13 @@ struct Report {
 
 impl Report {
     fn is_clean(&self) -> bool {
-        self.log_differences.is_empty()
-            && self.index_differences.is_empty()
-            && self.failed.is_empty()
-            && self.projections.iter().all(|projection| projection.differences.is_empty())
+        self.failed.is_empty() && !self.differs_anywhere()
+    }
+
+    fn differs_anywhere(&self) -> bool {
+        !self.log_differences.is_empty()
+            || !self.index_differences.is_empty()
+            || self.projections.iter().any(|projection| !projection.differences.is_empty())
     }
 }
 
@@ -67,13 +72,13 @@ pub(crate) async fn run(context: &mut Context) -> Result<(), Error> {
     }
     match report.is_clean() {
         true => Ok(()),
-        false if report.failed.is_empty() => {
-            Err(Error::failed("what was made from the log is not what the log says"))
-        }
+        false if report.failed.is_empty() => Err(Error::failed(DIFFERS)),
         false => {
             let failed: Vec<_> = report.failed.keys().map(String::as_str).collect();
             let (count, names) = (count(failed.len() as u64, "projection"), failed.join(", "));
-            Err(Error::failed(format!("{count} could not be verified: {names}")))
+            let also =
+                if report.differs_anywhere() { format!("; {DIFFERS}") } else { String::new() };
+            Err(Error::failed(format!("{count} could not be verified: {names}{also}")))
         }
     }
 }

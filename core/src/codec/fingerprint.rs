@@ -29,6 +29,8 @@ pub(super) struct Fingerprint {
     /// serde does not read these after it has buffered them, and it buffers the content of an adjacently
     /// tagged enum if the content comes before the tag.
     pub(super) needs_order: bool,
+    /// `true` if the value has raw JSON.
+    pub(super) is_raw: bool,
 }
 
 impl Fingerprint {
@@ -72,7 +74,7 @@ fn mix(a: u64, b: u64) -> u64 {
 }
 
 fn of(kind: Kind, value: u64) -> Fingerprint {
-    Fingerprint { hash: mix(kind as u64, value), kind, needs_order: false }
+    Fingerprint { hash: mix(kind as u64, value), kind, needs_order: false, is_raw: false }
 }
 
 fn text(text: &str) -> Fingerprint {
@@ -95,11 +97,12 @@ struct Parts<const WIDE: bool> {
     key: u64,
     count: u64,
     needs_order: bool,
+    is_raw: bool,
 }
 
 impl<const WIDE: bool> Parts<WIDE> {
     fn new(kind: Kind) -> Self {
-        Self { kind, hash: 0, key: 0, count: 0, needs_order: false }
+        Self { kind, hash: 0, key: 0, count: 0, needs_order: false, is_raw: false }
     }
 
     fn variant(index: u32) -> Self {
@@ -108,14 +111,18 @@ impl<const WIDE: bool> Parts<WIDE> {
 
     fn ordered(&mut self, part: Fingerprint) {
         self.hash = mix(self.hash, part.hash);
-        self.count += 1;
-        self.needs_order |= part.needs_order;
+        self.add(part);
     }
 
     fn unordered(&mut self, part: Fingerprint) {
         self.hash = self.hash.wrapping_add(mix(part.hash, 2));
+        self.add(part);
+    }
+
+    fn add(&mut self, part: Fingerprint) {
         self.count += 1;
         self.needs_order |= part.needs_order;
+        self.is_raw |= part.is_raw;
     }
 
     /// Adds an entry of a map whose key has this hash.
@@ -124,8 +131,8 @@ impl<const WIDE: bool> Parts<WIDE> {
     }
 
     fn finish(self) -> Fingerprint {
-        let needs_order = self.needs_order;
-        Fingerprint { needs_order, ..of(self.kind, mix(self.hash, self.count)) }
+        let Self { needs_order, is_raw, .. } = self;
+        Fingerprint { needs_order, is_raw, ..of(self.kind, mix(self.hash, self.count)) }
     }
 }
 
@@ -295,7 +302,8 @@ impl<const WIDE: bool> Serializer for Hasher<WIDE> {
     }
 
     fn serialize_struct(self, name: &'static str, _: usize) -> Result<Parts<WIDE>, Error> {
-        Ok(Parts { needs_order: name == RAW, ..Parts::new(Kind::Map) })
+        let is_raw = name == RAW;
+        Ok(Parts { needs_order: is_raw, is_raw, ..Parts::new(Kind::Map) })
     }
 
     fn serialize_struct_variant(

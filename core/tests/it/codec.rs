@@ -229,6 +229,21 @@ fn an_event_that_the_log_cannot_give_back_is_refused() {
     }
 }
 
+/// Raw JSON keeps its spaces.
+#[derive(Debug, Clone, Serialize, Deserialize, DomainEvent)]
+enum Rawest {
+    #[event("rawest.kept")]
+    Kept { json: Box<serde_json::value::RawValue> },
+}
+
+#[test]
+fn raw_json_is_kept_as_it_is() {
+    let json = serde_json::value::RawValue::from_string(r#"{"b": [1,  2e9], "a":1}"#.into());
+    let event = Rawest::Kept { json: json.expect("is JSON") };
+    let (_, read) = codec::new_event(&event, metadata()).expect("storable");
+    assert_eq!(format!("{read:?}"), format!("{event:?}"));
+}
+
 fn hard() -> impl Strategy<Value = Hard> {
     let floats = any::<f64>().prop_filter("finite", |value| value.is_finite());
     let singles = any::<f32>().prop_filter("finite", |value| value.is_finite());

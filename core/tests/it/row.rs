@@ -142,6 +142,7 @@ struct Edges {
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
 struct EdgeJson {
     real: f64,
+    single: f32,
     untyped: serde_json::Value,
     twice: Option<Option<u32>>,
     content: Option<EdgeContent>,
@@ -159,6 +160,7 @@ fn a_stored_row_is_what_the_database_gives_back() {
     let at = "2016-12-31T23:59:60.123456789Z".parse().ok();
     let json = EdgeJson {
         real: -0.0,
+        single: 1e17,
         untyped: serde_json::json!([1e16, -2e20, 1]),
         ..EdgeJson::default()
     };
@@ -168,9 +170,32 @@ fn a_stored_row_is_what_the_database_gives_back() {
     assert_eq!(values[1], Value::Timestamp(next_second));
     let Value::Real(real) = values[2] else { panic!("{values:?}") };
     assert!(real.is_sign_positive());
-    let json = r#"{"real":0.0,"untyped":[10000000000000000.0,-200000000000000000000.0,1],"twice":null,"content":null}"#;
+    let json = r#"{"real":0.0,"single":99999998430674944.0,"untyped":[10000000000000000.0,-200000000000000000000.0,1],"twice":null,"content":null}"#;
     assert_eq!(values[3], Value::Json(json.into()));
     assert_eq!(Edges::from_values(values), Ok(row));
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+struct Raw(Box<serde_json::value::RawValue>);
+
+impl PartialEq for Raw {
+    fn eq(&self, other: &Self) -> bool {
+        self.0.get() == other.0.get()
+    }
+}
+
+#[test]
+fn raw_json_is_no_value_of_a_column() {
+    #[derive(Debug, Clone, PartialEq, Row)]
+    struct RawRow {
+        #[row(key)]
+        id: i64,
+        #[row(json)]
+        raw: Raw,
+    }
+    let raw = Raw(serde_json::value::RawValue::from_string("1e16".into()).expect("is JSON"));
+    let refused = RawRow { id: 1, raw }.normalize().expect_err("JSONB makes an integer of it");
+    assert!(refused.to_string().starts_with("column raw: PostgreSQL does not keep raw JSON"));
 }
 
 #[test]
@@ -191,6 +216,11 @@ fn a_row_that_no_database_holds_names_its_column() {
         row.json.content = Some(EdgeContent::Numbered([(1, true)].into_iter().collect()));
     });
     assert!(numbered.starts_with("column json: with its fields in another order"), "{numbered}");
+    let infinite = refused(|row| row.json.real = f64::NAN);
+    assert_eq!(
+        infinite,
+        "column json: real: NaN is a number that JSON does not have: use an Option, or a value of your own"
+    );
     let nul = refused(|row| row.json.untyped = "\0".into());
     assert!(nul.starts_with("column json: a text contains the character NUL"), "{nul}");
 }

@@ -21,7 +21,6 @@ use super::inbox::Inboxes;
 use super::nodes::Nodes;
 use super::outbox::Outbox;
 use super::wire::{self, ReplyContent, ReplyRecord, ReplyTo};
-use crate::judge::RECORD_BYTES_DEFAULT;
 use crate::partition::{Reach, Shared};
 use crate::partitioner::partition_of;
 use crate::reader::{ReadFailure, Reader};
@@ -114,9 +113,9 @@ impl Bus {
         reply_to: Option<ReplyTo>,
     ) -> Result<oneshot::Receiver<Result<(), KafkaError>>, AppendError> {
         let letter = wire::command(command, reply_to);
-        let size = letter.size();
-        if size > RECORD_BYTES_DEFAULT {
-            return Err(AppendError::TooLarge { size, limit: RECORD_BYTES_DEFAULT });
+        let (size, limit) = (letter.size(), self.outbox.limits().commands);
+        if size > limit {
+            return Err(AppendError::TooLarge { size, limit });
         }
         let partition = self.partition(&command.stream);
         self.outbox.command(partition, &letter).map_err(|error| match error {

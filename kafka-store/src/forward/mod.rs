@@ -20,4 +20,4 @@ pub(crate) mod wire;
 
 pub(crate) use bus::Bus;
 pub(crate) use inbox::Inboxes;
-pub(crate) use outbox::Outbox;
+pub(crate) use outbox::{Outbox, RecordLimits};

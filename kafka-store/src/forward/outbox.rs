@@ -1,12 +1,13 @@
 //! Sends commands, replies and announcements.
 
+use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
 use std::time::Duration;
 
-use kafold_core::{Clock, Partition};
+use kafold_core::{Clock, Partition, Reply};
 use rdkafka::client::ClientContext;
 use rdkafka::config::RDKafkaLogLevel;
 use rdkafka::error::{KafkaError, KafkaResult, RDKafkaErrorCode};
-use rdkafka::message::{Header, OwnedHeaders};
+use rdkafka::message::{Header, Message, OwnedHeaders};
 use rdkafka::producer::{BaseRecord, DeliveryResult, Producer as _, ProducerContext};
 use rdkafka::statistics::Statistics;
 use tokio::sync::oneshot;
@@ -14,27 +15,84 @@ use tokio::sync::oneshot;
 use super::wire::{self, Letter, ReplyTo};
 use crate::client::{Renewal, log, raw_partition};
 use crate::config::KafkaConfig;
-use crate::judge::raise_record_limit;
+use crate::judge::{RECORD_BYTES_DEFAULT, above_record_limit};
 use crate::producer::Polled;
 
 /// How long the last words of a node may take.
 const FLUSH_MAX: Duration = Duration::from_millis(500);
 const FLUSH_POLL: Duration = Duration::from_millis(2);
 
+/// How long a replaced producer keeps the records that it has not sent.
+const REPLACED_MAX: Duration = Duration::from_secs(15);
+
 /// Says whether a record is in its topic; dropped unused when nobody wants to know.
 type Delivered = oneshot::Sender<KafkaResult<()>>;
 
 pub(crate) struct Outbox {
-    polled: Polled<Postmark>,
+    sending: RwLock<Sending>,
+    config: KafkaConfig,
+    clock: Arc<dyn Clock>,
     commands: String,
     replies: String,
 }
 
+/// `max.message.bytes` of the two topics.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct RecordLimits {
+    pub(crate) commands: usize,
+    pub(crate) replies: usize,
+}
+
+/// A producer, which makes batches up to the lower limit.
+struct Sending {
+    polled: Arc<Polled<Postmark>>,
+    limits: RecordLimits,
+}
+
+impl Sending {
+    fn start(config: &KafkaConfig, limits: RecordLimits) -> KafkaResult<Self> {
+        let settings = config.outbox(limits.commands, limits.replies);
+        let polled = Polled::start(&settings, Renewal::new(config), Postmark, "kafold-outbox")?;
+        Ok(Self { polled: Arc::new(polled), limits })
+    }
+}
+
 impl Outbox {
-    pub(crate) fn start(config: &KafkaConfig) -> KafkaResult<Self> {
-        let polled =
-            Polled::start(&config.outbox(), Renewal::new(config), Postmark, "kafold-outbox")?;
-        Ok(Self { polled, commands: config.commands_topic(), replies: config.replies_topic() })
+    pub(crate) fn start(config: &KafkaConfig, clock: Arc<dyn Clock>) -> KafkaResult<Self> {
+        let limits = RecordLimits { commands: RECORD_BYTES_DEFAULT, replies: RECORD_BYTES_DEFAULT };
+        Ok(Self {
+            sending: RwLock::new(Sending::start(config, limits)?),
+            config: config.clone(),
+            clock,
+            commands: config.commands_topic(),
+            replies: config.replies_topic(),
+        })
+    }
+
+    pub(crate) fn limits(&self) -> RecordLimits {
+        self.sending().limits
+    }
+
+    /// Takes over changed limits of the two topics. The producer makes batches up to the lower limit, so
+    /// it is replaced.
+    pub(crate) fn limit_records(&self, limits: RecordLimits) {
+        if self.limits() == limits {
+            return;
+        }
+        let sending = match Sending::start(&self.config, limits) {
+            Ok(sending) => sending,
+            Err(error) => return tracing::warn!(%error, "no producer for commands and replies"),
+        };
+        let RecordLimits { commands, replies } = limits;
+        tracing::warn!(commands, replies, "max.message.bytes has changed");
+        let mut current = self.sending.write().unwrap_or_else(PoisonError::into_inner);
+        let Sending { polled, .. } = std::mem::replace(&mut *current, sending);
+        let clock = Arc::clone(&self.clock);
+        tokio::spawn(async move { sent(&polled, &*clock, REPLACED_MAX).await });
+    }
+
+    fn sending(&self) -> RwLockReadGuard<'_, Sending> {
+        self.sending.read().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(crate) fn commands_topic(&self) -> &str {
@@ -54,7 +112,12 @@ impl Outbox {
 
     /// Sends a reply. Whoever waits for one that is lost learns that the outcome is unknown.
     pub(crate) fn reply(&self, to: ReplyTo, json: Vec<u8>) {
-        let letter = wire::reply(to, json);
+        let mut letter = wire::reply(to, json);
+        let (size, limit) = (letter.size(), self.limits().replies);
+        if size > limit {
+            tracing::warn!(node = %to.node, size, limit, "a reply is too large to be sent");
+            letter.value = serde_json::to_vec(&Reply::OutcomeUnknown).unwrap_or_default();
+        }
         if let Err(error) = self.post(&self.replies, to.partition, &letter, None) {
             metrics::counter!("kafold_replies_lost_total").increment(1);
             tracing::warn!(node = %to.node, %error, "a reply was not sent");
@@ -67,11 +130,9 @@ impl Outbox {
     }
 
     /// Waits until everything is sent, for a moment at most.
-    pub(crate) async fn flush(&self, clock: &dyn Clock) {
-        let deadline = clock.instant() + FLUSH_MAX;
-        while self.polled.inner.in_flight_count() > 0 && clock.instant() < deadline {
-            clock.sleep(FLUSH_POLL).await;
-        }
+    pub(crate) async fn flush(&self) {
+        let polled = Arc::clone(&self.sending().polled);
+        sent(&polled, &*self.clock, FLUSH_MAX).await;
     }
 
     fn post(
@@ -90,7 +151,15 @@ impl Outbox {
             .key(&letter.key)
             .payload(&letter.value)
             .headers(headers);
-        self.polled.inner.send(record).map_err(|(error, _)| error)
+        self.sending().polled.inner.send(record).map_err(|(error, _)| error)
+    }
+}
+
+/// Waits until a producer has sent everything, for a time at most.
+async fn sent(polled: &Polled<Postmark>, clock: &dyn Clock, at_most: Duration) {
+    let deadline = clock.instant() + at_most;
+    while polled.inner.in_flight_count() > 0 && clock.instant() < deadline {
+        clock.sleep(FLUSH_POLL).await;
     }
 }
 
@@ -114,14 +183,11 @@ impl ProducerContext for Postmark {
     fn delivery(&self, result: &DeliveryResult<'_>, delivered: Box<Option<Delivered>>) {
         let result = match result {
             Ok(_) => Ok(()),
-            Err((error, _)) => {
+            Err((error, message)) => {
                 metrics::counter!("kafold_outbox_failures_total").increment(1);
                 if error.rdkafka_error_code() == Some(RDKafkaErrorCode::MessageSizeTooLarge) {
-                    tracing::warn!(
-                        "a command or reply was not delivered: max.message.bytes of its topic is below \
-                         its size, {}",
-                        raise_record_limit()
-                    );
+                    let reason = above_record_limit(message.topic());
+                    tracing::warn!(reason, "a command or reply was not delivered");
                 }
                 tracing::debug!(%error, "a command or reply was not delivered");
                 Err(error.clone())

@@ -14,13 +14,14 @@ use kafold_core::handler::Request;
 use kafold_core::index::{Advanced, IndexBatch, IndexCount, IndexHeads, IndexLoad, IndexRead};
 use kafold_core::memory::MemoryIndex;
 use kafold_core::store::{Appended, Cursor, Health};
-use kafold_core::testing::{new_command, read_gapless};
+use kafold_core::testing::{eventually, new_command, read_gapless};
 use kafold_core::{
     Aggregate, AppendError, Clock, CommandExecutor, CommandHandler, CommandId, DomainEvent,
-    EventSource, EventStore, ExpectedVersion, ForwardedCommand, HandleError, Offset, Partition,
-    ReadError, Reply, StreamId, StreamIndex, Version,
+    EventSource, EventStore, ExpectedVersion, ForwardedCommand, HandleError, IdGenerator, Offset,
+    Partition, ReadError, Reply, StreamId, StreamIndex, Version,
 };
 use kafold_kafka_store::{KafkaConfig, KafkaStore, OpenError, Operator};
+use rdkafka::admin::{AdminOptions, AlterConfig, ResourceSpecifier};
 use serde::{Deserialize, Serialize};
 
 #[derive(Debug, Clone, PartialEq, DomainEvent, Serialize, Deserialize)]
@@ -543,6 +544,43 @@ async fn calls_of_a_node_are_bounded() {
     large.payload = vec![b' '; 2 << 20].into();
     let refused = bus.call(large).await;
     assert!(matches!(refused, Err(AppendError::TooLarge { .. })), "{refused:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_changed_limit_of_commands_is_taken_over() {
+    let Some(brokers) = support::brokers("a_changed_limit_of_commands") else { return };
+    let mut config = config(&brokers, "climit", 1);
+    config.limits.forwarded_bound = Duration::from_millis(500);
+    let node = TestNode::start(&config, &Arc::new(MemoryIndex::new()), "one").await;
+    support::ready(&node.store).await;
+    let bus = node.store.commands();
+    let sized = |bytes: usize| {
+        // Random digits, which compression leaves large.
+        let digits = std::iter::repeat_with(|| format!("{:016x}", RandomIds.random()));
+        let payload: String = digits.take(bytes / 16).collect();
+        let id = RandomIds.event_id().to_string();
+        let mut command = forwarded(&id, Duration::from_secs(20));
+        command.payload = format!("\"{payload}\"").into_bytes().into();
+        bus.call(command)
+    };
+    let topic = format!("{}.commands", config.name);
+    let limit = async |bytes: &str| {
+        let alter =
+            AlterConfig::new(ResourceSpecifier::Topic(&topic)).set("max.message.bytes", bytes);
+        let altered = support::admin(&brokers).alter_configs([&alter], &AdminOptions::new()).await;
+        assert!(altered.expect("altered").iter().all(Result::is_ok));
+    };
+    assert!(sized(100_000).await.is_ok());
+    limit("50000").await;
+    eventually("the lower limit is known", async || {
+        matches!(sized(100_000).await, Err(AppendError::TooLarge { limit: 50_000, .. }))
+    })
+    .await;
+    // Together they are larger than a record may be.
+    let together = futures_util::future::join_all((0..100).map(|_| sized(10_000))).await;
+    assert!(together.iter().all(Result::is_ok), "{together:?}");
+    limit("2000000").await;
+    eventually("the higher limit is known", async || sized(1_500_000).await.is_ok()).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

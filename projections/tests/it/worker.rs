@@ -414,9 +414,19 @@ async fn another_log_under_the_same_name_is_refused(database: &TestDatabase) {
     let projections = worker(&orders, database).with(CustomerTotals).spawn();
     orders.place("1", "c1", 10).await;
     applied(&projections, &orders, CustomerTotals::NAME).await;
-    drop(projections);
     let recreated = Orders::new(1);
     recreated.place("1", "c1", 10).await;
+    let wrong = worker(&recreated, database).with(CustomerTotals).spawn();
+    stopped(&wrong, CustomerTotals::NAME).await;
+    drop(wrong);
+    eventually("the worker of the right log stores that it goes on", async || {
+        let running = "SELECT COUNT(*) FROM kafold_projection WHERE actual_state = 'running'";
+        database.number(running).await == 1
+    })
+    .await;
+    orders.place("2", "c1", 0).await;
+    applied(&projections, &orders, CustomerTotals::NAME).await;
+    drop(projections);
     let projections = worker(&recreated, database).with(CustomerTotals).spawn();
     // The old checkpoint is beyond the position, which is one of the new log.
     let first = Position { partition: Partition(0), offset: Offset(0) };
@@ -425,6 +435,8 @@ async fn another_log_under_the_same_name_is_refused(database: &TestDatabase) {
     let reason = stopped(&projections, CustomerTotals::NAME).await;
     assert!(reason.contains("the cursor is of log"), "{reason}");
     assert_eq!(database.number("SELECT cents FROM customer_totals").await, 10);
+    // A worker of the right log would have kept its partitions.
+    assert_eq!(database.number("SELECT MAX(fence) FROM kafold_checkpoint").await, 1);
 }
 
 async fn a_backlog_is_applied_in_large_batches(database: &TestDatabase) {

@@ -64,6 +64,13 @@ async fn check_index(seen: &Seen, database: &Database, checks: &mut Checks) -> R
     Ok(())
 }
 
+fn remedy(name: &str) -> String {
+    format!(
+        "mend the cause, then `projections resume {name}`; `projections rebuild {name}` makes tables \
+         that are gone or changed again"
+    )
+}
+
 fn check_projection(view: &Overview, seen: Option<&Seen>, checks: &mut Checks) {
     const NAME: &str = "projections";
     let name = &view.name;
@@ -87,7 +94,7 @@ fn check_projection(view: &Overview, seen: Option<&Seen>, checks: &mut Checks) {
         && view.lag_seconds > PROJECTION_LAG_SECONDS_MAX;
     match view.state {
         OverviewState::Stopped => {
-            let remedy = format!("do what it says, then `projections resume {name}`");
+            let remedy = remedy(name);
             checks.problem(NAME, format!("{name} has stopped{reason}"), remedy);
         }
         OverviewState::Paused => {
@@ -95,7 +102,7 @@ fn check_projection(view: &Overview, seen: Option<&Seen>, checks: &mut Checks) {
             checks.warning(NAME, format!("{name} is paused, {lag} behind"), remedy);
         }
         OverviewState::Rebuilding if !reason.is_empty() => {
-            let remedy = format!("do what it says, then `projections resume {name}`");
+            let remedy = remedy(name);
             checks.warning(NAME, format!("the rebuild of {name} waits{reason}"), remedy);
         }
         OverviewState::Running | OverviewState::Rebuilding if is_far => {

@@ -289,19 +289,29 @@ async fn ready_or_told(store: &dyn EventStore) -> Vec<String> {
 /// damaged. Returns `true` after a report.
 async fn mend(truth: &Truth, store: &dyn EventStore, database: &Database, context: &str) -> bool {
     let clock = SystemClock;
-    let deadline = clock.instant() + PATIENCE;
+    let mut deadline = clock.instant() + PATIENCE;
     let mut was_told = false;
     loop {
         let mut refusals = reasons(store);
+        let is_told_of = |partition| {
+            let told = format!("partition {partition}: its index");
+            refusals.iter().any(|reason| reason.starts_with(&told))
+        };
+        let told = [0, 1].map(is_told_of);
         for nth in 0..5 {
             let read = truth.check(store, &stream(nth)).await;
             refusals.extend(read.err().map(|error| words(&error)));
+        }
+        for (partition, is_told) in told.into_iter().enumerate() {
+            let waits = format!("the index of partition {partition} is not checked yet");
+            let waits = refusals.iter().any(|refusal| refusal.contains(&waits));
+            assert!(!(is_told && waits), "{context}: reads wait for a damaged index: {refusals:?}");
         }
         if refusals.is_empty() {
             return was_told;
         }
         if is_told(&refusals) && !was_told {
-            was_told = true;
+            (was_told, deadline) = (true, clock.instant() + PATIENCE);
             SqlIndex::new(database.clone()).clear(None).await.expect("cleared");
         }
         assert!(clock.instant() < deadline, "{context}: neither whole nor told: {refusals:?}");
