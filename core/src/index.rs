@@ -30,6 +30,13 @@ pub trait StreamIndex: Send + Sync + 'static {
     /// Where each partition of the index stands. A partition that is absent stands at 0.
     async fn cursors(&self) -> Result<Vec<(Partition, Cursor)>, ReadError>;
 
+    /// Returns the position of one partition; `None` for a partition that is absent. A damaged position of
+    /// another partition changes nothing.
+    async fn cursor(&self, partition: Partition) -> Result<Option<Cursor>, ReadError> {
+        let mut cursors = self.cursors().await?.into_iter();
+        Ok(cursors.find_map(|(of, cursor)| (of == partition).then_some(cursor)))
+    }
+
     /// Adds the events of each batch's partition in `[from, to.next)` and moves the partition's cursor
     /// to `to`, whole or not at all; an equal event that is there already is ignored, a different one
     /// at the same stream and version is [`ReadError::Diverged`]. The cursor never moves backward.

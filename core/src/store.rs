@@ -145,7 +145,7 @@ pub enum AppendError {
         cause: Cause,
     },
     /// An event is larger than the log takes: make it smaller.
-    #[error("an event of {size} bytes is over the limit of {limit} bytes")]
+    #[error("a record of {size} bytes is over the limit of {limit} bytes")]
     TooLarge {
         /// Bytes of the largest event, with its headers.
         size: usize,

@@ -213,8 +213,8 @@ impl EmbeddedSubscription {
         };
         if of_log != &**log_id {
             return diverged(format!(
-                "the reader stands in log {of_log:?}, the file holds log {log_id:?}: \
-                 it is another file, or it was recreated; {REMEDY}"
+                "the position is one of another log: the database of the read models belongs to another \
+                 file or to a log on Kafka, or the file was recreated; {REMEDY}"
             ));
         }
         let end = event::end(database.readers()).await.map_err(not_read)?;

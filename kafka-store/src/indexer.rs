@@ -168,12 +168,18 @@ impl Indexer {
     async fn find_place(&self, shared: &Shared, tenure: Tenure) -> Option<Checkpoint> {
         for attempt in 1.. {
             let error = match self.try_place(shared.partition).await {
-                Ok(place) => return Some(place),
+                Ok(place) => {
+                    shared.mended(&DamageSite::Feed);
+                    return Some(place);
+                }
                 Err(error) => error,
             };
             if !error.is_transient() {
                 self.halt(shared, tenure, error);
                 return None;
+            }
+            if let FeedError::Index(error @ ReadError::Diverged { .. }) = &error {
+                shared.damaged(DamageSite::Feed, error);
             }
             shared.standing().waiting = Some(error.to_string());
             self.pause(attempt).await;
@@ -182,9 +188,14 @@ impl Indexer {
     }
 
     async fn try_place(&self, partition: Partition) -> Result<Checkpoint, FeedError> {
-        let place = Self::place(&self.index.cursors().await?, partition)?;
+        let place = self.stored_place(partition).await?;
         self.inspector.check(partition, &place).await?;
         Ok(place)
+    }
+
+    async fn stored_place(&self, partition: Partition) -> Result<Checkpoint, FeedError> {
+        let stored = self.index.cursor(partition).await?;
+        Ok(stored.map(|cursor| Checkpoint::from_cursor(&cursor)).transpose()?.unwrap_or_default())
     }
 
     async fn feed(&self, shared: &Shared, tenure: Tenure, mut from: Offset) {
@@ -291,7 +302,7 @@ impl Indexer {
 
     /// Where the index stands, which a reader has found behind.
     async fn look_again(&self, shared: &Shared) -> Result<Offset, FeedError> {
-        let place = Self::place(&self.index.cursors().await?, shared.partition)?;
+        let place = self.stored_place(shared.partition).await?;
         shared.index_lost.store(false, Ordering::Release);
         Ok(place.next)
     }
@@ -300,7 +311,7 @@ impl Indexer {
     async fn feed_again(&self, shared: &Shared) -> Result<Offset, FeedError> {
         let partition = shared.partition;
         let reader = self.reader()?;
-        let place = Self::place(&self.index.cursors().await?, partition)?;
+        let place = self.stored_place(partition).await?;
         let mut from = place.next;
         tracing::warn!(%partition, %from, "the index is behind: feeding it again from the log");
         self.inspector.with_reader(reader.clone()).check(partition, &place).await?;

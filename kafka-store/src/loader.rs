@@ -359,7 +359,13 @@ impl Reading {
             let merged = view.merge(partition, after, position, rows);
             return merged.map_err(|error| self.loader.lost(error));
         }
-        let cause = format!("the index of partition {partition} moves on too fast to be compared");
+        if let Some(damage) = self.loader.shared(partition).first_damage() {
+            return Err(ReadError::diverged(format!("partition {partition}"), damage.reason));
+        }
+        let cause = format!(
+            "the index of partition {partition} is ahead of what this process has read of the log; if that \
+             lasts, its table kafold_partition is damaged: kafold index rebuild --partition {partition}"
+        );
         Err(ReadError::unavailable(RETRY_AFTER, cause))
     }
 

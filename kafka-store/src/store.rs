@@ -522,8 +522,10 @@ async fn check_log(
         |partition, cause| OpenError::Log { topic: config.events_topic(), partition, cause };
     let cursors = match within(clock, INDEX_PATIENCE, index.cursors()).await {
         Some(Ok(cursors)) => cursors,
+        // The other partitions can be served beside a damaged one.
         Some(Err(error @ ReadError::Diverged { .. })) => {
-            return Err(refuse(Partition(0), Arc::new(error)));
+            tracing::error!(%error, "the index is damaged");
+            return Ok(());
         }
         Some(Err(ReadError::Unavailable { .. })) | None => {
             tracing::warn!("the index does not answer: waiting for it in the background");

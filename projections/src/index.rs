@@ -99,6 +99,16 @@ impl StreamIndex for SqlIndex {
         rows.into_iter().map(cursor).collect()
     }
 
+    async fn cursor(&self, partition: Partition) -> Result<Option<Cursor>, ReadError> {
+        let sql = "SELECT next_offset, fold_state, checksum FROM kafold_partition \
+                   WHERE partition = $1";
+        let row: Result<Option<(i64, String, i64)>, _> = reading!(&self.database, pool => {
+            sqlx::query_as(sql).bind(partition_int(partition)).fetch_optional(pool).await
+        });
+        let row = row.map_err(read_error)?;
+        row.map(|(next, state, checksum)| cursor(partition, next, state, checksum)).transpose()
+    }
+
     async fn advance(&self, batches: Vec<IndexBatch>) -> Vec<Result<Advanced, ReadError>> {
         let now = self.clock.now();
         match &self.database {
