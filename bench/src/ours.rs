@@ -98,7 +98,7 @@ pub async fn deposit(
 ) -> Result<Handled, Failure> {
     let (command_id, began) = (CommandId(RandomIds.event_id()), now());
     loop {
-        let failure = match handler.handle(id, command, command_id).await {
+        let failure = match handler.handle_with(id, command, command_id).await {
             Ok(handled) => return Ok(handled),
             Err(failure) => failure,
         };

@@ -233,8 +233,9 @@ impl Node {
         let id = stream.split_once('-').map_or(stream, |(_, id)| id);
         let demanded = expected
             .map_or(ExpectedVersion::Any, |version| ExpectedVersion::Exact(Version(version)));
-        let request = Request { expected: demanded, ..Request::default() };
-        match self.handler.handle_with(id, ask, CommandId(command), request).await {
+        let command_id = Some(CommandId(command));
+        let request = Request { command_id, expected: demanded, ..Request::default() };
+        match self.handler.handle_with(id, ask, request).await {
             Ok(handled) => match handled.position {
                 Some(position) => Answer::Appended {
                     version: handled.version.0,

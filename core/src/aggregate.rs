@@ -1,6 +1,7 @@
 //! The consistency boundary.
 
 use crate::event::DomainEvent;
+use crate::snapshot::SnapshotSchema;
 
 /// One consistency boundary of the domain: commands become events, events become state.
 ///
@@ -17,6 +18,10 @@ pub trait Aggregate: Default + Clone + Send + Sync + 'static {
     type Event: DomainEvent;
     /// Why it refuses: business rules, nothing technical.
     type Error: std::error::Error + Send + Sync + 'static;
+
+    /// How the state is saved, so that a long stream is not read from its beginning. Default: the state
+    /// is not saved.
+    const SNAPSHOT: Option<SnapshotSchema<Self>> = None;
 
     /// The events that follow from the command, none if it changes nothing, or the broken rule.
     fn decide(&self, command: &Self::Command) -> Result<Vec<Self::Event>, Self::Error>;

@@ -22,7 +22,7 @@ pub struct ForwardedCommand {
     pub stream: StreamId,
     /// Names it for all its copies: it is applied at most once.
     pub command_id: CommandId,
-    /// The command as JSON.
+    /// The command as JSON; empty for a load, which asks the owner for the version of the stream.
     pub payload: Arc<[u8]>,
     /// The version that the stream must have.
     pub expected: ExpectedVersion,

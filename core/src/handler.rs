@@ -44,9 +44,8 @@ use tracing::Instrument;
 
 pub use self::config::{HandlerConfig, Request};
 pub use self::error::HandleError;
-pub use self::load::SnapshotState;
 
-use self::forwarding::{Executor, Forwarding};
+use self::forwarding::Forwarding;
 use self::load::Snapshots;
 use self::outcome::SharedOutcome;
 use self::slot::{Pending, Slot};
@@ -55,7 +54,7 @@ use crate::aggregate::Aggregate;
 use crate::clock::{Clock, IdGenerator, backoff, within};
 use crate::codec;
 use crate::event::{Commit, DomainEvent, Metadata, NewEvent};
-use crate::forward::{CommandBus, CommandExecutor};
+use crate::forward::CommandBus;
 use crate::ids::{CommandId, ExpectedVersion, Position, StreamId, Version};
 use crate::projecting;
 use crate::snapshot::SnapshotStore;
@@ -102,7 +101,8 @@ pub struct Handled {
 /// One command on its way through the loop.
 struct Job<'a, A: Aggregate> {
     stream: StreamId,
-    command: &'a A::Command,
+    /// `None` for a load, which decides nothing.
+    command: Option<&'a A::Command>,
     command_id: CommandId,
     request: Request,
     deadline: Instant,
@@ -189,27 +189,29 @@ impl<A: Aggregate> CommandHandler<A> {
     #[must_use]
     pub fn config(self, config: HandlerConfig) -> Self {
         let states = Arc::new(HotStates::new(config.hot_states_max));
-        Self { config, states, ..self }
+        Self { config, states, ..self }.served_anew()
+    }
+
+    /// Gives the bus this handler in place of the one before.
+    fn served_anew(mut self) -> Self {
+        let Some(forwarding) = self.forwarding.take() else { return self };
+        let forwarding = forwarding.serve(self.clone());
+        Self { forwarding: Some(forwarding), ..self }
     }
 
     /// The same handler with an empty cache, loading streams from snapshots and saving one every
-    /// [`HandlerConfig::snapshot_every`] events. A snapshot that cannot be read or saved is logged
-    /// and changes no answer.
+    /// [`HandlerConfig::snapshot_every`] events, if the aggregate has a [`SNAPSHOT`](Aggregate::SNAPSHOT).
+    /// A snapshot that cannot be read or saved is logged and changes no answer.
     #[must_use]
-    pub fn with_snapshots(self, store: Arc<dyn SnapshotStore>) -> Self
-    where
-        A: SnapshotState,
-    {
+    pub fn with_snapshots(self, store: Arc<dyn SnapshotStore>) -> Self {
         let states = Arc::new(HotStates::new(self.config.hot_states_max));
-        Self { snapshots: Some(Snapshots::new(store)), states, ..self }
+        let snapshots = A::SNAPSHOT.map(|schema| Snapshots { store, schema });
+        Self { snapshots, states, ..self }.served_anew()
     }
 
     /// The same handler as one of several nodes: commands of streams that another node owns go
     /// there, and this node handles those that others send it. `None`, as of an embedded log,
     /// changes nothing.
-    ///
-    /// Call it last: what the bus is given to handle commands of others with is this handler as it
-    /// is now, with its limits, snapshots and cache.
     #[must_use]
     pub fn forwarding(self, bus: Option<Arc<dyn CommandBus>>) -> Self
     where
@@ -217,37 +219,34 @@ impl<A: Aggregate> CommandHandler<A> {
         A::Error: Serialize + DeserializeOwned,
     {
         let Some(bus) = bus else { return self };
-        // Without the bus: a command that was sent here goes no further.
-        let here = Self { forwarding: None, ..self.clone() };
-        let executor: Arc<dyn CommandExecutor> = Arc::new(Executor::new(here));
-        bus.serve(A::CATEGORY, &executor);
-        Self { forwarding: Some(Forwarding::new(bus, executor)), ..self }
+        Self { forwarding: Some(Forwarding::new(bus)), ..self }.served_anew()
     }
 
     /// Handles a command on the aggregate `id`, whatever its version.
     ///
-    /// The command id is checked first: a command that was applied already answers what it came to
-    /// then, whatever it says now.
+    /// The command has an id of its own, so a second call is a second command. Use
+    /// [`handle_with`](Self::handle_with) and a [`CommandId`] if the caller may repeat the command.
     pub async fn handle(
         &self,
         id: &str,
         command: &A::Command,
-        command_id: CommandId,
     ) -> Result<Handled, HandleError<A::Error>> {
-        self.handle_with(id, command, command_id, Request::default()).await
+        self.handle_with(id, command, Request::default()).await
     }
 
-    /// As [`CommandHandler::handle`], with a demand on the version, metadata for the events, or a
-    /// deadline of its own.
+    /// Handles a command with options: a command id, a demand on the version, metadata for the events,
+    /// or a deadline.
+    ///
+    /// The command id is checked first: a command that was applied already returns its first result,
+    /// whatever it says now.
     pub async fn handle_with(
         &self,
         id: &str,
         command: &A::Command,
-        command_id: CommandId,
-        request: Request,
+        request: impl Into<Request>,
     ) -> Result<Handled, HandleError<A::Error>> {
         let began = self.clock.instant();
-        let job = self.job(id, command, command_id, request, self.config.deadline)?;
+        let job = self.job(id, Some(command), request.into(), self.config.deadline)?;
         let span = job.span();
         let result = self.run(&job).instrument(span.clone()).await;
         let outcome = error::outcome_name(&result);
@@ -266,30 +265,25 @@ impl<A: Aggregate> CommandHandler<A> {
     /// [`HandlerConfig::send_deadline`] from now; this call returns when it is written down, within
     /// [`HandlerConfig::deadline`]. Without a bus it is handled before this call returns; a rejection
     /// is logged then, and no error, for nobody waits for it. After any error the command may be
-    /// sent again with the same id.
-    pub async fn send(
-        &self,
-        id: &str,
-        command: &A::Command,
-        command_id: CommandId,
-    ) -> Result<(), HandleError<A::Error>> {
-        self.send_with(id, command, command_id, Request::default()).await
+    /// sent again with the same id ([`send_with`](Self::send_with)).
+    pub async fn send(&self, id: &str, command: &A::Command) -> Result<(), HandleError<A::Error>> {
+        self.send_with(id, command, Request::default()).await
     }
 
-    /// As [`CommandHandler::send`], with a demand on the version, metadata for the events, or a
-    /// deadline of its own, after which the command is not handled any more.
+    /// As [`CommandHandler::send`], with a command id, a demand on the version, metadata for the events,
+    /// or a deadline, after which the command is not handled any more.
     pub async fn send_with(
         &self,
         id: &str,
         command: &A::Command,
-        command_id: CommandId,
-        request: Request,
+        request: impl Into<Request>,
     ) -> Result<(), HandleError<A::Error>> {
+        let request = request.into();
         let Some(forwarding) = &self.forwarding else {
-            let answer = self.handle_with(id, command, command_id, request).await;
-            return forwarding::sent_answer::<A>(id, command_id, answer);
+            let answer = self.handle_with(id, command, request).await;
+            return forwarding::sent_answer::<A>(id, answer);
         };
-        let job = self.job(id, command, command_id, request, self.config.send_deadline)?;
+        let job = self.job(id, Some(command), request, self.config.send_deadline)?;
         let span = job.span();
         let result = self.send_to_owner(forwarding, &job).instrument(span.clone()).await;
         let outcome = error::sent_name(&result);
@@ -297,6 +291,23 @@ impl<A: Aggregate> CommandHandler<A> {
         metrics::counter!("kafold_commands_total", "category" => A::CATEGORY, "outcome" => outcome)
             .increment(1);
         result
+    }
+
+    /// Returns the state of the aggregate `id` and the version of its stream. The read is linearizable:
+    /// the state has every event that was acknowledged before the call, on any node. An aggregate
+    /// without events has its default state and version 0.
+    ///
+    /// Takes one round trip to the log, and one to the owner of the stream if another node owns it.
+    /// That node's state is read from the stream index, up to the version that the owner confirms.
+    pub async fn load(&self, id: &str) -> Result<(A, Version), HandleError<A::Error>> {
+        let job = self.job(id, None, Request::default(), self.config.deadline)?;
+        let span = job.span();
+        async {
+            let confirmed = self.run(&job).await?.version;
+            self.state_from(&job, confirmed).await
+        }
+        .instrument(span)
+        .await
     }
 
     /// How many streams have a place in the cache, at most [`HandlerConfig::hot_states_max`].
@@ -307,8 +318,7 @@ impl<A: Aggregate> CommandHandler<A> {
     fn job<'a>(
         &self,
         id: &str,
-        command: &'a A::Command,
-        command_id: CommandId,
+        command: Option<&'a A::Command>,
         request: Request,
         limit: Duration,
     ) -> Result<Job<'a, A>, HandleError<A::Error>> {
@@ -317,6 +327,7 @@ impl<A: Aggregate> CommandHandler<A> {
         }
         let stream = StreamId::new(A::CATEGORY, id)?;
         let deadline = request.deadline.unwrap_or_else(|| self.clock.instant() + limit);
+        let command_id = request.command_id.unwrap_or_else(|| CommandId(self.ids.event_id()));
         Ok(Job { stream, command, command_id, request, deadline })
     }
 
@@ -415,7 +426,10 @@ impl<A: Aggregate> CommandHandler<A> {
         if !job.request.expected.admits(version) {
             return self.other_version(&slot, job).await;
         }
-        let decided = slot.head().decide(job.command);
+        let decided = match job.command {
+            Some(command) => slot.head().decide(command),
+            None => Ok(Vec::new()),
+        };
         self.check_duration(job, now)?;
         match decided {
             Ok(events) if events.is_empty() => {
@@ -543,7 +557,7 @@ impl<A: Aggregate> CommandHandler<A> {
         slot: &Slot<A>,
         job: &Job<'_, A>,
     ) -> Result<Option<Step<A::Error>>, HandleError<A::Error>> {
-        if slot.knows_every_command() {
+        if slot.knows_every_command() || job.command.is_none() {
             return Ok(None);
         }
         let found = self.store.find_command(&job.stream, job.command_id).await?;

@@ -7,6 +7,8 @@ use std::sync::Arc;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use uuid::Uuid;
 
+use crate::clock::{IdGenerator, RandomIds};
+
 /// The ordered events of one aggregate: a category and an id, shown `order-17`.
 ///
 /// The category is `[a-z][a-z0-9_]*`, at most 50 bytes; the id is 1 to 200 bytes without control
@@ -180,8 +182,14 @@ impl fmt::Display for ExpectedVersion {
 pub struct CommandId(pub Uuid);
 
 impl CommandId {
-    /// A command id that is the same for the same name: for commands derived from something that
-    /// has an identity of its own, such as a line of a file or an event of another stream.
+    /// Returns a new random id, a UUIDv7.
+    #[expect(clippy::new_without_default, reason = "a default value is not random")]
+    pub fn new() -> Self {
+        Self(RandomIds.event_id())
+    }
+
+    /// Returns the same id for the same name: for commands derived from something with an identity of
+    /// its own, such as a line of a file or an event of another stream.
     pub fn derived(namespace: Uuid, name: &[u8]) -> Self {
         Self(Uuid::new_v5(&namespace, name))
     }

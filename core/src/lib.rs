@@ -62,5 +62,5 @@ pub use index::StreamIndex;
 pub use kafold_core_macros::{DomainEvent, Row};
 pub use memory::MemoryStore;
 pub use row::Row;
-pub use snapshot::{Snapshot, SnapshotStore};
+pub use snapshot::{Snapshot, SnapshotSchema, SnapshotStore};
 pub use store::{AppendError, Appended, EventSource, EventStore, ReadError};

@@ -13,6 +13,12 @@ pub enum OpenError {
         /// The text in printable form; see [`shown_url`](crate::shown_url).
         url: String,
     },
+    /// A log on Kafka was opened without a database.
+    #[error(
+        "a log on Kafka needs a database for its stream index and its read models: add \
+         .database(\"postgres://…\") or .database(\"sqlite://FILE\")"
+    )]
+    NoDatabase,
     /// The log does not answer now: wait and try again.
     #[error("{0}")]
     Unavailable(#[source] Box<dyn Error + Send + Sync>),

@@ -1,8 +1,11 @@
 //! Event sourcing and CQRS on Kafka: the one crate a service depends on.
 //!
-//! The domain model and its seams ([`kafold_core`]) stand at the root; beside them
-//! [`open_log`], which opens either kind of log by its URL, [`Database`], and [`projections`], the
-//! read models. Which log it is changes nothing for what is built on it.
+//! [`open`] opens either kind of log by its URL, with the database of its read models, and gives all that
+//! a service needs: [`handler`](Kafold::handler), [`projections`](Kafold::projections),
+//! [`query`](Kafold::query), [`close`](Kafold::close). Which log it is changes nothing for what is built on
+//! it. The domain model and its seams ([`kafold_core`]) stand at the root, and the parts of [`open`] beside
+//! them for a program that composes its own: [`open_log`], [`Database`], [`CommandHandler`] and
+//! [`projections`].
 //!
 //! Features that are on by default: `embedded` (the log in one SQLite file), `kafka` (the log in
 //! partitioned topics), `projections` (read models on PostgreSQL and SQLite). Those that are not:
@@ -14,9 +17,9 @@
 //! # tokio::runtime::Runtime::new().expect("runtime").block_on(async {
 //! # let folder = tempfile::tempdir()?;
 //! # let url = format!("sqlite://{}", folder.path().join("orders.db").display());
-//! let log = kafold::open_log(&url).await?; // "sqlite://orders.db" or "kafka://localhost:9092/orders"
-//! assert_eq!(log.store().health(), kafold::store::Health::Ready);
-//! log.close().await;
+//! let kafold = kafold::open(&url).await?; // "sqlite://orders.db" or "kafka://localhost:9092/orders"
+//! assert_eq!(kafold.health(), kafold::store::Health::Ready);
+//! kafold.close().await;
 //! # Ok::<_, Box<dyn std::error::Error>>(())
 //! # }).expect("opens");
 //! ```
@@ -26,12 +29,16 @@ mod log;
 #[cfg(feature = "otlp")]
 pub mod otlp;
 mod reader;
+#[cfg(feature = "projections")]
+mod service;
 
 pub use kafold_core::*;
 
 pub use error::OpenError;
 pub use log::{Log, LogOptions, open_log, shown_url};
 pub use reader::LogReader;
+#[cfg(feature = "projections")]
+pub use service::{Kafold, Opening, open};
 
 #[cfg(any(feature = "embedded", feature = "projections"))]
 pub use kafold_migrations::{

@@ -69,8 +69,14 @@ impl LogOptions {
         self
     }
 
-    /// Where others reach this process, as its claims and those it supersedes tell; nothing by
-    /// default. Its name is the host's with the process id.
+    /// Sets the name of this process in claims and for operators. Default: the host's name and the
+    /// process id.
+    pub fn node_name(mut self, name: impl Into<String>) -> Self {
+        self.owner.name = name.into();
+        self
+    }
+
+    /// Sets the address at which others reach this process, for claims and for operators. Default: none.
     pub fn address(mut self, address: impl Into<String>) -> Self {
         self.owner.address = address.into();
         self
@@ -81,6 +87,18 @@ impl LogOptions {
         self.owner.started_at = clock.now();
         (self.clock, self.ids) = (clock, ids);
         self
+    }
+
+    /// Returns the clock and the source of ids.
+    #[cfg(feature = "projections")]
+    pub(crate) fn clock_and_ids(&self) -> (Arc<dyn Clock>, Arc<dyn IdGenerator>) {
+        (Arc::clone(&self.clock), Arc::clone(&self.ids))
+    }
+
+    /// Returns `true` if the log has no file of its own.
+    #[cfg(feature = "projections")]
+    pub(crate) fn needs_database(&self) -> bool {
+        self.url.starts_with("kafka://")
     }
 
     /// Opens it. After [`OpenError::Unavailable`] the caller waits and tries again.

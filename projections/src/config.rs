@@ -60,6 +60,9 @@ pub struct ProjectionConfig {
     pub idle_checkpoint_interval: Duration,
     /// How often `wait_for` looks into the database for another process's progress. Default 50 ms.
     pub wait_poll_interval: Duration,
+    /// How long [`wait_for`](crate::Projections::wait_for) and [`Query::after`](crate::Query::after) wait
+    /// for one's own write. Default 10 s.
+    pub wait_timeout: Duration,
     /// When a worker takes back a partition that another one took though their group gives it to this
     /// one: the group needs the time to tell the other. Default 10 s.
     pub retake_delay: Duration,
@@ -87,6 +90,7 @@ impl Default for ProjectionConfig {
             retry_delay_max: Duration::from_secs(5),
             idle_checkpoint_interval: Duration::from_secs(1),
             wait_poll_interval: Duration::from_millis(50),
+            wait_timeout: Duration::from_secs(10),
             retake_delay: Duration::from_secs(10),
             shutdown_timeout: Duration::from_secs(10),
         }

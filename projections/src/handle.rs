@@ -1,17 +1,17 @@
 //! [`Projections`]: the handle on running projections.
 
-use std::future::pending;
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use kafold_core::Position;
 use kafold_core::store::Health;
+use kafold_core::{Handled, Position};
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
-use crate::registry::{self, Standing};
-use crate::status::{ProjectionState, ProjectionStatus, SharedStatus};
-use crate::wait::{Listener, WaitError, heard_applied};
+use crate::query::Query;
+use crate::read_model::ReadModel;
+use crate::status::{ProjectionStatus, SharedStatus};
+use crate::wait::{WaitError, Waiter};
 use crate::worker::Context;
 
 /// The running projections of a worker. Cheap to clone; when the last clone is dropped, they end as
@@ -23,11 +23,9 @@ pub struct Projections {
 
 struct Inner {
     context: Context,
-    statuses: Vec<SharedStatus>,
+    waiter: Arc<Waiter>,
     tasks: Mutex<Vec<JoinHandle<()>>>,
     shutdown: watch::Sender<bool>,
-    /// Made when a wait first needs to know of another process.
-    listener: OnceLock<Listener>,
 }
 
 impl Drop for Inner {
@@ -45,41 +43,46 @@ impl Projections {
     ) -> Self {
         let (statuses, tasks): (Vec<_>, Vec<_>) = started.into_iter().unzip();
         let tasks = Mutex::new(tasks.into_iter().flatten().collect());
-        let listener = OnceLock::new();
-        Self { inner: Arc::new(Inner { context, statuses, tasks, shutdown, listener }) }
+        let Context { database, clock, config, .. } = &context;
+        let waiter = Waiter::new(database.clone(), clock.clone(), config, statuses);
+        let waiter = Arc::new(waiter);
+        Self { inner: Arc::new(Inner { context, waiter, tasks, shutdown }) }
     }
 
-    /// Waits until the projection has applied everything up to and including the position, in this
-    /// process or in another one that shares the database; a query after it sees the position's
-    /// rows. `name` need not be run by this worker.
-    pub async fn wait_for(
+    /// Waits until a read model has applied one's own write, in this process or in another one that
+    /// shares the database; a query after it sees the write. Waits at most
+    /// [`wait_timeout`](crate::ProjectionConfig::wait_timeout).
+    pub async fn wait_for<M: ReadModel>(&self, handled: &Handled) -> Result<(), WaitError> {
+        self.inner.waiter.wait_for(M::NAME, handled.position).await
+    }
+
+    /// Waits until the projection of this name has applied everything up to and including the position.
+    /// Another process that shares the database may run the projection.
+    pub async fn wait_for_position(
         &self,
         name: &str,
         position: Position,
         timeout: Duration,
     ) -> Result<(), WaitError> {
-        let mut standing = "not looked up yet".to_owned();
-        let waited = tokio::select! {
-            biased;
-            waited = self.wait(name, position, &mut standing) => Some(waited),
-            () = self.inner.context.clock.sleep(timeout) => None,
-        };
-        waited.unwrap_or_else(|| {
-            let projection = name.to_owned();
-            Err(WaitError::Timeout { projection, position, timeout, standing })
-        })
+        self.inner.waiter.wait_for_position(name, position, timeout).await
+    }
+
+    /// Returns a query on a read model, whose [`after`](Query::after) sees the progress of this
+    /// process's projections at once.
+    pub fn query<M: ReadModel>(&self) -> Query<M> {
+        Query::with_waiter(self.inner.context.database.clone(), self.inner.waiter.clone())
     }
 
     /// How each projection of this worker fares.
     pub fn status(&self) -> Vec<ProjectionStatus> {
-        self.inner.statuses.iter().map(SharedStatus::now).collect()
+        self.inner.waiter.statuses().iter().map(SharedStatus::now).collect()
     }
 
     /// Returns `Ready` if every projection of this worker runs and the database grants all needed
     /// rights; otherwise the reasons. Also updates the metrics of the lag.
     pub fn health(&self) -> Health {
         let now = self.inner.context.clock.now();
-        self.inner.statuses.iter().for_each(|status| status.measure_lag(now));
+        self.inner.waiter.statuses().iter().for_each(|status| status.measure_lag(now));
         let mut complaints: Vec<_> =
             self.status().iter().flat_map(ProjectionStatus::complaints).collect();
         let refuses = |complaint| format!("the database refuses: {complaint}");
@@ -107,103 +110,4 @@ impl Projections {
             }
         }
     }
-
-    async fn wait(
-        &self,
-        name: &str,
-        position: Position,
-        standing: &mut String,
-    ) -> Result<(), WaitError> {
-        let local = self.inner.statuses.iter().find(|status| status.name() == name);
-        let is_local = local.is_some();
-        let mut watched = local.map(SharedStatus::watch);
-        loop {
-            let (here, is_starting) = match &mut watched {
-                Some(watched) => {
-                    let status = watched.borrow_and_update();
-                    let is_starting = matches!(status.state, ProjectionState::Starting);
-                    (look(&status, position, standing)?, is_starting)
-                }
-                None => (None, false),
-            };
-            if here == Some(true) {
-                return Ok(());
-            }
-            tokio::select! {
-                () = changed(watched.as_mut()) => {}
-                // The partition may be held by another process. Before this worker has recognised the log,
-                // a checkpoint may be one of another log.
-                applied = self.wait_elsewhere(name, position, is_local),
-                    if here.is_none() && !is_starting =>
-                {
-                    return applied;
-                }
-            }
-        }
-    }
-
-    /// Waits for whoever runs it to have applied the position.
-    async fn wait_elsewhere(
-        &self,
-        name: &str,
-        position: Position,
-        is_local: bool,
-    ) -> Result<(), WaitError> {
-        let Context { database, clock, config, .. } = &self.inner.context;
-        let new = || Listener::new(database, clock.clone(), config.wait_poll_interval);
-        let listener = self.inner.listener.get_or_init(new);
-        let mut heard = listener.watch();
-        loop {
-            match registry::standing(database, name, position.partition).await {
-                Ok(Some(Standing { next, .. })) if next > position.offset => return Ok(()),
-                // A worker of this process tells by itself whether it has stopped.
-                Ok(Some(Standing { stopped: Some(reason), .. })) if !is_local => {
-                    return Err(stopped(name, &reason));
-                }
-                Ok(None) if !is_local => {
-                    return Err(WaitError::UnknownProjection(name.to_owned()));
-                }
-                Ok(_) => {}
-                // The database may be back before the time is over.
-                Err(error) => tracing::debug!(%error, name, "cannot look up a checkpoint"),
-            }
-            let applied = heard.wait_for(|heard| heard_applied(heard, name, position));
-            tokio::select! {
-                Ok(_) = applied => return Ok(()),
-                () = clock.sleep(listener.poll_interval()) => {}
-            }
-        }
-    }
-}
-
-/// Whether the worker of this process has applied the position, if it holds the partition.
-fn look(
-    status: &ProjectionStatus,
-    position: Position,
-    standing: &mut String,
-) -> Result<Option<bool>, WaitError> {
-    if let ProjectionState::Stopped(reason) = &status.state {
-        return Err(stopped(&status.name, reason));
-    }
-    let applied = status.has_applied(position);
-    if applied != Some(true) {
-        *standing = match status.partitions.get(&position.partition) {
-            Some(partition) => format!("it is at {}, {}", partition.next, status.state),
-            None => format!("this worker does not hold the partition, {}", status.state),
-        };
-    }
-    Ok(applied)
-}
-
-/// Wakes when the worker of this process has news; never when it has no such projection.
-async fn changed(watched: Option<&mut watch::Receiver<ProjectionStatus>>) {
-    let Some(watched) = watched else { return pending().await };
-    if watched.changed().await.is_err() {
-        // Unreachable while the handle lives: it holds the sender.
-        pending::<()>().await;
-    }
-}
-
-fn stopped(name: &str, reason: &str) -> WaitError {
-    WaitError::Stopped { projection: name.to_owned(), reason: reason.to_owned() }
 }

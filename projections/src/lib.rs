@@ -8,19 +8,18 @@
 //! [`SqlSnapshots`] are the SQL behind a store that cannot read by key.
 //!
 //! ```no_run
-//! # use kafold_core::{EventSource, Position, Recorded};
+//! # use kafold_core::{EventSource, Handled, Recorded};
 //! # use kafold_projections::{Projections, ProjectionWorker, Query, ReadModel, WaitError};
 //! # use kafold_migrations::Database;
-//! # use std::{sync::Arc, time::Duration};
+//! # use std::sync::Arc;
 //! # async fn example<SalesByDay: ReadModel>(
 //! #     sales_by_day: SalesByDay,
 //! #     source: Arc<dyn EventSource>,
 //! #     database: Database,
-//! #     written: Position,
+//! #     written: Handled,
 //! # ) -> Result<(), Box<dyn std::error::Error>> {
-//! let projections = ProjectionWorker::new(source, database.clone()).with(sales_by_day).spawn();
-//! projections.wait_for(SalesByDay::NAME, written, Duration::from_secs(5)).await?;
-//! let rows = Query::<SalesByDay>::new(database).all(100).await?;
+//! let projections = ProjectionWorker::new(source, database).with(sales_by_day).spawn();
+//! let rows = projections.query::<SalesByDay>().after(&written).all(100).await?;
 //! projections.shutdown().await;
 //! # Ok(())
 //! # }

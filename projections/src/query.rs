@@ -4,14 +4,17 @@
 
 use std::fmt;
 use std::marker::PhantomData;
+use std::sync::Arc;
 
+use kafold_core::clock::SystemClock;
 use kafold_core::row::{Column, ColumnRole, ColumnValue, Row, Value};
 use kafold_core::store::ReadError;
-use kafold_core::{Offset, Partition};
+use kafold_core::{Handled, Offset, Partition, Position};
 use kafold_migrations::{Database, Identifier, is_transient};
 use sqlx::postgres::PgArguments;
 use sqlx::sqlite::SqliteArguments;
 
+use crate::config::ProjectionConfig;
 use crate::definition::Definition;
 use crate::generation::Generation;
 use crate::index::{RETRY_AFTER, read_error};
@@ -20,16 +23,21 @@ use crate::registry;
 use crate::sql::reading;
 use crate::table::Table;
 use crate::value::{add_one, add_value};
+use crate::wait::Waiter;
 
 /// Reads a read model's live generation. Cheap to clone.
 pub struct Query<M> {
     database: Database,
+    waiter: Arc<Waiter>,
+    /// The position that an answer must have.
+    after: Option<Position>,
     model: PhantomData<fn() -> M>,
 }
 
 impl<M> Clone for Query<M> {
     fn clone(&self) -> Self {
-        Self { database: self.database.clone(), model: PhantomData }
+        let (database, waiter) = (self.database.clone(), Arc::clone(&self.waiter));
+        Self { database, waiter, after: self.after, model: PhantomData }
     }
 }
 
@@ -70,15 +78,40 @@ impl fmt::Display for Freshness {
 impl<M: ReadModel> Query<M> {
     /// Reads the model in this database.
     pub fn new(database: Database) -> Self {
-        Self { database, model: PhantomData }
+        let config = ProjectionConfig::default();
+        let waiter = Waiter::new(database.clone(), Arc::new(SystemClock), &config, Vec::new());
+        Self::with_waiter(database, Arc::new(waiter))
+    }
+
+    /// Sets the limits of [`after`](Self::after) for a process without projections of its own.
+    #[must_use]
+    pub fn config(self, config: &ProjectionConfig) -> Self {
+        let (database, clock) = (self.database.clone(), Arc::new(SystemClock));
+        let waiter = Waiter::new(database, clock, config, Vec::new());
+        Self { waiter: Arc::new(waiter), ..self }
+    }
+
+    pub(crate) fn with_waiter(database: Database, waiter: Arc<Waiter>) -> Self {
+        Self { database, waiter, after: None, model: PhantomData }
+    }
+
+    /// Returns the same query with answers that have one's own write. Such a query waits for the read
+    /// model, at most [`wait_timeout`](ProjectionConfig::wait_timeout), and then returns
+    /// [`ReadError::Unavailable`].
+    #[must_use]
+    pub fn after(&self, handled: &Handled) -> Self {
+        Self { after: handled.position, ..self.clone() }
     }
 
     /// Returns the row of this key. A stored row that the model cannot read is
     /// [`ReadError::Diverged`].
-    pub async fn get(&self, key: &<M::Row as Row>::Key) -> Result<Option<M::Row>, ReadError> {
+    pub async fn get<K>(&self, key: &K) -> Result<Option<M::Row>, ReadError>
+    where
+        K: ToOwned<Owned = <M::Row as Row>::Key> + Sync + ?Sized,
+    {
         let table = table::<M>()?;
         // No row has a key that no column holds.
-        let Ok(key) = key.clone().normalize() else { return Ok(None) };
+        let Ok(key) = key.to_owned().normalize() else { return Ok(None) };
         let mut rows = self.select(&table, Some((&table.key(), key.into_value())), 1).await?;
         let row = rows.pop().map(read::<M::Row>).transpose();
         row.map_err(|reason| ReadError::diverged(M::NAME, reason))
@@ -163,6 +196,10 @@ impl<M: ReadModel> Query<M> {
         by: Option<(&Identified<'_>, Value)>,
         limit: usize,
     ) -> Result<Vec<Selected>, ReadError> {
+        self.waiter
+            .wait_for(M::NAME, self.after)
+            .await
+            .map_err(|error| ReadError::unavailable(RETRY_AFTER, error))?;
         let limit = i64::try_from(limit).unwrap_or(i64::MAX);
         let found = match self.fetch(table, by.clone(), limit).await {
             // The view was switched to another generation under a prepared statement.

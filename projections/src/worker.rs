@@ -30,6 +30,8 @@ pub(crate) struct Context {
     pub(crate) look: Arc<Notify>,
 }
 
+type OnSpawn = Box<dyn FnOnce(&Projections) + Send>;
+
 /// Folds the events of a log into read models.
 ///
 /// Each projection is a task with a subscription of its own, named after it, so one that fails or is
@@ -38,6 +40,7 @@ pub(crate) struct Context {
 pub struct ProjectionWorker {
     pub(crate) context: Context,
     pub(crate) handlers: Vec<Arc<dyn Handler>>,
+    spawned: Option<OnSpawn>,
 }
 
 impl ProjectionWorker {
@@ -51,7 +54,7 @@ impl ProjectionWorker {
             ids: Arc::new(RandomIds),
             look: Arc::new(Notify::new()),
         };
-        Self { context, handlers: Vec::new() }
+        Self { context, handlers: Vec::new(), spawned: None }
     }
 
     /// Runs a read model.
@@ -82,6 +85,14 @@ impl ProjectionWorker {
     pub fn clock(mut self, clock: Arc<dyn Clock>, ids: Arc<dyn IdGenerator>) -> Self {
         self.context.clock = clock;
         self.context.ids = ids;
+        self
+    }
+
+    /// Sets a function that gets the handle of the spawned projections, such as one that keeps the handle
+    /// for a graceful stop.
+    #[must_use]
+    pub fn on_spawn(mut self, spawned: impl FnOnce(&Projections) + Send + 'static) -> Self {
+        self.spawned = Some(Box::new(spawned));
         self
     }
 
@@ -120,6 +131,10 @@ impl ProjectionWorker {
         let running = running.map(|(status, _)| status.name().to_owned()).collect();
         self.context.database.watch(Role::Worker);
         tokio::spawn(desired::poll(self.context.clone(), running, told));
-        Projections::new(self.context, started, shutdown)
+        let projections = Projections::new(self.context, started, shutdown);
+        if let Some(spawned) = self.spawned {
+            spawned(&projections);
+        }
+        projections
     }
 }

@@ -81,7 +81,7 @@ pub async fn measure(kept: Kept, streams: u64) -> Result<u64, Failure> {
             let command = Deposit::of_bytes(64, &mut Rng::with_seed(7));
             for _ in 0..streams {
                 let id = RandomIds.event_id();
-                handler.handle(&id.to_string(), &command, CommandId(id)).await?;
+                handler.handle_with(&id.to_string(), &command, CommandId(id)).await?;
             }
             let after = resident_bytes()?;
             assert_eq!(handler.hot_states(), hot_states_max);

@@ -130,7 +130,7 @@ impl Ours {
                 let acknowledged = now();
                 if number % WATCHED_EVERY == 0 {
                     let position = handled.position.ok_or("an event has no position")?;
-                    projections.wait_for(Balances::NAME, position, WAIT_MAX).await?;
+                    projections.wait_for_position(Balances::NAME, position, WAIT_MAX).await?;
                     let latency = (now() - acknowledged).max(LEAST);
                     latencies.lock().unwrap_or_else(PoisonError::into_inner).add(latency);
                 }

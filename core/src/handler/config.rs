@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use crate::ids::ExpectedVersion;
+use crate::ids::{CommandId, ExpectedVersion};
 
 /// The limits of a [`CommandHandler`](super::CommandHandler).
 #[derive(Debug, Clone)]
@@ -50,9 +50,14 @@ impl Default for HandlerConfig {
     }
 }
 
-/// What a caller may say beside its command. The default says nothing.
+/// The options of a command. The default has none. A [`CommandId`] converts to a request with that id
+/// and no other option.
 #[derive(Debug, Clone)]
 pub struct Request {
+    /// The id under which the command is applied at most once, such as an HTTP `Idempotency-Key`. A
+    /// repeated call with the same id returns the result of the first one, whatever its command is. By
+    /// default each call has an id of its own.
+    pub command_id: Option<CommandId>,
     /// The version that the stream must have, such as an HTTP `If-Match`.
     pub expected: ExpectedVersion,
     /// Recorded with every event: joins what one request from outside set off.
@@ -71,11 +76,18 @@ pub struct Request {
 impl Default for Request {
     fn default() -> Self {
         Self {
+            command_id: None,
             expected: ExpectedVersion::Any,
             correlation_id: None,
             causation_id: None,
             trace_parent: None,
             deadline: None,
         }
+    }
+}
+
+impl From<CommandId> for Request {
+    fn from(command_id: CommandId) -> Self {
+        Self { command_id: Some(command_id), ..Self::default() }
     }
 }

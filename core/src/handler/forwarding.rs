@@ -19,7 +19,7 @@ use super::{command_span, count_retry, error, handled, too_late, unknown};
 use crate::aggregate::Aggregate;
 use crate::codec;
 use crate::forward::{CommandBus, CommandExecutor, ForwardedCommand, Reply};
-use crate::ids::{CommandId, ExpectedVersion};
+use crate::ids::ExpectedVersion;
 use crate::store::{AppendError, Appended, ReadError};
 
 type Answer<A> = Result<Handled, HandleError<<A as Aggregate>::Error>>;
@@ -27,28 +27,41 @@ type Answer<A> = Result<Handled, HandleError<<A as Aggregate>::Error>>;
 /// The way to other nodes, and how a command and a rejection travel there and back.
 pub(super) struct Forwarding<A: Aggregate> {
     bus: Arc<dyn CommandBus>,
-    /// Lives as long as its handler: the bus does not keep it, for it keeps the store.
-    executor: Arc<dyn CommandExecutor>,
+    /// Lives as long as its handler: the bus does not keep it, for it keeps the store. `None` before the
+    /// handler is served.
+    executor: Option<Arc<dyn CommandExecutor>>,
+    executor_of: fn(CommandHandler<A>) -> Arc<dyn CommandExecutor>,
     encode: fn(&A::Command) -> serde_json::Result<Vec<u8>>,
     decode_rejection: fn(&RawValue) -> serde_json::Result<A::Error>,
 }
 
 impl<A: Aggregate> Clone for Forwarding<A> {
     fn clone(&self) -> Self {
-        let (bus, executor) = (Arc::clone(&self.bus), Arc::clone(&self.executor));
-        Self { bus, executor, encode: self.encode, decode_rejection: self.decode_rejection }
+        let Self { executor_of, encode, decode_rejection, .. } = *self;
+        let (bus, executor) = (Arc::clone(&self.bus), self.executor.clone());
+        Self { bus, executor, executor_of, encode, decode_rejection }
     }
 }
 
 impl<A: Aggregate> Forwarding<A> {
-    pub(super) fn new(bus: Arc<dyn CommandBus>, executor: Arc<dyn CommandExecutor>) -> Self
+    pub(super) fn new(bus: Arc<dyn CommandBus>) -> Self
     where
         A::Command: Serialize + DeserializeOwned,
-        A::Error: DeserializeOwned,
+        A::Error: Serialize + DeserializeOwned,
     {
+        let executor_of =
+            |handler| -> Arc<dyn CommandExecutor> { Arc::new(Executor::<A>(handler)) };
         let encode = |command: &A::Command| codec::to_json(command);
         let decode_rejection = |json: &RawValue| serde_json::from_str(json.get());
-        Self { bus, executor, encode, decode_rejection }
+        Self { bus, executor: None, executor_of, encode, decode_rejection }
+    }
+
+    /// Gives the bus a handler for the commands of others. The handler has no bus: a command that was
+    /// sent here goes no further.
+    pub(super) fn serve(self, handler: CommandHandler<A>) -> Self {
+        let executor = (self.executor_of)(handler);
+        self.bus.serve(A::CATEGORY, &executor);
+        Self { executor: Some(executor), ..self }
     }
 }
 
@@ -125,13 +138,13 @@ impl<A: Aggregate> CommandHandler<A> {
         if remaining.is_zero() {
             return Err(too_late().into());
         }
-        let payload = (forwarding.encode)(job.command).map_err(|error| {
+        let payload = job.command.map(forwarding.encode).transpose().map_err(|error| {
             ReadError::diverged(format!("writing {} as JSON", job.named()), error)
         })?;
         Ok(ForwardedCommand {
             stream: job.stream.clone(),
             command_id: job.command_id,
-            payload: payload.into(),
+            payload: payload.unwrap_or_default().into(),
             expected: job.request.expected,
             correlation_id: job.request.correlation_id.clone(),
             causation_id: job.request.causation_id.clone(),
@@ -171,13 +184,7 @@ impl<A: Aggregate> Forwarding<A> {
 }
 
 /// Handles the commands that other nodes send, with a handler that knows no bus.
-pub(super) struct Executor<A: Aggregate>(CommandHandler<A>);
-
-impl<A: Aggregate> Executor<A> {
-    pub(super) fn new(handler: CommandHandler<A>) -> Self {
-        Self(handler)
-    }
-}
+struct Executor<A: Aggregate>(CommandHandler<A>);
 
 #[async_trait]
 impl<A: Aggregate> CommandExecutor for Executor<A>
@@ -205,11 +212,15 @@ where
     A::Command: DeserializeOwned,
 {
     async fn handle(&self, forwarded: &ForwardedCommand, deadline: Instant) -> Answer<A> {
-        let command = match serde_json::from_slice(&forwarded.payload) {
-            Ok(command) => command,
-            Err(error) => return self.unreadable(forwarded, deadline, error).await,
+        let command = match &*forwarded.payload {
+            [] => None,
+            payload => match serde_json::from_slice(payload) {
+                Ok(command) => Some(command),
+                Err(error) => return self.unreadable(forwarded, deadline, error).await,
+            },
         };
         let request = Request {
+            command_id: Some(forwarded.command_id),
             expected: forwarded.expected,
             correlation_id: forwarded.correlation_id.clone(),
             causation_id: forwarded.causation_id.clone(),
@@ -217,7 +228,8 @@ where
             deadline: Some(deadline),
         };
         let (stream, command_id) = (forwarded.stream.clone(), forwarded.command_id);
-        self.0.run_here(&Job { stream, command: &command, command_id, request, deadline }).await
+        let command = command.as_ref();
+        self.0.run_here(&Job { stream, command, command_id, request, deadline }).await
     }
 
     /// A command that this program cannot read may have been applied by another one: only when it
@@ -321,13 +333,12 @@ fn of_all_copies<A: Aggregate>(job: &Job<'_, A>, answer: Answer<A>) -> Answer<A>
 /// handles it later could not tell of a rejection, so nobody does.
 pub(super) fn sent_answer<A: Aggregate>(
     id: &str,
-    command_id: CommandId,
     answer: Answer<A>,
 ) -> Result<(), HandleError<A::Error>> {
     match answer {
         Ok(_) => Ok(()),
         Err(HandleError::Rejected(rule)) => {
-            tracing::info!(category = A::CATEGORY, id, %command_id, %rule, "a sent command was rejected");
+            tracing::info!(category = A::CATEGORY, id, %rule, "a sent command was rejected");
             Ok(())
         }
         Err(failure) => Err(failure),

@@ -3,45 +3,25 @@
 use std::sync::Arc;
 
 use futures_util::TryStreamExt;
-use serde::Serialize;
-use serde::de::DeserializeOwned;
 
 use super::slot::{Proven, RecentCommands, Slot};
-use super::{CommandHandler, HandleError, Job, SNAPSHOT_TIMEOUT};
+use super::{CommandHandler, HandleError, Job, RETRY_AFTER, SNAPSHOT_TIMEOUT};
 use crate::aggregate::Aggregate;
 use crate::codec;
 use crate::event::RecordedEvent;
 use crate::ids::{StreamId, Version};
-use crate::snapshot::{Snapshot, SnapshotStore};
+use crate::snapshot::{Snapshot, SnapshotSchema, SnapshotStore};
 use crate::store::ReadError;
-
-/// An aggregate whose state can be saved, so that a long stream is not read from its begin.
-pub trait SnapshotState: Aggregate + Serialize + DeserializeOwned {
-    /// Names the shape and the meaning of the state. Change it with every change of the fields or
-    /// of `evolve`: saved states of another schema are ignored.
-    const SCHEMA: &'static str;
-}
 
 /// Where snapshots are, and how a state becomes one.
 pub(super) struct Snapshots<A> {
-    store: Arc<dyn SnapshotStore>,
-    schema: &'static str,
-    encode: fn(&A) -> serde_json::Result<Vec<u8>>,
-    decode: fn(&[u8]) -> serde_json::Result<A>,
+    pub(super) store: Arc<dyn SnapshotStore>,
+    pub(super) schema: SnapshotSchema<A>,
 }
 
 impl<A> Clone for Snapshots<A> {
     fn clone(&self) -> Self {
-        let Self { store, schema, encode, decode } = self;
-        Self { store: Arc::clone(store), schema, encode: *encode, decode: *decode }
-    }
-}
-
-impl<A: SnapshotState> Snapshots<A> {
-    pub(super) fn new(store: Arc<dyn SnapshotStore>) -> Self {
-        let encode = |state: &A| codec::to_json(state);
-        let decode = |json: &[u8]| serde_json::from_slice(json);
-        Self { store, schema: A::SCHEMA, encode, decode }
+        Self { store: Arc::clone(&self.store), schema: self.schema }
     }
 }
 
@@ -60,13 +40,40 @@ impl<A: Aggregate> CommandHandler<A> {
         }
         let proven = match slot.take_to_read_on() {
             Some(known) => self.read_on(known, stream).await?,
-            None => self.load(stream).await?,
+            None => self.read_all(stream).await?,
         };
         slot.set_proven(proven);
         Ok(())
     }
 
-    async fn load(&self, stream: &StreamId) -> Result<Proven<A>, HandleError<A::Error>> {
+    /// Returns a state that has all events up to a version which is in the log. The index of a stream of
+    /// another node is fed behind the write.
+    pub(super) async fn state_from(
+        &self,
+        job: &Job<'_, A>,
+        confirmed: Version,
+    ) -> Result<(A, Version), HandleError<A::Error>> {
+        let slot = self.states.slot(&job.stream);
+        for attempt in 1.. {
+            let mut slot = slot.lock().await;
+            slot.settle();
+            slot.moved_to(confirmed);
+            self.make_current(&mut slot, &job.stream).await?;
+            let state = slot.proven().filter(|(_, version)| *version >= confirmed);
+            if let Some((state, version)) = state {
+                return Ok((state.clone(), version));
+            }
+            drop(slot);
+            // The wait before the second attempt has no pause.
+            if !self.wait(attempt + 1, job).await {
+                break;
+            }
+        }
+        let why = format!("version {confirmed} of stream {} is not in the index yet", job.stream);
+        Err(ReadError::unavailable(RETRY_AFTER, why).into())
+    }
+
+    async fn read_all(&self, stream: &StreamId) -> Result<Proven<A>, HandleError<A::Error>> {
         let begin = match self.load_snapshot(stream).await? {
             Some(saved) => saved,
             None => Proven::empty(self.config.recent_commands_max),
@@ -116,14 +123,14 @@ impl<A: Aggregate> CommandHandler<A> {
                 None
             }
         };
-        let Some(snapshot) = snapshot.filter(|found| found.schema == snapshots.schema) else {
+        let Some(snapshot) = snapshot.filter(|found| found.schema == snapshots.schema.name) else {
             return Ok(None);
         };
         if !self.is_of_this_log(&snapshot).await? {
             tracing::warn!(%stream, "the snapshot is of another log and is ignored");
             return Ok(None);
         }
-        match (snapshots.decode)(&snapshot.state) {
+        match (snapshots.schema.decode)(&snapshot.state) {
             Ok(state) => Ok(Some(self.restore(state, snapshot))),
             Err(error) => {
                 tracing::warn!(%stream, %error, "the snapshot's state cannot be read, reading all events");
@@ -183,11 +190,11 @@ impl<A: Aggregate> CommandHandler<A> {
 
 impl<A> Snapshots<A> {
     fn of(&self, stream: &StreamId, proven: &Proven<A>) -> Option<Snapshot> {
-        match (self.encode)(&proven.state) {
+        match (self.schema.encode)(&proven.state) {
             Ok(state) => Some(Snapshot {
                 stream: stream.clone(),
                 version: proven.version,
-                schema: self.schema.to_owned(),
+                schema: self.schema.name.to_owned(),
                 state,
                 recent_commands: proven.recent.iter().copied().collect(),
             }),

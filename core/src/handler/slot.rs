@@ -80,6 +80,16 @@ impl<A: Aggregate> Slot<A> {
         self.proven = Some(proven);
     }
 
+    /// Returns the proven state and version, if the stream is loaded.
+    pub(super) fn proven(&self) -> Option<(&A, Version)> {
+        self.proven.as_ref().map(|proven| (&proven.state, proven.version))
+    }
+
+    /// Records that the log has this version.
+    pub(super) fn moved_to(&mut self, version: Version) {
+        self.moved_to = self.moved_to.max(version);
+    }
+
     pub(super) fn is_loaded(&self) -> bool {
         self.proven.is_some()
     }
@@ -206,7 +216,7 @@ impl<A: Aggregate> Slot<A> {
     /// The first pending commit was in the stream already, at `version`.
     fn lost_first(&mut self, version: Version) {
         self.unproven = None;
-        self.moved_to = self.moved_to.max(version);
+        self.moved_to(version);
     }
 
     /// A submission was not appended, or is not known to be: it and all behind it are no part of
@@ -232,7 +242,7 @@ impl<A: Aggregate> Slot<A> {
     /// Learns from a failure what is wrong with the proven part, if anything.
     pub(super) fn unconfirmed(&mut self, failure: &AppendError) {
         match failure {
-            AppendError::Conflict { actual, .. } => self.moved_to = self.moved_to.max(*actual),
+            AppendError::Conflict { actual, .. } => self.moved_to(*actual),
             // What is in the log now is to be seen from the log alone.
             AppendError::NotOwner { .. } | AppendError::OutcomeUnknown { .. } => self.forget(),
             AppendError::NotAppended { .. }

@@ -7,12 +7,12 @@ use std::sync::Arc;
 
 use chrono::{DateTime, NaiveDate, NaiveDateTime, NaiveTime, Utc};
 use futures_util::TryStreamExt;
-use kafold_core::clock::{IdGenerator, RandomIds};
 use kafold_core::codec::{self, Upcasters};
-use kafold_core::handler::{HandleError, HandlerConfig, SnapshotState};
+use kafold_core::handler::{HandleError, HandlerConfig};
 use kafold_core::memory::{MemorySnapshots, MemoryStore};
 use kafold_core::{
-    Aggregate, CommandHandler, CommandId, DomainEvent, EventStore, SnapshotStore, StreamId, Version,
+    Aggregate, CommandHandler, DomainEvent, EventStore, SnapshotSchema, SnapshotStore, StreamId,
+    Version,
 };
 use proptest::prelude::*;
 use proptest::test_runner::TestRunner;
@@ -278,6 +278,7 @@ struct Shelf {
 
 impl Aggregate for Shelf {
     const CATEGORY: &'static str = "shelf";
+    const SNAPSHOT: Option<SnapshotSchema<Self>> = Some(SnapshotSchema::new("shelf.1"));
     type Command = ShelfCommand;
     type Event = ShelfEvent;
     type Error = Shown;
@@ -292,10 +293,6 @@ impl Aggregate for Shelf {
     fn evolve(&mut self, event: &ShelfEvent) {
         self.newest = Some(event.clone());
     }
-}
-
-impl SnapshotState for Shelf {
-    const SCHEMA: &'static str = "shelf.1";
 }
 
 /// `==` does not see the sign of a zero; no map of a value has more than one key in no order.
@@ -331,7 +328,7 @@ impl World {
         event: &ShelfEvent,
     ) -> Result<(), String> {
         let command = ShelfCommand::Put(event.clone());
-        match handler.handle(id, &command, CommandId(RandomIds.event_id())).await {
+        match handler.handle(id, &command).await {
             Ok(handled) => {
                 assert_eq!(handled.version, Version(1));
                 Ok(())
@@ -343,7 +340,7 @@ impl World {
 
     /// The newest event by the state of this handler.
     async fn newest(&self, handler: &CommandHandler<Shelf>, id: &str) -> String {
-        match handler.handle(id, &ShelfCommand::Show, CommandId(RandomIds.event_id())).await {
+        match handler.handle(id, &ShelfCommand::Show).await {
             Err(HandleError::Rejected(Shown(newest))) => newest,
             other => panic!("{other:?}"),
         }

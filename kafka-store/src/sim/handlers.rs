@@ -263,8 +263,9 @@ impl World {
         let node = &self.nodes[at];
         let (handler, incarnation) = (node.handler.clone(), node.incarnation);
         let future = Box::pin(async move {
-            let request = Request { expected, deadline, ..Request::default() };
-            handler.handle_with(&name, &Grow(more), command_id, request).await
+            let command_id = Some(command_id);
+            let request = Request { command_id, expected, deadline, ..Request::default() };
+            handler.handle_with(&name, &Grow(more), request).await
         });
         self.note(|| format!("node {incarnation} handles {command_id} of {stream}: {more} more"));
         self.tasks.push(Task {

@@ -121,7 +121,7 @@ impl TestNode {
 
     async fn add(&self, id: &str, amount: u64, command: CommandId) -> Result<u64, Outcome> {
         let command_of = TallyCommand::Add { amount };
-        let handled = self.tallies.handle(id, &command_of, command).await?;
+        let handled = self.tallies.handle_with(id, &command_of, command).await?;
         Ok(handled.version.0)
     }
 
@@ -241,7 +241,7 @@ async fn any_node_answers_as_the_owner_would() {
         let expected = ExpectedVersion::Exact(Version(1));
         let request = Request { expected, ..Request::default() };
         let add = TallyCommand::Add { amount: 1 };
-        match node.tallies.handle_with(&id, &add, new_command(), request).await {
+        match node.tallies.handle_with(&id, &add, request).await {
             Err(HandleError::Conflict { expected: told, actual, .. }) => {
                 assert_eq!((told, actual), (expected, Version(2)));
             }
@@ -289,9 +289,7 @@ async fn a_slow_command_does_not_hold_up_other_streams() {
     let other = other.expect("one of many");
     let slowly = {
         let two = Arc::clone(&two);
-        tokio::spawn(async move {
-            two.tallies.handle(&slow, &TallyCommand::AddHeld, new_command()).await
-        })
+        tokio::spawn(async move { two.tallies.handle(&slow, &TallyCommand::AddHeld).await })
     };
     for version in 1..=20 {
         let added = two.add(&other, 1, new_command()).await;
@@ -312,9 +310,7 @@ async fn what_was_begun_before_a_graceful_stop_is_answered_by_it() {
     let id = id_of(&one, &two);
     let slowly = {
         let (two, id) = (Arc::clone(&two), id.clone());
-        tokio::spawn(async move {
-            two.tallies.handle(&id, &TallyCommand::AddCounted, new_command()).await
-        })
+        tokio::spawn(async move { two.tallies.handle(&id, &TallyCommand::AddCounted).await })
     };
     support::until("it is begun", || match COUNTED.load(Ordering::SeqCst) {
         0 => Err("not yet".into()),
@@ -340,22 +336,19 @@ async fn a_sent_command_is_handled_by_whoever_owns_its_stream() {
         let command = new_command();
         for _ in 0..2 {
             two.tallies
-                .send(&id, &TallyCommand::Add { amount: 3 }, command)
+                .send_with(&id, &TallyCommand::Add { amount: 3 }, command)
                 .await
                 .expect("written");
         }
         // Nobody hears of the rejection; what comes behind it is handled.
         let too_much = TallyCommand::Add { amount: 5_000 };
-        two.tallies.send(&id, &too_much, new_command()).await.expect("written");
-        two.tallies
-            .send(&id, &TallyCommand::Add { amount: 4 }, new_command())
-            .await
-            .expect("written");
+        two.tallies.send(&id, &too_much).await.expect("written");
+        two.tallies.send(&id, &TallyCommand::Add { amount: 4 }).await.expect("written");
         let owner = if one.store.commands().is_local(&stream(&id)) { &one } else { &two };
         let deadline = SystemClock.instant() + support::WAIT_MAX;
         while owner
             .tallies
-            .handle(&id, &TallyCommand::Add { amount: 0 }, command)
+            .handle_with(&id, &TallyCommand::Add { amount: 0 }, command)
             .await
             .expect("known")
             .version
@@ -396,7 +389,7 @@ async fn when_a_node_leaves_the_others_take_over_and_nothing_is_lost() {
                     let id = format!("l{id}");
                     let (add, command) = (TallyCommand::Add { amount: 1 }, new_command());
                     // A graceful leave is no error for anybody.
-                    let handled = node.tallies.handle(&id, &add, command).await;
+                    let handled = node.tallies.handle_with(&id, &add, command).await;
                     answered.push((id, handled.map(|handled| handled.version.0), round));
                 }
             }
@@ -604,7 +597,7 @@ async fn two_nodes_that_fight_for_every_partition_lose_and_double_nothing() {
             let deadline = SystemClock.instant() + support::WAIT_MAX;
             // A client that asks the two in turn, always with the same id.
             for handler in handlers.iter().cycle() {
-                match handler.handle(&id, &add, command).await {
+                match handler.handle_with(&id, &add, command).await {
                     Ok(handled) => return (id, handled.version.0),
                     Err(HandleError::Rejected(error)) => panic!("stale: {error}"),
                     Err(error) => assert!(SystemClock.instant() < deadline, "not settled: {error}"),

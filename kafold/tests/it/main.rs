@@ -4,4 +4,5 @@ mod damage;
 mod layout;
 mod metrics;
 mod rolling;
+mod service;
 mod supply;

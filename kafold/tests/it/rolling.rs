@@ -185,7 +185,7 @@ async fn start<R: Release>(url: String, database: Database) -> Node {
         .spawn();
     let send = move |id: String, amount: i64, command: CommandId| {
         let handler = handler.clone();
-        async move { handler.handle(&id, &amount, command).await.is_ok() }.boxed()
+        async move { handler.handle_with(&id, &amount, command).await.is_ok() }.boxed()
     };
     let stop = async move {
         projections.shutdown().await;

@@ -8,9 +8,8 @@ use std::time::Duration;
 use async_trait::async_trait;
 use common::domain::{CustomerTotals, OrderDetails, OrderEvent, Orders, Total, placed};
 use common::{TestDatabase, stopped};
-use kafold_core::clock::{IdGenerator, RandomIds};
 use kafold_core::store::ReadError;
-use kafold_core::{Aggregate, CommandHandler, CommandId, Recorded, Row};
+use kafold_core::{Aggregate, CommandHandler, Recorded, Row};
 use kafold_migrations::Database;
 use kafold_projections::{
     FaultPolicy, Generation, HandlerError, Projection, ProjectionBatch, ProjectionConfig,
@@ -307,7 +306,7 @@ impl Projection for Commanding {
         _: Generation,
         _: &mut Transaction<'_>,
     ) -> Result<(), HandlerError> {
-        self.0.handle("2", &(), CommandId(RandomIds.event_id())).await?;
+        self.0.handle("2", &()).await?;
         Ok(())
     }
 }

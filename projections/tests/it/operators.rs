@@ -668,7 +668,7 @@ async fn what_was_waited_for_is_in_the_rows_before_and_after_a_switch(database: 
             let written = orders.place(&format!("{placed}"), "c1", 1).await;
             placed += 1;
             let asked = &workers[n % 2];
-            asked.wait_for(CustomerTotals::NAME, written, WAIT).await.expect("applied");
+            asked.wait_for_position(CustomerTotals::NAME, written, WAIT).await.expect("applied");
             let row = query.get(&"c1".to_owned()).await.expect("readable").expect("there");
             assert_eq!(row.cents, placed, "what was waited for is in the rows");
         }
@@ -689,11 +689,14 @@ async fn the_old_generations_progress_is_not_told_for_the_new_rows(database: &Te
     control.pause(CustomerTotals::NAME, ME).await.expect("asked");
     in_state(&builder, CustomerTotals::NAME, "paused").await;
     let written = orders.place("2", "c1", 10).await;
-    let waited = deaf.wait_for(CustomerTotals::NAME, written, Duration::from_millis(500)).await;
+    let waited =
+        deaf.wait_for_position(CustomerTotals::NAME, written, Duration::from_millis(500)).await;
     assert!(waited.is_err(), "the rows that queries see are without it");
     assert_eq!(totals::<CustomerTotals>(database).await["c1"], 1);
     control.resume(CustomerTotals::NAME, ME).await.expect("asked");
-    deaf.wait_for(CustomerTotals::NAME, written, WAIT).await.expect("applied by the other one");
+    deaf.wait_for_position(CustomerTotals::NAME, written, WAIT)
+        .await
+        .expect("applied by the other one");
     assert_eq!(totals::<CustomerTotals>(database).await["c1"], 11);
 }
 

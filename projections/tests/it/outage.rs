@@ -111,7 +111,7 @@ async fn a_database_that_restarts_loses_and_skips_nothing() {
     // Another process's waits hear of progress again, too.
     let other = ProjectionWorker::new(Arc::new(orders.store.clone()), database.again().await);
     let written = orders.place("after", "c1", 1).await;
-    other.spawn().wait_for(CustomerTotals::NAME, written, WAIT).await.expect("applied");
+    other.spawn().wait_for_position(CustomerTotals::NAME, written, WAIT).await.expect("applied");
     crash_during_a_rebuild(&own, &database, &orders, &projections).await;
     projections.shutdown().await;
     database.database.close().await;

@@ -239,7 +239,10 @@ async fn the_older_of_two_workers_is_fenced_and_totals_are_exact(database: &Test
     assert_eq!(counted as usize, orders.count());
     // A wait at the older one sees what the newer one does.
     let written = orders.place("x", "c1", 5).await;
-    older.wait_for(CustomerTotals::NAME, written, WAIT).await.expect("applied by the newer one");
+    older
+        .wait_for_position(CustomerTotals::NAME, written, WAIT)
+        .await
+        .expect("applied by the newer one");
     orders.assert_equals_fold::<CustomerTotals>(&database.database).await;
 }
 
@@ -286,7 +289,7 @@ async fn workers_of_one_projection_share_its_partitions_and_take_over(database: 
         others.push(spawn());
     }
     let position = orders.place("last", "c1", 1).await;
-    first.wait_for(CustomerTotals::NAME, position, WAIT).await.expect("by whoever has it");
+    first.wait_for_position(CustomerTotals::NAME, position, WAIT).await.expect("by whoever has it");
     eventually("all is applied", async || {
         let sql = "SELECT CAST(SUM(next_offset) AS BIGINT) FROM kafold_checkpoint";
         database.number(sql).await as usize == orders.count()
@@ -323,7 +326,7 @@ async fn a_fold_that_panics_stops_only_its_projection(database: &TestDatabase) {
     assert!(reason.contains("order.placed.v1, version 1 of order-2"), "{reason}");
     applied(&projections, &orders, CustomerTotals::NAME).await;
     orders.assert_equals_fold::<CustomerTotals>(&database.database).await;
-    let waited = projections.wait_for(Poisoned::NAME, poison, WAIT).await;
+    let waited = projections.wait_for_position(Poisoned::NAME, poison, WAIT).await;
     assert!(matches!(waited, Err(WaitError::Stopped { .. })), "{waited:?}");
     let sql = "SELECT COUNT(*) FROM kafold_projection \
                WHERE name = 'poisoned' AND actual_state = 'stopped' \
@@ -331,7 +334,7 @@ async fn a_fold_that_panics_stops_only_its_projection(database: &TestDatabase) {
     eventually("it is written down", async || database.number(sql).await == 1).await;
     // From another process too.
     let other = worker(&orders, database).spawn();
-    let waited = other.wait_for(Poisoned::NAME, poison, WAIT).await;
+    let waited = other.wait_for_position(Poisoned::NAME, poison, WAIT).await;
     assert!(matches!(waited, Err(WaitError::Stopped { .. })), "{waited:?}");
 }
 
@@ -430,7 +433,7 @@ async fn another_log_under_the_same_name_is_refused(database: &TestDatabase) {
     let projections = worker(&recreated, database).with(CustomerTotals).spawn();
     // The old checkpoint is beyond the position, which is one of the new log.
     let first = Position { partition: Partition(0), offset: Offset(0) };
-    let waited = projections.wait_for(CustomerTotals::NAME, first, WAIT).await;
+    let waited = projections.wait_for_position(CustomerTotals::NAME, first, WAIT).await;
     assert!(matches!(waited, Err(WaitError::Stopped { .. })), "{waited:?}");
     let reason = stopped(&projections, CustomerTotals::NAME).await;
     assert!(reason.contains("the cursor is of log"), "{reason}");
@@ -487,7 +490,10 @@ async fn what_was_waited_for_is_always_there(database: &TestDatabase) {
                 for n in 0..25 {
                     let id = format!("{task}x{n}");
                     let written = orders.place(&id, "c1", n).await;
-                    projections.wait_for(OrderDetails::NAME, written, WAIT).await.expect("applied");
+                    projections
+                        .wait_for_position(OrderDetails::NAME, written, WAIT)
+                        .await
+                        .expect("applied");
                     let row = query.get(&id).await.expect("readable");
                     assert_eq!(row.expect("waited for").cents, n);
                 }
@@ -509,7 +515,10 @@ async fn a_wait_sees_the_progress_of_another_process(database: &TestDatabase) {
     let query = Query::<CustomerTotals>::new(database.database.clone());
     for n in 2..60 {
         let written = orders.place(&n.to_string(), "c1", 1).await;
-        waits.wait_for(CustomerTotals::NAME, written, WAIT).await.expect("applied elsewhere");
+        waits
+            .wait_for_position(CustomerTotals::NAME, written, WAIT)
+            .await
+            .expect("applied elsewhere");
         let row = query.get(&"c1".to_owned()).await.expect("readable").expect("there");
         assert_eq!(row.orders, n);
     }
@@ -520,9 +529,9 @@ async fn a_wait_for_nothing_ends(database: &TestDatabase) {
     let projections = worker(&orders, database).with(CustomerTotals).spawn();
     let future = Position { partition: Partition(0), offset: Offset(10) };
     let short = Duration::from_millis(100);
-    let waited = projections.wait_for(CustomerTotals::NAME, future, short).await;
+    let waited = projections.wait_for_position(CustomerTotals::NAME, future, short).await;
     assert!(matches!(waited, Err(WaitError::Timeout { .. })), "{waited:?}");
-    let waited = projections.wait_for("nobody", future, WAIT).await;
+    let waited = projections.wait_for_position("nobody", future, WAIT).await;
     assert_eq!(waited, Err(WaitError::UnknownProjection("nobody".to_owned())));
 }
 

@@ -1,5 +1,6 @@
 //! Every answer of the handler is true of the log when it is given.
 
+use std::pin::pin;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, LazyLock};
 use std::time::Duration;
@@ -27,7 +28,7 @@ fn at(version: u64) -> Request {
 }
 
 async fn handle_at(accounts: &Accounts, version: u64, cents: u64) -> Answer {
-    accounts.handle_with("a", &Deposit(cents), new_command(), at(version)).await
+    accounts.handle_with("a", &Deposit(cents), at(version)).await
 }
 
 #[tokio::test]
@@ -144,7 +145,7 @@ async fn an_unknown_outcome_is_settled_by_the_same_command() {
     let accounts = store.accounts();
     let id = new_command();
     store.on_submit([Act::LoseAnswer]);
-    match accounts.handle("a", &Deposit(5), id).await {
+    match accounts.handle_with("a", &Deposit(5), id).await {
         Err(HandleError::Append(AppendError::OutcomeUnknown { command_id })) => {
             assert_eq!(command_id, id);
         }
@@ -152,7 +153,7 @@ async fn an_unknown_outcome_is_settled_by_the_same_command() {
     }
     // Others see what the log has, whatever was told.
     assert_balance(&accounts, 5).await;
-    let settled = accounts.handle("a", &Deposit(5), id).await.expect("is in the log");
+    let settled = accounts.handle_with("a", &Deposit(5), id).await.expect("is in the log");
     assert_eq!((settled.version, settled.duplicate, settled.events), (Version(1), true, 0));
     assert_eq!(store.events().await.len(), 1);
 }
@@ -276,7 +277,7 @@ async fn nothing_is_decided_after_the_deadline() {
     let store = ScriptedStore::default();
     let accounts = store.accounts();
     let request = Request { deadline: Some(SystemClock.instant()), ..Request::default() };
-    let answer = accounts.handle_with("a", &Deposit(1), new_command(), request).await;
+    let answer = accounts.handle_with("a", &Deposit(1), request).await;
     let unavailable = matches!(answer, Err(HandleError::Append(AppendError::Unavailable { .. })));
     assert!(unavailable, "{answer:?}");
     assert!(store.submitted().is_empty());
@@ -293,7 +294,7 @@ async fn the_deadline_travels_to_the_store_and_bounds_the_retries() {
     let deadline = SystemClock.instant() + Duration::from_secs(1);
     store.on_submit((0..1_000).map(|_| not_appended()));
     let request = Request { deadline: Some(deadline), ..Request::default() };
-    let answer = accounts.handle_with("a", &Deposit(1), new_command(), request).await;
+    let answer = accounts.handle_with("a", &Deposit(1), request).await;
     let told = matches!(answer, Err(HandleError::Append(AppendError::NotAppended { .. })));
     assert!(told, "{answer:?}");
     assert!(store.submitted().len() < 20, "pauses grow: {}", store.submitted().len());
@@ -303,7 +304,7 @@ async fn the_deadline_travels_to_the_store_and_bounds_the_retries() {
 #[tokio::test]
 async fn ids_that_cannot_be_streams_are_refused() {
     let accounts = ScriptedStore::default().accounts();
-    let answer = accounts.handle("a/b", &Deposit(1), new_command()).await;
+    let answer = accounts.handle("a/b", &Deposit(1)).await;
     assert!(matches!(answer, Err(HandleError::InvalidId(_))), "{answer:?}");
 }
 
@@ -327,7 +328,7 @@ async fn events_carry_what_the_request_says() {
     let id = new_command();
     store
         .accounts()
-        .handle_with("a", &DepositCents(2), id, request)
+        .handle_with("a", &DepositCents(2), Request { command_id: Some(id), ..request })
         .await
         .expect("no rule is broken");
     let events = store.events().await;
@@ -384,7 +385,7 @@ async fn a_command_from_within_the_transaction_of_a_projection_is_refused() {
         Err(HandleError::InProjection { projection }) => assert_eq!(&*projection, "sales"),
         other => panic!("expected a refusal, found {other:?}"),
     }
-    let sent = on_behalf_of(&sales, accounts.send("a", &Deposit(1), new_command())).await;
+    let sent = on_behalf_of(&sales, accounts.send("a", &Deposit(1))).await;
     assert!(matches!(sent, Err(HandleError::InProjection { .. })), "{sent:?}");
     let other_task = on_behalf_of(&sales, async { spawn(&accounts, Deposit(1)).await });
     other_task.await.expect("no panic").expect("is not of the projection");
@@ -417,13 +418,52 @@ async fn a_decision_that_outlasts_the_deadline_is_named_and_not_appended() {
     let clock = SLOW_CLOCK.clone();
     let slow: CommandHandler<Slow> =
         CommandHandler::with_parts(Arc::new(store.clone()), clock, Arc::new(RandomIds));
-    let quick_enough = slow.handle("a", &(), new_command()).await;
+    let quick_enough = slow.handle("a", &()).await;
     quick_enough.expect("nine of ten seconds");
     let deadline = Some(SLOW_CLOCK.instant() + Duration::from_secs(8));
     let request = Request { deadline, ..Request::default() };
     let id = new_command();
-    let late = slow.handle_with("a", &(), id, request).await.expect_err("the deadline passed");
+    let late = slow
+        .handle_with("a", &(), Request { command_id: Some(id), ..request })
+        .await
+        .expect_err("the deadline passed");
     assert!(late.to_string().contains("while `decide` ran, for 9s"), "{late}");
     let stream = "account-a".parse().expect("a stream");
     assert_eq!(store.find_command(&stream, id).await.expect("in memory"), None);
+}
+
+#[tokio::test]
+async fn a_load_returns_state_and_version_of_the_newest_log() {
+    let store = ScriptedStore::default();
+    let accounts = store.accounts();
+    let (account, version) = accounts.load("a").await.expect("there is none yet");
+    assert_eq!((account.cents, version), (0, Version::EMPTY));
+    handle(&accounts, DepositCents(3)).await.expect("no rule is broken");
+    // The cached state is old.
+    store.deposit_a_cent();
+    let (account, version) = accounts.load("a").await.expect("readable");
+    assert_eq!((account.cents, version), (4, Version(4)));
+    assert_eq!(store.submitted().len(), 1, "a load appends nothing");
+    let refused = accounts.load("a/b").await;
+    assert!(matches!(refused, Err(HandleError::InvalidId(_))), "{refused:?}");
+    store.on_confirm([unavailable()]);
+    let refused = accounts.load("a").await;
+    assert!(
+        matches!(refused, Err(HandleError::Append(AppendError::Unavailable { .. }))),
+        "{refused:?}"
+    );
+}
+
+#[tokio::test]
+async fn a_load_waits_for_commands_whose_outcome_is_open() {
+    let store = ScriptedStore::default();
+    let accounts = store.accounts();
+    store.hold();
+    let deposit = spawn(&accounts, Deposit(5));
+    store.until_held(1).await;
+    let mut load = pin!(accounts.load("a"));
+    store.release_all();
+    let (account, version) = load.as_mut().await.expect("readable");
+    assert_eq!((account.cents, version), (5, Version(1)));
+    deposit.await.expect("ends").expect("no rule is broken");
 }

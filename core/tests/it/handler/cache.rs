@@ -4,7 +4,7 @@ use kafold_core::Version;
 use kafold_core::handler::HandlerConfig;
 
 use crate::handler::domain::AccountCommand::{Deposit, Withdraw};
-use crate::handler::domain::{assert_balance, handle, new_command, spawn};
+use crate::handler::domain::{assert_balance, handle, spawn};
 use crate::handler::scripted::ScriptedStore;
 
 #[tokio::test]
@@ -25,13 +25,13 @@ async fn the_cache_holds_no_more_streams_than_its_limit() {
         store.accounts_with(HandlerConfig { hot_states_max: 3, ..HandlerConfig::default() });
     for round in 1..=3 {
         for id in ["a", "b", "c", "d", "e"] {
-            let handled = accounts.handle(id, &Deposit(1), new_command()).await;
+            let handled = accounts.handle(id, &Deposit(1)).await;
             assert_eq!(handled.expect("no rule is broken").version, Version(round));
             assert!(accounts.hot_states() <= 3);
         }
     }
     assert_eq!(store.reads().len(), 15, "each was given up before its next turn");
-    let paid = accounts.handle("c", &Withdraw(3), new_command()).await;
+    let paid = accounts.handle("c", &Withdraw(3)).await;
     assert_eq!(paid.expect("there are 3 cents").version, Version(4));
 }
 
@@ -43,7 +43,7 @@ async fn a_stream_given_up_with_pending_events_loses_none() {
     store.hold();
     let pending = spawn(&accounts, Deposit(5));
     store.until_held(1).await;
-    accounts.handle("b", &Withdraw(1), new_command()).await.expect_err("there is nothing");
+    accounts.handle("b", &Withdraw(1)).await.expect_err("there is nothing");
     let next = spawn(&accounts, Withdraw(5));
     store.until_held(2).await;
     store.release_all();

@@ -3,8 +3,8 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use kafold_core::clock::{IdGenerator, RandomIds};
-use kafold_core::handler::{HandleError, SnapshotState};
-use kafold_core::{Aggregate, CommandHandler, CommandId, DomainEvent, Handled};
+use kafold_core::handler::HandleError;
+use kafold_core::{Aggregate, CommandHandler, CommandId, DomainEvent, Handled, SnapshotSchema};
 use serde::{Deserialize, Serialize};
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, DomainEvent)]
@@ -65,6 +65,7 @@ pub(crate) static EVOLVE_PANICS: AtomicBool = AtomicBool::new(false);
 
 impl Aggregate for Account {
     const CATEGORY: &'static str = "account";
+    const SNAPSHOT: Option<SnapshotSchema<Self>> = Some(SnapshotSchema::new("account.1"));
     type Command = AccountCommand;
     type Event = AccountEvent;
     type Error = AccountError;
@@ -101,10 +102,6 @@ impl Aggregate for Account {
     }
 }
 
-impl SnapshotState for Account {
-    const SCHEMA: &'static str = "account.1";
-}
-
 pub(crate) type Accounts = CommandHandler<Account>;
 pub(crate) type Answer = Result<Handled, HandleError<AccountError>>;
 
@@ -114,7 +111,7 @@ pub(crate) fn new_command() -> CommandId {
 
 /// Handles a new command on the account `a`.
 pub(crate) async fn handle(accounts: &Accounts, command: AccountCommand) -> Answer {
-    accounts.handle("a", &command, new_command()).await
+    accounts.handle("a", &command).await
 }
 
 /// The same in a task of its own.

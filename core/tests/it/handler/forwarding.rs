@@ -88,7 +88,7 @@ fn diverged<T: std::fmt::Debug>(answer: Result<T, HandleError<AccountError>>) ->
 async fn a_command_of_a_foreign_stream_is_forwarded_without_loading_it() {
     let (near, far) = nodes();
     let id = new_command();
-    let handled = near.accounts.handle("a", &DepositCents(3), id).await.expect("is forwarded");
+    let handled = near.accounts.handle_with("a", &DepositCents(3), id).await.expect("is forwarded");
     let last = far.store.events().await[2].position;
     let expected =
         Handled { version: Version(3), position: Some(last), duplicate: false, events: 3 };
@@ -106,18 +106,51 @@ async fn a_command_of_an_own_stream_is_handled_here() {
 }
 
 #[tokio::test]
+async fn a_load_of_a_foreign_stream_has_what_its_owner_confirms() {
+    let (near, far) = nodes();
+    let load = async || near.accounts.load("a").await.expect("readable");
+    let (account, version) = load().await;
+    assert_eq!((account.cents, version), (0, Version::EMPTY));
+    handle(&far.accounts, Deposit(5)).await.expect("no rule is broken");
+    let (account, version) = load().await;
+    assert_eq!((account.cents, version), (5, Version(1)));
+    // The state of this node is in its cache now, and the owner goes on.
+    handle(&far.accounts, Withdraw(2)).await.expect("no rule is broken");
+    let (account, version) = load().await;
+    assert_eq!((account.cents, version), (3, Version(2)));
+    assert!(near.wire.called().iter().all(|called| called.payload.is_empty()));
+    assert_eq!(far.store.submitted().len(), 2, "a load appends nothing");
+}
+
+/// The index of a stream is fed behind the write of its owner.
+#[tokio::test]
+async fn a_load_waits_until_the_confirmed_version_can_be_read() {
+    let (near, far) = nodes();
+    let confirmed = Handled { version: Version(1), position: None, duplicate: false, events: 0 };
+    near.wire.on_delivery([Delivery::Answer(Ok(Reply::Handled(confirmed)))]);
+    let loaded = async { near.accounts.load("a").await.expect("readable in time") };
+    let deposited = async {
+        eventually("the load has read", async || near.store.reads().len() > 1).await;
+        handle(&far.accounts, Deposit(5)).await.expect("no rule is broken");
+    };
+    let ((account, version), ()) = join(loaded, deposited).await;
+    assert_eq!((account.cents, version), (5, Version(1)));
+}
+
+#[tokio::test]
 async fn a_forwarded_command_carries_all_that_the_caller_said() {
     let clock = Arc::new(ManualClock::default());
     let (near, far) = nodes_with(HandlerConfig::default(), clock.clone());
     let (id, deadline) = (new_command(), clock.instant() + Duration::from_secs(7));
     let request = Request {
+        command_id: Some(id),
         expected: ExpectedVersion::NoStream,
         correlation_id: Some("correlation".into()),
         causation_id: Some("causation".into()),
         trace_parent: Some("trace".into()),
         deadline: Some(deadline),
     };
-    near.accounts.handle_with("a", &Deposit(5), id, request).await.expect("there is none yet");
+    near.accounts.handle_with("a", &Deposit(5), request).await.expect("there is none yet");
     let called = &near.wire.called()[0];
     let expected = ForwardedCommand {
         expected: ExpectedVersion::NoStream,
@@ -142,7 +175,7 @@ async fn not_owner_is_forwarded_with_the_same_id_and_what_is_left_of_the_deadlin
     near.store.hold();
     near.store.on_submit([not_owner()]);
     let (began, id) = (clock.now(), new_command());
-    let handling = near.accounts.handle("a", &Deposit(5), id);
+    let handling = near.accounts.handle_with("a", &Deposit(5), id);
     let losing = async {
         near.store.until_held(1).await;
         clock.advance(Duration::from_secs(4));
@@ -172,28 +205,28 @@ async fn without_a_bus_nothing_changes() {
     let accounts = store.accounts().forwarding(None);
     let id = new_command();
     store.on_submit([not_owner(), unknown(id)]);
-    let answer = accounts.handle("a", &Deposit(1), id).await;
+    let answer = accounts.handle_with("a", &Deposit(1), id).await;
     let not_owner = matches!(answer, Err(HandleError::Append(AppendError::NotOwner { .. })));
     assert!(not_owner, "{answer:?}");
-    assert_unknown(&accounts.handle("a", &Deposit(1), id).await, id);
+    assert_unknown(&accounts.handle_with("a", &Deposit(1), id).await, id);
 }
 
 #[tokio::test]
 async fn a_command_that_cannot_be_written_is_told_so_and_not_sent() {
     let (near, _) = nodes();
     let id = new_command();
-    let told = diverged(near.accounts.handle("a", &Mute, id).await);
+    let told = diverged(near.accounts.handle_with("a", &Mute, id).await);
     assert!(told.contains(&format!("writing command {id} of stream account-a as JSON")), "{told}");
-    assert_eq!(diverged(near.accounts.send("a", &Mute, id).await), told);
+    assert_eq!(diverged(near.accounts.send_with("a", &Mute, id).await), told);
     assert!(near.wire.called().is_empty() && near.wire.sent().is_empty());
 }
 
 #[tokio::test]
 async fn ids_that_cannot_be_streams_are_refused_and_not_sent() {
     let (near, _) = nodes();
-    let answer = near.accounts.handle("a/b", &Deposit(1), new_command()).await;
+    let answer = near.accounts.handle("a/b", &Deposit(1)).await;
     assert!(matches!(answer, Err(HandleError::InvalidId(_))), "{answer:?}");
-    let answer = near.accounts.send("a/b", &Deposit(1), new_command()).await;
+    let answer = near.accounts.send("a/b", &Deposit(1)).await;
     assert!(matches!(answer, Err(HandleError::InvalidId(_))), "{answer:?}");
 }
 
@@ -212,8 +245,11 @@ async fn check<T>(
     prepare(&far.store);
     let id = new_command();
     let accounts = alone.accounts_with(few_attempts());
-    let local = accounts.handle_with("a", &command, id, request.clone()).await;
-    let forwarded = near.accounts.handle_with("a", &command, id, request).await;
+    let local = accounts
+        .handle_with("a", &command, Request { command_id: Some(id), ..request.clone() })
+        .await;
+    let forwarded =
+        near.accounts.handle_with("a", &command, Request { command_id: Some(id), ..request }).await;
     assert_eq!(format!("{forwarded:?}"), format!("{local:?}"));
     assert_eq!(near.wire.called().len(), 1, "an answer of the owner is final");
     assert!(near.store.reads().is_empty());
@@ -305,7 +341,7 @@ async fn a_rejection_that_cannot_be_read_is_told_so() {
     let error = to_raw_value(&json!({ "BornTomorrow": 1 })).expect("is JSON");
     near.wire.on_delivery([Delivery::Answer(Ok(Reply::Rejected { error }))]);
     let id = new_command();
-    let told = diverged(near.accounts.handle("a", &Deposit(1), id).await);
+    let told = diverged(near.accounts.handle_with("a", &Deposit(1), id).await);
     assert!(told.contains(&format!("reading the rejection of command {id}")), "{told}");
     assert!(told.contains("BornTomorrow"), "{told}");
 }
@@ -314,10 +350,10 @@ async fn a_rejection_that_cannot_be_read_is_told_so() {
 async fn a_rejection_that_cannot_be_written_is_told_so() {
     let (near, _) = nodes();
     let id = new_command();
-    let told = diverged(near.accounts.handle("a", &Mumble, id).await);
+    let told = diverged(near.accounts.handle_with("a", &Mumble, id).await);
     assert!(told.contains(&format!("writing the rejection of command {id}")), "{told}");
     assert!(told.contains("Mumbled"), "{told}");
-    let told = diverged(near.accounts.handle("a", &Waver, new_command()).await);
+    let told = diverged(near.accounts.handle("a", &Waver).await);
     assert!(told.contains("it would be read as another value"), "{told}");
 }
 
@@ -347,7 +383,7 @@ async fn a_caller_does_not_wait_for_the_bus_after_its_deadline() {
         eventually("it was sent", async || !near.wire.called().is_empty()).await;
         clock.advance(HandlerConfig::default().deadline);
     };
-    let (answer, ()) = join(near.accounts.handle("a", &Deposit(1), id), late).await;
+    let (answer, ()) = join(near.accounts.handle_with("a", &Deposit(1), id), late).await;
     assert_unknown(&answer, id);
     assert_eq!(near.wire.called().len(), 1, "after the deadline it is not sent again");
 }
@@ -356,9 +392,9 @@ async fn a_caller_does_not_wait_for_the_bus_after_its_deadline() {
 async fn a_command_whose_deadline_has_passed_is_not_sent() {
     let (near, _) = nodes();
     let late = || Request { deadline: Some(SystemClock.instant()), ..Request::default() };
-    let answer = near.accounts.handle_with("a", &Deposit(1), new_command(), late()).await;
+    let answer = near.accounts.handle_with("a", &Deposit(1), late()).await;
     assert_unavailable(&answer);
-    assert_unavailable(&near.accounts.send_with("a", &Deposit(1), new_command(), late()).await);
+    assert_unavailable(&near.accounts.send_with("a", &Deposit(1), late()).await);
     assert!(near.wire.called().is_empty() && near.wire.sent().is_empty());
 }
 
@@ -391,7 +427,7 @@ async fn an_unknown_outcome_is_settled_by_the_new_owner_and_applied_once() {
 
     let (id, lost) = (new_command(), unknown(new_command()));
     near.store.on_submit([lost, not_owner()]);
-    let handled = near.accounts.handle("a", &Deposit(5), id).await.expect("is handled there");
+    let handled = near.accounts.handle_with("a", &Deposit(5), id).await.expect("is handled there");
     assert_eq!((handled.version, handled.duplicate), (Version(2), false));
     assert_eq!(near.wire.called().len(), 1);
     assert_eq!(far.store.events().await[1].command_id, id);
@@ -421,7 +457,7 @@ async fn an_unknown_outcome_stays_unknown_when_the_next_copy_is_not_taken() {
         let (near, far) = nodes();
         let id = new_command();
         near.wire.on_delivery([Delivery::LoseReply, Delivery::Answer(Err(refusal))]);
-        assert_unknown(&near.accounts.handle("a", &Deposit(5), id).await, id);
+        assert_unknown(&near.accounts.handle_with("a", &Deposit(5), id).await, id);
         assert_eq!(near.wire.called().len(), 2);
         assert_eq!(far.store.events().await.len(), 1, "it was applied, whatever the copy came to");
     }
@@ -442,7 +478,7 @@ async fn unknown_outcomes_are_not_asked_about_for_ever() {
     let id = new_command();
     let unknown = || Delivery::Answer(Err(AppendError::OutcomeUnknown { command_id: id }));
     near.wire.on_delivery((0..9).map(|_| unknown()));
-    assert_unknown(&near.accounts.handle("a", &Deposit(5), id).await, id);
+    assert_unknown(&near.accounts.handle_with("a", &Deposit(5), id).await, id);
     assert_eq!(near.wire.called().len(), 3);
 }
 
@@ -521,7 +557,8 @@ async fn a_command_that_cannot_be_read_is_told_so_and_changes_nothing() {
 async fn a_command_that_cannot_be_read_any_more_answers_what_it_came_to() {
     let (_, far) = nodes();
     let id = new_command();
-    let first = far.accounts.handle("a", &DepositCents(2), id).await.expect("no rule is broken");
+    let first =
+        far.accounts.handle_with("a", &DepositCents(2), id).await.expect("no rule is broken");
     match execute(&far, r#"{"Juggle":1}"#, id).await.expect("is settled") {
         Reply::Handled(handled) => assert_eq!(handled, first_again(first)),
         other => panic!("expected Handled, found {other:?}"),
@@ -534,15 +571,15 @@ async fn a_command_that_cannot_be_read_any_more_answers_what_it_came_to() {
 async fn a_command_sent_over_both_paths_is_applied_once() {
     let (near, far) = nodes();
     let id = new_command();
-    let first = near.accounts.handle("a", &DepositCents(2), id).await.expect("is forwarded");
+    let first = near.accounts.handle_with("a", &DepositCents(2), id).await.expect("is forwarded");
     near.wire.set_local(true);
-    let again = near.accounts.handle("a", &DepositCents(2), id).await.expect("is known");
+    let again = near.accounts.handle_with("a", &DepositCents(2), id).await.expect("is known");
     assert_eq!(again, first_again(first));
 
     let id = new_command();
-    let first = near.accounts.handle("a", &Deposit(1), id).await.expect("is handled here");
+    let first = near.accounts.handle_with("a", &Deposit(1), id).await.expect("is handled here");
     near.wire.set_local(false);
-    let again = near.accounts.handle("a", &Deposit(1), id).await.expect("is known");
+    let again = near.accounts.handle_with("a", &Deposit(1), id).await.expect("is known");
     assert_eq!(again, first_again(first));
     assert_eq!(far.store.events().await.len(), 3);
 }
@@ -554,7 +591,7 @@ async fn copies_on_both_paths_at_once_are_applied_once() {
         let id = new_command();
         let send = |accounts: &Accounts| {
             let accounts = accounts.clone();
-            tokio::spawn(async move { accounts.handle("a", &Deposit(1), id).await })
+            tokio::spawn(async move { accounts.handle_with("a", &Deposit(1), id).await })
         };
         let copies = [send(&near.accounts), send(&far.accounts), send(&near.accounts)];
         let mut first_ones = 0;
@@ -574,11 +611,11 @@ async fn check_window(later: usize, copy: AccountCommand) {
     let config = HandlerConfig { recent_commands_max: 4, ..HandlerConfig::default() };
     let (near, far) = nodes_with(config, Arc::new(SystemClock));
     let id = new_command();
-    let first = near.accounts.handle("a", &DepositCents(3), id).await.expect("is forwarded");
+    let first = near.accounts.handle_with("a", &DepositCents(3), id).await.expect("is forwarded");
     for _ in 0..later {
         handle(&near.accounts, Deposit(1)).await.expect("is forwarded");
     }
-    let again = near.accounts.handle("a", &copy, id).await.expect("is known");
+    let again = near.accounts.handle_with("a", &copy, id).await.expect("is known");
     assert_eq!(again, first_again(first), "{later} later");
     assert_eq!(first.version, Version(3));
     let events = far.store.events().await;
@@ -606,10 +643,13 @@ async fn a_sent_command_is_written_down_with_its_deadline() {
         HandlerConfig { send_deadline: Duration::from_secs(1_800), ..HandlerConfig::default() };
     let (near, far) = nodes_with(config, clock.clone());
     let id = new_command();
-    near.accounts.send("a", &Deposit(5), id).await.expect("is written down");
+    near.accounts.send_with("a", &Deposit(5), id).await.expect("is written down");
     let deadline = Some(clock.instant() + Duration::from_secs(3));
     let request = Request { deadline, ..demanding(ExpectedVersion::NoStream) };
-    near.accounts.send_with("a", &Deposit(5), id, request).await.expect("is written down");
+    near.accounts
+        .send_with("a", &Deposit(5), Request { command_id: Some(id), ..request })
+        .await
+        .expect("is written down");
     let (payload, now) = (r#"{"Deposit":5}"#, clock.now());
     let first =
         ForwardedCommand { deadline: now + Duration::from_secs(1_800), ..on_the_wire(payload, id) };
@@ -626,7 +666,7 @@ async fn a_sent_command_is_written_down_with_its_deadline() {
 #[tokio::test]
 async fn a_sent_command_of_an_own_stream_is_written_down_as_well() {
     let (_, far) = nodes();
-    far.accounts.send("a", &Deposit(5), new_command()).await.expect("is written down");
+    far.accounts.send("a", &Deposit(5)).await.expect("is written down");
     assert_eq!(far.wire.sent().len(), 1);
     assert!(far.store.submitted().is_empty());
 }
@@ -636,7 +676,7 @@ async fn a_command_that_could_not_be_written_down_is_told_so() {
     let (near, _) = nodes();
     let unavailable = AppendError::unavailable(Duration::from_secs(7), "as told");
     near.wire.on_delivery([Delivery::Answer(Err(unavailable))]);
-    assert_unavailable(&near.accounts.send("a", &Deposit(1), new_command()).await);
+    assert_unavailable(&near.accounts.send("a", &Deposit(1)).await);
 }
 
 #[tokio::test]
@@ -649,7 +689,7 @@ async fn a_sender_waits_no_longer_than_for_an_answer() {
         eventually("it was handed over", async || !near.wire.sent().is_empty()).await;
         clock.advance(HandlerConfig::default().deadline);
     };
-    let (answer, ()) = join(near.accounts.send("a", &Deposit(1), id), late).await;
+    let (answer, ()) = join(near.accounts.send_with("a", &Deposit(1), id), late).await;
     let unknown = matches!(answer, Err(HandleError::Append(AppendError::OutcomeUnknown { .. })));
     assert!(unknown, "{answer:?}");
 }
@@ -659,9 +699,9 @@ async fn without_a_bus_a_sent_command_is_handled_at_once() {
     let store = ScriptedStore::default();
     let accounts = store.accounts();
     let id = new_command();
-    accounts.send("a", &Deposit(5), id).await.expect("no rule is broken");
+    accounts.send_with("a", &Deposit(5), id).await.expect("no rule is broken");
     assert_eq!(store.events().await[0].command_id, id);
-    accounts.send("a", &Deposit(5), id).await.expect("is known");
+    accounts.send_with("a", &Deposit(5), id).await.expect("is known");
     assert_balance(&accounts, 5).await;
 }
 
@@ -669,12 +709,13 @@ async fn without_a_bus_a_sent_command_is_handled_at_once() {
 async fn without_a_bus_only_rejections_of_sent_commands_are_swallowed() {
     let store = ScriptedStore::default();
     let accounts = store.accounts();
-    accounts.send("a", &Withdraw(5), new_command()).await.expect("nobody waits for a rejection");
+    accounts.send("a", &Withdraw(5)).await.expect("nobody waits for a rejection");
     let (demand, id) = (demanding(exact(7)), new_command());
-    let answer = accounts.send_with("a", &Deposit(1), id, demand).await;
+    let answer =
+        accounts.send_with("a", &Deposit(1), Request { command_id: Some(id), ..demand }).await;
     assert!(matches!(answer, Err(HandleError::Conflict { .. })), "{answer:?}");
     store.on_submit([unavailable()]);
-    assert_unavailable(&accounts.send("a", &Deposit(1), new_command()).await);
+    assert_unavailable(&accounts.send("a", &Deposit(1)).await);
     assert!(store.events().await.is_empty());
 }
 
@@ -690,9 +731,9 @@ async fn callers_forwarded_and_executed_commands_are_counted_apart() {
     handle(&near.accounts, Withdraw(3)).await.expect_err("there are 2 cents");
     near.wire.on_delivery([Delivery::LoseReply]);
     handle(&near.accounts, Deposit(1)).await.expect("is in the log");
-    near.accounts.send("a", &Deposit(1), new_command()).await.expect("is written down");
+    near.accounts.send("a", &Deposit(1)).await.expect("is written down");
     let late = Request { deadline: Some(SystemClock.instant()), ..Request::default() };
-    assert_unavailable(&near.accounts.handle_with("a", &Deposit(1), new_command(), late).await);
+    assert_unavailable(&near.accounts.handle_with("a", &Deposit(1), late).await);
     let of = |name: &str| counters.by_outcome(name).join(" ");
     let callers = "appended=2 duplicate=1 rejected=1 sent=1 unavailable=1";
     assert_eq!(of("kafold_commands_total"), callers);
@@ -722,7 +763,7 @@ async fn a_domain_without_serde_may_send() {
         }
     }
     let plain = CommandHandler::<Plain>::new(Arc::new(ScriptedStore::default()));
-    plain.send("a", &Command, new_command()).await.expect("no rule is broken");
-    plain.send("a", &Command, new_command()).await.expect("nobody waits for a rejection");
-    plain.handle("a", &Command, new_command()).await.expect_err("is closed");
+    plain.send("a", &Command).await.expect("no rule is broken");
+    plain.send("a", &Command).await.expect("nobody waits for a rejection");
+    plain.handle("a", &Command).await.expect_err("is closed");
 }

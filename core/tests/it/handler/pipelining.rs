@@ -6,9 +6,7 @@ use kafold_core::testing::{eventually, versions};
 use kafold_core::{AppendError, ExpectedVersion, Version};
 
 use crate::handler::domain::AccountCommand::{Close, Deposit, Look, Withdraw};
-use crate::handler::domain::{
-    AccountError, Accounts, Answer, assert_balance, handle, new_command, spawn,
-};
+use crate::handler::domain::{AccountError, Accounts, Answer, assert_balance, handle, spawn};
 use crate::handler::scripted::{ScriptedStore, conflict, not_appended, tickets, unavailable};
 
 type Task = tokio::task::JoinHandle<Answer>;
@@ -202,9 +200,7 @@ async fn a_demand_that_a_pending_event_breaks_waits_for_it() {
         let demanding = {
             let accounts = accounts.clone();
             let request = Request { expected: ExpectedVersion::NoStream, ..Request::default() };
-            tokio::spawn(async move {
-                accounts.handle_with("a", &Deposit(2), new_command(), request).await
-            })
+            tokio::spawn(async move { accounts.handle_with("a", &Deposit(2), request).await })
         };
         eventually("the demand asks", async || !store.confirmed().is_empty()).await;
         store.release_all();

@@ -114,11 +114,11 @@ async fn commands_before_the_snapshot_are_known() {
     let ids: Vec<_> = (0..4).map(|_| new_command()).collect();
     let accounts = handler();
     for id in &ids {
-        accounts.handle("a", &Deposit(1), *id).await.expect("no rule is broken");
+        accounts.handle_with("a", &Deposit(1), *id).await.expect("no rule is broken");
     }
     let accounts = handler();
     for (id, version) in ids.iter().zip(1..) {
-        let again = accounts.handle("a", &Withdraw(1_000), *id).await.expect("is known");
+        let again = accounts.handle_with("a", &Withdraw(1_000), *id).await.expect("is known");
         assert_eq!((again.version, again.duplicate), (Version(version), true));
     }
     assert_eq!(store.finds(), 2, "two are in the snapshot, the store was asked for the others");

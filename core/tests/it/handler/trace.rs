@@ -4,7 +4,6 @@ use std::sync::Arc;
 
 use futures_util::StreamExt;
 use kafold_core::handler::Request;
-use kafold_core::testing::new_command;
 use kafold_core::{CommandHandler, EventStore, MemoryStore, StreamId, Version, trace};
 use opentelemetry::trace::TracerProvider;
 use opentelemetry_sdk::trace::{InMemorySpanExporter, SdkTracerProvider};
@@ -23,7 +22,7 @@ async fn deposited_twice() -> [Option<String>; 2] {
     let given = format!("00-{TRACE}-{CALLER}-01");
     let request = Request { trace_parent: Some(given), ..Request::default() };
     let deposit = AccountCommand::DepositCents(2);
-    accounts.handle_with("ada", &deposit, new_command(), request).await.expect("deposited");
+    accounts.handle_with("ada", &deposit, request).await.expect("deposited");
     let stream = StreamId::new("account", "ada").expect("valid");
     let events: Vec<_> = store.read(&stream, Version::EMPTY).collect().await;
     let carried = events.into_iter().map(|event| event.expect("read").metadata.trace_parent);

@@ -213,7 +213,11 @@ impl<'a> Call<'a> {
                 let (order_id, version) = (order_id.to_owned(), first.version);
                 Done { order_id, version, position: first.position, is_repeat: true }
             }
-            _ => match service.handler.handle_with(order_id, command, id, request).await {
+            _ => match service
+                .handler
+                .handle_with(order_id, command, Request { command_id: Some(id), ..request })
+                .await
+            {
                 Ok(handled) => done(order_id, &handled)?,
                 Err(error) => return Err(problem_of(error, expected)),
             },
@@ -289,7 +293,7 @@ fn precondition_failed(actual: Option<Version>) -> Problem {
     Problem::new(StatusCode::PRECONDITION_FAILED, "precondition-failed", detail)
 }
 
-fn problem_of(error: HandleError<OrderError>, expected: ExpectedVersion) -> Problem {
+pub(super) fn problem_of(error: HandleError<OrderError>, expected: ExpectedVersion) -> Problem {
     match error {
         HandleError::Rejected(rule) => rule_problem(&rule),
         HandleError::Conflict { actual, .. }

@@ -9,12 +9,12 @@ use axum::response::{IntoResponse, Response};
 use chrono::{DateTime, Utc};
 use futures_util::TryStreamExt;
 use kafold::projections::{ProjectionState, ReadModel, WaitError};
-use kafold::{Position, RecordedEvent, Version};
+use kafold::{ExpectedVersion, Position, RecordedEvent, Version};
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 
 use super::App;
-use super::commands::{read_problem, stream_of};
+use super::commands::{problem_of, read_problem, stream_of};
 use super::extract::{PathId, QueryOf, positions};
 use super::problem::{Problem, RETRY_SOON};
 use crate::order::{Line, check_customer};
@@ -242,8 +242,17 @@ pub(super) async fn events(
 ) -> Result<Response, Problem> {
     let stream = stream_of(&order_id)?;
     let service = app.service()?;
-    let events: Vec<_> =
-        service.store.read(&stream, Version::EMPTY).try_collect().await.map_err(read_problem)?;
+    let read = async || -> Result<Vec<_>, Problem> {
+        service.store.read(&stream, Version::EMPTY).try_collect().await.map_err(read_problem)
+    };
+    let mut events = read().await?;
+    if events.is_empty() {
+        // The stream index is fed behind the write, and other programs can change its tables: the owner
+        // of the stream knows whether there are events.
+        let loaded = service.handler.load(&order_id).await;
+        loaded.map_err(|error| problem_of(error, ExpectedVersion::Any))?;
+        events = read().await?;
+    }
     let Some(last) = events.last() else { return Err(unknown_order(&order_id)) };
     let headers = [
         (header::ETAG, ascii(&format!("\"{}\"", last.version))),
@@ -284,7 +293,7 @@ async fn fresh(
             check_partition(service, position)?;
             let waited = app.clock.instant().saturating_duration_since(begun);
             let left = app.limits.wait.saturating_sub(waited);
-            let applied = service.projections.wait_for(projection, position, left).await;
+            let applied = service.projections.wait_for_position(projection, position, left).await;
             applied.map_err(|error| wait_problem(service, projection, &error))?;
         }
     }

@@ -438,7 +438,7 @@ async fn damage_a_log(brokers: &str, postgres: &str, nth: u64) -> u64 {
     told
 }
 
-async fn database_of_its_own(server: &str, name: &str) -> Database {
+pub(crate) async fn database_of_its_own(server: &str, name: &str) -> Database {
     use kafold::projections::sqlx::{self, AssertSqlSafe, Connection, PgConnection};
     let mut admin = PgConnection::connect(server).await.expect("the server answers");
     let create = format!("CREATE DATABASE {name}");

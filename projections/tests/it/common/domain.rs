@@ -341,7 +341,7 @@ impl Orders {
     /// Waits until the projection has applied everything.
     pub(crate) async fn applied(&self, projections: &Projections, name: &str, wait: Duration) {
         for end in self.ends().await {
-            projections.wait_for(name, end, wait).await.expect("it is applied");
+            projections.wait_for_position(name, end, wait).await.expect("it is applied");
         }
     }
 
