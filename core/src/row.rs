@@ -1,6 +1,7 @@
 //! A read model's row as named columns, the same on every database.
 
 use std::fmt;
+use std::marker::PhantomData;
 
 use chrono::{DateTime, Datelike, NaiveDate, Utc};
 use uuid::Uuid;
@@ -43,6 +44,51 @@ pub struct Column {
     pub nullable: bool,
     /// Its part in finding rows.
     pub role: ColumnRole,
+}
+
+/// A column by which rows are found: the key, or a field with `#[row(index)]`. `V` is the type of the field.
+///
+/// `#[derive(Row)]` makes one for each such field, as an associated constant with the name of the field:
+/// `Balance::account.eq("ada")` is a condition for the query of a read model. Another column or a value of
+/// another type does not compile.
+pub struct IndexedColumn<R, V> {
+    column: &'static Column,
+    of: PhantomData<fn() -> (R, V)>,
+}
+
+impl<R: Row, V> IndexedColumn<R, V> {
+    /// Returns the column at this place of [`Row::COLUMNS`].
+    #[doc(hidden)]
+    pub const fn at(place: usize) -> Self {
+        Self { column: &R::COLUMNS[place], of: PhantomData }
+    }
+}
+
+impl<R: Row, V: ColumnValue> IndexedColumn<R, V> {
+    /// Returns the condition that the column has this value. No row meets a condition with `None`, or with
+    /// a value that no column holds.
+    pub fn eq(self, value: impl Into<V>) -> Condition<R> {
+        let value = value.into().normalize().ok().map(ColumnValue::into_value);
+        Condition { column: self.column, value, of: PhantomData }
+    }
+}
+
+/// A condition on the rows of a read model.
+pub struct Condition<R> {
+    /// The column.
+    pub column: &'static Column,
+    /// The value of the column; `None` if no row has it.
+    pub value: Option<Value>,
+    of: PhantomData<fn() -> R>,
+}
+
+impl<R> fmt::Debug for Condition<R> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Condition")
+            .field("column", &self.column.name)
+            .field("value", &self.value)
+            .finish()
+    }
 }
 
 /// What a column holds; the database's own type follows from it.

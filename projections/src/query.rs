@@ -7,7 +7,7 @@ use std::marker::PhantomData;
 use std::sync::Arc;
 
 use kafold_core::clock::SystemClock;
-use kafold_core::row::{Column, ColumnRole, ColumnValue, Row, Value};
+use kafold_core::row::{Column, ColumnRole, ColumnValue, Condition, Row, Value};
 use kafold_core::store::ReadError;
 use kafold_core::{Handled, Offset, Partition, Position};
 use kafold_migrations::{Database, Identifier, is_transient};
@@ -117,32 +117,18 @@ impl<M: ReadModel> Query<M> {
         row.map_err(|reason| ReadError::diverged(M::NAME, reason))
     }
 
-    /// Rows with this value in a column declared with `#[row(index)]`, or in the key, in the order
-    /// of the key; at most `limit`. Another column, or a value of another type, is
-    /// [`ReadError::Diverged`]. A stored row that the model cannot read is left out, with a warning
-    /// in the log.
-    pub async fn find<V: ColumnValue>(
+    /// Returns the rows that meet a condition on the key or on a column with `#[row(index)]`, such as
+    /// `CustomerOrder::customer.eq("c1")`, in the order of the key; at most `limit`. A stored row that the
+    /// model cannot read is left out, with a warning in the log.
+    pub async fn find(
         &self,
-        column: &str,
-        value: V,
+        condition: Condition<M::Row>,
         limit: usize,
     ) -> Result<Vec<M::Row>, ReadError> {
         let table = table::<M>()?;
-        let found = match table.searchable(column) {
-            Some(found) if found.0.kind == V::KIND => found,
-            Some((found, _)) => {
-                let reason = format!("column {column} is {}, not {}", found.kind, V::KIND);
-                return Err(ReadError::diverged(M::NAME, reason));
-            }
-            None => {
-                let reason = format!("no rows by {column}: mark its field #[row(index)]");
-                return Err(ReadError::diverged(M::NAME, reason));
-            }
-        };
-        match value.normalize() {
-            Ok(value) => self.readable(&table, Some((&found, value.into_value())), limit).await,
-            Err(_) => Ok(Vec::new()),
-        }
+        let Some(value) = condition.value else { return Ok(Vec::new()) };
+        let column = (condition.column, table.name(condition.column));
+        self.readable(&table, Some((&column, value)), limit).await
     }
 
     /// Returns the first `limit` rows in the order of the key. A stored row that the model cannot read

@@ -173,11 +173,10 @@ impl Table {
         (&self.columns[self.key], &self.names[self.key])
     }
 
-    /// The column of this name, when rows may be found by it.
-    pub(crate) fn searchable(&self, name: &str) -> Option<(&'static Column, &Identifier)> {
-        let all = self.columns.iter().zip(&self.names);
-        all.filter(|(column, _)| column.role != ColumnRole::Plain)
-            .find(|(column, _)| column.name == name)
+    /// Returns the name of a column of this table.
+    pub(crate) fn name(&self, column: &Column) -> &Identifier {
+        let place = self.columns.iter().position(|known| known.name == column.name);
+        &self.names[place.expect("a condition is of the table's row")]
     }
 
     /// All values of a selected row.

@@ -23,6 +23,16 @@ pub(crate) fn expand(input: &DeriveInput) -> Result<TokenStream, Error> {
     let entries = columns.iter().filter_map(|column| column.check_entry(key, &core));
     let values = columns.iter().map(|column| column.write(&core));
     let fields = columns.iter().map(|column| column.read(&core));
+    let visibility = &input.vis;
+    let indexed = columns.iter().enumerate().filter(|(_, column)| column.is_key || column.is_index);
+    let indexed = indexed.map(|(place, Column { field, ty, .. })| {
+        let docs = format!("The column `{field}`, for conditions on rows.");
+        quote! {
+            #[doc = #docs]
+            #visibility const #field: #core::row::IndexedColumn<Self, #ty> =
+                #core::row::IndexedColumn::at(#place);
+        }
+    });
     let key_is_present = quote_spanned! {key_type.span()=>
         const _: () = assert!(
             !<#key_type as #core::row::ColumnValue>::NULLABLE,
@@ -58,6 +68,12 @@ pub(crate) fn expand(input: &DeriveInput) -> Result<TokenStream, Error> {
                 let mut values = #core::row::derived::Values::<Self>::new(values)?;
                 ::core::result::Result::Ok(Self { #(#fields),* })
             }
+        }
+
+        #[automatically_derived]
+        #[allow(dead_code, non_upper_case_globals)]
+        impl #struct_name {
+            #(#indexed)*
         }
 
         #key_is_present

@@ -16,7 +16,7 @@ use kafold::{
 use lru::LruCache;
 
 use crate::order::{Order, OrderEvent};
-use crate::read_models::{CustomerOrders, OrderDetails, SalesByCustomer, SalesByDay};
+use crate::read_models::{CustomerOrders, OrderDetails, OrderRow, SalesByCustomer, SalesByDay};
 use crate::sales_by_sku::SalesBySku;
 
 /// Idempotency keys whose orders are remembered: until the read model is sure to have the placed orders.
@@ -115,7 +115,7 @@ impl Service {
 
     /// The order that was placed with the key, as far as the read model has come.
     pub(crate) async fn placed_with(&self, key: CommandId) -> Result<Option<String>, ReadError> {
-        let found = self.orders.find("placed_by", key.0, 1).await?;
+        let found = self.orders.find(OrderRow::placed_by.eq(key.0), 1).await?;
         Ok(found.into_iter().next().map(|order| order.order_id))
     }
 

@@ -323,7 +323,7 @@ async fn a_text_of_the_greatest_length_is_indexed(database: &TestDatabase) {
     orders.append("probe-1", &[sent(1.0, &longest, TIME)]).await;
     orders.append(&format!("probe-{}", "k".repeat(200)), &[sent(1.0, "2", TIME)]).await;
     run_through(&orders, database).await;
-    let found = probes(database).find("text", longest, 10).await.expect("readable");
+    let found = probes(database).find(Probe::text.eq(longest), 10).await.expect("readable");
     assert_eq!(found.len(), 1);
     assert_eq!(database.number("SELECT COUNT(*) FROM kafold_parked_event").await, 0);
 }
@@ -334,8 +334,8 @@ async fn a_key_that_no_column_holds_is_found_nowhere(database: &TestDatabase) {
     run_through(&orders, database).await;
     let query = probes(database);
     assert_eq!(query.get(&"a\0b".to_owned()).await.expect("readable"), None);
-    assert_eq!(query.find("text", "a\0b".to_owned(), 9).await.expect("readable"), []);
-    assert_eq!(query.find("day", NaiveDate::MAX, 9).await.expect("readable"), []);
+    assert_eq!(query.find(Probe::text.eq("a\0b"), 9).await.expect("readable"), []);
+    assert_eq!(query.find(Probe::day.eq(NaiveDate::MAX), 9).await.expect("readable"), []);
 }
 
 async fn an_unreadable_row_fails_itself_and_not_the_list(database: &TestDatabase) {
@@ -348,7 +348,7 @@ async fn an_unreadable_row_fails_itself_and_not_the_list(database: &TestDatabase
     let query = probes(database);
     let ids = |rows: Vec<Probe>| rows.into_iter().map(|row| row.id).collect::<Vec<_>>();
     assert_eq!(ids(query.all(10).await.expect("readable")), ["1", "3"]);
-    let found = query.find("text", "t".to_owned(), 10).await;
+    let found = query.find(Probe::text.eq("t"), 10).await;
     assert_eq!(ids(found.expect("readable")), ["1", "3"]);
     let one = query.get(&"2".to_owned()).await;
     let Err(ReadError::Diverged { cause, .. }) = one else { panic!("{one:?}") };

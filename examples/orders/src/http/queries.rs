@@ -145,7 +145,7 @@ pub(super) async fn customer_orders(
     let applied = fresh(&app, service, CustomerOrders::NAME, query.after.as_deref()).await?;
     let found = service
         .customer_orders
-        .find("customer", customer.clone(), CUSTOMER_ORDERS_MAX + 1)
+        .find(CustomerOrder::customer.eq(customer.as_str()), CUSTOMER_ORDERS_MAX + 1)
         .await
         .map_err(read_problem)?;
     let mut found = whole(found, CUSTOMER_ORDERS_MAX, CustomerOrders::NAME)?;
