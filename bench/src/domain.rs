@@ -122,7 +122,7 @@ impl Aggregate for Account {
 #[derive(Debug, Clone, PartialEq, Row)]
 pub struct Balance {
     /// The account.
-    #[row(key)]
+    #[row(stream)]
     pub id: String,
     /// All that was paid in.
     pub balance_cents: i64,
@@ -135,13 +135,8 @@ pub struct Balances;
 
 impl ReadModel for Balances {
     const NAME: &'static str = "balances";
-    const SHARED: bool = false;
     type Event = AccountEvent;
     type Row = Balance;
-
-    fn keys(event: &Recorded<AccountEvent>) -> Vec<String> {
-        vec![event.stream.id().to_owned()]
-    }
 
     fn fold(id: &String, row: Option<Balance>, event: &Recorded<AccountEvent>) -> Option<Balance> {
         let mut row = row.unwrap_or(Balance { id: id.clone(), balance_cents: 0, deposits: 0 });

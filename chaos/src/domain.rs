@@ -111,7 +111,7 @@ impl Aggregate for Tally {
 /// A tally as it is shown.
 #[derive(Debug, Clone, PartialEq, Row)]
 pub struct TallyRow {
-    #[row(key)]
+    #[row(stream)]
     id: String,
     total: i64,
     version: i64,
@@ -123,13 +123,8 @@ pub struct Tallies;
 
 impl ReadModel for Tallies {
     const NAME: &'static str = "tallies";
-    const SHARED: bool = false;
     type Event = TallyEvent;
     type Row = TallyRow;
-
-    fn keys(event: &Recorded<TallyEvent>) -> Vec<String> {
-        vec![event.stream.id().to_owned()]
-    }
 
     fn fold(id: &String, row: Option<TallyRow>, event: &Recorded<TallyEvent>) -> Option<TallyRow> {
         let new = || TallyRow { id: id.clone(), total: 0, version: 0, closed: 0 };

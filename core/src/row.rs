@@ -7,13 +7,17 @@ use chrono::{DateTime, Datelike, NaiveDate, Utc};
 use uuid::Uuid;
 
 /// One row of a read model. Derive it: `#[derive(Row)]` on a struct, with `#[row(key)]` on its key
-/// field and `#[row(index)]` on fields that are searched by.
+/// field and `#[row(index)]` on fields that are searched by. `#[row(stream)]` on a key of type `String` makes
+/// the rows those of streams: the key is the id of the stream.
 pub trait Row: Clone + PartialEq + Send + Sync + 'static {
     /// The type of the key field.
     type Key: ColumnValue + Clone + Eq + Ord + std::hash::Hash + Send + Sync + 'static;
 
     /// The columns, in the order of the fields. Exactly one is the key.
     const COLUMNS: &'static [Column];
+
+    /// Returns the key from the id of a stream, if the key is `#[row(stream)]`.
+    const STREAM_KEY: Option<fn(&str) -> Self::Key> = None;
 
     /// The value of the key column.
     fn key(&self) -> Self::Key;

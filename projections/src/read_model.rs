@@ -40,13 +40,13 @@ pub trait ReadModel: Send + Sync + 'static {
     /// to go on with the old rows until they are rebuilt. Changed columns are noticed by themselves.
     const VERSION: u32 = 1;
 
-    /// Whether one row may be touched by events of several partitions, as the sales of a day are.
-    /// Such rows are written under a lock, and their fold must not depend on the order between
-    /// partitions. A model whose key is the stream's own id, or follows from it alone, sets `false`: its
-    /// rows are written by one worker each, which remembers them
-    /// ([`remembered_rows_max`](crate::ProjectionConfig::remembered_rows_max)). Whoever mends such a row by hand
-    /// pauses the projection first.
-    const SHARED: bool = true;
+    /// Whether events of several partitions may touch one row, as those of the sales of a day do. Such rows
+    /// are written under a lock, and their fold must not depend on the order between partitions. Rows
+    /// with a key of `#[row(stream)]` are not shared: one worker writes each of them and remembers it
+    /// ([`remembered_rows_max`](crate::ProjectionConfig::remembered_rows_max)). Pause the projection before
+    /// you change such a row by hand. Set `false` for another key only if each row belongs to one stream, as
+    /// one with the id of an event does.
+    const SHARED: bool = <Self::Row as Row>::STREAM_KEY.is_none();
 
     /// The events of one [category](DomainEvent::CATEGORY) that the model reads. Events of other categories
     /// pass the model by. An unknown event type of the category stops the model, because a newer program
@@ -56,8 +56,51 @@ pub trait ReadModel: Send + Sync + 'static {
     /// The row.
     type Row: Row;
 
-    /// The rows that the event touches: none, one or several.
-    fn keys(event: &Recorded<Self::Event>) -> Vec<<Self::Row as Row>::Key>;
+    /// Returns the keys of the rows that the event touches: none, one or several. A model whose row has a
+    /// key of `#[row(stream)]` has the row of the event's stream, and no use for this function. Another
+    /// model without this function does not compile:
+    ///
+    /// ```compile_fail
+    /// # use kafold_core::{DomainEvent, Recorded, Row};
+    /// # use kafold_projections::ReadModel;
+    /// # use serde::{Deserialize, Serialize};
+    /// # #[derive(Clone, DomainEvent, Serialize, Deserialize)]
+    /// # enum AccountEvent { #[event("account.opened")] Opened }
+    /// #[derive(Clone, PartialEq, Row)]
+    /// struct Account {
+    ///     #[row(key)] // compiles with #[row(stream)]
+    ///     id: String,
+    /// }
+    ///
+    /// struct Accounts;
+    ///
+    /// impl ReadModel for Accounts {
+    ///     const NAME: &'static str = "accounts";
+    ///     type Event = AccountEvent;
+    ///     type Row = Account;
+    ///
+    ///     fn fold(
+    ///         id: &String,
+    ///         _: Option<Account>,
+    ///         _: &Recorded<AccountEvent>,
+    ///     ) -> Option<Account> {
+    ///         Some(Account { id: id.clone() })
+    ///     }
+    /// }
+    /// # let keys: fn(&Recorded<AccountEvent>) -> Vec<String> = Accounts::keys;
+    /// # assert!(keys as usize != 0);
+    /// ```
+    fn keys(event: &Recorded<Self::Event>) -> Vec<<Self::Row as Row>::Key> {
+        let key = const {
+            match <Self::Row as Row>::STREAM_KEY {
+                Some(key) => key,
+                None => {
+                    panic!("a read model needs `keys`, unless the key of its row is #[row(stream)]")
+                }
+            }
+        };
+        vec![key(event.stream.id())]
+    }
 
     /// The row after the event; `None` when there is none any more. The returned row has the key
     /// that was asked for.
@@ -321,7 +364,11 @@ fn touch<M: ReadModel>(
         into.sightings.add(batch, place, decoded.is_some());
     }
     let Some(event) = decoded else { return Ok(()) };
-    let keys = M::keys(&event).into_iter().map(stored_key::<M::Row>);
+    let keys = match <M::Row as Row>::STREAM_KEY {
+        Some(key) => vec![key(event.stream.id())],
+        None => M::keys(&event),
+    };
+    let keys = keys.into_iter().map(stored_key::<M::Row>);
     let mut keys: Vec<_> =
         keys.collect::<Result<_, _>>().map_err(|invalid| Fault::at(recorded, invalid))?;
     keys.sort_unstable();

@@ -22,7 +22,7 @@ enum OrderEvent {
 /// The sum of an order's steps.
 #[derive(Debug, Clone, PartialEq, Row)]
 struct Sum {
-    #[row(key)]
+    #[row(stream)]
     order_id: String,
     sum: i64,
 }
@@ -36,10 +36,6 @@ impl ReadModel for Sums {
     const NAME: &'static str = "sums";
     type Event = OrderEvent;
     type Row = Sum;
-
-    fn keys(event: &Recorded<OrderEvent>) -> Vec<String> {
-        vec![event.stream.id().to_owned()]
-    }
 
     fn fold(order_id: &String, row: Option<Sum>, event: &Recorded<OrderEvent>) -> Option<Sum> {
         let OrderEvent::Changed { step } = event.event;

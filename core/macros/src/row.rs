@@ -33,6 +33,12 @@ pub(crate) fn expand(input: &DeriveInput) -> Result<TokenStream, Error> {
                 #core::row::IndexedColumn::at(#place);
         }
     });
+    let stream_key = key.is_stream.then(|| {
+        quote_spanned! {key_type.span()=>
+            const STREAM_KEY: ::core::option::Option<fn(&str) -> Self::Key> =
+                ::core::option::Option::Some(|id| <#key_type as ::core::convert::From<&str>>::from(id));
+        }
+    });
     let key_is_present = quote_spanned! {key_type.span()=>
         const _: () = assert!(
             !<#key_type as #core::row::ColumnValue>::NULLABLE,
@@ -45,6 +51,8 @@ pub(crate) fn expand(input: &DeriveInput) -> Result<TokenStream, Error> {
             type Key = #key_type;
 
             const COLUMNS: &'static [#core::row::Column] = &[#(#constants),*];
+
+            #stream_key
 
             fn key(&self) -> Self::Key {
                 ::core::clone::Clone::clone(&self.#key_name)
@@ -103,6 +111,8 @@ struct Column<'a> {
     ty: &'a Type,
     name: String,
     is_key: bool,
+    /// The key is the id of the stream.
+    is_stream: bool,
     is_index: bool,
     is_json: bool,
 }
@@ -142,20 +152,26 @@ fn the_key<'a, 'b>(
 
 impl<'a> Column<'a> {
     fn parse(field: &'a Field) -> Result<Self, Error> {
+        let attributes = &field.attrs;
         let ident = field.ident.as_ref().expect("named fields have names");
         let name = ident.unraw().to_string();
         if let Some(mistake) = name_mistake(&name) {
             return Err(Error::new_spanned(ident, mistake));
         }
-        let (is_key, is_index, is_json) = (false, false, false);
-        let mut column = Self { field: ident, ty: &field.ty, name, is_key, is_index, is_json };
-        for attribute in field.attrs.iter().filter(|attribute| attribute.path().is_ident("row")) {
+        let (field, ty) = (ident, &field.ty);
+        let (is_key, is_stream, is_index, is_json) = (false, false, false, false);
+        let mut column = Self { field, ty, name, is_key, is_stream, is_index, is_json };
+        for attribute in attributes.iter().filter(|attribute| attribute.path().is_ident("row")) {
             attribute.parse_nested_meta(|meta| {
                 let flag = match () {
                     () if meta.path.is_ident("key") => &mut column.is_key,
+                    () if meta.path.is_ident("stream") => {
+                        column.is_stream = true;
+                        &mut column.is_key
+                    }
                     () if meta.path.is_ident("index") => &mut column.is_index,
                     () if meta.path.is_ident("json") => &mut column.is_json,
-                    () => return Err(meta.error("expected `key`, `index` or `json`")),
+                    () => return Err(meta.error("expected `key`, `stream`, `index` or `json`")),
                 };
                 *flag = true;
                 Ok(())

@@ -22,7 +22,7 @@ fn status(event: &OrderEvent) -> String {
 /// Everything about one order.
 #[derive(Debug, Clone, PartialEq, Row)]
 pub(crate) struct OrderRow {
-    #[row(key)]
+    #[row(stream)]
     pub(crate) order_id: String,
     pub(crate) customer: String,
     pub(crate) status: String,
@@ -48,13 +48,8 @@ pub(crate) struct OrderDetails;
 
 impl ReadModel for OrderDetails {
     const NAME: &'static str = "order_details";
-    const SHARED: bool = false;
     type Event = OrderEvent;
     type Row = OrderRow;
-
-    fn keys(event: &Recorded<OrderEvent>) -> Vec<String> {
-        vec![event.stream.id().to_owned()]
-    }
 
     fn fold(
         order_id: &String,
@@ -98,7 +93,7 @@ impl ReadModel for OrderDetails {
 /// One order in the list of its customer.
 #[derive(Debug, Clone, PartialEq, Row)]
 pub(crate) struct CustomerOrder {
-    #[row(key)]
+    #[row(stream)]
     pub(crate) order_id: String,
     #[row(index)]
     pub(crate) customer: String,
@@ -113,13 +108,8 @@ pub(crate) struct CustomerOrders;
 
 impl ReadModel for CustomerOrders {
     const NAME: &'static str = "customer_orders";
-    const SHARED: bool = false;
     type Event = OrderEvent;
     type Row = CustomerOrder;
-
-    fn keys(event: &Recorded<OrderEvent>) -> Vec<String> {
-        vec![event.stream.id().to_owned()]
-    }
 
     fn fold(
         order_id: &String,

@@ -56,7 +56,7 @@ impl Aggregate for Account {
 
 #[derive(Debug, Clone, PartialEq, Row)]
 struct Balance {
-    #[row(key)]
+    #[row(stream)]
     account: String,
     cents: i64,
 }
@@ -65,13 +65,8 @@ struct Balances;
 
 impl ReadModel for Balances {
     const NAME: &'static str = "balances";
-    const SHARED: bool = false;
     type Event = AccountEvent;
     type Row = Balance;
-
-    fn keys(event: &Recorded<AccountEvent>) -> Vec<String> {
-        vec![event.stream.id().to_owned()]
-    }
 
     fn fold(
         account: &String,

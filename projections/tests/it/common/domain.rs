@@ -91,7 +91,7 @@ impl ReadModel for CustomerTotals {
 /// One row a stream, with every kind of column.
 #[derive(Debug, Clone, PartialEq, Row)]
 pub(crate) struct Detail {
-    #[row(key)]
+    #[row(stream)]
     pub(crate) id: String,
     #[row(index)]
     pub(crate) customer: String,
@@ -112,13 +112,8 @@ pub(crate) struct OrderDetails;
 
 impl ReadModel for OrderDetails {
     const NAME: &'static str = "order_details";
-    const SHARED: bool = false;
     type Event = OrderEvent;
     type Row = Detail;
-
-    fn keys(event: &Recorded<OrderEvent>) -> Vec<String> {
-        vec![event.stream.id().to_owned()]
-    }
 
     fn fold(id: &String, row: Option<Detail>, event: &Recorded<OrderEvent>) -> Option<Detail> {
         match &event.event {
