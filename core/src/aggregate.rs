@@ -19,8 +19,8 @@ pub trait Aggregate: Default + Clone + Send + Sync + 'static {
     /// Why it refuses: business rules, nothing technical.
     type Error: std::error::Error + Send + Sync + 'static;
 
-    /// How the state is saved, so that a long stream is not read from its beginning. Default: the state
-    /// is not saved.
+    /// The schema under which the state is saved, so that a long stream is not read from its beginning.
+    /// Default: none, and the state is not saved.
     const SNAPSHOT: Option<SnapshotSchema<Self>> = None;
 
     /// The events that follow from the command, none if it changes nothing, or the broken rule.

@@ -1,4 +1,4 @@
-//! [`open`]: the log, its database and everything that a service builds on them, behind one handle.
+//! [`open`]: one handle for the log, its database, handlers, projections and queries.
 
 use std::any::{Any, TypeId};
 use std::collections::HashMap;
@@ -209,7 +209,7 @@ impl Kafold {
         }
     }
 
-    /// Returns the log: its streams, its nodes, its refusals.
+    /// Returns the log, for its store, its source and its refusals.
     pub fn log(&self) -> &Log {
         &self.inner.log
     }

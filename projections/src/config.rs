@@ -60,8 +60,8 @@ pub struct ProjectionConfig {
     pub idle_checkpoint_interval: Duration,
     /// How often `wait_for` looks into the database for another process's progress. Default 50 ms.
     pub wait_poll_interval: Duration,
-    /// How long [`wait_for`](crate::Projections::wait_for) and [`Query::after`](crate::Query::after) wait
-    /// for one's own write. Default 10 s.
+    /// Longest wait of [`wait_for`](crate::Projections::wait_for) and of a query
+    /// [`after`](crate::Query::after) one's own write. Default 10 s.
     pub wait_timeout: Duration,
     /// When a worker takes back a partition that another one took though their group gives it to this
     /// one: the group needs the time to tell the other. Default 10 s.

@@ -40,7 +40,7 @@ pub trait ReadModel: Send + Sync + 'static {
     /// to go on with the old rows until they are rebuilt. Changed columns are noticed by themselves.
     const VERSION: u32 = 1;
 
-    /// Whether events of several partitions may touch one row, as those of the sales of a day do. Such rows
+    /// `true` if events of several partitions may touch one row, as those of the sales of a day do. Such rows
     /// are written under a lock, and their fold must not depend on the order between partitions. Rows
     /// with a key of `#[row(stream)]` are not shared: one worker writes each of them and remembers it
     /// ([`remembered_rows_max`](crate::ProjectionConfig::remembered_rows_max)). Pause the projection before

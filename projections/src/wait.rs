@@ -151,7 +151,7 @@ impl Waiter {
         }
     }
 
-    /// Waits for whoever runs it to have applied the position.
+    /// Waits until another process has applied the position.
     async fn wait_elsewhere(
         &self,
         name: &str,
@@ -185,7 +185,7 @@ impl Waiter {
     }
 }
 
-/// Whether the worker of this process has applied the position, if it holds the partition.
+/// Returns whether the worker of this process has applied the position, if it holds the partition.
 fn look(
     status: &ProjectionStatus,
     position: Position,

@@ -22,7 +22,7 @@ use crate::producer::Polled;
 const FLUSH_MAX: Duration = Duration::from_millis(500);
 const FLUSH_POLL: Duration = Duration::from_millis(2);
 
-/// How long a replaced producer keeps the records that it has not sent.
+/// Longest time for which a replaced producer keeps records that are not sent.
 const REPLACED_MAX: Duration = Duration::from_secs(15);
 
 /// Says whether a record is in its topic; dropped unused when nobody wants to know.
