@@ -6,6 +6,7 @@ mod doctor;
 mod events;
 mod grants;
 mod index;
+mod lists;
 mod migrate;
 mod parked;
 mod positions;
@@ -52,9 +53,12 @@ pub(crate) enum Command {
     /// Makes the stream index again from the log.
     #[command(subcommand)]
     Index(index::IndexCommand),
-    /// Shows one stream.
+    /// Shows one stream, or lists all.
     #[command(subcommand)]
     Stream(stream::StreamCommand),
+    /// Lists the types of events.
+    #[command(subcommand)]
+    Types(lists::TypesCommand),
     /// Shows events of all streams.
     #[command(subcommand)]
     Events(events::EventsCommand),
@@ -85,6 +89,8 @@ pub(crate) async fn run(command: Command, context: &mut Context) -> Result<(), E
             index::rebuild(context, partition).await
         }
         Command::Stream(stream::StreamCommand::Show(args)) => stream::show(context, args).await,
+        Command::Stream(stream::StreamCommand::List(args)) => lists::streams(context, args).await,
+        Command::Types(lists::TypesCommand::List(args)) => lists::types(context, args).await,
         Command::Events(events::EventsCommand::Tail(args)) => events::tail(context, args).await,
         Command::Grants(command) => grants::run(context, command),
         Command::Topic(topic::TopicCommand::Create) => topic::create(context).await,

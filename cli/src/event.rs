@@ -3,8 +3,8 @@
 use chrono::{DateTime, SecondsFormat, Utc};
 use kafold::{CommandId, Position, RecordedEvent, StreamId, Version};
 use serde::Serialize;
-use serde_json::Value;
 use serde_json::value::RawValue;
+use serde_json::{Value, json};
 
 use crate::output::printable_line;
 
@@ -53,6 +53,35 @@ impl<'e> EventJson<'e> {
             payload: payload(&event.payload),
         }
     }
+}
+
+/// The names of the values of [`value`].
+pub(crate) const NAMES: [&str; 9] = [
+    "data",
+    "type",
+    "stream",
+    "category",
+    "id",
+    "version",
+    "recorded_at",
+    "correlation_id",
+    "causation_id",
+];
+
+/// Returns an event as one JSON value, for predicates. `data` is the payload.
+pub(crate) fn value(event: &RecordedEvent) -> Value {
+    let RecordedEvent { stream, version, event_type, metadata, payload, .. } = event;
+    json!({
+        "data": serde_json::from_slice::<Value>(payload).unwrap_or_default(),
+        "type": **event_type,
+        "stream": stream.as_str(),
+        "category": stream.category(),
+        "id": stream.id(),
+        "version": version,
+        "recorded_at": time(metadata.recorded_at),
+        "correlation_id": metadata.correlation_id,
+        "causation_id": metadata.causation_id,
+    })
 }
 
 fn payload(bytes: &[u8]) -> Payload<'_> {

@@ -46,6 +46,7 @@ mod log;
 mod options;
 mod output;
 mod overview;
+mod predicate;
 mod program;
 mod progress;
 mod tables;

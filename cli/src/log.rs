@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use chrono::{DateTime, Utc};
 use futures_util::stream::{self, BoxStream};
 use futures_util::{StreamExt, TryStreamExt};
 use kafold::clock::within;
@@ -88,6 +89,19 @@ impl Log {
         match self {
             Self::Embedded { source, .. } => Ok((Offset(0), source.end().await?)),
             Self::Kafka(log) => log.ends(partition).await,
+        }
+    }
+
+    /// Returns an offset with all events recorded at this time or later at or above it.
+    pub(crate) async fn since(
+        &self,
+        partition: Partition,
+        time: DateTime<Utc>,
+    ) -> Result<Offset, ReadError> {
+        match self {
+            // A file is read fast, and has no index by time.
+            Self::Embedded { .. } => Ok(Offset(0)),
+            Self::Kafka(log) => log.since(partition, time).await,
         }
     }
 

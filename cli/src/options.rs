@@ -3,6 +3,7 @@
 use std::fmt;
 use std::time::Duration;
 
+use chrono::{DateTime, TimeDelta, Utc};
 use kafold::kafka::KafkaConfig;
 use kafold::{Database, Mode, shown_url};
 
@@ -168,4 +169,24 @@ impl LogUrl {
             Self::Kafka(config) => format!("kafka://{}/{}", config.brokers, config.name),
         }
     }
+}
+
+/// Parses a time: so long ago, or a date and time with its zone.
+pub(crate) fn time_of(
+    option: &str,
+    text: &str,
+    now: DateTime<Utc>,
+) -> Result<DateTime<Utc>, Error> {
+    let units = [("s", 1), ("m", 60), ("h", 3_600), ("d", 86_400)];
+    let ago = units.into_iter().find_map(|(unit, seconds)| {
+        let number: i64 = text.strip_suffix(unit)?.parse().ok().filter(|number| *number >= 0)?;
+        now.checked_sub_signed(TimeDelta::try_seconds(number.checked_mul(seconds)?)?)
+    });
+    let written = || DateTime::parse_from_rfc3339(text).ok().map(|time| time.to_utc());
+    ago.or_else(written).ok_or_else(|| {
+        Error::usage(format!(
+            "{option} {text:?} is no time: write 30s, 10m, 2h or 1d for so long ago, or \
+             2024-10-04T12:30:00Z"
+        ))
+    })
 }

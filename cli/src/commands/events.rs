@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use chrono::{DateTime, Utc};
 use clap::Subcommand;
 use futures_util::TryStreamExt;
 use kafold::store::{Batch, Cursor, SourceMessage};
@@ -9,16 +10,18 @@ use kafold::{Offset, Partition, Position, ReadError, RecordedEvent, StreamId};
 
 use crate::admin::Context;
 use crate::error::Error;
-use crate::event::{EventJson, line};
+use crate::event::{EventJson, NAMES, line, value};
 use crate::log::{Log, ask_all};
+use crate::options::time_of;
 use crate::output::{Output, count};
+use crate::predicate::Predicate;
 use crate::progress::Progress;
 
 #[derive(Debug, Clone, Subcommand)]
 pub(crate) enum EventsCommand {
     /// Prints events, one a line: position, time, stream, version, type, payload.
     ///
-    /// Without a start it waits for new ones, until Ctrl-C. With a start it ends where the log ends now,
+    /// Without a start (--from, --from-beginning, --since) and without --until it waits for new ones, until Ctrl-C. With a start it ends where the log ends now,
     /// unless --follow says otherwise. The order is that of each partition. It joins no consumer group
     /// and commits nothing.
     Tail(TailArgs),
@@ -35,12 +38,30 @@ pub(crate) struct TailArgs {
     /// Only events of this stream, such as order-17.
     #[arg(long, value_name = "ID")]
     stream: Option<String>,
+    /// Only events with this correlation id.
+    #[arg(long, value_name = "ID")]
+    correlation: Option<String>,
+    /// Only events for which this holds, such as 'data.customer == "c1" && data.amount_cents > 500'.
+    ///
+    /// A path begins with data (the payload), type, stream, category, id, version, recorded_at,
+    /// correlation_id or causation_id and goes on with .name or [0]. It is compared by ==, !=, <, <=, >, >=
+    /// with a text in double quotes, a number, true, false or null; a path alone holds if the value is there
+    /// and is not false. Conditions are joined by &&, ||, ! and parentheses.
+    #[arg(long = "where", value_name = "PREDICATE")]
+    predicate: Option<String>,
     /// Begins at this position, such as 3:1042, and reads that partition only.
-    #[arg(long, value_name = "PARTITION:OFFSET", conflicts_with = "from_beginning")]
+    #[arg(long, value_name = "PARTITION:OFFSET", conflicts_with_all = ["from_beginning", "since"])]
     from: Option<String>,
     /// Begins at the beginning of the log.
     #[arg(long)]
     from_beginning: bool,
+    /// Begins with the events recorded at this time: 10m (s, m, h, d: so long ago), or
+    /// 2024-10-04T12:30:00Z.
+    #[arg(long, value_name = "TIME", conflicts_with = "from_beginning")]
+    since: Option<String>,
+    /// Only events recorded before this time, written like that of --since.
+    #[arg(long, value_name = "TIME")]
+    until: Option<String>,
     /// Goes on with new events as they come.
     #[arg(long, short)]
     follow: bool,
@@ -54,14 +75,25 @@ struct Wanted {
     category: Option<String>,
     event_type: Option<String>,
     stream: Option<StreamId>,
+    correlation: Option<String>,
+    predicate: Option<Predicate>,
     from: Option<Position>,
+    since: Option<DateTime<Utc>>,
+    until: Option<DateTime<Utc>>,
     /// Where printing begins in the partitions that are read.
     starts: BTreeMap<Partition, Offset>,
     left: Option<u64>,
 }
 
 impl Wanted {
-    fn of(args: &TailArgs) -> Result<Self, Error> {
+    fn of(args: &TailArgs, now: DateTime<Utc>) -> Result<Self, Error> {
+        let time = |option: &str, text: &Option<String>| {
+            text.as_deref().map(|text| time_of(option, text, now)).transpose()
+        };
+        let predicate = args.predicate.as_deref().map(|text| {
+            Predicate::parse(text, &NAMES)
+                .map_err(|mistake| Error::usage(format!("--where {text:?}, {mistake}")))
+        });
         let stream = args.stream.as_deref().map(|text| {
             text.parse().map_err(|error| {
                 Error::usage(format!("--stream {text:?}: {error}; write it as order-17"))
@@ -75,7 +107,11 @@ impl Wanted {
             category: args.category.clone(),
             event_type: args.event_type.clone(),
             stream: stream.transpose()?,
+            correlation: args.correlation.clone(),
+            predicate: predicate.transpose()?,
             from: from.transpose()?,
+            since: time("--since", &args.since)?,
+            until: time("--until", &args.until)?,
             starts: BTreeMap::new(),
             left: args.limit,
         })
@@ -90,6 +126,13 @@ impl Wanted {
             && self.event_type.as_ref().is_none_or(is_type)
             && self.stream.as_ref().is_none_or(|wanted| event.stream == *wanted)
             && self.starts.get(&event.position.partition) <= Some(&event.position.offset)
+            && self.since.is_none_or(|since| event.metadata.recorded_at >= since)
+            && self.until.is_none_or(|until| event.metadata.recorded_at < until)
+            && self
+                .correlation
+                .as_ref()
+                .is_none_or(|wanted| event.metadata.correlation_id.as_ref() == Some(wanted))
+            && self.predicate.as_ref().is_none_or(|predicate| predicate.holds(&value(event)))
     }
 
     fn is_enough(&self) -> bool {
@@ -116,24 +159,40 @@ impl Wanted {
 }
 
 pub(crate) async fn tail(context: &mut Context, args: TailArgs) -> Result<(), Error> {
-    let mut wanted = Wanted::of(&args)?;
+    let mut wanted = Wanted::of(&args, context.clock.now())?;
     let url = context.options.log()?;
     let log = Log::open(&url, &context.clock).await?;
     let ends = ends(&log, &wanted).await?;
-    wanted.starts = match wanted.from {
-        Some(Position { partition, offset }) => [(partition, offset)].into(),
-        None if args.from_beginning => ends.keys().map(|p| (*p, Offset(0))).collect(),
-        None => ends.clone(),
+    let has_start = args.from_beginning
+        || wanted.from.is_some()
+        || wanted.since.is_some()
+        || wanted.until.is_some();
+    wanted.starts = match (wanted.from, wanted.since) {
+        (Some(Position { partition, offset }), _) => [(partition, offset)].into(),
+        (_, Some(since)) => starts_since(&log, &ends, since).await?,
+        _ if has_start => ends.keys().map(|p| (*p, Offset(0))).collect(),
+        _ => ends.clone(),
     };
     if wanted.is_enough() {
         return Ok(());
     }
     let places = places(&log, &wanted.starts).await?;
-    let has_start = args.from_beginning || wanted.from.is_some();
     match has_start && !args.follow {
         true => to_the_end(context, &log, places, &ends, &mut wanted).await,
         false => follow(context, &log, places, &mut wanted).await,
     }
+}
+
+/// Returns where the events recorded since then begin.
+async fn starts_since(
+    log: &Log,
+    ends: &BTreeMap<Partition, Offset>,
+    since: DateTime<Utc>,
+) -> Result<BTreeMap<Partition, Offset>, Error> {
+    let start = |partition| async move {
+        Ok::<_, ReadError>((partition, log.since(partition, since).await?))
+    };
+    Ok(ask_all(ends.keys().copied(), start).await?.into_iter().collect())
 }
 
 /// The ends of the partitions in which there may be events that are wanted.

@@ -12,6 +12,7 @@ use kafold::{Database, Offset, Partition, RecordedEvent, StreamId, StreamIndex, 
 use serde::Serialize;
 
 use crate::admin::Context;
+use crate::commands::lists::StreamsArgs;
 use crate::diff::diff;
 use crate::domain::State;
 use crate::error::{Error, chain};
@@ -32,6 +33,8 @@ pub(crate) enum StreamCommand {
     /// A log on Kafka has no order by stream: with --database they come from the stream index and the
     /// end of the log behind it, without it the stream's whole partition is read.
     Show(ShowArgs),
+    /// Lists the streams, those with the newest events first. Reads the log.
+    List(StreamsArgs),
 }
 
 #[derive(Debug, Clone, clap::Args)]

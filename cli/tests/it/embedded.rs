@@ -127,6 +127,39 @@ async fn tail_prints_what_is_asked_for_in_the_order_of_the_log() {
     assert_eq!(tail(&["--from-beginning", "--type", "customer.changed"]), ["0:3"]);
     assert_eq!(tail(&["--from-beginning", "--type", "customer.changed.v2"]), [""; 0]);
 
+    let json = |args: &[&str]| run(folder.path(), &with(&[args, &["--json"]].concat())).json();
+    let types = json(&["types", "list"]);
+    let types: Vec<_> = types["types"].as_array().expect("a list").iter().collect();
+    let counts: Vec<_> = types.iter().map(|found| (&found["type"], &found["events"])).collect();
+    assert_eq!(
+        counts,
+        [(&json!("customer.changed.v1"), &json!(1)), (&json!("order.changed.v1"), &json!(4))]
+    );
+    assert_eq!(json(&["types", "list", "--since", "2100-01-01T00:00:00Z"]), json!({"types": []}));
+    let streams = json(&["stream", "list", "--category", "order"]);
+    assert_eq!(streams["total"], 2);
+    assert_eq!(
+        (&streams["streams"][0]["stream"], &streams["streams"][0]["version"]),
+        (&json!("order-1"), &json!(3))
+    );
+    let one = run(folder.path(), &with(&["stream", "list", "--last", "1"])).ok();
+    assert!(one.contains("order-1") && one.ends_with("3 streams; --last 3 lists all\n"), "{one}");
+
+    let filtered = |predicate| tail(&["--from-beginning", "--where", predicate]);
+    assert_eq!(filtered(r#"data.step >= 2 && category == "order""#), ["0:2", "0:4"]);
+    assert_eq!(filtered(r#"data.name == "Ann" || stream == "order-2""#), ["0:1", "0:3"]);
+    assert_eq!(tail(&["--from-beginning", "--correlation", "a request"]).len(), 5);
+    assert_eq!(tail(&["--from-beginning", "--correlation", "another"]), [""; 0]);
+    assert_eq!(tail(&["--since", "1h", "--until", "2100-01-01T00:00:00Z"]).len(), 5);
+    assert_eq!(tail(&["--until", "1h"]), [""; 0]);
+    assert_eq!(tail(&["--since", "2100-01-01T00:00:00Z"]), [""; 0]);
+    let mistaken = |args: &[&str], words: &[&str]| {
+        run(folder.path(), &with(&[&["events", "tail"], args].concat())).only_says(2, words);
+    };
+    mistaken(&["--where", "data.step = 1"], &["--where", "column 11", "&&, || or the end"]);
+    mistaken(&["--where", "payload.step == 1"], &["column 1", "one of data, type, stream"]);
+    mistaken(&["--since", "yesterday"], &["--since", "yesterday", "10m"]);
+
     let lines =
         run(folder.path(), &with(&["events", "tail", "--from", "0:1", "--limit", "1"])).ok();
     assert!(lines.starts_with("0:1  "), "{lines}");

@@ -217,6 +217,12 @@ async fn streams_and_events_are_read_with_an_index_and_without() {
         let expected: Vec<_> = all[at..].iter().filter(same).cloned().collect();
         assert_eq!(tail(&["--from", from]), expected, "from {from}");
     }
+    // The second newest event is where a partition may be begun at by its time.
+    let recorded = all[all.len() - 2]["recorded_at"].as_str().expect("a time");
+    let later = |event: &&Value| event["recorded_at"].as_str() >= Some(recorded);
+    let expected: Vec<_> = all.iter().filter(later).cloned().collect();
+    assert_eq!(tail(&["--since", recorded]), expected);
+    assert_eq!(tail(&["--until", recorded]).len(), all.len() - expected.len());
     let refused = run(folder.path(), &["events", "tail", "--from", "3:0", "--log", &url]);
     refused.only_says(1, &["3 partitions"]);
     let refused = run(folder.path(), &["events", "tail", "--from", "0:999", "--log", &url]);

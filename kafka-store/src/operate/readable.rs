@@ -96,6 +96,21 @@ impl ReadableLog {
         self.inspector.ends(partition).await.map_err(self.failed(partition))
     }
 
+    /// Returns the offset of the first record with this time or a later one; the end of the partition if
+    /// there is none. A record gets its time from the node that writes it, after its event was recorded.
+    pub async fn since(
+        &self,
+        partition: Partition,
+        time: DateTime<Utc>,
+    ) -> Result<Offset, ReadError> {
+        let (inquirer, topic) = (Arc::clone(&self.inquirer), self.config.events_topic());
+        let asked =
+            tokio::task::spawn_blocking(move || inquirer.since(&topic, partition, time)).await;
+        let closed = || ReadError::unavailable(RETRY_AFTER, "the program ends");
+        let found = asked.map_err(|_| closed())?;
+        found.map_err(|error| self.failed(partition)(InspectError::Unavailable(error)))
+    }
+
     /// What the partition shows of itself: its ends, and its oldest and newest records.
     pub async fn look(&self, partition: Partition) -> Result<PartitionFacts, ReadError> {
         let failed = || self.failed(partition);
