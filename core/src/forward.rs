@@ -91,6 +91,13 @@ pub enum Reply {
     },
 }
 
+impl ForwardedCommand {
+    /// Returns `true` for a load, which asks the owner of the stream for its version.
+    pub fn is_load(&self) -> bool {
+        self.payload.is_empty()
+    }
+}
+
 impl Reply {
     /// Whether the log itself holds this answer: nobody can find another one later. Any other answer
     /// is given only when the log says that the command is settled, or the next owner would decide

@@ -303,7 +303,14 @@ impl<A: Aggregate> CommandHandler<A> {
         let job = self.job(id, None, Request::default(), self.config.deadline)?;
         let span = job.span();
         async {
-            let confirmed = self.run(&job).await?.version;
+            let confirmed = match self.run(&job).await {
+                // A load has no outcome that could be unknown.
+                Err(HandleError::Append(AppendError::OutcomeUnknown { .. })) => {
+                    let why = "the node that owns the stream does not answer";
+                    return Err(AppendError::unavailable(RETRY_AFTER, why).into());
+                }
+                confirmed => confirmed?.version,
+            };
             self.state_from(&job, confirmed).await
         }
         .instrument(span)

@@ -498,7 +498,8 @@ impl<'a> Inbox<'a> {
         match (outcome, reply_to) {
             (Outcome::Open, _) => {}
             (Outcome::Postponed, _) => self.commands.settle(offset),
-            (Outcome::Settled(reply), Some(to)) if reply.is_in_log() => {
+            // A load that is handled once more changes nothing.
+            (Outcome::Settled(reply), Some(to)) if reply.is_in_log() || command.is_load() => {
                 self.commands.settle(offset);
                 self.answer(to, &reply);
             }

@@ -122,6 +122,18 @@ async fn a_load_of_a_foreign_stream_has_what_its_owner_confirms() {
     assert_eq!(far.store.submitted().len(), 2, "a load appends nothing");
 }
 
+#[tokio::test]
+async fn a_load_whose_owner_does_not_answer_is_unavailable() {
+    let (near, _) = nodes_with(few_attempts(), Arc::new(SystemClock));
+    let unknown = || AppendError::OutcomeUnknown { command_id: new_command() };
+    near.wire.on_delivery((0..3).map(|_| Delivery::Answer(Err(unknown()))));
+    let refused = near.accounts.load("a").await;
+    assert!(
+        matches!(refused, Err(HandleError::Append(AppendError::Unavailable { .. }))),
+        "{refused:?}"
+    );
+}
+
 /// The index of a stream is fed behind the write of its owner.
 #[tokio::test]
 async fn a_load_waits_until_the_confirmed_version_can_be_read() {
