@@ -62,6 +62,9 @@ pub(crate) enum Command {
     /// Shows events of all streams.
     #[command(subcommand)]
     Events(events::EventsCommand),
+    /// Exports the events of a log.
+    #[command(subcommand)]
+    Log(events::LogCommand),
     /// Prints which SQL rights a role needs.
     #[command(subcommand)]
     Grants(grants::GrantsCommand),
@@ -92,6 +95,7 @@ pub(crate) async fn run(command: Command, context: &mut Context) -> Result<(), E
         Command::Stream(stream::StreamCommand::List(args)) => lists::streams(context, args).await,
         Command::Types(lists::TypesCommand::List(args)) => lists::types(context, args).await,
         Command::Events(events::EventsCommand::Tail(args)) => events::tail(context, args).await,
+        Command::Log(events::LogCommand::Export(args)) => events::export(context, args).await,
         Command::Grants(command) => grants::run(context, command),
         Command::Topic(topic::TopicCommand::Create) => topic::create(context).await,
         Command::Topic(topic::TopicCommand::Check) => topic::check(context).await,

@@ -39,7 +39,9 @@
 
 use std::fmt;
 
+use serde::Deserialize;
 use serde_json::Value;
+use serde_json::value::RawValue;
 
 use crate::aggregate::Aggregate;
 use crate::codec::{decode, encode};
@@ -70,6 +72,32 @@ impl<A: Aggregate> Scenario<A> {
         self
     }
 
+    /// This event has happened, in the stored form that the log has: an older shape is lifted by the
+    /// upcasters.
+    #[must_use = "go on with `when`"]
+    #[track_caller]
+    pub fn given_stored(mut self, event_type: &str, payload: &str) -> Self {
+        let event: A::Event = decode(event_type, payload.as_bytes()).unwrap_or_else(|error| {
+            panic!("{event_type} {payload} cannot be read: {error}");
+        });
+        self.state.evolve(&event);
+        self.given.push(event);
+        self
+    }
+
+    /// The events of a fixture have happened: lines of JSON as `kafold log export` prints them, of one
+    /// stream.
+    #[must_use = "go on with `when`"]
+    #[track_caller]
+    pub fn given_fixture(self, lines: &str) -> Self {
+        lines.lines().filter(|line| !line.trim().is_empty()).fold(self, |scenario, line| {
+            let exported: Exported<'_> = serde_json::from_str(line).unwrap_or_else(|error| {
+                panic!("{line} is no line of `kafold log export`: {error}");
+            });
+            scenario.given_stored(&exported.event_type, exported.payload.get())
+        })
+    }
+
     /// Decides the command.
     #[must_use = "say what must follow, with one of the `then…`"]
     #[track_caller]
@@ -83,6 +111,15 @@ impl<A: Aggregate> Scenario<A> {
         });
         Outcome { state, given, decided }
     }
+}
+
+/// A line of a fixture.
+#[derive(Deserialize)]
+struct Exported<'l> {
+    #[serde(rename = "type")]
+    event_type: String,
+    #[serde(borrow)]
+    payload: &'l RawValue,
 }
 
 /// What the command led to. Every check panics with the whole scenario when it does not hold.

@@ -27,7 +27,7 @@ pub(crate) enum EventsCommand {
     Tail(TailArgs),
 }
 
-#[derive(Debug, Clone, clap::Args)]
+#[derive(Debug, Clone, Default, clap::Args)]
 pub(crate) struct TailArgs {
     /// Only events of streams of this category.
     #[arg(long, value_name = "CATEGORY")]
@@ -68,6 +68,39 @@ pub(crate) struct TailArgs {
     /// Ends after so many events.
     #[arg(long, value_name = "N")]
     limit: Option<u64>,
+}
+
+#[derive(Debug, Clone, Subcommand)]
+pub(crate) enum LogCommand {
+    /// Prints all events as lines of JSON, for backups, other programs and fixtures of tests.
+    ///
+    /// `scenario().given_fixture(include_str!("order-17.jsonl"))` reads the lines of one stream. The order is
+    /// that of each partition.
+    Export(ExportArgs),
+}
+
+#[derive(Debug, Clone, clap::Args)]
+pub(crate) struct ExportArgs {
+    /// Only events of streams of this category.
+    #[arg(long, value_name = "CATEGORY")]
+    category: Option<String>,
+    /// Only events of this stream, such as order-17.
+    #[arg(long, value_name = "ID")]
+    stream: Option<String>,
+    /// Only events recorded since then: 10m (s, m, h, d: so long ago), or 2024-10-04T12:30:00Z.
+    #[arg(long, value_name = "TIME")]
+    since: Option<String>,
+    /// Only events recorded before this time, written like that of --since.
+    #[arg(long, value_name = "TIME")]
+    until: Option<String>,
+}
+
+pub(crate) async fn export(context: &mut Context, args: ExportArgs) -> Result<(), Error> {
+    let ExportArgs { category, stream, since, until } = args;
+    let from_beginning = since.is_none();
+    context.out.json = true;
+    let all = TailArgs { category, stream, since, until, from_beginning, ..TailArgs::default() };
+    tail(context, all).await
 }
 
 /// Which events are wanted, and how many more.

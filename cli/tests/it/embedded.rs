@@ -145,6 +145,13 @@ async fn tail_prints_what_is_asked_for_in_the_order_of_the_log() {
     let one = run(folder.path(), &with(&["stream", "list", "--last", "1"])).ok();
     assert!(one.contains("order-1") && one.ends_with("3 streams; --last 3 lists all\n"), "{one}");
 
+    let exported = run(folder.path(), &with(&["log", "export", "--stream", "order-1"])).ok();
+    let payloads: Vec<Value> = exported
+        .lines()
+        .map(|line| serde_json::from_str::<Value>(line).expect("JSON a line")["payload"].clone())
+        .collect();
+    assert_eq!(payloads, [json!({"step": 1}), json!({"step": 2}), json!({"step": 3})]);
+    assert_eq!(run(folder.path(), &with(&["log", "export"])).ok().lines().count(), 5);
     let filtered = |predicate| tail(&["--from-beginning", "--where", predicate]);
     assert_eq!(filtered(r#"data.step >= 2 && category == "order""#), ["0:2", "0:4"]);
     assert_eq!(filtered(r#"data.name == "Ann" || stream == "order-2""#), ["0:1", "0:3"]);

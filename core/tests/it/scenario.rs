@@ -4,10 +4,12 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use serde::{Deserialize, Serialize};
 
+use kafold_core::codec::Upcasters;
 use kafold_core::scenario::scenario;
 use kafold_core::{Aggregate, DomainEvent};
 
 #[derive(Debug, Clone, Serialize, Deserialize, DomainEvent)]
+#[event(upcasters = counter_upcasters)]
 enum CounterEvent {
     #[event("counter.raised")]
     Raised { by: u32 },
@@ -24,6 +26,10 @@ enum CounterEvent {
     },
 }
 use CounterEvent::{Lowered, Measured, Moved, Noted, Raised};
+
+fn counter_upcasters() -> Upcasters {
+    Upcasters::none().renamed("counter.increased", 1, "counter.raised", 1)
+}
 
 fn one() -> u32 {
     1
@@ -126,4 +132,26 @@ fn an_event_that_cannot_be_read_back_fails_the_test_that_gives_it() {
     let expected =
         || scenario::<Counter>().when(Raise(vec![])).then([Measured { value: f64::INFINITY }]);
     assert!(message(|| drop(expected())).contains("does not survive"));
+}
+
+#[test]
+fn stored_events_and_fixtures_are_read_through_the_upcasters() {
+    let fixture = r#"
+        {"position":"0:1","stream":"counter-a","version":1,"type":"counter.increased.v1","payload":{"by":2}}
+        {"position":"0:2","stream":"counter-a","version":2,"type":"counter.raised.v1","payload":{"by":3}}
+    "#;
+    scenario::<Counter>()
+        .given_stored("counter.increased.v1", r#"{"by":1}"#)
+        .given_fixture(fixture)
+        .when(Raise(vec![4]))
+        .then_rejected(TooHigh(9));
+    scenario::<Counter>().given_fixture(fixture).when(Raise(vec![4])).then([Raised { by: 4 }]);
+    let refused = |given: &dyn Fn()| {
+        let panic = catch_unwind(AssertUnwindSafe(given)).expect_err("is refused");
+        panic.downcast_ref::<String>().expect("a message").clone()
+    };
+    let unknown = refused(&|| drop(scenario::<Counter>().given_stored("counter.x.v1", "{}")));
+    assert!(unknown.contains("counter.x.v1") && unknown.contains("cannot be read"), "{unknown}");
+    let no_line = refused(&|| drop(scenario::<Counter>().given_fixture("no json")));
+    assert!(no_line.contains("kafold log export"), "{no_line}");
 }
