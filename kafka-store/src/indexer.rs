@@ -178,10 +178,12 @@ impl Indexer {
                 self.halt(shared, tenure, error);
                 return None;
             }
-            if let FeedError::Index(error @ ReadError::Diverged { .. }) = &error {
-                shared.damaged(DamageSite::Feed, error);
-            }
             shared.standing().waiting = Some(error.to_string());
+            if let FeedError::Index(damage @ ReadError::Diverged { .. }) = &error {
+                shared.damaged(DamageSite::Feed, damage);
+                let refusal = Input::Unplaced(Arc::new(error));
+                self.driver.tell(Message::Input(shared.partition, tenure, refusal));
+            }
             self.pause(attempt).await;
         }
         None

@@ -80,7 +80,7 @@ impl PartitionWriter {
             Phase::Superseded { by, .. } => {
                 Some(AppendError::NotOwner { partition, owner: Some(Owner::clone(by)) })
             }
-            Phase::Halted(cause) => Some(AppendError::Unavailable {
+            Phase::Unplaced(cause) | Phase::Halted(cause) => Some(AppendError::Unavailable {
                 retry_after: RETRY_AFTER,
                 cause: Arc::clone(cause),
             }),

@@ -108,7 +108,11 @@ fn hash_phase(phase: &Phase, into: &mut impl Hasher) {
         Phase::CatchingUp { caught_up } => caught_up.hash(into),
         Phase::Claiming { claim, since: _ } => claim.hash(into),
         Phase::Owning(flight) => flight.fingerprint(into),
-        Phase::New | Phase::Superseded { .. } | Phase::Halted(_) | Phase::Released => {}
+        Phase::New
+        | Phase::Unplaced(_)
+        | Phase::Superseded { .. }
+        | Phase::Halted(_)
+        | Phase::Released => {}
     }
 }
 

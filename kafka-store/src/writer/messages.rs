@@ -169,6 +169,9 @@ pub enum Input {
     Indexed(Offset),
     /// Time has passed: due at [`PartitionWriter::next_wake`](super::PartitionWriter::next_wake).
     Tick,
+    /// The stored position is damaged: nothing is accepted until [`Input::Start`], which an operator makes
+    /// possible.
+    Unplaced(Cause),
     /// The driver found that the log is not ours any more: nothing can go on.
     Halt(Cause),
     /// All forwarded commands below `mark` are settled, found out under this claim: the records from

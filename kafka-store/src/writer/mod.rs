@@ -101,6 +101,8 @@ pub struct PartitionWriter {
 #[derive(Clone)]
 enum Phase {
     New,
+    /// As new, and the position to begin at is damaged.
+    Unplaced(Cause),
     CatchingUp {
         caught_up: bool,
     },
@@ -196,6 +198,7 @@ impl PartitionWriter {
             Input::ProducerReady => self.producer_ready(turn),
             Input::Indexed(position) => self.indexed(position),
             Input::Tick => {}
+            Input::Unplaced(cause) => self.unplaced(cause, turn),
             Input::Halt(cause) => self.halt(cause, turn),
             Input::CommandsMark { claim, mark, wanted } => self.commands_mark(claim, mark, wanted),
             Input::Release => self.release(turn),
@@ -228,7 +231,7 @@ impl PartitionWriter {
                 )
             }
             Phase::Superseded { until, .. } => (Some(*until), None),
-            Phase::New | Phase::Halted(_) | Phase::Released => (None, None),
+            Phase::New | Phase::Unplaced(_) | Phase::Halted(_) | Phase::Released => (None, None),
         };
         earlier(earlier(phase, read.filter(|_| !self.reading)), self.earliest_deadline)
     }
@@ -236,7 +239,7 @@ impl PartitionWriter {
     /// Whether commands are taken.
     pub fn status(&self) -> Status {
         match &self.phase {
-            Phase::New | Phase::CatchingUp { .. } => Status::CatchingUp,
+            Phase::New | Phase::Unplaced(_) | Phase::CatchingUp { .. } => Status::CatchingUp,
             Phase::Claiming { .. } => Status::Claiming,
             Phase::Owning(_) => Status::Owning,
             Phase::Superseded { by, .. } => Status::Superseded(by.clone()),
@@ -266,10 +269,17 @@ impl PartitionWriter {
     }
 
     fn start(&mut self, from: Checkpoint) {
-        if matches!(self.phase, Phase::New) {
+        if matches!(self.phase, Phase::New | Phase::Unplaced(_)) {
             self.told = from.next;
             self.reader = CommitReader::new(self.config.partition, from);
             self.phase = Phase::CatchingUp { caught_up: false };
+        }
+    }
+
+    fn unplaced(&mut self, cause: Cause, turn: &mut Turn<'_>) {
+        if matches!(self.phase, Phase::New | Phase::Unplaced(_)) {
+            self.phase = Phase::Unplaced(cause);
+            self.answer_waiting(turn);
         }
     }
 
@@ -368,7 +378,11 @@ impl PartitionWriter {
                 Some(since) if since + limits.quiet_time <= turn.now => limits.read_wait,
                 _ => return,
             },
-            Phase::New | Phase::Superseded { .. } | Phase::Halted(_) | Phase::Released => return,
+            Phase::New
+            | Phase::Unplaced(_)
+            | Phase::Superseded { .. }
+            | Phase::Halted(_)
+            | Phase::Released => return,
         };
         if !self.reading && due(self.read_not_before) {
             self.reading = true;

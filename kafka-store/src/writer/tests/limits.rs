@@ -240,3 +240,26 @@ fn a_stream_that_grew_here_looks_up_what_it_may_have_had() {
     assert!(!is_looked_up(0, 64, 65), "all are recent");
     assert!(is_looked_up(0, 65, 66), "there is no memory for the first");
 }
+
+#[test]
+fn requests_before_a_damaged_position_is_repaired_are_refused_at_once() {
+    let mut bench = Bench::new(config());
+    let waiting = bench.submit(exact(0), 1, 1);
+    assert!(bench.answer(waiting).is_none(), "the position is not looked up yet");
+    let damage = || Input::Unplaced(Arc::new(std::io::Error::other("a table is damaged")));
+    bench.give(damage());
+    assert!(is_unavailable(&bench.answer(waiting), "a table is damaged"));
+    let (later, view) = (bench.submit(exact(0), 2, 1), bench.confirm(0, None));
+    assert!(is_unavailable(&bench.answer(later), "a table is damaged"));
+    assert!(is_unavailable(&bench.confirmed(view), "a table is damaged"));
+    bench.give(Input::Start(Checkpoint::default()));
+    bench.catch_up();
+    bench.land_all();
+    bench.catch_up();
+    bench.give(damage());
+    assert!(matches!(bench.writer.status(), Status::Owning), "only a new writer has no position");
+    let taken = bench.submit(exact(0), 3, 1);
+    bench.load_empty();
+    bench.settle();
+    assert_eq!(bench.acknowledged(taken).0, 1);
+}
