@@ -37,6 +37,8 @@ struct Truth {
     streams: BTreeMap<StreamId, Vec<CommandId>>,
     /// The damage done to the tables, for messages.
     damage: String,
+    /// A store that is not ready may be reading its log again, and has the beginning of a stream.
+    reads_again: bool,
 }
 
 fn stream(nth: usize) -> StreamId {
@@ -71,8 +73,12 @@ impl Truth {
 
     /// Compares a readable stream with the acknowledged commands.
     async fn check(&self, store: &dyn EventStore, stream: &StreamId) -> Result<Version, ReadError> {
+        let may_be_short = self.reads_again && store.health() != Health::Ready;
         let events: Vec<_> = store.read(stream, Version::EMPTY).try_collect().await?;
         let found: Vec<_> = events.iter().map(|event| event.command_id).collect();
+        if may_be_short && self.commands(stream).starts_with(&found) {
+            return Ok(Version(found.len() as u64));
+        }
         assert_eq!(
             found,
             self.commands(stream),
@@ -400,6 +406,7 @@ async fn damage_a_log(brokers: &str, postgres: &str, nth: u64) -> u64 {
     let mut random = Rng::with_seed(nth);
     eventually("it is ready", async || log.health() == Health::Ready).await;
     let (mut truth, mut older) = fill(&*log.store(), &database, &mut random).await;
+    truth.reads_again = true;
     let mut told = 0;
     for seed in 0..KAFKA_SEEDS / KAFKA_LOGS {
         let before = Tables::read(&database).await;
