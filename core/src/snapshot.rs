@@ -32,7 +32,7 @@ pub struct Snapshot {
 /// ```
 /// # use kafold_core::{Aggregate, DomainEvent, snapshot::SnapshotSchema};
 /// # use serde::{Deserialize, Serialize};
-/// # #[derive(Clone, DomainEvent, Serialize, Deserialize)]
+/// # #[derive(Debug, Clone, DomainEvent, Serialize, Deserialize)]
 /// # enum Counted { #[event("counter.counted")] Counted }
 /// #[derive(Clone, Default, Serialize, Deserialize)]
 /// struct Counter(u64);

@@ -64,7 +64,7 @@ pub trait ReadModel: Send + Sync + 'static {
     /// # use kafold_core::{DomainEvent, Recorded, Row};
     /// # use kafold_projections::ReadModel;
     /// # use serde::{Deserialize, Serialize};
-    /// # #[derive(Clone, DomainEvent, Serialize, Deserialize)]
+    /// # #[derive(Debug, Clone, DomainEvent, Serialize, Deserialize)]
     /// # enum AccountEvent { #[event("account.opened")] Opened }
     /// #[derive(Clone, PartialEq, Row)]
     /// struct Account {
