@@ -21,9 +21,9 @@ use crate::progress::Progress;
 pub(crate) enum EventsCommand {
     /// Prints events, one a line: position, time, stream, version, type, payload.
     ///
-    /// Without a start (--from, --from-beginning, --since) and without --until it waits for new ones, until Ctrl-C. With a start it ends where the log ends now,
-    /// unless --follow says otherwise. The order is that of each partition. It joins no consumer group
-    /// and commits nothing.
+    /// Without a start (--from, --from-beginning, --since) and without --until it waits for new ones,
+    /// until Ctrl-C. With a start it ends where the log ends now, unless --follow says otherwise. The
+    /// order is that of each partition. It joins no consumer group and commits nothing.
     Tail(TailArgs),
 }
 
@@ -217,7 +217,7 @@ pub(crate) async fn tail(context: &mut Context, args: TailArgs) -> Result<(), Er
 }
 
 /// Returns where the events recorded since then begin.
-async fn starts_since(
+pub(super) async fn starts_since(
     log: &Log,
     ends: &BTreeMap<Partition, Offset>,
     since: DateTime<Utc>,
@@ -238,11 +238,7 @@ async fn ends(log: &Log, wanted: &Wanted) -> Result<BTreeMap<Partition, Offset>,
         check_partition(from, &read, log.partitions())?;
         read = vec![from.partition];
     }
-    let end = |partition| async move {
-        let (_, end) = log.ends(partition).await?;
-        Ok::<_, ReadError>((partition, end))
-    };
-    let ends: BTreeMap<_, _> = ask_all(read, end).await?.into_iter().collect();
+    let ends = ends_of(log, read).await?;
     match wanted.from {
         Some(from) if from.offset > ends[&from.partition] => {
             let (partition, end) = (from.partition, ends[&from.partition]);
@@ -252,6 +248,18 @@ async fn ends(log: &Log, wanted: &Wanted) -> Result<BTreeMap<Partition, Offset>,
         }
         _ => Ok(ends),
     }
+}
+
+/// Returns the ends of these partitions.
+pub(super) async fn ends_of(
+    log: &Log,
+    partitions: impl IntoIterator<Item = Partition>,
+) -> Result<BTreeMap<Partition, Offset>, Error> {
+    let end = |partition| async move {
+        let (_, end) = log.ends(partition).await?;
+        Ok::<_, ReadError>((partition, end))
+    };
+    Ok(ask_all(partitions, end).await?.into_iter().collect())
 }
 
 fn check_partition(from: Position, possible: &[Partition], all: u32) -> Result<(), Error> {
@@ -269,10 +277,13 @@ fn check_partition(from: Position, possible: &[Partition], all: u32) -> Result<(
     }
 }
 
-type Place = (Partition, Option<Cursor>);
+pub(super) type Place = (Partition, Option<Cursor>);
 
 /// Where reading begins so that nothing from the starts on is missed.
-async fn places(log: &Log, starts: &BTreeMap<Partition, Offset>) -> Result<Vec<Place>, Error> {
+pub(super) async fn places(
+    log: &Log,
+    starts: &BTreeMap<Partition, Offset>,
+) -> Result<Vec<Place>, Error> {
     let place = |partition| async move {
         let cursor = match starts[&partition] {
             Offset(0) => None,

@@ -5,13 +5,14 @@ use std::collections::{BTreeMap, HashMap};
 use chrono::{DateTime, Utc};
 use clap::Subcommand;
 use futures_util::TryStreamExt;
-use kafold::{Offset, Partition, ReadError, RecordedEvent, StreamId, Version};
+use kafold::{Offset, Partition, RecordedEvent, StreamId, Version};
 use serde::Serialize;
 
+use super::events::{Place, ends_of, places, starts_since};
 use crate::admin::Context;
 use crate::error::Error;
 use crate::event::time;
-use crate::log::{Log, ask_all};
+use crate::log::Log;
 use crate::options::time_of;
 use crate::output::{count, thousands};
 use crate::progress::Progress;
@@ -181,28 +182,19 @@ async fn scan(
 ) -> Result<(), Error> {
     let since = since.map(|text| time_of("--since", text, context.clock.now())).transpose()?;
     let log = Log::open(&context.options.log()?, &context.clock).await?;
-    let place = |partition| {
-        let log = log.clone();
-        async move {
-            let start = match since {
-                Some(since) => log.since(partition, since).await?,
-                None => Offset(0),
-            };
-            let from = match start {
-                Offset(0) => None,
-                start => log.cursor_before(partition, start).await?,
-            };
-            let (_, end) = log.ends(partition).await?;
-            Ok::<_, ReadError>((partition, from, end))
-        }
+    let ends = ends_of(&log, (0..log.partitions()).map(Partition)).await?;
+    let starts = match since {
+        Some(since) => starts_since(&log, &ends, since).await?,
+        None => ends.keys().map(|partition| (*partition, Offset(0))).collect(),
     };
-    let places = ask_all((0..log.partitions()).map(Partition), place).await?;
-    let begin = |from: &Option<kafold::store::Cursor>| from.as_ref().map_or(0, |from| from.next.0);
-    let total = places.iter().map(|(_, from, end)| end.0.saturating_sub(begin(from))).sum();
+    let places = places(&log, &starts).await?;
+    let begin = |(_, from): &Place| from.as_ref().map_or(0, |from| from.next.0);
+    let total = places.iter().map(|place| ends[&place.0].0.saturating_sub(begin(place))).sum();
     let progress = Progress::new(total, "the log");
-    for (partition, from, end) in places {
-        let mut next = begin(&from);
-        let mut batches = log.replay(partition, from, end);
+    for place in places {
+        let mut next = begin(&place);
+        let (partition, from) = place;
+        let mut batches = log.replay(partition, from, ends[&partition]);
         while let Some(batch) = batches.try_next().await? {
             for event in &batch.events {
                 let is_wanted = category.is_none_or(|wanted| event.stream.category() == wanted)
