@@ -125,3 +125,6 @@ require_c_toolchain() {
 }
 require_postgres() { require "the PostgreSQL server" has_postgres postgresql; }
 require_pgbouncer() { require "PgBouncer" has_pgbouncer pgbouncer; }
+
+has_python() { python3 -c 'import venv, ensurepip' 2>/dev/null; }
+require_python() { require "Python 3 with venv" has_python python3 python3-venv; }

@@ -118,7 +118,7 @@ impl Aggregate for Account {
     }
 }
 
-/// A row of [`Balances`]: one an account.
+/// A row for each account, and the read model `balances`.
 #[derive(Debug, Clone, PartialEq, Row)]
 pub struct Balance {
     /// The account.
@@ -130,16 +130,12 @@ pub struct Balance {
     pub deposits: i64,
 }
 
-/// Accounts and what is in them.
-pub struct Balances;
-
-impl ReadModel for Balances {
+impl ReadModel for Balance {
     const NAME: &'static str = "balances";
     type Event = AccountEvent;
-    type Row = Balance;
 
-    fn fold(id: &String, row: Option<Balance>, event: &Recorded<AccountEvent>) -> Option<Balance> {
-        let mut row = row.unwrap_or(Balance { id: id.clone(), balance_cents: 0, deposits: 0 });
+    fn fold(id: &String, row: Option<Self>, event: &Recorded<AccountEvent>) -> Option<Self> {
+        let mut row = row.unwrap_or(Self { id: id.clone(), balance_cents: 0, deposits: 0 });
         let AccountEvent::Deposited { amount_cents, .. } = &event.event;
         row.balance_cents += amount_cents;
         row.deposits += 1;
@@ -147,7 +143,7 @@ impl ReadModel for Balances {
     }
 }
 
-/// A row of [`Movements`]: one an event.
+/// A row for each event, and the read model `movements`.
 #[derive(Debug, Clone, PartialEq, Row)]
 pub struct Movement {
     /// The event.
@@ -161,23 +157,19 @@ pub struct Movement {
     pub version: i64,
 }
 
-/// What was paid in, one by one.
-pub struct Movements;
-
-impl ReadModel for Movements {
+impl ReadModel for Movement {
     const NAME: &'static str = "movements";
     const SHARED: bool = false;
     type Event = AccountEvent;
-    type Row = Movement;
 
     fn keys(event: &Recorded<AccountEvent>) -> Vec<Uuid> {
         vec![event.metadata.event_id]
     }
 
-    fn fold(id: &Uuid, _: Option<Movement>, event: &Recorded<AccountEvent>) -> Option<Movement> {
+    fn fold(id: &Uuid, _: Option<Self>, event: &Recorded<AccountEvent>) -> Option<Self> {
         let AccountEvent::Deposited { amount_cents, .. } = event.event;
         let (account, version) = (event.stream.id().to_owned(), event.version.0 as i64);
-        Some(Movement { id: *id, account, amount_cents, version })
+        Some(Self { id: *id, account, amount_cents, version })
     }
 }
 

@@ -15,7 +15,7 @@ use tokio::sync::watch;
 use crate::checker::{self, Anomaly, Verdict};
 use crate::cluster::NodePlace;
 use crate::disk::SmallDisk;
-use crate::domain::{Groups, Tallies};
+use crate::domain::{GroupRow, TallyRow};
 use crate::faults::{Faults, KINDS};
 use crate::history::{Line, RecordLine};
 use crate::random::Random;
@@ -196,7 +196,7 @@ async fn watch_rows(
             () = SystemClock.sleep(ROWS_INTERVAL) => {}
         }
         // The database may be what is broken.
-        if let Ok(rows) = shown::rows(&servers.pool, Groups::NAME, recorder.now()).await {
+        if let Ok(rows) = shown::rows(&servers.pool, GroupRow::NAME, recorder.now()).await {
             recorder.add(Line::Rows(rows));
         }
     }
@@ -211,7 +211,7 @@ async fn check(
 ) -> Result<(Verdict, Vec<Line>), Failure> {
     let records = read_log(servers).await?;
     let mut stuck = Vec::new();
-    for model in [Tallies::NAME, Groups::NAME] {
+    for model in [TallyRow::NAME, GroupRow::NAME] {
         stuck.extend(catch_up(servers, recorder, model, &records).await?);
     }
     // Again: barriers may have come meanwhile, which the read models have passed.

@@ -108,7 +108,7 @@ impl Aggregate for Tally {
     }
 }
 
-/// A tally as it is shown.
+/// A row for each tally: local to its partition.
 #[derive(Debug, Clone, PartialEq, Row)]
 pub struct TallyRow {
     #[row(stream)]
@@ -118,16 +118,12 @@ pub struct TallyRow {
     closed: i64,
 }
 
-/// One row a tally: local to its partition.
-pub struct Tallies;
-
-impl ReadModel for Tallies {
+impl ReadModel for TallyRow {
     const NAME: &'static str = "tallies";
     type Event = TallyEvent;
-    type Row = TallyRow;
 
-    fn fold(id: &String, row: Option<TallyRow>, event: &Recorded<TallyEvent>) -> Option<TallyRow> {
-        let new = || TallyRow { id: id.clone(), total: 0, version: 0, closed: 0 };
+    fn fold(id: &String, row: Option<Self>, event: &Recorded<TallyEvent>) -> Option<Self> {
+        let new = || Self { id: id.clone(), total: 0, version: 0, closed: 0 };
         let mut row = row.unwrap_or_else(new);
         match event.event {
             // Bounded by TOTAL_MAX.
@@ -140,7 +136,7 @@ impl ReadModel for Tallies {
     }
 }
 
-/// A group as it is shown.
+/// A row for each group of tallies, whatever their partitions.
 #[derive(Debug, Clone, PartialEq, Row)]
 pub struct GroupRow {
     #[row(key)]
@@ -150,21 +146,17 @@ pub struct GroupRow {
     closed: i64,
 }
 
-/// One row a group of tallies, whatever their partitions.
-pub struct Groups;
-
-impl ReadModel for Groups {
+impl ReadModel for GroupRow {
     const NAME: &'static str = "groups";
     type Event = TallyEvent;
-    type Row = GroupRow;
 
     fn keys(event: &Recorded<TallyEvent>) -> Vec<String> {
         let (TallyEvent::Added { group, .. } | TallyEvent::Closed { group }) = event.event;
         vec![group.to_string()]
     }
 
-    fn fold(id: &String, row: Option<GroupRow>, event: &Recorded<TallyEvent>) -> Option<GroupRow> {
-        let new = || GroupRow { id: id.clone(), total: 0, events: 0, closed: 0 };
+    fn fold(id: &String, row: Option<Self>, event: &Recorded<TallyEvent>) -> Option<Self> {
+        let new = || Self { id: id.clone(), total: 0, events: 0, closed: 0 };
         let mut row = row.unwrap_or_else(new);
         match event.event {
             TallyEvent::Added { amount, .. } => row.total += amount as i64,

@@ -307,6 +307,7 @@ impl Faults {
             Fault::DatabaseLock(time) => {
                 let Ok(_mine) = self.database.try_lock() else { return Ok(()) };
                 say(format!("checkpoints and index for {time:?}"));
+                #[expect(clippy::disallowed_methods, reason = "the campaign's own pool")]
                 let mut tx = self.servers.pool.begin().await?;
                 let lock =
                     "LOCK TABLE kafold_checkpoint, kafold_partition IN ACCESS EXCLUSIVE MODE";

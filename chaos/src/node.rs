@@ -21,7 +21,7 @@ use tokio::task::JoinSet;
 use uuid::Uuid;
 
 use crate::Failure;
-use crate::domain::{Groups, Tallies, Tally, TallyCommand, TallyError};
+use crate::domain::{GroupRow, Tally, TallyCommand, TallyError, TallyRow};
 use crate::history::{Answer, Place};
 
 /// Within this time a command is answered.
@@ -117,8 +117,10 @@ pub async fn run(args: NodeArgs) -> Result<(), Failure> {
         _ = terminate.recv() => return Ok(()),
         opened = open(&args) => opened?,
     };
-    let projections =
-        ProjectionWorker::new(log.source(), database.clone()).with(Tallies).with(Groups).spawn();
+    let projections = ProjectionWorker::new(log.source(), database.clone())
+        .with::<TallyRow>()
+        .with::<GroupRow>()
+        .spawn();
     let config = HandlerConfig { deadline: COMMAND_DEADLINE, ..HandlerConfig::default() };
     let handler = CommandHandler::new(log.store()).config(config).forwarding(log.commands());
     let node = Arc::new(Node { handler, store: log.store(), projections });

@@ -43,6 +43,7 @@ mod domain;
 mod error;
 mod event;
 mod log;
+mod new;
 mod options;
 mod output;
 mod overview;

@@ -11,6 +11,7 @@ use crate::admin::{Admin, finish};
 use crate::arguments::parse;
 use crate::commands::Command;
 use crate::error::Error;
+use crate::new::{self, NewArgs};
 use crate::options::Options;
 use crate::output::{Output, PrintableStderr};
 
@@ -42,6 +43,8 @@ RUST_LOG sets what is logged on standard error, such as RUST_LOG=debug.";
 enum ProgramCommand {
     #[command(flatten)]
     Admin(Command),
+    /// Makes a service from a template: a domain, a read model, HTTP and tests in one file.
+    New(NewArgs),
     /// Prints the completions of a shell, such as: kafold completions bash > /etc/bash_completion.d/kafold
     Completions {
         /// The shell.
@@ -66,6 +69,10 @@ pub fn main() -> ExitCode {
         ProgramCommand::Admin(command) => {
             let admin = Admin::new(PROGRAM);
             block_on(admin.run(crate::AdminArgs { options, command }))
+        }
+        ProgramCommand::New(args) => {
+            let made = new::run(&args, &mut out);
+            finish(PROGRAM, &mut out, made)
         }
         ProgramCommand::Completions { shell } => {
             let printed = completions(&mut out, shell);

@@ -10,8 +10,14 @@ use crate::snapshot::SnapshotSchema;
 /// command; what it needs from outside travels in the command. [`Default`] is the state of a stream
 /// without events.
 pub trait Aggregate: Default + Clone + Send + Sync + 'static {
-    /// The category of its streams, `[a-z][a-z0-9_]*`.
-    const CATEGORY: &'static str;
+    /// The category of its streams, `[a-z][a-z0-9_]*`. Default: that of its events, given by
+    /// `#[event(category = "account")]`.
+    const CATEGORY: &'static str = match Self::Event::CATEGORY {
+        Some(category) => category,
+        None => {
+            panic!("an aggregate needs CATEGORY, unless its events have #[event(category = \"…\")]")
+        }
+    };
     /// What may be asked of it.
     type Command: Send + Sync + 'static;
     /// What can have happened to it.

@@ -324,14 +324,7 @@ pub fn decode<E: DomainEvent>(event_type: &str, payload: &[u8]) -> Result<E, Cod
 
 /// A recorded event with its payload decoded.
 pub fn decode_recorded<E: DomainEvent>(event: &RecordedEvent) -> Result<Recorded<E>, CodecError> {
-    Ok(Recorded {
-        event: decode(&event.event_type, &event.payload)?,
-        stream: event.stream.clone(),
-        version: event.version,
-        position: event.position,
-        command_id: event.command_id,
-        metadata: event.metadata.clone(),
-    })
+    Ok(event.with(decode(&event.event_type, &event.payload)?))
 }
 
 fn decode_variant<'de, E: DomainEvent, D: Deserializer<'de>>(

@@ -163,6 +163,20 @@ pub struct RecordedEvent {
     pub metadata: Metadata,
 }
 
+impl RecordedEvent {
+    /// Returns the recorded event with its decoded payload.
+    pub fn with<E>(&self, event: E) -> Recorded<E> {
+        Recorded {
+            event,
+            stream: self.stream.clone(),
+            version: self.version,
+            position: self.position,
+            command_id: self.command_id,
+            metadata: self.metadata.clone(),
+        }
+    }
+}
+
 /// A recorded event with its payload decoded.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Recorded<E> {

@@ -317,6 +317,11 @@ impl<A: Aggregate> CommandHandler<A> {
         .await
     }
 
+    /// Returns the store, such as for reading a stream.
+    pub fn store(&self) -> &Arc<dyn EventStore> {
+        &self.store
+    }
+
     /// How many streams have a place in the cache, at most [`HandlerConfig::hot_states_max`].
     pub fn hot_states(&self) -> usize {
         self.states.len()

@@ -7,6 +7,7 @@
 //!
 //! - [`ids`]: streams, versions, positions, commands, as types that cannot be swapped;
 //! - [`event`]: domain events, and events before and after the append;
+//! - [`event_set`]: the events that a read model reads, of one aggregate or of several;
 //! - [`aggregate`]: the consistency boundary;
 //! - [`handler`]: the command handler with the one retry loop;
 //! - [`forward`]: the seam [`CommandBus`] between the nodes of one service;
@@ -22,6 +23,8 @@
 //! - [`trace`]: trace context on its way through commands, events and readers;
 //! - [`scenario`]: given, when, then for the tests of a domain;
 //! - [`secret`]: passwords and keys named in a URL by file or variable;
+//! - [`timeline`]: clock events, which move event time on without other events;
+//! - [`window`]: windows of event time, and which events are late;
 //! - [`clock`]: the only way here to time and randomness.
 
 // The derives write `::kafold_core::…`, also in this crate's own tests.
@@ -33,6 +36,7 @@ pub mod clock;
 pub mod codec;
 pub mod digest;
 pub mod event;
+pub mod event_set;
 pub mod filter;
 pub mod forward;
 pub mod handler;
@@ -49,18 +53,22 @@ pub mod snapshot;
 pub mod store;
 #[cfg(feature = "testing")]
 pub mod testing;
+pub mod timeline;
 pub mod trace;
+pub mod window;
 
 pub use aggregate::Aggregate;
 pub use clock::{Clock, IdGenerator};
 pub use event::{Commit, DomainEvent, EventType, Metadata, NewEvent, Recorded, RecordedEvent};
+pub use event_set::EventSet;
 pub use filter::Filter;
 pub use forward::{CommandBus, CommandExecutor, ForwardedCommand, Reply};
 pub use handler::{CommandHandler, HandleError, Handled};
 pub use ids::{CommandId, ExpectedVersion, Offset, Partition, Position, StreamId, Version};
 pub use index::StreamIndex;
-pub use kafold_core_macros::{DomainEvent, Row};
+pub use kafold_core_macros::{DomainEvent, EventSet, Row};
 pub use memory::MemoryStore;
 pub use row::Row;
 pub use snapshot::{Snapshot, SnapshotSchema, SnapshotStore};
 pub use store::{AppendError, Appended, EventSource, EventStore, ReadError};
+pub use uuid::Uuid;

@@ -92,8 +92,8 @@ impl MemoryStore {
         self.shared.log.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// FNV-1a of the stream's name over the partition count: the same in every process.
-    fn partition(&self, stream: &StreamId) -> Partition {
+    /// Returns the partition of a stream: FNV-1a of its name over the partition count, the same in every process.
+    pub fn partition_of(&self, stream: &StreamId) -> Partition {
         let hash = stream.as_str().bytes().fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| {
             (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
         });
@@ -102,7 +102,7 @@ impl MemoryStore {
     }
 
     fn append_now(&self, append: Append) -> Result<Appended, AppendError> {
-        let partition = self.partition(&append.stream);
+        let partition = self.partition_of(&append.stream);
         let mut log = self.log();
         if let Some(first) = log.find_command(&append.stream, append.commit.command_id()) {
             return Ok(Appended { duplicate: true, ..first });
@@ -202,7 +202,7 @@ impl EventStore for MemoryStore {
         stream: &StreamId,
         after: Version,
     ) -> BoxStream<'static, Result<RecordedEvent, ReadError>> {
-        let partition = self.partition(stream);
+        let partition = self.partition_of(stream);
         let log = self.log();
         let offsets = log.streams.get(stream).map_or(&[][..], |stream| &stream.offsets);
         let skipped = usize::try_from(after.0).unwrap_or(usize::MAX).min(offsets.len());

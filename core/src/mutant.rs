@@ -75,6 +75,32 @@ pub enum Mutant {
     SharedRowsUnlocked,
     /// A projection leaves out an event that it cannot read.
     SkipUnreadable,
+    /// An event is late by the least clock of all partitions, not by the clock of its own.
+    LateByLeastClock,
+    /// An event is late by the clock at the end of its batch.
+    ClockOfTheBatch,
+    /// A partition without anything to read holds up no window.
+    IdleByTheWall,
+    /// A partition without any event holds up no window.
+    VirginExcluded,
+    /// An event from the future moves the clock to its own time.
+    FutureUnclamped,
+    /// An event from the future moves the clock to its recording.
+    FutureMovesTheClock,
+    /// A clock event of another timeline moves the clock.
+    AnyTimeline,
+    /// A live log whose partitions are all quiet gets no clock events.
+    NoWallClock,
+    /// Timers are handed on at the end of a batch.
+    TimersAtTheEnd,
+    /// An event between two sessions joins one of them alone.
+    SessionOneNeighbour,
+    /// A session is closed one gap too early.
+    SessionClosedAGapEarly,
+    /// Lateness for sessions follows from the end of the joined session.
+    SessionLateByState,
+    /// No clock event is appended.
+    NeverAdvance,
 }
 
 /// Whether the bug is switched on in this thread.

@@ -1,25 +1,32 @@
 //! A read model's row as named columns, the same on every database.
 
+mod key;
+mod merge;
+
 use std::fmt;
 use std::marker::PhantomData;
 
 use chrono::{DateTime, Datelike, NaiveDate, Utc};
 use uuid::Uuid;
 
+pub use key::{KeyPrefix, RowKey};
+pub use merge::{Merge, MergeRole, Ordered, Summable};
+
 /// One row of a read model. Derive it: `#[derive(Row)]` on a struct, with `#[row(key)]` on its key
-/// field and `#[row(index)]` on fields that are searched by. `#[row(stream)]` on a key of type `String` makes
+/// field and `#[row(index)]` on fields that are searched by. Several fields with `#[row(key)]` are one key of
+/// several columns, in the order of the fields. `#[row(stream)]` on a key of type `String` makes
 /// the rows those of streams: the key is the id of the stream.
 pub trait Row: Clone + PartialEq + Send + Sync + 'static {
-    /// The type of the key field.
-    type Key: ColumnValue + Clone + Eq + Ord + std::hash::Hash + Send + Sync + 'static;
+    /// The type of the key field, or a tuple of the types of the key fields.
+    type Key: RowKey;
 
-    /// The columns, in the order of the fields. Exactly one is the key.
+    /// The columns, in the order of the fields.
     const COLUMNS: &'static [Column];
 
     /// Returns the key from the id of a stream, if the key is `#[row(stream)]`.
     const STREAM_KEY: Option<fn(&str) -> Self::Key> = None;
 
-    /// The value of the key column.
+    /// Returns the values of the key columns.
     fn key(&self) -> Self::Key;
 
     /// Returns the row as the database gives it back, see [`ColumnValue::normalize`]. A value with
@@ -48,9 +55,12 @@ pub struct Column {
     pub nullable: bool,
     /// Its part in finding rows.
     pub role: ColumnRole,
+    /// Its part in merging rows: `#[row(sum)]`, `#[row(min)]` or `#[row(max)]`.
+    pub merge: Option<MergeRole>,
 }
 
-/// A column by which rows are found: the key, or a field with `#[row(index)]`. `V` is the type of the field.
+/// A column by which rows are found: the key of one column, or a field with `#[row(index)]`. `V` is the type of
+/// the field. A [`KeyPrefix`] finds rows by the first columns of a longer key.
 ///
 /// `#[derive(Row)]` makes one for each such field, as an associated constant with the name of the field:
 /// `Balance::account.eq("ada")` is a condition for the query of a read model. Another column or a value of
@@ -65,6 +75,13 @@ impl<R: Row, V> IndexedColumn<R, V> {
     #[doc(hidden)]
     pub const fn at(place: usize) -> Self {
         Self { column: &R::COLUMNS[place], of: PhantomData }
+    }
+}
+
+impl<R, V> IndexedColumn<R, V> {
+    /// Returns the column.
+    pub const fn column(&self) -> &'static Column {
+        self.column
     }
 }
 
@@ -135,7 +152,7 @@ impl fmt::Display for ColumnKind {
 /// A column's part in finding rows.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ColumnRole {
-    /// Identifies the row.
+    /// Identifies the row, alone or with other columns.
     Key,
     /// Searched by.
     Index,
@@ -388,7 +405,9 @@ pub mod derived {
     use serde::Serialize;
     use serde::de::DeserializeOwned;
 
-    use super::{ColumnKind, INDEXED_TEXT_BYTES_MAX, InvalidValue, Row, Value, mismatch, shown};
+    use super::{
+        ColumnKind, INDEXED_TEXT_BYTES_MAX, InvalidValue, Row, Summable, Value, mismatch, shown,
+    };
     use crate::codec;
 
     /// The values of one row, taken in the order of its columns.
@@ -435,18 +454,16 @@ pub mod derived {
         named(column, codec::read_from_column(value).map_err(|error| error.to_string()))
     }
 
-    /// Rejects texts that are too long for the index of a column: `text` is of the column, and `key`,
-    /// if any, of the key that follows it in the index.
-    pub fn check_index_entry(
-        column: &'static str,
-        text: Option<&str>,
-        key: Option<&str>,
-    ) -> Result<(), InvalidValue> {
-        let Some(text) = text else { return Ok(()) };
-        let bytes = text.len() + key.map_or(0, str::len);
+    /// Rejects an index entry with too much text. `entry` has the columns of the entry: one or several of the
+    /// key, or an indexed column and the key.
+    pub fn check_index_entry(entry: &[(&'static str, Option<&str>)]) -> Result<(), InvalidValue> {
+        let texts = || entry.iter().filter_map(|(column, text)| Some((*column, (*text)?)));
+        let bytes: usize = texts().map(|(_, text)| text.len()).sum();
         if bytes <= INDEXED_TEXT_BYTES_MAX {
             return Ok(());
         }
+        let longest = texts().max_by_key(|(_, text)| text.len());
+        let (column, text) = longest.expect("without a text there are no bytes");
         Err(InvalidValue { column, reason: too_long(text, bytes) })
     }
 
@@ -456,6 +473,12 @@ pub mod derived {
              indexed text together): index a hash of it",
             shown(text)
         )
+    }
+
+    /// Returns the sum of two values of a column. Panics if the column cannot hold the sum; a panic of a fold is
+    /// a fault of its event.
+    pub fn sum<T: Summable>(column: &'static str, one: T, other: T) -> T {
+        one.sum(other).unwrap_or_else(|| panic!("column {column}: the sum is too large"))
     }
 
     /// Returns a value as JSON text.

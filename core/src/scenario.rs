@@ -90,12 +90,22 @@ impl<A: Aggregate> Scenario<A> {
     #[must_use = "go on with `when`"]
     #[track_caller]
     pub fn given_fixture(self, lines: &str) -> Self {
-        lines.lines().filter(|line| !line.trim().is_empty()).fold(self, |scenario, line| {
+        let mut first = None;
+        let events = lines.lines().filter(|line| !line.trim().is_empty());
+        let scenario = events.fold(self, |scenario, line| {
             let exported: Exported<'_> = serde_json::from_str(line).unwrap_or_else(|error| {
                 panic!("{line} is no line of `kafold log export`: {error}");
             });
+            let stream = first.get_or_insert_with(|| exported.stream.clone());
+            assert!(
+                *stream == exported.stream,
+                "the fixture has events of {stream} and of {}: export one stream",
+                exported.stream
+            );
             scenario.given_stored(&exported.event_type, exported.payload.get())
-        })
+        });
+        assert!(first.is_some(), "the fixture has no event: {lines:?}");
+        scenario
     }
 
     /// Decides the command.
@@ -116,6 +126,7 @@ impl<A: Aggregate> Scenario<A> {
 /// A line of a fixture.
 #[derive(Deserialize)]
 struct Exported<'l> {
+    stream: String,
     #[serde(rename = "type")]
     event_type: String,
     #[serde(borrow)]

@@ -226,6 +226,24 @@ pub enum Health {
     NotReady(Vec<String>),
 }
 
+impl Health {
+    /// Returns `Ready` if both are; otherwise all reasons, each once: two parts may name the same database.
+    #[must_use]
+    pub fn and(self, other: Self) -> Self {
+        match (self, other) {
+            (Self::Ready, health) | (health, Self::Ready) => health,
+            (Self::NotReady(mut reasons), Self::NotReady(more)) => {
+                for reason in more {
+                    if !reasons.contains(&reason) {
+                        reasons.push(reason);
+                    }
+                }
+                Self::NotReady(reasons)
+            }
+        }
+    }
+}
+
 /// Writes and reads streams.
 ///
 /// Promises of every implementation, held by the contract suite in [`crate::testing`]: an
@@ -338,6 +356,9 @@ pub trait EventSource: Send + Sync + 'static {
         database: Option<&str>,
         batch_events_max: usize,
     ) -> Result<Box<dyn Subscription>, ReadError>;
+
+    /// Returns the number of partitions of the log.
+    fn partitions(&self) -> u32;
 }
 
 /// One reader's place in an [`EventSource`].

@@ -31,13 +31,20 @@ pub(crate) struct PlacedEvent<'a> {
     pub(crate) offset: Offset,
     pub(crate) command_id: CommandId,
     pub(crate) event: &'a NewEvent,
+    /// The hash of the stream.
+    pub(crate) hash: i64,
+    pub(crate) digest: Digest,
 }
 
-impl PlacedEvent<'_> {
-    /// Returns the event in the form of a later read.
-    pub(crate) fn recorded(&self) -> RecordedEvent {
-        let Self { stream, version, offset, command_id, event } = *self;
-        RecordedEvent {
+impl<'a> PlacedEvent<'a> {
+    pub(crate) fn new(
+        stream: &'a StreamId,
+        version: Version,
+        offset: Offset,
+        command_id: CommandId,
+        event: &'a NewEvent,
+    ) -> Self {
+        let digest = Digest::of(&RecordedEvent {
             stream: stream.clone(),
             version,
             position: Position { partition: PARTITION, offset },
@@ -45,22 +52,30 @@ impl PlacedEvent<'_> {
             event_type: event.event_type.clone(),
             payload: event.payload.clone(),
             metadata: event.metadata.clone(),
-        }
+        });
+        Self { stream, version, offset, command_id, event, hash: stream_hash(stream), digest }
     }
 }
 
-/// What the file says about one stream and command.
+/// A stream and a command, as the file has them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Known {
     /// The version of the stream's last event.
     pub(crate) version: Version,
-    /// The version of the stream's head.
-    pub(crate) head: Version,
+    /// `None` for a stream whose last commit this process remembers.
+    pub(crate) head: Option<KnownHead>,
+    pub(crate) first: Option<Appended>,
+}
+
+/// The head of a stream, as the file has it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(from = "HeadAnswer")]
+pub(crate) struct KnownHead {
+    pub(crate) version: Version,
     /// Number of heads with the stream's hash, under any name.
     pub(crate) same_hash: u64,
-    /// The digest of the heads in the stream's bucket, if requested.
-    pub(crate) bucket: Option<Digest>,
-    pub(crate) first: Option<Appended>,
+    /// The digest of the heads in the stream's bucket.
+    pub(crate) bucket: Digest,
 }
 
 /// A query about a stream.
@@ -70,41 +85,35 @@ pub(crate) struct Question<'a> {
     /// A command of the stream to find.
     pub(crate) command: Option<CommandId>,
     /// The version of this process's latest commit to the stream, if remembered. Without a
-    /// remembered version the stream's bucket is compared.
+    /// remembered version the stream's head and bucket are compared.
     pub(crate) last: Option<Version>,
 }
 
-impl Question<'_> {
-    /// Returns the stream's hash and the inclusive range of hashes of the heads to read. The range
-    /// is empty for a stream whose last commit this process remembers.
-    fn hashes(&self) -> (i64, i64, i64) {
-        let hash = stream_hash(self.stream);
-        let (lowest, highest) = Bucket::of_hash(hash).hashes();
-        if self.last.is_none() { (hash, lowest, highest) } else { (hash, 0, -1) }
-    }
-}
-
-/// The answers come as one row: a row of their own each would cost more than finding them. A command is
-/// looked up by its id: the planner would rather read the whole stream.
+/// The answers come as one row: a row of their own each would cost more than finding them. The parts of a
+/// question are taken out of the JSON once. A command is looked up by its id: the planner would rather read
+/// the whole stream.
 const BEGIN: &str = r#"
 BEGIN IMMEDIATE;
+WITH asked AS MATERIALIZED (
+    SELECT value ->> 0 AS category, value ->> 1 AS id, unhex(value ->> 2) AS command,
+        value ->> 3 AS hash, value ->> 4 AS lowest, value ->> 5 AS highest
+    FROM json_each(?))
 SELECT
     (SELECT coalesce(max("offset") + 1, 0) FROM kafold_event WHERE partition = 0),
     (SELECT next_offset FROM kafold_log),
     json_group_array(json_array(
-        (SELECT max(version) FROM kafold_event
-         WHERE category = asked.value ->> 0 AND stream_id = asked.value ->> 1),
-        (SELECT version FROM kafold_stream
-         WHERE partition = 0 AND hash = asked.value ->> 3
-           AND category = asked.value ->> 0 AND stream_id = asked.value ->> 1),
+        (SELECT max(version) FROM kafold_event WHERE category = asked.category AND stream_id = asked.id),
         (SELECT max(version) FROM kafold_event INDEXED BY kafold_event_command
-         WHERE category = asked.value ->> 0 AND stream_id = asked.value ->> 1
-           AND command_id = unhex(asked.value ->> 2)),
-        (SELECT count(*) FROM kafold_stream WHERE partition = 0 AND hash = asked.value ->> 3),
-        (SELECT json_group_array(digest) FROM kafold_stream
-         WHERE partition = 0 AND hash BETWEEN asked.value ->> 4 AND asked.value ->> 5)
+         WHERE category = asked.category AND stream_id = asked.id AND command_id = asked.command),
+        CASE WHEN asked.hash IS NOT NULL THEN json_array(
+            (SELECT version FROM kafold_stream
+             WHERE partition = 0 AND hash = asked.hash
+               AND category = asked.category AND stream_id = asked.id),
+            (SELECT count(*) FROM kafold_stream WHERE partition = 0 AND hash = asked.hash),
+            (SELECT json_group_array(digest) FROM kafold_stream
+             WHERE partition = 0 AND hash BETWEEN asked.lowest AND asked.highest)) END
     ))
-FROM json_each(?) AS asked
+FROM asked
 "#;
 
 /// The same about one stream and command, which come alone while the store is idle: in half of the time.
@@ -114,13 +123,8 @@ SELECT
     (SELECT coalesce(max("offset") + 1, 0) FROM kafold_event WHERE partition = 0),
     (SELECT next_offset FROM kafold_log),
     (SELECT max(version) FROM kafold_event WHERE category = ?1 AND stream_id = ?2),
-    (SELECT version FROM kafold_stream
-     WHERE partition = 0 AND hash = ?4 AND category = ?1 AND stream_id = ?2),
     (SELECT max(version) FROM kafold_event INDEXED BY kafold_event_command
-     WHERE category = ?1 AND stream_id = ?2 AND command_id = ?3),
-    (SELECT count(*) FROM kafold_stream WHERE partition = 0 AND hash = ?4),
-    (SELECT json_group_array(digest) FROM kafold_stream
-     WHERE partition = 0 AND hash BETWEEN ?5 AND ?6)
+     WHERE category = ?1 AND stream_id = ?2 AND command_id = ?3)
 "#;
 
 /// The answers at the beginning of a transaction.
@@ -145,31 +149,37 @@ pub(crate) async fn begin(
     };
     let mut known = Vec::with_capacity(questions.len());
     for (question, answer) in questions.iter().zip(answers) {
-        let Answer(version, head, found, same_hash, bucket) = answer;
+        let Answer(version, found, head) = answer;
         let first = match (found, question.command) {
             (Some(_), Some(command)) => {
                 find_command(&mut *connection, question.stream, command).await?
             }
             _ => None,
         };
-        known.push(Known {
-            version: Version(version.unwrap_or(0)),
-            // A negative version matches no event, so the comparison reports the damage.
-            head: Version(head.unwrap_or(0) as u64),
-            same_hash,
-            bucket: question.last.is_none().then(|| xor(bucket)),
-            first,
-        });
+        known.push(Known { version: Version(version.unwrap_or(0)), head, first });
     }
     let end = Offset(unsigned(end));
     let declared_end = declared_end.map(|next| Offset(next as u64));
     Ok(Begun { end, declared_end, known })
 }
 
-/// The version of a stream, the version of the stream's head, the last version of the command, the
-/// number of heads with the stream's hash, and the digests of the bucket.
+/// The version of a stream, the last version of the command, and the head, unless the stream's last commit
+/// is remembered.
 #[derive(Deserialize)]
-struct Answer(Option<u64>, Option<i64>, Option<u64>, u64, Vec<i64>);
+struct Answer(Option<u64>, Option<u64>, Option<KnownHead>);
+
+/// The version of the stream's head, the number of heads with the stream's hash, and the digests of the
+/// bucket.
+#[derive(Deserialize)]
+struct HeadAnswer(Option<i64>, u64, Vec<i64>);
+
+impl From<HeadAnswer> for KnownHead {
+    fn from(HeadAnswer(version, same_hash, bucket): HeadAnswer) -> Self {
+        // A negative version matches no event, so the comparison reports the damage.
+        let version = Version(version.unwrap_or(0) as u64);
+        Self { version, same_hash, bucket: xor(bucket) }
+    }
+}
 
 /// The end of the log in `kafold_event` and in `kafold_log`, and an answer for each question.
 type Answers = (i64, Option<i64>, Vec<Answer>);
@@ -178,14 +188,16 @@ async fn begin_one(
     connection: &mut SqliteConnection,
     question: &Question<'_>,
 ) -> Result<Answers, sqlx::Error> {
-    let (hash, lowest, highest) = question.hashes();
     let query = sqlx::query_as(BEGIN_ONE).bind(question.stream.category());
     let query = query.bind(question.stream.id()).bind(question.command.map(|command| command.0));
-    let query = query.bind(hash).bind(lowest).bind(highest);
-    type Found = (i64, Option<i64>, Option<u64>, Option<i64>, Option<u64>, u64, String);
-    let found: Found = query.fetch_one(connection).await?;
-    let (end, declared, version, head, found, same_hash, bucket) = found;
-    Ok((end, declared, vec![Answer(version, head, found, same_hash, digests(&bucket)?)]))
+    let found: (i64, Option<i64>, Option<u64>, Option<u64>) =
+        query.fetch_one(&mut *connection).await?;
+    let (end, declared, version, found) = found;
+    let head = match question.last {
+        Some(_) => None,
+        None => Some(head(connection, question.stream).await?),
+    };
+    Ok((end, declared, vec![Answer(version, found, head)]))
 }
 
 async fn begin_many(
@@ -196,8 +208,13 @@ async fn begin_many(
         .iter()
         .map(|question| {
             let command = question.command.map(|command| command.0.simple().to_string());
-            let (hash, lowest, highest) = question.hashes();
             let stream = question.stream;
+            let head = question.last.is_none().then(|| {
+                let hash = stream_hash(stream);
+                (hash, Bucket::of_hash(hash).hashes())
+            });
+            let (hash, bucket) = head.unzip();
+            let (lowest, highest) = bucket.unzip();
             (stream.category(), stream.id(), command, hash, lowest, highest)
         })
         .collect();
@@ -206,6 +223,25 @@ async fn begin_many(
     let (end, declared, answers): (i64, Option<i64>, String) = query.fetch_one(connection).await?;
     let answers = serde_json::from_str(&answers);
     Ok((end, declared, answers.map_err(|error| sqlx::Error::Decode(error.into()))?))
+}
+
+/// Returns the head of a stream and the digest of its bucket.
+pub(crate) async fn head(
+    connection: &mut SqliteConnection,
+    stream: &StreamId,
+) -> Result<KnownHead, sqlx::Error> {
+    let sql = "SELECT (SELECT version FROM kafold_stream \
+                       WHERE partition = 0 AND hash = ?3 AND category = ?1 AND stream_id = ?2), \
+                 (SELECT count(*) FROM kafold_stream WHERE partition = 0 AND hash = ?3), \
+                 (SELECT json_group_array(digest) FROM kafold_stream \
+                  WHERE partition = 0 AND hash BETWEEN ?4 AND ?5)";
+    let hash = stream_hash(stream);
+    let (lowest, highest) = Bucket::of_hash(hash).hashes();
+    let query = sqlx::query_as(sql).bind(stream.category()).bind(stream.id());
+    let query = query.bind(hash).bind(lowest).bind(highest);
+    let (version, same_hash, bucket): (Option<i64>, u64, String) =
+        query.fetch_one(connection).await?;
+    Ok(HeadAnswer(version, same_hash, digests(&bucket)?).into())
 }
 
 /// Returns `true` if the name of every head with the stream's hash also has this hash: the hashes
@@ -221,17 +257,6 @@ pub(crate) async fn heads_collide(
         StreamId::new(category, id).is_ok_and(|other| stream_hash(&other) == hash)
     };
     Ok(heads.iter().all(has_hash))
-}
-
-/// Returns the digest of the heads in a stream's bucket.
-pub(crate) async fn bucket(
-    executor: impl SqliteExecutor<'_>,
-    stream: &StreamId,
-) -> Result<Digest, sqlx::Error> {
-    let (lowest, highest) = Bucket::of(stream).hashes();
-    let sql = "SELECT digest FROM kafold_stream WHERE partition = 0 AND hash BETWEEN ? AND ?";
-    let query = sqlx::query_scalar(sql).bind(lowest).bind(highest);
-    query.fetch_all(executor).await.map(xor)
 }
 
 /// Parses the digests in a JSON array.
@@ -335,8 +360,8 @@ fn bind(values: &mut SqliteArguments, placed: &PlacedEvent<'_>) -> Result<(), Bo
     values.add(placed.command_id.0)?;
     values.add(metadata_text(&event.metadata)?)?;
     values.add(&*event.payload)?;
-    values.add(stream_hash(stream))?;
-    values.add(Digest::of(&placed.recorded()).0 as i64)
+    values.add(placed.hash)?;
+    values.add(placed.digest.0 as i64)
 }
 
 macro_rules! row {
@@ -436,8 +461,9 @@ pub(crate) async fn read_page(
         FROM of_stream o
         LEFT JOIN (SELECT * FROM kafold_event
                    WHERE category = ?1 AND stream_id = ?2 AND version > ?3
-                   ORDER BY version LIMIT ?7) e
+                   ORDER BY version LIMIT ?7 + 0) e
         ORDER BY e.version"#;
+    // A bare `LIMIT ?7` would have SQLite parse the statement again at each use, to see the value.
     let hash = stream_hash(stream);
     let (lowest, highest) = Bucket::of_hash(hash).hashes();
     let query = sqlx::query(sql).bind(stream.category()).bind(stream.id()).bind(signed(after.0));
@@ -574,10 +600,11 @@ async fn read_rows(
     from: Offset,
     limit: i64,
 ) -> Result<Vec<EventRow>, sqlx::Error> {
+    // At a bare `LIMIT ?` SQLite parses the statement again at each use, to see the value.
     let query = r#"SELECT category, stream_id, version, partition, "offset", event_id, event_type,
                           recorded_at, command_id, metadata, payload, digest
                    FROM kafold_event WHERE partition = 0 AND "offset" >= ?
-                   ORDER BY "offset" LIMIT ?"#;
+                   ORDER BY "offset" LIMIT ? + 0"#;
     sqlx::query_as(query).bind(signed(from.0)).bind(limit).fetch_all(executor).await
 }
 

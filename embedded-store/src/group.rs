@@ -142,7 +142,7 @@ impl<'a> Group<'a> {
         for (event, index) in append.commit.events().iter().zip(0..) {
             let version = before.plus(index + 1);
             let offset = self.next.plus(index);
-            self.rows.push(PlacedEvent { stream, version, offset, command_id, event });
+            self.rows.push(PlacedEvent::new(stream, version, offset, command_id, event));
         }
         let count = append.commit.count();
         let last = self.next.plus(count - 1);
@@ -216,13 +216,7 @@ mod tests {
     }
 
     fn known(version: u64, first: Option<Appended>) -> Known {
-        Known {
-            version: Version(version),
-            head: Version(version),
-            same_hash: 0,
-            bucket: None,
-            first,
-        }
+        Known { version: Version(version), head: None, first }
     }
 
     fn question(stream: &StreamId, command: Option<CommandId>) -> Question<'_> {

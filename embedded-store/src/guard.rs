@@ -13,8 +13,8 @@ use std::time::Duration;
 use kafold_core::digest::{Bucket, BucketDigests, Digest};
 use kafold_core::index::{IndexHead, IndexTotal};
 use kafold_core::mutant::{self, Mutant};
-use kafold_core::{Clock, Offset, ReadError, RecordedEvent, StreamId, Version};
-use kafold_migrations::SqliteDatabase;
+use kafold_core::{Clock, Offset, ReadError, StreamId, Version};
+use kafold_migrations::{SqliteDatabase, begin};
 use sqlx::SqliteConnection;
 
 use crate::config::READ_PAGE_EVENTS;
@@ -48,8 +48,7 @@ struct KnownLog {
 
 impl KnownLog {
     /// Adds the event at `end`.
-    fn push(&mut self, event: &RecordedEvent) {
-        let (bucket, digest) = (Bucket::of(&event.stream), Digest::of(event));
+    fn push(&mut self, bucket: Bucket, digest: Digest) {
         self.digests.add(bucket, digest);
         self.end = self.end.plus(1);
         if self.newest.len() == NEWEST_EVENTS_MAX {
@@ -111,7 +110,7 @@ impl Guard {
         let mut known = self.known();
         // Earlier events of another process are read first, and this group with them.
         if known.end == first.offset {
-            rows.iter().for_each(|row| known.push(&row.recorded()));
+            rows.iter().for_each(|row| known.push(Bucket::of_hash(row.hash), row.digest));
         }
     }
 
@@ -141,19 +140,19 @@ impl Guard {
             return Err(self.damaged(None, what));
         }
         for (Question { stream, last, .. }, known) in questions.iter().zip(known) {
-            let (version, head) = (known.version, known.head);
-            if version != head {
-                return Err(self.differs_in(stream, version, head));
-            }
-            let has_head = head != Version::EMPTY;
-            self.check_names(&mut *connection, stream, has_head, known.same_hash).await?;
-            let bucket = match (known.bucket, last) {
-                (_, Some(last)) if *last == version => continue,
-                (Some(bucket), _) => bucket,
+            let version = known.version;
+            let head = match known.head {
+                Some(head) => head,
+                None if *last == Some(version) => continue,
                 // Another process has appended to the stream since, or rows are missing.
-                (None, _) => event::bucket(&mut *connection, stream).await.map_err(not_read)?,
+                None => event::head(&mut *connection, stream).await.map_err(not_read)?,
             };
-            if self.known().digests.get(Bucket::of(stream)) != bucket {
+            if version != head.version {
+                return Err(self.differs_in(stream, version, head.version));
+            }
+            let has_head = head.version != Version::EMPTY;
+            self.check_names(&mut *connection, stream, has_head, head.same_hash).await?;
+            if self.known().digests.get(Bucket::of(stream)) != head.bucket {
                 return Err(self.damaged(None, beside(stream)));
             }
         }
@@ -256,7 +255,7 @@ impl Guard {
                     let what = format!("kafold_event: offset {expected} is missing");
                     return Err(self.damaged(None, what));
                 }
-                known.push(event);
+                known.push(Bucket::of(&event.stream), Digest::of(event));
             }
             if events.is_empty() {
                 drop(known);
@@ -379,7 +378,7 @@ impl FileTotals {
     /// Reads in one transaction, and so in one snapshot.
     async fn read(database: &SqliteDatabase) -> Result<Self, ReadError> {
         let read = async {
-            let mut tx = database.readers().begin().await?;
+            let mut tx = begin(database.readers(), "BEGIN").await?;
             let declared = event::declared(&mut *tx).await?;
             let rows: i64 =
                 sqlx::query_scalar("SELECT count(*) FROM kafold_event").fetch_one(&mut *tx).await?;

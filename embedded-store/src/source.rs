@@ -99,6 +99,10 @@ impl EventSource for EmbeddedSource {
             place: None,
         }))
     }
+
+    fn partitions(&self) -> u32 {
+        1
+    }
 }
 
 struct EmbeddedSubscription {

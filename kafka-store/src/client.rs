@@ -486,11 +486,25 @@ pub(crate) fn check_hosts(config: &KafkaConfig) -> Result<(), OpenError> {
 /// lookup. A name server that does not answer is no refusal.
 pub(crate) fn without_address(broker: &str) -> Option<Refusal> {
     let error = broker.to_socket_addrs().err().filter(is_unknown_host)?;
-    Some(Refusal::new(
+    Some(advertised_without_address(broker, error))
+}
+
+fn advertised_without_address(broker: &str, error: impl fmt::Display) -> Refusal {
+    Refusal::new(
         format!("the broker's advertised host {broker} has no address on this machine ({error})"),
         "set advertised.listeners of the broker to a name that this machine can look up, or give the name \
          an address here",
-    ))
+    )
+}
+
+/// Returns the refusal of a broker with an advertised host for which librdkafka found no address. A host of
+/// the URL, which librdkafka calls a bootstrap broker, is checked by [`check_hosts`].
+fn not_resolved(reason: &str) -> Option<Refusal> {
+    let (place, rest) = reason.split_once("Failed to resolve '")?;
+    let (broker, error) = rest.split_once("': ")?;
+    const UNKNOWN: &str = "Name or service not known";
+    (error.starts_with(UNKNOWN) && !place.contains("/bootstrap"))
+        .then(|| advertised_without_address(broker, UNKNOWN))
 }
 
 fn must_be_private(config: &KafkaConfig) -> bool {
@@ -522,7 +536,10 @@ pub(crate) fn open_error(
     complaint: Option<Complaint>,
 ) -> OpenError {
     let (brokers, doing) = (config.brokers.clone(), doing.into());
-    let complained = || complaint.as_ref().and_then(|complaint| complaint.refusal.clone());
+    let complained = || {
+        let complaint = complaint.as_ref()?;
+        complaint.refusal.clone().or_else(|| not_resolved(&complaint.reason))
+    };
     match Refusal::of(&error, "").or_else(complained) {
         Some(Refusal { cause, remedy }) => {
             OpenError::Refused { brokers, doing, remedy, cause: text(cause) }
@@ -556,5 +573,14 @@ mod tests {
         assert!(cause.contains("nowhere.invalid:9092") && remedy.contains("advertised.listeners"));
         assert_eq!(without_address("localhost:9092"), None);
         assert_eq!(without_address("127.0.0.1:1"), None);
+        let of = |place: &str, error: &str| {
+            not_resolved(&format!(
+                "{place}: Failed to resolve 'far.example:9092': {error} (after 0ms)"
+            ))
+        };
+        let refusal = of("far.example:9092/1", "Name or service not known").expect("is permanent");
+        assert!(refusal.cause.contains("host far.example:9092 has no address"), "{refusal:?}");
+        assert_eq!(of("far.example:9092/bootstrap", "Name or service not known"), None);
+        assert_eq!(of("far.example:9092/1", "Temporary failure in name resolution"), None);
     }
 }

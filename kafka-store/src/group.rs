@@ -200,13 +200,27 @@ impl Drop for Told {
     }
 }
 
-/// Returns one sentence for each group with members that are no part of the service. Nodes with
-/// different databases are compared with each other.
-pub(crate) fn complaints(groups: &[Group]) -> Vec<String> {
+/// Returns one sentence for each group with members that are no part of the service with this database.
+/// Without a database, nodes with different databases are compared with each other.
+pub(crate) fn complaints(groups: &[Group], database: Option<&str>) -> Vec<String> {
+    let given = database.map(|database| client_id(Some(database)));
     let complaint = |group: &Group| {
-        let mut own = group.members.iter().map(|member| member.client_id.as_str());
-        let own = own.find(|id| kin(CLIENT_ID, id) == Kin::Ours).unwrap_or(CLIENT_ID);
-        complaint(group, own)
+        let ids = || group.members.iter().map(|member| member.client_id.as_str());
+        // The projections of each database have groups of their own.
+        let is_of_database = ids().filter_map(database_of).any(|id| group.name.contains(id));
+        let given = given.as_deref().filter(|_| !is_of_database);
+        if let Some(own) = given
+            && ids().next().is_some()
+            && ids().all(|id| kin(own, id) == Kin::OtherDatabase)
+        {
+            let (name, node) = (&group.name, &group.members[0]);
+            return Some(format!(
+                "the nodes of group {name} write another database than the given one ({node}): give the \
+                 database of the nodes"
+            ));
+        }
+        let first = || ids().find(|id| kin(CLIENT_ID, id) == Kin::Ours).unwrap_or(CLIENT_ID);
+        complaint(group, given.unwrap_or_else(first))
     };
     groups.iter().filter_map(complaint).collect()
 }
@@ -258,15 +272,24 @@ mod tests {
         let text = complaint(&shared, &own).expect("another database");
         assert!(text.contains("writes another database") && text.contains("10.0.0.9"), "{text}");
         assert_ne!(yields(&shared, &own), yields(&shared, &other), "one of the two stays");
-        assert_eq!(complaints(&[shared]), [text]);
+        assert_eq!(complaints(&[shared], None), [text]);
         let opaque = Group { is_of_new_protocol: true, ..group(Vec::new()) };
         let text = complaint(&opaque, &own).expect("a member that is not shown");
         assert!(text.contains("group.protocol=consumer"), "{text}");
         let worker = group(vec![member(&other, "10.0.0.9")]);
+        let none = Vec::<String>::new();
+        assert_eq!(complaints(std::slice::from_ref(&worker), None), none, "no database is given");
+        assert_eq!(complaints(std::slice::from_ref(&worker), Some("b")), none);
+        let given = complaints(std::slice::from_ref(&worker), Some("a"));
+        assert!(
+            given.len() == 1 && given[0].contains("another database than the given"),
+            "{given:?}"
+        );
+        let projection = Group { name: format!("sums.{}", short("b")), ..worker };
         assert_eq!(
-            complaints(&[worker]),
-            Vec::<String>::new(),
-            "the database of an operator's does not count"
+            complaints(&[projection], Some("a")),
+            none,
+            "each database has a group of its own"
         );
     }
 }

@@ -134,6 +134,7 @@ async fn watch_rights(
     limits_changed: impl Fn(&BTreeMap<String, usize>),
 ) {
     let mut limits = BTreeMap::new();
+    let mut absent = BTreeSet::new();
     let mut rights = role.rights(&config);
     rights.retain(|right| matches!(right.resource, Resource::Topic(_)));
     refusals.clock.sleep(RIGHTS_DELAY).await;
@@ -152,9 +153,11 @@ async fn watch_rights(
         }
         // Brokers log each denial.
         answers.retain(|(answer, right)| *answer != Answer::Missing || right.without.is_none());
+        absent = follow_topics(&config, &answers, &absent, &refusals);
         for (answer, right) in &answers {
             let what = right.to_string();
             match answer {
+                Answer::NoTopic(_) => {}
                 Answer::Granted => refusals.clear(&what, ""),
                 Answer::Missing => refusals.raise(&what, "", || right.complaint(&config, role)),
                 Answer::Untried(why) => tracing::debug!(%right, why, "a right was not tried"),
@@ -163,6 +166,41 @@ async fn watch_rights(
         rights = answers.into_iter().map(|(_, right)| right).collect();
         refusals.clock.sleep(RIGHTS_INTERVAL).await;
     }
+}
+
+/// Raises the refusal of topics of commands and replies that are gone, and clears those of topics that are there again.
+/// The store itself notices an events topic that is gone. Returns the topics without an answer of this round:
+/// a broker that has just started may not know a topic yet, so a topic is gone after two rounds.
+fn follow_topics(
+    config: &KafkaConfig,
+    answers: &[(Answer, Right)],
+    before: &BTreeSet<String>,
+    refusals: &Refusals,
+) -> BTreeSet<String> {
+    let mut absent = BTreeSet::new();
+    for (answer, right) in answers {
+        let Resource::Topic(topic) = &right.resource else { continue };
+        let what = format!("topic {topic}");
+        match answer {
+            Answer::NoTopic(topic) if *topic == config.events_topic() => {}
+            Answer::NoTopic(topic) => {
+                if before.contains(topic) {
+                    refusals.raise(&what, "", || gone(topic));
+                }
+                absent.insert(topic.clone());
+            }
+            Answer::Granted => refusals.clear(&what, ""),
+            Answer::Missing | Answer::Untried(_) => {}
+        }
+    }
+    absent
+}
+
+fn gone(topic: &str) -> String {
+    format!(
+        "topic {topic} is gone, and commands for streams of other nodes fail: make it again with \
+         `kafold topic create`"
+    )
 }
 
 /// Opens a new connection to each broker.

@@ -81,6 +81,11 @@ pub(crate) fn connect(
     }
 }
 
+/// Returns `true` for an elapsed timeout of a step. The kind differs by the operating system.
+fn is_timeout(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut)
+}
+
 fn connect_tcp(address: &str, timeout: Duration) -> io::Result<TcpStream> {
     let unknown = || io::Error::new(io::ErrorKind::NotFound, "the host has no address");
     let address = address.to_socket_addrs()?.next().ok_or_else(unknown)?;
@@ -108,7 +113,12 @@ fn examine_one(client: &ClientConfig, address: &str) -> Option<Refusal> {
         Ok(_) if logs_in(client) => None,
         Ok(_) => wants_login(&mut *stream, address),
         Err(error) if is_encrypted(client) => refuses_certificate(client, address, &error),
-        Err(error) => takes_tls(client, address).or_else(|| is_no_broker(address, &error)),
+        Err(error) => match takes_tls(client, address) {
+            // A slow server has not shown its protocol.
+            Err(Failure::Io(slow)) if is_timeout(&slow) => None,
+            Err(_) => is_no_broker(address, &error),
+            Ok(refusal) => Some(refusal),
+        },
     }
 }
 
@@ -136,11 +146,11 @@ fn takes_clear_text(client: &ClientConfig, address: &str) -> Option<Refusal> {
 }
 
 /// Detects a TLS broker behind a client in clear text.
-fn takes_tls(client: &ClientConfig, address: &str) -> Option<Refusal> {
-    let stream = connect_tcp(address, STEP_TIMEOUT).ok()?;
+fn takes_tls(client: &ClientConfig, address: &str) -> Result<Refusal, Failure> {
+    let stream = connect_tcp(address, STEP_TIMEOUT)?;
     // No data is sent, so the certificate is not verified.
-    tls::start(client, address, stream, false).ok()?;
-    Some(Refusal::new(
+    tls::start(client, address, stream, false)?;
+    Ok(Refusal::new(
         format!("{address} takes TLS only, and this client sends clear text"),
         "add ?tls=true&ca=FILE to the URL",
     ))
@@ -183,6 +193,7 @@ fn wants_login(stream: &mut dyn Stream, address: &str) -> Option<Refusal> {
 
 #[cfg(feature = "tls")]
 mod tls {
+    use std::io;
     use std::net::TcpStream;
     use std::sync::{Arc, Mutex, PoisonError};
 
@@ -251,7 +262,7 @@ mod tls {
                 let error = broken.into_error();
                 Err(match fault {
                     Some(fault) => Failure::Refused(refusal(&fault, address, host)),
-                    None => Failure::Io(std::io::Error::other(error.to_string())),
+                    None => Failure::Io(error.into_io_error().unwrap_or_else(io::Error::other)),
                 })
             }
         }
@@ -430,6 +441,26 @@ mod tests {
         client.set("bootstrap.servers", &address);
         let refusal = examine(&client, None).expect("not a broker");
         assert!(refusal.cause.contains("does not answer as a Kafka broker does"), "{refusal:?}");
+        serving.join().expect("no panic");
+    }
+
+    #[test]
+    #[cfg(feature = "tls")]
+    fn a_slow_handshake_shows_no_other_protocol() {
+        let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
+        let address = listener.local_addr().expect("its address").to_string();
+        let serving = std::thread::spawn(move || {
+            let (mut stream, _) = listener.accept().expect("a connection");
+            let _ = stream.read(&mut [0; 512]).expect("a request");
+            // The alert that a TLS server sends to a client in clear text.
+            stream.write_all(&[21, 3, 3, 0, 2, 2, 80]).expect("an answer");
+            let (mut slow, _) = listener.accept().expect("a second connection");
+            // Blocks until the client closes the connection.
+            while slow.read(&mut [0; 512]).is_ok_and(|length| length > 0) {}
+        });
+        let mut client = ClientConfig::new();
+        client.set("bootstrap.servers", &address);
+        assert!(examine(&client, None).is_none());
         serving.join().expect("no panic");
     }
 }

@@ -123,6 +123,17 @@ pub(crate) fn judge_record_limit(settings: &Settings<'_>) -> SettingReport {
     SettingReport { setting: RECORD_BYTES_MAX.into(), value, finding, is_accepted }
 }
 
+/// Warns of a topic beside the events that takes smaller records than Kafka's default.
+pub(crate) fn judge_record_limit_beside(settings: &Settings<'_>) -> SettingReport {
+    let report = judge_record_limit(settings);
+    let finding = report.finding.map(|finding| Finding {
+        why: "a forwarded command or its reply with more bytes does not reach the node that owns the stream"
+            .into(),
+        ..finding
+    });
+    SettingReport { finding, is_accepted: true, ..report }
+}
+
 /// The finding that a log has another number of partitions than the URL says.
 fn partition_count(found: u32, wanted: u32) -> Finding {
     Finding {
@@ -190,13 +201,14 @@ pub(crate) fn judge_beside(
         ),
         remedy: match found < partitions {
             true => format!(
-                "where partitions were added to {events}, give ?partitions={found}&allow_unsafe=partitions; \
-                 if no node has ever used {topic}, delete it: it is made anew with {partitions}"
+                "where partitions were added to {events}, give the number of partitions that the log was \
+                 begun with, as ?partitions=N&allow_unsafe=partitions; if no node has ever used {topic}, \
+                 delete it: it is made anew with {partitions}"
             ),
             false => format!(
-                "where partitions were added to {topic}, give \
-                 ?partitions={partitions}&allow_unsafe=partitions; if no node has ever used it, delete it: \
-                 it is made anew with {partitions}"
+                "where partitions were added to {topic}, give the number of partitions that the log was \
+                 begun with, as ?partitions=N&allow_unsafe=partitions; if no node has ever used it, delete \
+                 it: it is made anew with {partitions}"
             ),
         },
     })

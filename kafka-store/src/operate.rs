@@ -161,7 +161,14 @@ impl Operator {
             let mut reports = vec![this.report_events(&preparation, &topic, events)?];
             for topic in [config.commands_topic(), config.replies_topic()] {
                 let (found, _) = preparation.look(&topic)?;
-                reports.push(report_beside(config, topic, found, events));
+                let mut report = report_beside(config, topic, found, events);
+                // Optional rights: a doctor without them judges the other settings.
+                if report.exists
+                    && let Ok(resource) = preparation.describe_topic(&report.topic)
+                {
+                    report.settings.push(judge::judge_record_limit_beside(&Settings(&resource)));
+                }
+                reports.push(report);
             }
             Ok(reports)
         })
@@ -184,7 +191,7 @@ impl Operator {
             let mut ask = |right: &Right| {
                 let mut answer = prober.ask(right);
                 for _ in 1..RIGHT_TRIES_MAX {
-                    if let Answer::Untried(_) = answer {
+                    if let Answer::Untried(_) | Answer::NoTopic(_) = answer {
                         answer = prober.ask(right);
                     }
                 }

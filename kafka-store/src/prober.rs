@@ -110,7 +110,7 @@ impl Prober {
     /// Returns `None` if the topic exists.
     fn absent(&self, topic: &str) -> KafkaResult<Option<Answer>> {
         let (found, _) = self.inquirer.topic(topic)?;
-        Ok(found.is_none().then(|| Answer::Untried(format!("there is no topic {topic}"))))
+        Ok(found.is_none().then(|| Answer::NoTopic(topic.to_owned())))
     }
 
     fn describe(&self, topic: &str) -> KafkaResult<Answer> {

@@ -73,6 +73,8 @@ pub enum Answer {
     Granted,
     /// The broker denies the operation.
     Missing,
+    /// There is no topic of this name.
+    NoTopic(String),
     /// The probe failed, for this reason.
     Untried(String),
 }

@@ -103,11 +103,6 @@ impl KafkaSource {
         Self { config, partitions, inquirer, clock, denials, added, watch: None }
     }
 
-    /// Returns the number of partitions of the log.
-    pub fn partitions(&self) -> u32 {
-        self.partitions
-    }
-
     /// Returns `Ready` if a broker answers, accepts the login and grants the needed rights, and no
     /// other program is in the groups of this process's subscriptions. For the
     /// source of a [`KafkaStore`](crate::KafkaStore) the store reports this health.
@@ -187,6 +182,10 @@ impl EventSource for KafkaSource {
             revoking: Vec::new(),
             _tasks: tasks,
         }))
+    }
+
+    fn partitions(&self) -> u32 {
+        self.partitions
     }
 }
 

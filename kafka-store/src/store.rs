@@ -646,6 +646,7 @@ impl EventStore for KafkaStore {
             .chain(self.denials.strangers.sentences())
             .chain(self.reach.down())
             .chain(joining)
+            .chain(self.bus.inboxes.complaints())
             .chain(self.partitions.iter().filter_map(|shared| shared.reason()))
             .collect();
         if reasons.is_empty() { Health::Ready } else { Health::NotReady(reasons) }

@@ -24,6 +24,11 @@
 //! # }).expect("opens");
 //! ```
 
+#[cfg(not(any(feature = "embedded", feature = "kafka")))]
+compile_error!(
+    "kafold needs a kind of log: enable its feature `embedded` (SQLite), `kafka`, or both"
+);
+
 mod error;
 mod log;
 #[cfg(feature = "otlp")]
@@ -38,12 +43,25 @@ pub use error::OpenError;
 pub use log::{Log, LogOptions, open_log, shown_url};
 pub use reader::LogReader;
 #[cfg(feature = "projections")]
-pub use service::{Kafold, Opening, open};
+pub use service::{Kafold, Opening, check_database, open, open_from_env};
 
 #[cfg(any(feature = "embedded", feature = "projections"))]
 pub use kafold_migrations::{
     Database, DatabaseError, Mode, PostgresDatabase, Refusal, is_transient, refusal, rights,
 };
+
+/// The names of a service's domain, its read models and their tests: `use kafold::prelude::*`.
+pub mod prelude {
+    pub use kafold_core::scenario::scenario;
+    pub use kafold_core::{Aggregate, CommandId, DomainEvent, EventSet, Recorded, Row};
+    #[cfg(feature = "projections")]
+    pub use {
+        crate::Kafold,
+        kafold_core::row::Merge,
+        kafold_core::window::{Timestamp, Window},
+        kafold_projections::{Place, ReadModel, Windowed, projection_test},
+    };
+}
 
 /// The log in one SQLite file, for those who need more of it than [`open_log`] gives.
 #[cfg(feature = "embedded")]
@@ -56,8 +74,3 @@ pub use kafold_kafka_store as kafka;
 /// Events into SQL read models.
 #[cfg(feature = "projections")]
 pub use kafold_projections as projections;
-
-/// The README's code is compiled.
-#[cfg(doctest)]
-#[doc = include_str!("../../README.md")]
-pub struct Readme;

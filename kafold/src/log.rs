@@ -108,6 +108,10 @@ impl LogOptions {
             Some("sqlite") => self.open_embedded().await,
             #[cfg(feature = "kafka")]
             Some("kafka") => self.open_kafka().await,
+            #[cfg(not(feature = "embedded"))]
+            Some("sqlite") => Err(OpenError::Feature { log: "SQLite", feature: "embedded" }),
+            #[cfg(not(feature = "kafka"))]
+            Some("kafka") => Err(OpenError::Feature { log: "Kafka", feature: "kafka" }),
             _ => Err(OpenError::Url { url: shown_url(&self.url) }),
         }
     }

@@ -1,25 +1,30 @@
 //! [`open`]: one handle for the log, its database, handlers, projections and queries.
 
-use std::any::{Any, TypeId};
-use std::collections::HashMap;
+use std::any::{Any, TypeId, type_name};
+use std::collections::{HashMap, HashSet};
 use std::fmt;
 use std::future::IntoFuture;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use kafold_core::forward::Node;
 use kafold_core::handler::HandlerConfig;
-use kafold_core::store::Health;
-use kafold_core::{Aggregate, Clock, CommandHandler, IdGenerator};
-use kafold_migrations::{Database, DatabaseError, Mode};
+use kafold_core::store::{Health, ReadError};
+use kafold_core::{Aggregate, Clock, CommandHandler, IdGenerator, Offset, Position};
+use kafold_migrations::{Database, Mode};
 use kafold_projections::{
-    ProjectionConfig, ProjectionWorker, Projections, Query, ReadModel, SqlSnapshots,
+    Freshness, ProjectionConfig, ProjectionStatus, ProjectionWorker, Projections, Query, ReadModel,
+    SqlSnapshots, WaitError, WindowQuery, Windowed,
 };
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use crate::error::OpenError;
 use crate::log::{Log, LogOptions};
+
+/// Longest wait for the database in [`check_database`].
+const DATABASE_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// Opens a log and the database of its read models.
 ///
@@ -43,6 +48,18 @@ pub fn open(url: impl Into<String>) -> Opening {
         database: None,
         handlers: HandlerConfig::default(),
         projections: ProjectionConfig::default(),
+    }
+}
+
+/// As [`open`], with the log of the variable `KAFOLD_LOG`, or `default`, and with the database of the variable
+/// `KAFOLD_DATABASE`, if it is set. The program `kafold` reads the same variables.
+pub fn open_from_env(default: &str) -> Opening {
+    // A value that is not UTF-8 is no URL, which is found when the log is opened.
+    let variable = |name| std::env::var_os(name).map(|url| url.to_string_lossy().into_owned());
+    let opening = open(variable("KAFOLD_LOG").unwrap_or_else(|| default.to_owned()));
+    match variable("KAFOLD_DATABASE") {
+        Some(database) => opening.database(database),
+        None => opening,
     }
 }
 
@@ -97,11 +114,8 @@ impl Opening {
     }
 
     async fn open(self) -> Result<Kafold, OpenError> {
-        let refused = |error: DatabaseError| {
-            OpenError::of(matches!(error, DatabaseError::Unavailable { .. }), error)
-        };
         let database = match &self.database {
-            Some(url) => Some(Database::open(url, Mode::Migrate).await.map_err(refused)?),
+            Some(url) => Some(Database::open(url, Mode::Migrate).await?),
             None if self.log.needs_database() => return Err(OpenError::NoDatabase),
             None => None,
         };
@@ -142,6 +156,15 @@ pub struct Kafold {
     inner: Arc<Inner>,
 }
 
+/// The handlers of a process.
+#[derive(Default)]
+struct Handlers {
+    /// The [`CommandHandler`] of each kind of aggregate.
+    of_type: HashMap<TypeId, Box<dyn Any + Send>>,
+    /// The name of the aggregate of each category.
+    categories: HashMap<&'static str, &'static str>,
+}
+
 struct Inner {
     log: Log,
     database: Database,
@@ -149,8 +172,7 @@ struct Inner {
     ids: Arc<dyn IdGenerator>,
     handler_config: HandlerConfig,
     projection_config: ProjectionConfig,
-    /// The [`CommandHandler`] of each kind of aggregate.
-    handlers: Mutex<HashMap<TypeId, Box<dyn Any + Send>>>,
+    handlers: Mutex<Handlers>,
     /// All projections of this process.
     spawned: Arc<Mutex<Vec<Projections>>>,
 }
@@ -168,8 +190,15 @@ impl Kafold {
     /// Returns the handler of an aggregate's commands; each call returns a clone of the same handler.
     ///
     /// Commands of streams that another node owns are sent to that node, and this node handles those
-    /// that others send, from the first call on. An aggregate with a
+    /// that others send, from the first call on: make the first call when the process starts. Commands that
+    /// come before are refused for now, and the node is not [ready](Self::health). An aggregate with a
     /// [`SNAPSHOT`](Aggregate::SNAPSHOT) has its snapshots in the database.
+    ///
+    /// # Panics
+    ///
+    /// If the process has a handler of another aggregate with the same [`CATEGORY`](Aggregate::CATEGORY): it would
+    /// decide the commands of this one.
+    #[track_caller]
     pub fn handler<A: Aggregate>(&self) -> CommandHandler<A>
     where
         A::Command: Serialize + DeserializeOwned,
@@ -177,16 +206,27 @@ impl Kafold {
     {
         let inner = &self.inner;
         let mut handlers = lock(&inner.handlers);
-        let known = handlers.get(&TypeId::of::<A>());
+        let known = handlers.of_type.get(&TypeId::of::<A>());
         if let Some(known) = known.and_then(|known| known.downcast_ref::<CommandHandler<A>>()) {
             return known.clone();
+        }
+        let (other, kind) = (handlers.categories.get(A::CATEGORY), type_name::<A>());
+        if let Some(other) = other {
+            let (category, other) = (A::CATEGORY, *other);
+            // A panic must not leave the lock poisoned for the handlers of other categories.
+            drop(handlers);
+            panic!(
+                "{kind} and {other} are aggregates of the same category {category:?}: give one of them another \
+                 category, as in #[event(category = \"…\")] on its events"
+            );
         }
         let (store, clock, ids) = (inner.log.store(), inner.clock.clone(), inner.ids.clone());
         let handler = CommandHandler::<A>::with_parts(store, clock, ids)
             .config(inner.handler_config.clone())
             .with_snapshots(Arc::new(SqlSnapshots::new(inner.database.clone())))
             .forwarding(inner.log.commands());
-        handlers.insert(TypeId::of::<A>(), Box::new(handler.clone()));
+        handlers.categories.insert(A::CATEGORY, kind);
+        handlers.of_type.insert(TypeId::of::<A>(), Box::new(handler.clone()));
         handler
     }
 
@@ -209,6 +249,16 @@ impl Kafold {
         }
     }
 
+    /// Returns a query on a windowed model.
+    pub fn windows<M: Windowed>(&self) -> WindowQuery<M> {
+        match lock(&self.inner.spawned).last() {
+            Some(spawned) => spawned.windows(),
+            None => {
+                WindowQuery::new(self.inner.database.clone()).config(&self.inner.projection_config)
+            }
+        }
+    }
+
     /// Returns the log, for its store, its source and its refusals.
     pub fn log(&self) -> &Log {
         &self.inner.log
@@ -217,6 +267,47 @@ impl Kafold {
     /// Returns the database of the read models.
     pub fn database(&self) -> &Database {
         &self.inner.database
+    }
+
+    /// Returns the projection of this name, if this process runs it.
+    pub fn projection(&self, name: &str) -> Option<ProjectionStatus> {
+        lock(&self.inner.spawned).iter().find_map(|spawned| spawned.status_of(name))
+    }
+
+    /// Waits until the projection of this name has applied everything up to and including the position.
+    /// Another process that shares the database may run the projection. For the rows of a read model after
+    /// one's own write use [`Query::after`].
+    pub async fn wait_for_position(
+        &self,
+        projection: &str,
+        position: Position,
+        timeout: Duration,
+    ) -> Result<(), WaitError> {
+        self.running(projection).wait_for_position(projection, position, timeout).await
+    }
+
+    /// Returns the last position of each partition that a projection has applied: up to where its rows are
+    /// complete. The database is asked only where other processes run a part of the projection.
+    pub async fn applied(&self, projection: &str) -> Result<Vec<Position>, ReadError> {
+        let here = self.projection(projection).map(|status| status.partitions).unwrap_or_default();
+        let next: Vec<_> = match here.len() as u32 == self.inner.log.partitions() {
+            true => here.into_iter().map(|(partition, status)| (partition, status.next)).collect(),
+            false => Freshness::of(&self.inner.database, projection).await?.0,
+        };
+        let last = next.into_iter().filter_map(|(partition, next)| {
+            let offset = Offset(next.0.checked_sub(1)?);
+            Some(Position { partition, offset })
+        });
+        Ok(last.collect())
+    }
+
+    /// Returns the handle on the projection of this name, otherwise the last handle spawned. A process without
+    /// projections gets a handle that sees the projections of other processes.
+    fn running(&self, projection: &str) -> Projections {
+        let spawned = lock(&self.inner.spawned).clone();
+        let has = |one: &&Projections| one.status_of(projection).is_some();
+        let found = spawned.iter().find(has).or(spawned.last()).cloned();
+        found.unwrap_or_else(|| self.projections().spawn())
     }
 
     /// Returns the nodes of the service, this one first, and the partitions of each.
@@ -228,17 +319,15 @@ impl Kafold {
     /// the reasons, one sentence each.
     pub fn health(&self) -> Health {
         let spawned = lock(&self.inner.spawned).clone();
-        let all =
-            std::iter::once(self.inner.log.health()).chain(spawned.iter().map(Projections::health));
-        let mut reasons = Vec::new();
-        for health in all {
-            let Health::NotReady(more) = health else { continue };
-            // Log and projections may name the same database.
-            reasons.extend(
-                more.into_iter().filter(|reason| !reasons.contains(reason)).collect::<Vec<_>>(),
-            );
-        }
-        if reasons.is_empty() { Health::Ready } else { Health::NotReady(reasons) }
+        let health = spawned.iter().map(Projections::health);
+        health.fold(self.inner.log.health(), Health::and).and(spawned_twice(&spawned))
+    }
+
+    /// As [`health`](Self::health), and reads from the database, because idle projections do not notice a lost
+    /// database. Answers within 2 s.
+    pub async fn check(&self) -> Health {
+        let database = check_database(&self.inner.database, &*self.inner.clock).await;
+        self.health().and(database)
     }
 
     /// Takes no more commands, settles what is pending, hands the partitions over, and ends the
@@ -251,6 +340,41 @@ impl Kafold {
             projections.shutdown().await;
         }
         inner.database.clone().close().await;
+    }
+}
+
+/// Returns the projections that run twice in this process: only one of the two gets the partitions.
+fn spawned_twice(spawned: &[Projections]) -> Health {
+    let mut seen = HashSet::new();
+    let names = spawned.iter().flat_map(Projections::status).map(|status| status.name);
+    let twice: Vec<_> = names.filter(|name| !seen.insert(name.clone())).collect();
+    if twice.is_empty() {
+        return Health::Ready;
+    }
+    let reason = |name| {
+        format!(
+            "projection {name} is spawned twice in this process: add it to one worker and spawn it once"
+        )
+    };
+    Health::NotReady(twice.into_iter().map(reason).collect())
+}
+
+/// Reads from the database, because idle projections do not notice a lost database. Answers within 2 s.
+pub async fn check_database(database: &Database, clock: &dyn Clock) -> Health {
+    let url = database.url();
+    tokio::select! {
+        biased;
+        // Any name reads the tables.
+        read = Freshness::of(database, "") => match read {
+            Ok(_) => Health::Ready,
+            Err(error) => {
+                Health::NotReady(vec![format!("the database {url} cannot be read: {error}")])
+            }
+        },
+        () = clock.sleep(DATABASE_TIMEOUT) => {
+            let complaint = format!("the database {url} does not answer within {DATABASE_TIMEOUT:?}");
+            Health::NotReady(vec![complaint])
+        }
     }
 }
 

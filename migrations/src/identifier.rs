@@ -24,12 +24,25 @@ pub struct InvalidIdentifier(String);
 impl Identifier {
     /// The identifier with this text.
     pub fn new(text: &str) -> Result<Self, InvalidIdentifier> {
-        let starts = text.starts_with(|c: char| c.is_ascii_lowercase() || c == '_');
-        let holds = text.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'_');
-        if starts && holds && text.len() <= IDENTIFIER_BYTES_MAX {
+        if Self::is_valid(text) {
             return Ok(Self(text.into()));
         }
         Err(InvalidIdentifier(text.chars().take(IDENTIFIER_BYTES_MAX + 1).collect()))
+    }
+
+    /// Returns whether the text is an identifier, also in the compiler.
+    pub const fn is_valid(text: &str) -> bool {
+        let mut left = text.as_bytes();
+        if !matches!(left, [b'a'..=b'z' | b'_', ..]) || left.len() > IDENTIFIER_BYTES_MAX {
+            return false;
+        }
+        while let [first, rest @ ..] = left {
+            if !matches!(first, b'a'..=b'z' | b'0'..=b'9' | b'_') {
+                return false;
+            }
+            left = rest;
+        }
+        true
     }
 
     /// The name without quotes.

@@ -7,6 +7,7 @@
 //!
 //! - [`database`]: opening either kind of database by its URL;
 //! - [`postgres`] and [`sqlite`]: pools with their limits; SQLite's one writer a file and process;
+//! - [`begin`]: transactions whose beginning may be cancelled;
 //! - [`audit`]: the hash chain of `kafold_audit`;
 //! - [`identifier`]: names of tables and columns, and the only module with SQL made at run time;
 //! - [`rights`]: the SQL rights of each role;
@@ -24,6 +25,7 @@
 //! ```
 
 pub mod audit;
+mod begin;
 pub mod certificate;
 pub mod database;
 pub mod error;
@@ -37,6 +39,7 @@ pub mod sqlite;
 mod transport;
 mod url;
 
+pub use begin::begin;
 pub use certificate::ServerTls;
 pub use database::{Database, Mode};
 pub use error::{DatabaseError, Refusal, is_transient, refusal};

@@ -213,6 +213,9 @@ impl Inner {
         let probing = async {
             let mut connection = PgConnection::connect_with(&options).await.map_err(failed)?;
             server::refuse_shared_sessions(shown, &options, &mut connection).await?;
+            if role >= Role::Worker {
+                server::refuse_read_only(shown, &mut connection).await?;
+            }
             let missing = rights::missing(&mut connection, role, None).await.map_err(failed)?;
             connection.close().await.map_err(failed)?;
             Ok(missing)
@@ -403,7 +406,10 @@ async fn prepare(
                 return Err(DatabaseError::NotMigrated { url: shown.to_owned(), found, known });
             }
         },
-        Mode::Migrate => migrate(shown, &mut connection).await?,
+        Mode::Migrate => {
+            server::refuse_read_only(shown, &mut connection).await?;
+            migrate(shown, &mut connection).await?;
+        }
     }
     connection.close().await.map_err(failed)?;
     Ok(identity)

@@ -79,6 +79,11 @@ const TABLES: &[(&str, Rights, Rights)] = &[
         &["SELECT", "INSERT", "DELETE"],
         &["SELECT", "INSERT", "DELETE"],
     ),
+    (
+        "kafold_late_event",
+        &["SELECT", "INSERT", "UPDATE", "DELETE"],
+        &["SELECT", "INSERT", "UPDATE", "DELETE"],
+    ),
     ("kafold_skipped_event", &["SELECT", "DELETE"], &["SELECT", "DELETE"]),
     ("kafold_audit", &["SELECT", "INSERT"], &["SELECT", "INSERT"]),
     ("kafold_audit_head", &["SELECT", "UPDATE"], &["SELECT", "UPDATE"]),

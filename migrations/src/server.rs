@@ -63,6 +63,35 @@ pub(crate) async fn refuse_shared_sessions(
     }
 }
 
+/// Rejects a standby server, and a database or a login whose transactions only read.
+pub(crate) async fn refuse_read_only(
+    shown: &str,
+    connection: &mut PgConnection,
+) -> Result<(), DatabaseError> {
+    let failed = |error| opening_failed(shown, error);
+    let sql = "SELECT pg_is_in_recovery(), current_setting('transaction_read_only') = 'on', \
+               current_database()::text";
+    let row = simple(connection, sql).await.map_err(failed)?;
+    let is = |index: usize| row.try_get::<bool, _>(index).map_err(failed);
+    if is(0)? {
+        return Err(DatabaseError::refused(
+            format!("{shown} is a standby server, which cannot be written to"),
+            "name the primary server in the URL, or promote this one",
+        ));
+    }
+    if is(1)? {
+        let database: String = row.try_get(2).map_err(failed)?;
+        return Err(DatabaseError::refused(
+            format!("{shown} is read-only: default_transaction_read_only is on"),
+            format!(
+                "turn it off where it was set, as with ALTER DATABASE {database} RESET \
+                 default_transaction_read_only, or ALTER ROLE, or postgresql.conf"
+            ),
+        ));
+    }
+    Ok(())
+}
+
 /// Returns the system identifier of the server, which standby servers share; nothing if the login may
 /// not read it, as where a provider runs the server.
 async fn system(connection: &mut PgConnection) -> String {

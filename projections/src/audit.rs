@@ -6,9 +6,9 @@
 
 use chrono::{DateTime, Utc};
 use kafold_core::store::ReadError;
-use kafold_migrations::Database;
 use kafold_migrations::audit::{AuditContent, NO_HASH, SQLITE_KEEP, SQLITE_LET_GO, hex};
 use kafold_migrations::micros::Time;
+use kafold_migrations::{Database, begin};
 use serde::Serialize;
 use serde_json::{Value, json};
 use sqlx::Executor;
@@ -171,12 +171,12 @@ impl Control {
     async fn check_chain(&self) -> Result<AuditVerification, sqlx::Error> {
         match &self.database {
             Database::Postgres(database) => {
-                let begin = "BEGIN ISOLATION LEVEL REPEATABLE READ, READ ONLY";
-                let mut transaction = database.pool().begin_with(begin).await?;
+                let sql = "BEGIN ISOLATION LEVEL REPEATABLE READ, READ ONLY";
+                let mut transaction = begin(database.pool(), sql).await?;
                 check_in(&mut Transaction::Postgres(&mut transaction)).await
             }
             Database::Sqlite(database) => {
-                let mut transaction = database.readers().begin().await?;
+                let mut transaction = begin(database.readers(), "BEGIN").await?;
                 check_in(&mut Transaction::Sqlite(&mut transaction)).await
             }
         }

@@ -9,8 +9,8 @@
 use std::collections::HashMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use kafold_core::RecordedEvent;
 use kafold_core::store::Batch;
-use kafold_core::{DomainEvent, RecordedEvent};
 
 use crate::generation::Generation;
 use crate::handler::{ApplyError, Fault, Target};
@@ -56,7 +56,7 @@ pub(crate) struct StoredCategories(Mutex<HashMap<Generation, HashMap<String, boo
 impl StoredCategories {
     /// Stores the categories of a round, in its transaction. Rejects a round which contradicts a stored
     /// category.
-    pub(crate) async fn store<E: DomainEvent>(
+    pub(crate) async fn store<E>(
         &self,
         target: Target<'_>,
         tx: &mut Transaction<'_>,
@@ -84,7 +84,7 @@ impl StoredCategories {
     }
 
     /// Returns whether all categories are known to be stored. Rejects a contradiction.
-    fn check<E: DomainEvent>(
+    fn check<E>(
         &self,
         generation: Generation,
         sightings: &[(&RecordedEvent, bool)],
@@ -119,7 +119,7 @@ async fn read(
 }
 
 /// Returns whether all categories are stored. Rejects a sighting that contradicts a stored category.
-fn check<E: DomainEvent>(
+fn check<E>(
     stored: &HashMap<String, bool>,
     sightings: &[(&RecordedEvent, bool)],
 ) -> Result<bool, Fault> {
@@ -140,7 +140,7 @@ fn check<E: DomainEvent>(
 }
 
 /// An event of a category that has events of the enum and others.
-fn mixed<E: DomainEvent>(event: &RecordedEvent, is_read: bool) -> Fault {
+fn mixed<E>(event: &RecordedEvent, is_read: bool) -> Fault {
     let (category, events) = (event.stream.category(), std::any::type_name::<E>());
     let reason = match is_read {
         false => format!(
@@ -155,7 +155,7 @@ fn mixed<E: DomainEvent>(event: &RecordedEvent, is_read: bool) -> Fault {
     Fault { parks: false, ..Fault::at(event, reason) }
 }
 
-fn in_two_categories<E: DomainEvent>(event: &RecordedEvent, other: &str) -> Fault {
+fn in_two_categories<E>(event: &RecordedEvent, other: &str) -> Fault {
     let (category, events) = (event.stream.category(), std::any::type_name::<E>());
     let reason = format!(
         "{events} has event types that occur in two categories, {other} and {category}: declare the \

@@ -189,7 +189,12 @@ impl Control {
                 return act.refuse(reason).await;
             }
         }
-        registry::remove(&mut act.open.lend(), &definition).await?;
+        let removed = registry::remove(&mut act.open.lend(), &definition).await;
+        if let Some(dependents) = removed.as_ref().err().and_then(generation::dependents) {
+            let reason = format!("{dependents}: drop the dependent objects first");
+            return act.refuse(reason).await;
+        }
+        removed?;
         act.done("remove", by, json!({ "tables": definition.tables })).await?;
         Ok(())
     }

@@ -2,9 +2,11 @@
 //! the fingerprint that tells one definition from another.
 
 use kafold_core::row::{Column, ColumnKind, ColumnRole, Row};
+use kafold_core::window::Window;
 use kafold_migrations::Identifier;
 
 use crate::read_model::ReadModel;
+use crate::windowed::{Place, WindowRow, Windowed};
 
 /// Longest name of a projection: its table gets a suffix, and PostgreSQL cuts names at 63.
 pub const NAME_CHARS_MAX: usize = 50;
@@ -19,24 +21,65 @@ pub(crate) struct Definition {
     pub(crate) columns: Option<&'static [Column]>,
     /// What queries read, by the plain names.
     pub(crate) tables: Vec<String>,
+    /// The windows of a windowed model.
+    pub(crate) window: Option<Window>,
+    /// `true` if each partition has rows of its own, which the view merges.
+    pub(crate) is_spread: bool,
 }
 
 impl Definition {
     pub(crate) fn of_projection(name: &str, version: u32, tables: &[&str]) -> Self {
         let fingerprint = format!("projection v{version}: {}", tables.join(", "));
         let tables = tables.iter().map(|&table| table.to_owned()).collect();
-        Self { name: name.to_owned(), fingerprint, columns: None, tables }
+        let name = name.to_owned();
+        Self { name, fingerprint, columns: None, tables, window: None, is_spread: false }
     }
 
     pub(crate) fn of_model<M: ReadModel>() -> Self {
-        let columns = <M::Row as Row>::COLUMNS;
+        const {
+            if let Some(mistake) = mistake(M::NAME, M::COLUMNS) {
+                panic!("{}", mistake);
+            }
+        }
+        let columns = M::COLUMNS;
         let shown: Vec<String> = columns.iter().map(show_column).collect();
         Self {
             name: M::NAME.to_owned(),
             fingerprint: format!("v{}: {}", M::VERSION, shown.join(", ")),
             columns: Some(columns),
             tables: vec![M::NAME.to_owned()],
+            window: None,
+            is_spread: false,
         }
+    }
+
+    /// The definition of a windowed model with these windows.
+    pub(crate) fn of_windows<M: Windowed>(window: &Window) -> Self {
+        const {
+            if let Some(mistake) = mistake(M::NAME, M::COLUMNS) {
+                panic!("{}", mistake);
+            }
+            if let Some(mistake) = window_mistake(M::COLUMNS, M::PLACE) {
+                panic!("{}", mistake);
+            }
+        }
+        let columns = WindowRow::<M>::COLUMNS;
+        let shown: Vec<String> = columns.iter().map(show_column).collect();
+        let (place, timeline) = (M::PLACE.text(), M::TIMELINE);
+        let windows = format!("{window}, {place}, timeline {timeline}");
+        Self {
+            name: M::NAME.to_owned(),
+            fingerprint: format!("windowed v{}, {windows}: {}", M::VERSION, shown.join(", ")),
+            columns: Some(columns),
+            tables: vec![M::NAME.to_owned()],
+            window: Some(*window),
+            is_spread: M::PLACE == Place::Spread,
+        }
+    }
+
+    /// Returns the stored form of the windows.
+    pub(crate) fn window_json(&self) -> Option<String> {
+        self.window.map(|window| serde_json::to_string(&window).expect("numbers are JSON"))
     }
 
     /// The names of [`Definition::check`]ed tables.
@@ -44,38 +87,84 @@ impl Definition {
         self.tables.iter().map(|name| Identifier::new(name).expect("the definition was checked"))
     }
 
-    /// The first thing about it that no database would take.
+    /// Rejects names that a database would quote or cut. Those of a read model are checked by the compiler.
     pub(crate) fn check(&self) -> Result<(), String> {
-        let name = &self.name;
-        if let Some(bad) = [name].into_iter().chain(&self.tables).find(|name| !is_name(name)) {
-            return Err(format!(
+        match [&self.name].into_iter().chain(&self.tables).find(|name| !is_name(name)) {
+            Some(bad) => Err(format!(
                 "{bad:?} cannot be the name of a projection or its table: [a-z][a-z0-9_]*, at most \
                  {NAME_CHARS_MAX} characters, and not beginning with kafold_"
-            ));
-        }
-        let columns = self.columns.unwrap_or_default();
-        if let Some(bad) = columns.iter().find_map(|column| Identifier::new(column.name).err()) {
-            return Err(format!("{name}: {bad}"));
-        }
-        let is_json_index = |c: &&Column| c.kind == ColumnKind::Json && c.role == ColumnRole::Index;
-        if let Some(bad) = columns.iter().find(is_json_index) {
-            return Err(format!("{name}: rows cannot be found by {}, which is JSON", bad.name));
-        }
-        let keys: Vec<_> = columns.iter().filter(|c| c.role == ColumnRole::Key).collect();
-        match (self.columns, keys.as_slice()) {
-            (None, _) => Ok(()),
-            (Some(_), [key]) if key.nullable || key.kind == ColumnKind::Json => {
-                Err(format!("{name}: the key {} may be neither absent nor JSON", key.name))
-            }
-            (Some(_), [_]) => Ok(()),
-            (Some(_), keys) => Err(format!("{name}: a row has one key, this one {}", keys.len())),
+            )),
+            None => Ok(()),
         }
     }
 }
 
-fn is_name(name: &str) -> bool {
-    let is_ours = name.starts_with("kafold_") || name.starts_with('_');
-    !is_ours && name.len() <= NAME_CHARS_MAX && Identifier::new(name).is_ok()
+const fn is_name(name: &str) -> bool {
+    let is_ours =
+        matches!(name.as_bytes(), [b'_', ..] | [b'k', b'a', b'f', b'o', b'l', b'd', b'_', ..]);
+    !is_ours && name.len() <= NAME_CHARS_MAX && Identifier::is_valid(name)
+}
+
+/// Returns the first mistake in a read model. Runs in the compiler, so that such a model does not compile.
+const fn mistake(name: &str, columns: &[Column]) -> Option<&'static str> {
+    if !is_name(name) {
+        return Some(
+            "NAME of a read model: [a-z][a-z0-9_]*, at most 50 characters, and not beginning with kafold_",
+        );
+    }
+    let (mut left, mut keys) = (columns, 0);
+    while let [column, rest @ ..] = left {
+        if !Identifier::is_valid(column.name) {
+            return Some(
+                "a column of a read model is named [a-z_][a-z0-9_]*, at most 63 characters",
+            );
+        }
+        let is_json = matches!(column.kind, ColumnKind::Json);
+        match column.role {
+            ColumnRole::Key if column.nullable || is_json => {
+                return Some("the key of a read model may be neither absent nor JSON");
+            }
+            ColumnRole::Key => keys += 1,
+            ColumnRole::Index if is_json => {
+                return Some("rows of a read model cannot be found by a JSON column");
+            }
+            ColumnRole::Index | ColumnRole::Plain => {}
+        }
+        left = rest;
+    }
+    if keys > 0 { None } else { Some("a row of a read model has a key") }
+}
+
+/// Returns the first mistake in the columns of a windowed model, in the compiler.
+const fn window_mistake(columns: &[Column], place: Place) -> Option<&'static str> {
+    let mut left = columns;
+    while let [column, rest @ ..] = left {
+        if is_equal(column.name, "window_start") || is_equal(column.name, "window_end") {
+            return Some(
+                "the columns window_start and window_end of a windowed model are the toolkit's own",
+            );
+        }
+        let is_value = !matches!(column.role, ColumnRole::Key);
+        if is_value && column.merge.is_none() && matches!(place, Place::Spread) {
+            return Some(
+                "a model with Place::Spread adds its rows up: each field but the key has #[row(sum)], #[row(min)] or \
+                 #[row(max)]",
+            );
+        }
+        left = rest;
+    }
+    None
+}
+
+const fn is_equal(one: &str, other: &str) -> bool {
+    let (mut one, mut other) = (one.as_bytes(), other.as_bytes());
+    while let ([a, rest_of_one @ ..], [b, rest_of_other @ ..]) = (one, other) {
+        if *a != *b {
+            return false;
+        }
+        (one, other) = (rest_of_one, rest_of_other);
+    }
+    one.is_empty() && other.is_empty()
 }
 
 fn show_column(column: &Column) -> String {
@@ -85,39 +174,43 @@ fn show_column(column: &Column) -> String {
         ColumnRole::Index => " index",
         ColumnRole::Plain => "",
     };
-    format!("{} {}{nullable}{role}", column.name, column.kind)
+    let merge = column.merge.map(|merge| format!(" {merge}")).unwrap_or_default();
+    format!("{} {}{nullable}{role}{merge}", column.name, column.kind)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    const KEY: Column =
-        Column { name: "id", kind: ColumnKind::Text, nullable: false, role: ColumnRole::Key };
+    const KEY: Column = Column {
+        name: "id",
+        kind: ColumnKind::Text,
+        nullable: false,
+        role: ColumnRole::Key,
+        merge: None,
+    };
 
-    fn check(name: &str, columns: Option<&'static [Column]>) -> bool {
-        let fingerprint = String::new();
-        let tables = vec![name.to_owned()];
-        Definition { name: name.to_owned(), fingerprint, columns, tables }.check().is_ok()
+    fn check(name: &str, columns: &[Column]) -> bool {
+        mistake(name, columns).is_none()
     }
 
     #[test]
     fn names_that_a_database_would_cut_or_quote_are_refused() {
-        assert!(check("sales_by_day", None));
-        assert!(check(&"x".repeat(50), None));
+        assert!(check("sales_by_day", &[KEY]));
+        assert!(check(&"x".repeat(50), &[KEY]));
         for bad in ["", "Sales", "1sales", "a-b", "a\"b", "kafold_event", &"x".repeat(51)] {
-            assert!(!check(bad, None), "{bad:?}");
+            assert!(!check(bad, &[KEY]), "{bad:?}");
         }
     }
 
     #[test]
-    fn a_row_needs_one_key_that_is_always_there() {
+    fn a_row_needs_a_key_that_is_always_there() {
         const NULLABLE: Column = Column { nullable: true, ..KEY };
         const BAD_NAME: Column = Column { name: "a b", role: ColumnRole::Plain, ..KEY };
-        assert!(check("sales", Some(&[KEY])));
-        assert!(!check("sales", Some(&[])));
-        assert!(!check("sales", Some(&[KEY, KEY])));
-        assert!(!check("sales", Some(&[NULLABLE])));
-        assert!(!check("sales", Some(&[KEY, BAD_NAME])));
+        assert!(check("sales", &[KEY]));
+        assert!(!check("sales", &[]));
+        assert!(check("sales", &[KEY, Column { name: "day", ..KEY }]));
+        assert!(!check("sales", &[NULLABLE]));
+        assert!(!check("sales", &[KEY, BAD_NAME]));
     }
 }

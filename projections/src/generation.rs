@@ -5,18 +5,27 @@
 
 use std::fmt;
 
+use kafold_core::row::{Column, MergeRole};
 use kafold_migrations::{Identifier, SqlText};
+use sqlx::postgres::PgDatabaseError;
 use sqlx::{Executor, SqlStr};
 
 use crate::definition::Definition;
 use crate::sql::either;
 use crate::transaction::Transaction;
+use crate::windowed;
+
+/// SQLSTATE `dependent_objects_still_exist` of PostgreSQL.
+const DEPENDENT_OBJECTS: &str = "2BP01";
 
 /// One build of a projection's tables, counted from 1. No number is used twice.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Generation(pub u32);
 
 impl Generation {
+    /// The tables of a verification; no generation that is ever live.
+    pub(crate) const VERIFIED: Self = Self(0);
+
     /// The one a projection begins with.
     pub const FIRST: Self = Self(1);
 
@@ -95,7 +104,7 @@ pub(crate) async fn create_views(
     generation: Generation,
 ) -> Result<(), sqlx::Error> {
     for table in definition.tables() {
-        run(tx, create_view("CREATE VIEW ", &table, generation)).await?;
+        run(tx, create_view("CREATE VIEW ", definition, &table, generation)).await?;
     }
     Ok(())
 }
@@ -111,10 +120,10 @@ pub(crate) async fn switch_views(
     let replaces = same_columns && matches!(tx, Transaction::Postgres(_));
     for table in definition.tables() {
         if replaces {
-            run(tx, create_view("CREATE OR REPLACE VIEW ", &table, generation)).await?;
+            run(tx, create_view("CREATE OR REPLACE VIEW ", definition, &table, generation)).await?;
         } else {
             run(tx, SqlText::new("DROP VIEW IF EXISTS ").name(&table).finish()).await?;
-            run(tx, create_view("CREATE VIEW ", &table, generation)).await?;
+            run(tx, create_view("CREATE VIEW ", definition, &table, generation)).await?;
         }
     }
     Ok(())
@@ -128,6 +137,14 @@ pub(crate) async fn drop_views(
         run(tx, SqlText::new("DROP VIEW IF EXISTS ").name(&table).finish()).await?;
     }
     Ok(())
+}
+
+/// Returns the objects for which PostgreSQL refuses to drop a view or a table, such as "view report depends
+/// on view balances"; `None` for all other errors.
+pub(crate) fn dependents(error: &sqlx::Error) -> Option<String> {
+    let error = error.as_database_error()?.try_downcast_ref::<PgDatabaseError>()?;
+    let shown = || error.detail().unwrap_or(error.message()).replace('\n', ", ");
+    (error.code() == DEPENDENT_OBJECTS).then(shown)
 }
 
 /// Drops the tables of all generations but these.
@@ -167,9 +184,37 @@ pub(crate) async fn run(tx: &mut Transaction<'_>, statement: SqlStr) -> Result<(
     either!(tx, connection => connection.execute(query).await.map(drop))
 }
 
-fn create_view(how: &'static str, table: &Identifier, generation: Generation) -> SqlStr {
+fn create_view(
+    how: &'static str,
+    definition: &Definition,
+    view: &Identifier,
+    generation: Generation,
+) -> SqlStr {
+    let table = generation.table(view.as_str());
     let mut sql = SqlText::new(how);
-    sql.name(table).text(" AS SELECT * FROM ").name(&generation.table(table.as_str())).finish()
+    sql.name(view).text(" AS SELECT ");
+    let columns = definition.columns.filter(|_| definition.is_spread);
+    let Some(columns) = columns else { return sql.text("* FROM ").name(&table).finish() };
+    // The rows of all partitions, without the column of the partition.
+    let name = |column: &Column| Identifier::new(column.name).expect("the definition was checked");
+    let merged = columns.iter().filter(|column| column.name != windowed::PARTITION);
+    sql.list(", ", merged.clone(), |sql, column| {
+        let name = name(column);
+        match column.merge {
+            None => sql.name(&name),
+            // PostgreSQL's sum of integers is NUMERIC.
+            Some(MergeRole::Sum) => {
+                sql.text("CAST(SUM(").name(&name).text(") AS BIGINT) AS ").name(&name)
+            }
+            Some(MergeRole::Min) => sql.text("MIN(").name(&name).text(") AS ").name(&name),
+            Some(MergeRole::Max) => sql.text("MAX(").name(&name).text(") AS ").name(&name),
+        };
+    });
+    sql.text(" FROM ").name(&table).text(" GROUP BY ");
+    sql.list(", ", merged.filter(|column| column.merge.is_none()), |sql, column| {
+        sql.name(&name(column));
+    });
+    sql.finish()
 }
 
 /// Returns the generations with a table, except foreign tables.

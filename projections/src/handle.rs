@@ -12,6 +12,7 @@ use crate::query::Query;
 use crate::read_model::ReadModel;
 use crate::status::{ProjectionStatus, SharedStatus};
 use crate::wait::{WaitError, Waiter};
+use crate::windowed::{WindowQuery, Windowed};
 use crate::worker::Context;
 
 /// The running projections of a worker. Cheap to clone; when the last clone is dropped, they end as
@@ -31,6 +32,9 @@ struct Inner {
 impl Drop for Inner {
     fn drop(&mut self) {
         let tasks = self.tasks.get_mut().unwrap_or_else(PoisonError::into_inner);
+        if tasks.iter().any(|task| !task.is_finished()) {
+            tracing::warn!("projections end, because the handle on them was dropped");
+        }
         tasks.iter().for_each(JoinHandle::abort);
     }
 }
@@ -73,9 +77,20 @@ impl Projections {
         Query::with_waiter(self.inner.context.database.clone(), self.inner.waiter.clone())
     }
 
+    /// Returns a query on a windowed model.
+    pub fn windows<M: Windowed>(&self) -> WindowQuery<M> {
+        WindowQuery::with_waiter(self.inner.context.database.clone(), self.inner.waiter.clone())
+    }
+
     /// How each projection of this worker fares.
     pub fn status(&self) -> Vec<ProjectionStatus> {
         self.inner.waiter.statuses().iter().map(SharedStatus::now).collect()
+    }
+
+    /// Returns the status of the projection of this name, if this worker runs it.
+    pub fn status_of(&self, name: &str) -> Option<ProjectionStatus> {
+        let mut statuses = self.inner.waiter.statuses().iter();
+        statuses.find(|status| status.name() == name).map(SharedStatus::now)
     }
 
     /// Returns `Ready` if every projection of this worker runs and the database grants all needed

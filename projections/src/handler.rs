@@ -8,6 +8,7 @@ use async_trait::async_trait;
 use kafold_core::codec::CodecError;
 use kafold_core::{Partition, Position, RecordedEvent, StreamId, Version};
 
+use crate::clock_step::{ClockOf, ClockSteps};
 use crate::definition::Definition;
 use crate::generation::Generation;
 use crate::projection::{Part, ProjectionBatch};
@@ -30,8 +31,13 @@ pub(crate) trait Handler: Send + Sync + 'static {
         let _ = part;
     }
 
-    /// Whatever can be done before the transaction is open.
-    fn prepare<'w>(&'w self, round: &'w ProjectionBatch) -> Result<Box<dyn Work + 'w>, Fault>;
+    /// Prepares a round before the transaction is open. `clock_of` returns the clocks at the beginning of the
+    /// round, for windowed models.
+    fn prepare<'w>(
+        &'w self,
+        round: &'w ProjectionBatch,
+        clock_of: ClockOf<'_>,
+    ) -> Result<Box<dyn Work + 'w>, Fault>;
 
     /// What its work will remember of rows between transactions, at first nothing; `None` if it
     /// remembers nothing at all. Of the partitions `from_start` there are no rows yet.
@@ -55,6 +61,11 @@ pub(crate) trait Work: Send + Sync {
         tx: &mut Transaction<'_>,
         memory: Option<&mut Memory>,
     ) -> Result<(), ApplyError>;
+
+    /// Returns the clocks after the round and the counts of its events, for windowed models.
+    fn clock_steps(&self) -> Option<&ClockSteps> {
+        None
+    }
 }
 
 /// Which build of the tables a batch goes into.

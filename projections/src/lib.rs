@@ -1,7 +1,8 @@
 //! Events into SQL read models, on PostgreSQL and SQLite.
 //!
-//! A [`ReadModel`] folds the events of one aggregate into rows by key; its table is made from the
-//! row, and one definition runs on both databases. A [`Projection`] writes its own SQL. A
+//! A [`ReadModel`] is a row that is folded by key from the events of one aggregate; its table is made from
+//! the row, and one definition runs on both databases. A [`Windowed`] model is a row of each window of event time. A
+//! [`Projection`] writes its own SQL. A
 //! [`ProjectionWorker`] runs them: rows and checkpoint commit in one transaction, so that after any
 //! crash a read model equals the fold of the log up to its checkpoint. [`Query`] reads the rows,
 //! [`Projections::wait_for`] waits until one's own write is in them. [`SqlIndex`] and
@@ -13,21 +14,21 @@
 //! # use kafold_migrations::Database;
 //! # use std::sync::Arc;
 //! # async fn example<SalesByDay: ReadModel>(
-//! #     sales_by_day: SalesByDay,
 //! #     source: Arc<dyn EventSource>,
 //! #     database: Database,
 //! #     written: Handled,
 //! # ) -> Result<(), Box<dyn std::error::Error>> {
-//! let projections = ProjectionWorker::new(source, database).with(sales_by_day).spawn();
+//! let projections = ProjectionWorker::new(source, database).with::<SalesByDay>().spawn();
 //! let rows = projections.query::<SalesByDay>().after(&written).all(100).await?;
 //! projections.shutdown().await;
 //! # Ok(())
 //! # }
 //! ```
 //!
-//! - [`read_model`], [`projection`], [`transaction`]: what a service author writes;
+//! - [`read_model`], [`windowed`], [`projection`], [`transaction`]: what a service author writes;
 //! - [`worker`], [`handle`], [`config`], [`status`], [`wait`]: running it, and how it fares;
 //! - [`query`]: typed reads;
+//! - [`testing`]: the tests of a read model;
 //! - [`index`], [`snapshot`]: core's seams in SQL;
 //! - [`control`], [`overview`], [`verify`], [`positions`]: the operators' acts and views.
 //!
@@ -37,6 +38,7 @@
 mod audit;
 mod categories;
 mod checkpoint;
+mod clock_step;
 pub mod config;
 pub mod control;
 mod copy;
@@ -55,19 +57,25 @@ pub mod query;
 pub mod read_model;
 mod reader;
 mod registry;
+mod retention;
+mod rows;
 mod runner;
 pub mod snapshot;
 mod sql;
 pub mod status;
 mod supervisor;
 mod table;
+pub mod testing;
 pub mod transaction;
 mod value;
 pub mod verify;
+mod view;
 pub mod wait;
+pub mod windowed;
 pub mod worker;
 
 pub use audit::AuditVerification;
+pub use clock_step::EventCounts;
 pub use config::{FaultPolicy, ProjectionConfig};
 pub use control::{By, Control, ControlError};
 pub use definition::NAME_CHARS_MAX;
@@ -83,7 +91,9 @@ pub use snapshot::SqlSnapshots;
 /// For a hand-written [`Projection`], whose transaction is one of sqlx's connections.
 pub use sqlx;
 pub use status::{PartitionStatus, ProjectionState, ProjectionStatus};
+pub use testing::{ProjectionTest, projection_test};
 pub use transaction::{Transaction, WrongDatabase};
-pub use verify::{Verification, VerifyError, VerifyProgress};
+pub use verify::{CountsComparison, Verification, VerifyError, VerifyProgress};
 pub use wait::WaitError;
+pub use windowed::{InWindow, OpenOrFinal, Place, WindowQuery, Windowed};
 pub use worker::ProjectionWorker;

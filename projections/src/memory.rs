@@ -46,23 +46,25 @@ impl<R: Row> RowMemory<R> {
 
     /// A row is new. It is kept while there is room: rows that are written once and never again, as
     /// those of an event each, must not push out the others.
-    pub(crate) fn inserted(&mut self, row: R) {
-        let key = row.key();
+    pub(crate) fn inserted(&mut self, key: &R::Key, row: &R) {
         if !self.from_start.is_empty() {
-            self.written.add(&key);
+            self.written.add(key);
             if self.written.bytes() > WRITTEN_BYTES_MAX {
                 self.from_start.clear();
                 self.written = Filter::of_many(WRITTEN_EXPECTED);
             }
         }
         if self.rows.len() < self.rows.cap().get() {
-            self.rows.put(key, row);
+            self.rows.put(key.clone(), row.clone());
         }
     }
 
-    /// A row has changed.
-    pub(crate) fn updated(&mut self, row: R) {
-        self.rows.put(row.key(), row);
+    /// A row has changed. The memory of the remembered row is used again.
+    pub(crate) fn updated(&mut self, key: &R::Key, row: &R) {
+        match self.rows.get_mut(key) {
+            Some(remembered) => remembered.clone_from(row),
+            None => drop(self.rows.put(key.clone(), row.clone())),
+        }
     }
 
     /// A row is gone.
@@ -99,9 +101,9 @@ mod tests {
         let mut memory = memory(10);
         assert_eq!(memory.recall(FIRST, &1), Some(None), "nothing was ever written");
         assert_eq!(memory.recall(OTHER, &1), None, "somebody may have written it before");
-        memory.inserted(count(1, 1));
+        memory.inserted(&1, &count(1, 1));
         assert_eq!(memory.recall(FIRST, &1), Some(Some(count(1, 1))));
-        memory.updated(count(1, 2));
+        memory.updated(&1, &count(1, 2));
         assert_eq!(memory.recall(FIRST, &1), Some(Some(count(1, 2))));
         memory.deleted(&1);
         assert_eq!(memory.recall(FIRST, &1), None, "it is looked up");
@@ -110,12 +112,12 @@ mod tests {
     #[test]
     fn no_more_rows_are_remembered_than_may_be_and_new_ones_push_none_out() {
         let mut memory = memory(2);
-        (1..=3).for_each(|id| memory.inserted(count(id, 1)));
+        (1..=3).for_each(|id| memory.inserted(&id, &count(id, 1)));
         let known = |memory: &mut RowMemory<Count>| {
             (1..=3).filter(|id| memory.recall(FIRST, id).is_some()).collect::<Vec<_>>()
         };
         assert_eq!(known(&mut memory), [1, 2]);
-        memory.updated(count(3, 2));
+        memory.updated(&3, &count(3, 2));
         assert_eq!(known(&mut memory), [2, 3], "the one that was not used for longest is gone");
     }
 
@@ -126,7 +128,7 @@ mod tests {
         let mut written = 0;
         while memory.recall(FIRST, &-1).is_some() {
             assert!(written <= keys_max, "{} bytes are used", memory.written.bytes());
-            memory.inserted(count(written, 1));
+            memory.inserted(&written, &count(written, 1));
             written += 1;
         }
         assert!(written > keys_max / 4, "{written}");

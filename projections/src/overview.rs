@@ -37,6 +37,9 @@ pub struct Overview {
     pub state: OverviewState,
     /// Why it has stopped, one sentence.
     pub reason: Option<String>,
+    /// Seconds since the last report of a worker. `None` for a projection that has stopped, and for one that a worker
+    /// runs.
+    pub unattended_seconds: Option<i64>,
     /// Whether an operator has paused it, its rebuild included.
     pub paused: bool,
     /// Whether a worker has done so: what was asked for a moment ago is done within a second.
@@ -197,18 +200,6 @@ struct ProjectionRow {
 /// minute.
 pub(crate) const UNSEEN_SECONDS_MAX: i64 = 45;
 
-impl ProjectionRow {
-    /// Returns the reason of a projection which no worker runs.
-    fn unattended(&self) -> Option<String> {
-        let remedy = format!(
-            "start a program that has this projection; if no program has it any more, run `kafold projections remove {} --reason TEXT`",
-            self.name
-        );
-        let seconds = self.unseen_seconds.filter(|seconds| *seconds > UNSEEN_SECONDS_MAX)?;
-        Some(format!("no worker has run it for {seconds} s: {remedy}"))
-    }
-}
-
 #[derive(sqlx::FromRow)]
 struct PlaceRow {
     projection: String,
@@ -327,6 +318,14 @@ impl Control {
 }
 
 impl Overview {
+    /// Returns the remedy for a projection of this name which no worker runs.
+    pub fn unattended_remedy(name: &str) -> String {
+        format!(
+            "start a program that has this projection; if no program has it any more, run `kafold projections \
+             remove {name} --reason TEXT`"
+        )
+    }
+
     fn of(
         row: ProjectionRow,
         places: &mut By<Vec<PartitionOverview>>,
@@ -338,16 +337,22 @@ impl Overview {
         let (parked_streams, parked_events) = parked.get(&live).copied().unwrap_or_default();
         let lag = partitions.iter().map(|place| place.lag_seconds(now)).fold(0.0, f64::max);
         let paused = row.desired_state == State::Paused.text();
-        let unattended = row.unattended().filter(|_| !paused);
+        let has_stopped = row.actual_state == State::Stopped.text();
+        let unattended_seconds =
+            row.unseen_seconds.filter(|seconds| *seconds > UNSEEN_SECONDS_MAX && !has_stopped);
+        let unattended = unattended_seconds.map(|seconds| {
+            format!("no worker has run it for {seconds} s: {}", Self::unattended_remedy(&row.name))
+        });
         Self {
             state: match () {
                 () if row.next_generation.is_some() => OverviewState::Rebuilding,
-                () if row.actual_state == State::Stopped.text() => OverviewState::Stopped,
+                () if has_stopped => OverviewState::Stopped,
                 () if paused => OverviewState::Paused,
                 () if unattended.is_some() => OverviewState::Stopped,
                 () => OverviewState::Running,
             },
             reason: row.actual_state_reason.clone().or(unattended),
+            unattended_seconds,
             paused,
             obeyed: row.desired_state == row.actual_state,
             generation: row.live_generation.unsigned_abs(),

@@ -7,10 +7,12 @@ use std::sync::{Arc, OnceLock};
 
 use async_trait::async_trait;
 use futures_util::FutureExt;
-use kafold_core::codec::{self, CodecError};
+use kafold_core::codec::CodecError;
+use kafold_core::event_set::{EventSet, ReadEvent};
 use kafold_core::store::Batch;
-use kafold_core::{DomainEvent, Recorded, RecordedEvent, projecting};
+use kafold_core::{Recorded, RecordedEvent, projecting};
 
+use crate::clock_step::ClockOf;
 use crate::definition::Definition;
 use crate::generation::Generation;
 use crate::handler::{ApplyError, Fault, Handler, Memory, Target, Work, panic_text};
@@ -118,11 +120,16 @@ impl ProjectionBatch {
     }
 
     /// Returns the events of `E`, decoded. Events of other categories, and those that `E` ignores, are
-    /// left out. An event of `E`'s category that `E` cannot read is an error: it has an unknown type
+    /// left out. An event of `E`'s categories that `E` cannot read is an error: it has an unknown type
     /// or a newer version, or it is malformed. An `E` without
-    /// [`CATEGORY`](DomainEvent::CATEGORY) leaves out unknown types of every category.
-    pub fn decode<E: DomainEvent>(&self) -> Result<Vec<Recorded<E>>, UnreadableEvent> {
-        self.events().filter_map(|event| decode(event).transpose()).collect()
+    /// [`CATEGORY`](kafold_core::DomainEvent::CATEGORY) leaves out unknown types of every category.
+    pub fn decode<E: EventSet>(&self) -> Result<Vec<Recorded<E>>, UnreadableEvent> {
+        let read = |event| match decode(event) {
+            Ok(ReadEvent::Event(event)) => Some(Ok(event)),
+            Ok(ReadEvent::PassedBy | ReadEvent::Unknown) => None,
+            Err(unreadable) => Some(Err(unreadable)),
+        };
+        self.events().filter_map(read).collect()
     }
 
     pub(crate) fn batches(&self) -> impl ExactSizeIterator<Item = &Batch> {
@@ -154,27 +161,12 @@ pub struct UnreadableEvent {
     pub error: CodecError,
 }
 
-/// Decodes an event. Returns `None` for an event of another category, an ignored event, and an unknown
-/// type where `E` declares no category.
-pub(crate) fn decode<E: DomainEvent>(
+/// Decodes an event of the set.
+pub(crate) fn decode<E: EventSet>(
     event: &RecordedEvent,
-) -> Result<Option<Recorded<E>>, UnreadableEvent> {
-    if E::CATEGORY.is_some_and(|category| category != event.stream.category())
-        || ignores::<E>(event)
-    {
-        return Ok(None);
-    }
-    match codec::decode_recorded(event) {
-        Ok(decoded) => Ok(Some(decoded)),
-        Err(CodecError::UnknownType { .. }) if E::CATEGORY.is_none() => Ok(None),
-        Err(error) => Err(UnreadableEvent { event: Box::new(event.clone()), error }),
-    }
-}
-
-/// Returns whether `E` leaves out the event on purpose.
-pub(crate) fn ignores<E: DomainEvent>(event: &RecordedEvent) -> bool {
-    let name = || event.event_type.rsplit_once(".v").map_or(&*event.event_type, |(name, _)| name);
-    !E::IGNORED.is_empty() && E::IGNORED.contains(&name())
+) -> Result<ReadEvent<Recorded<E>>, UnreadableEvent> {
+    let read = E::read(event).map(|read| read.map(|decoded| event.with(decoded)));
+    read.map_err(|error| UnreadableEvent { event: Box::new(event.clone()), error })
 }
 
 /// A [`Projection`] as the worker runs it.
@@ -208,7 +200,11 @@ impl<P: Projection> Handler for ProjectionHandler<P> {
         caught(projecting::on_behalf_of(&self.name, setup)).await
     }
 
-    fn prepare<'w>(&'w self, round: &'w ProjectionBatch) -> Result<Box<dyn Work + 'w>, Fault> {
+    fn prepare<'w>(
+        &'w self,
+        round: &'w ProjectionBatch,
+        _: ClockOf<'_>,
+    ) -> Result<Box<dyn Work + 'w>, Fault> {
         Ok(Box::new(ProjectionWork { handler: self, batch: round }))
     }
 }

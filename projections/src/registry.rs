@@ -36,6 +36,7 @@ const RESET: &str = "reset, was ";
 pub(crate) async fn register(
     database: &Database,
     handler: &dyn Handler,
+    partitions: u32,
     now: DateTime<Utc>,
 ) -> Result<Generation, ApplyError> {
     let definition = handler.definition();
@@ -60,8 +61,25 @@ pub(crate) async fn register(
         }
     };
     generation::share(tx, definition, generation).await?;
+    if definition.window.is_some() {
+        set_windows(tx, definition, partitions).await?;
+    }
     open.commit().await?;
     Ok(generation)
+}
+
+/// Stores the windows of the live generation, and the number of partitions whose clocks close them.
+async fn set_windows(
+    tx: &mut Transaction<'_>,
+    definition: &Definition,
+    partitions: u32,
+) -> Result<(), sqlx::Error> {
+    let sql = "UPDATE kafold_projection SET live_window = $2, partitions = $3 WHERE name = $1";
+    let partitions = i32::try_from(partitions).unwrap_or(i32::MAX);
+    either!(tx, connection => {
+        let query = sqlx::query(sql).bind(&definition.name).bind(definition.window_json());
+        query.bind(partitions).execute(&mut **connection).await.map(drop)
+    })
 }
 
 /// Creates the tables of a generation, unless another login owns a table.
@@ -95,7 +113,7 @@ async fn begin_anew(
     set_up(tx, handler, next).await?;
     set_builder(tx, definition).await?;
     switch_views(tx, definition, found, next).await?;
-    finish_switch(tx, &definition.name, found, next, now).await?;
+    finish_switch(tx, definition, found, next, now).await?;
     Ok(next)
 }
 
@@ -360,7 +378,7 @@ async fn switch_in(
     }
     switch_views(tx, definition, &found, next).await?;
     generation::share(tx, definition, next).await?;
-    finish_switch(tx, name, &found, next, clock.now()).await?;
+    finish_switch(tx, definition, &found, next, clock.now()).await?;
     Ok(Switched::Done)
 }
 
@@ -403,7 +421,7 @@ async fn switch_views(
 
 async fn finish_switch(
     tx: &mut Transaction<'_>,
-    name: &str,
+    definition: &Definition,
     found: &Found,
     next: Generation,
     now: DateTime<Utc>,
@@ -412,11 +430,13 @@ async fn finish_switch(
                SET live_generation = next_generation, fingerprint = next_fingerprint, \
                    next_generation = NULL, next_fingerprint = NULL, next_requested_at = NULL, \
                    next_takes_parked = $3, next_reason = NULL, actual_state = $4, \
-                   actual_state_reason = NULL, updated_at = $2 \
+                   actual_state_reason = NULL, updated_at = $2, live_window = $5 \
                WHERE name = $1";
     let state = if found.is_paused() { State::Paused } else { State::Running };
+    let name = &definition.name;
     either!(tx, connection => {
         let query = sqlx::query(sql).bind(name).bind(Time(now)).bind(false).bind(state.text());
+        let query = query.bind(definition.window_json());
         query.execute(&mut **connection).await.map(drop)?;
     });
     forget(tx, name, next).await?;
@@ -436,6 +456,7 @@ pub(crate) async fn forget(
         "DELETE FROM kafold_parked_event WHERE projection = $1 AND generation <> $2",
         "DELETE FROM kafold_skipped_event WHERE projection = $1 AND generation <> $2",
         "DELETE FROM kafold_projection_category WHERE projection = $1 AND generation <> $2",
+        "DELETE FROM kafold_late_event WHERE projection = $1 AND generation <> $2",
     ] {
         either!(tx, connection => {
             let query = sqlx::query(sql).bind(name).bind(live.int());
@@ -520,7 +541,8 @@ impl Found {
             Some((_, tables)) => tables.split(", ").map(str::to_owned).collect(),
             None => vec![self.name.clone()],
         };
-        Definition { name: self.name.clone(), fingerprint, columns: None, tables }
+        let name = self.name.clone();
+        Definition { name, fingerprint, columns: None, tables, window: None, is_spread: false }
     }
 
     pub(crate) fn is_paused(&self) -> bool {

@@ -23,7 +23,7 @@ use kafold_migrations::Database;
 use tokio::sync::watch;
 
 use self::parking::Parked;
-use crate::checkpoint::{self, Place};
+use crate::checkpoint::{self, Checkpoint};
 use crate::desired::{AllDesired, Desired};
 use crate::generation::Generation;
 use crate::handler::{ApplyError, Fault, Handler, Memory, Target, panic_text};
@@ -62,6 +62,8 @@ pub(crate) enum Outcome {
     Retired(Generation),
     /// It cannot go on, for the sentence's reason.
     Stopped(String),
+    /// A defect outside of the author's functions, such as a driver that panics at an answer it does not know.
+    Panicked(String),
 }
 
 /// What a runner's generation is for.
@@ -101,7 +103,7 @@ pub(crate) struct Runner {
     all_desired: watch::Receiver<AllDesired>,
     role: Role,
     generation: Generation,
-    places: HashMap<Partition, Place>,
+    places: HashMap<Partition, Checkpoint>,
     /// Of the rows of these partitions; valid as long as every transaction that touches them commits.
     memory: Option<Memory>,
     /// What is set aside of each held partition.
@@ -194,15 +196,19 @@ impl Runner {
     pub(crate) async fn run(mut self) -> Outcome {
         let served = AssertUnwindSafe(self.serve()).catch_unwind().await;
         // Whatever a panic left is given up with the runner; the database has whole transactions.
-        let ended = served.unwrap_or_else(|panic| Ended::Stopped(panic_text(&*panic)));
-        let (state, outcome) = match ended {
-            Ended::Stopped(reason) => {
+        let (state, outcome) = match served {
+            Err(panic) => {
+                let reason = panic_text(&*panic);
+                tracing::error!(projection = self.status.name(), reason, "a projection ended");
+                (ProjectionState::Stopped(reason.clone()), Outcome::Panicked(reason))
+            }
+            Ok(Ended::Stopped(reason)) => {
                 let generation = self.generation.0;
                 tracing::error!(projection = self.status.name(), generation, reason, "stopped");
                 (ProjectionState::Stopped(reason.clone()), Outcome::Stopped(reason))
             }
-            Ended::Retired => (ProjectionState::Down, Outcome::Retired(self.generation)),
-            Ended::Shutdown | Ended::Again => (ProjectionState::Down, Outcome::Shutdown),
+            Ok(Ended::Retired) => (ProjectionState::Down, Outcome::Retired(self.generation)),
+            Ok(Ended::Shutdown | Ended::Again) => (ProjectionState::Down, Outcome::Shutdown),
         };
         self.status.change(|status| {
             if let ProjectionState::Stopped(reason) = &state {
@@ -236,9 +242,10 @@ impl Runner {
     }
 
     async fn register(&mut self) -> Result<(), Ended> {
-        let Context { database, clock, .. } = self.context.clone();
+        let Context { database, clock, source, .. } = self.context.clone();
         let handler = self.handler.clone();
-        let register = || registry::register(&database, &*handler, clock.now());
+        let partitions = source.partitions();
+        let register = || registry::register(&database, &*handler, partitions, clock.now());
         self.generation = self.until_done(register).await?;
         self.status.registered(self.generation);
         Ok(())
@@ -429,7 +436,7 @@ impl Runner {
         let stored = async || Ok(checkpoint::places(&database, target).await?);
         let stored = self.until_done(stored).await?;
         let known =
-            |place: &Place| partitions.contains(&place.partition) && place.cursor().is_some();
+            |place: &Checkpoint| partitions.contains(&place.partition) && place.cursor().is_some();
         if let Some(place) = stored.into_iter().find(known) {
             self.start(reader, &place).await?;
             reader.stop(vec![place.partition]).await;
@@ -445,7 +452,7 @@ impl Runner {
         }
     }
 
-    async fn start(&mut self, reader: &Reader, place: &Place) -> Result<(), Ended> {
+    async fn start(&mut self, reader: &Reader, place: &Checkpoint) -> Result<(), Ended> {
         let mut attempt = 0;
         loop {
             let starting = reader.start(place.partition, place.cursor());

@@ -8,9 +8,10 @@ use tokio::sync::watch;
 use tokio::task::JoinSet;
 
 use crate::desired::{AllDesired, Desired};
-use crate::generation::Generation;
+use crate::generation::{self, Generation};
 use crate::handler::Handler;
 use crate::registry::{self, State, Switched};
+use crate::retention;
 use crate::runner::{Orders, Outcome, Runner};
 use crate::status::{ProjectionState, ProjectionStatus, SharedStatus};
 use crate::worker::Context;
@@ -27,6 +28,13 @@ const SWITCH_LAG_NEAR: u64 = registry::SWITCH_LAG_MAX.unsigned_abs();
 
 /// Longest wait for the login that owns the views to switch to a complete generation; then the wait is reported.
 const FOREIGN_PATIENCE: Duration = Duration::from_secs(30);
+
+/// Time between two deletions of rows of windows that are not kept any more.
+const EXPIRE_INTERVAL: Duration = Duration::from_secs(5);
+
+/// Most restarts of runners that panic, within [`PANICS_WITHIN`]. The next panic stops the projection.
+const PANICS_MAX: u32 = 3;
+const PANICS_WITHIN: Duration = Duration::from_secs(60);
 
 /// A runner under way.
 struct Running {
@@ -64,6 +72,10 @@ pub(crate) struct Supervisor {
     foreign: Option<(Generation, Instant)>,
     /// Whether there may be tables of generations that are gone.
     has_stale_tables: bool,
+    /// The number of panics of runners since the time of the first one.
+    panics: Option<(u32, Instant)>,
+    /// The time of the last deletion of rows of windows.
+    expired_at: Option<Instant>,
 }
 
 impl Supervisor {
@@ -89,6 +101,8 @@ impl Supervisor {
             untold_reason: None,
             foreign: None,
             has_stale_tables: true,
+            panics: None,
+            expired_at: None,
         }
     }
 
@@ -117,6 +131,7 @@ impl Supervisor {
                 self.tell().await;
                 self.take_over_state(desired).await;
                 self.tidy().await;
+                self.expire(desired.live).await;
             }
             let is_behind = next_is_behind(&status.borrow_and_update());
             tokio::select! {
@@ -216,20 +231,28 @@ impl Supervisor {
         desired: Option<&Desired>,
     ) {
         let resumptions = desired.map_or(0, |desired| desired.resumptions);
+        let is_live = self.live.as_ref().is_some_and(|live| live.generation == generation);
+        let is_next = self.next.as_ref().is_some_and(|next| next.generation == generation);
+        if matches!(outcome, Outcome::Panicked(_)) && self.runs_again_after_panic() {
+            // A runner that is not there is started.
+            self.live.take_if(|_| is_live);
+            self.next.take_if(|_| is_next && !is_live);
+            return;
+        }
         let (reason, retired) = match outcome {
-            Outcome::Stopped(reason) => (Some(reason), None),
+            Outcome::Stopped(reason) | Outcome::Panicked(reason) => (Some(reason), None),
             Outcome::Retired(generation) => (None, Some(generation)),
             Outcome::Shutdown => (None, None),
         };
         let stopped = reason.as_ref().map(|_| Stopped { generation, resumptions });
         // Neither: one that another has taken the place of.
-        if self.live.as_ref().is_some_and(|live| live.generation == generation) {
+        if is_live {
             self.live = None;
             self.live_stopped = stopped;
             self.live_retired = retired;
             self.untold_stop = reason;
             self.context.look.notify_one();
-        } else if self.next.as_ref().is_some_and(|next| next.generation == generation) {
+        } else if is_next {
             if stopped.is_none() {
                 self.end_next();
             }
@@ -237,6 +260,15 @@ impl Supervisor {
             self.next_stopped = stopped;
             self.untold_reason = generation.zip(reason);
         }
+    }
+
+    /// Counts a panic. Returns `true` for the first [`PANICS_MAX`] panics within [`PANICS_WITHIN`].
+    fn runs_again_after_panic(&mut self) -> bool {
+        let now = self.context.clock.instant();
+        let is_recent = |since: &Instant| now.saturating_duration_since(*since) < PANICS_WITHIN;
+        let (count, since) = self.panics.filter(|(_, since)| is_recent(since)).unwrap_or((0, now));
+        self.panics = Some((count + 1, since));
+        count < PANICS_MAX
     }
 
     /// Makes the next generation the live one as soon as it has caught up.
@@ -276,7 +308,16 @@ impl Supervisor {
                 }
             }
             Ok(Switched::Behind | Switched::Gone) => {}
-            Err(error) => tracing::warn!(projection = name, %error, "cannot switch now"),
+            Err(error) => match generation::dependents(&error) {
+                Some(dependents) => {
+                    let reason = format!(
+                        "it is complete, but its columns have changed and {dependents}: drop the dependent \
+                         objects, and make them again after the switch"
+                    );
+                    self.report_no_switch(desired, next, reason);
+                }
+                None => tracing::warn!(projection = name, %error, "cannot switch now"),
+            },
         }
     }
 
@@ -323,6 +364,25 @@ impl Supervisor {
                 look.notify_one();
             }
             Err(error) => tracing::debug!(name, %error, "cannot store that it runs"),
+        }
+    }
+
+    /// Deletes the rows of windows that are not kept any more.
+    async fn expire(&mut self, live: Generation) {
+        let definition = self.handler.definition();
+        let Context { database, clock, .. } = &self.context;
+        let (now, last) = (clock.instant(), self.expired_at);
+        let is_due = last.is_none_or(|at| now.saturating_duration_since(at) >= EXPIRE_INTERVAL);
+        if definition.window.is_none() || !is_due {
+            return;
+        }
+        self.expired_at = Some(now);
+        match retention::expire(database, definition, live).await {
+            Ok(0) => {}
+            Ok(rows) => tracing::info!(projection = definition.name, rows, "old windows deleted"),
+            Err(error) => {
+                tracing::debug!(projection = definition.name, %error, "old windows are left");
+            }
         }
     }
 

@@ -1,6 +1,8 @@
 //! The table of a read model in one generation. The statements are made once from the row's columns.
 
-use kafold_core::row::{Column, ColumnKind, ColumnRole, Value};
+use chrono::SecondsFormat;
+use kafold_core::row::{Column, ColumnKind, ColumnRole, RowKey, Value};
+use kafold_core::window::Timestamp;
 use kafold_migrations::{Identifier, SqlText};
 use sqlx::postgres::{PgArguments, PgRow};
 use sqlx::sqlite::{SqliteArguments, SqliteRow};
@@ -28,8 +30,53 @@ pub(crate) struct Table {
     pub(crate) table: Identifier,
     columns: &'static [Column],
     names: Vec<Identifier>,
-    key: usize,
+    /// The places of the key columns, in their order.
+    keys: Vec<usize>,
     postgres: PostgresStatements,
+}
+
+/// Keys of rows: a list of values for each key column.
+#[derive(Debug)]
+pub(crate) struct Keys {
+    columns: Vec<Vec<Value>>,
+}
+
+impl Keys {
+    pub(crate) fn none<K: RowKey>() -> Self {
+        Self { columns: vec![Vec::new(); K::COLUMNS] }
+    }
+
+    pub(crate) fn of<K: RowKey>(keys: impl ExactSizeIterator<Item = K>) -> Self {
+        let mut all =
+            Self { columns: (0..K::COLUMNS).map(|_| Vec::with_capacity(keys.len())).collect() };
+        keys.for_each(|key| all.push(key));
+        all
+    }
+
+    pub(crate) fn push<K: RowKey>(&mut self, key: K) {
+        key.append_to(&mut self.columns);
+    }
+
+    fn count(&self) -> usize {
+        self.columns.first().map_or(0, Vec::len)
+    }
+
+    /// Splits off the first keys, at most `most`.
+    fn split_first(&mut self, most: usize) -> Self {
+        let first = |column: &mut Vec<Value>| {
+            let rest = column.split_off(most.min(column.len()));
+            std::mem::replace(column, rest)
+        };
+        Self { columns: self.columns.iter_mut().map(first).collect() }
+    }
+
+    /// Returns the values key by key.
+    fn into_values(self) -> impl Iterator<Item = Value> {
+        let count = self.count();
+        let mut columns: Vec<_> = self.columns.into_iter().map(Vec::into_iter).collect();
+        let width = columns.len();
+        (0..count * width).filter_map(move |nth| columns[nth % width].next())
+    }
 }
 
 #[derive(Debug, Clone)]
@@ -44,13 +91,29 @@ impl Table {
     /// The table of a definition that has passed its check; `None` for one without columns.
     pub(crate) fn new(definition: &Definition, generation: Generation) -> Option<Self> {
         let columns = definition.columns?;
+        let view = Identifier::new(&definition.name).expect("the definition was checked");
+        Some(Self::of_columns(view, generation.table(&definition.name), columns))
+    }
+
+    /// A table of kafold, with these columns. Only for its rows: the table is made by a migration.
+    pub(crate) fn of_kafold(name: &str, columns: &'static [Column]) -> Self {
+        let table = Identifier::new(name).expect("a name of kafold");
+        Self::of_columns(table.clone(), table, columns)
+    }
+
+    /// A view, to read its rows.
+    pub(crate) fn of_view(name: &str, columns: &'static [Column]) -> Self {
+        Self::of_kafold(name, columns)
+    }
+
+    fn of_columns(view: Identifier, table: Identifier, columns: &'static [Column]) -> Self {
         let valid = |text: &str| Identifier::new(text).expect("the definition was checked");
         let names: Vec<_> = columns.iter().map(|column| valid(column.name)).collect();
-        let key = columns.iter().position(|column| column.role == ColumnRole::Key);
-        let key = key.expect("the definition was checked");
-        let table = generation.table(&definition.name);
-        let postgres = PostgresStatements::new(&table, columns, &names, key);
-        Some(Self { view: valid(&definition.name), table, columns, names, key, postgres })
+        let places = columns.iter().enumerate();
+        let keys = places.filter(|(_, column)| column.role == ColumnRole::Key);
+        let keys: Vec<_> = keys.map(|(place, _)| place).collect();
+        let postgres = PostgresStatements::new(&table, columns, &names, &keys);
+        Self { view, table, columns, names, keys, postgres }
     }
 
     /// Makes table and indexes, if they are not there.
@@ -71,9 +134,9 @@ impl Table {
             sql.name(name).text(" ");
             sql.text(if on_postgres { postgres_type(kind) } else { sqlite_type(kind) });
             sql.text(if column.nullable { "" } else { " NOT NULL" });
-            sql.text(if column.role == ColumnRole::Key { " PRIMARY KEY" } else { "" });
         });
-        sql.text(if on_postgres { ")" } else { ") STRICT, WITHOUT ROWID" });
+        list_key(sql.text(", PRIMARY KEY ("), &self.names, &self.keys);
+        sql.text(if on_postgres { "))" } else { ")) STRICT, WITHOUT ROWID" });
         sql.finish()
     }
 
@@ -86,7 +149,7 @@ impl Table {
                 let mut sql = SqlText::new("CREATE INDEX IF NOT EXISTS ");
                 sql.name(&index.expect("a name of at most 50 bytes leaves room")).text(" ON ");
                 sql.name(&self.table).text(" (").name(name).text(", ");
-                sql.name(&self.names[self.key]).text(")").finish()
+                list_key(&mut sql, &self.names, &self.keys).text(")").finish()
             },
         )
     }
@@ -95,18 +158,61 @@ impl Table {
     pub(crate) async fn load(
         &self,
         tx: &mut Transaction<'_>,
-        keys: Vec<Value>,
+        keys: Keys,
     ) -> Result<Vec<Vec<Value>>, sqlx::Error> {
         match tx {
             Transaction::Postgres(connection) => {
-                let mut arguments = PgArguments::default();
-                add_array(&mut arguments, &self.columns[self.key], keys)?;
+                let arguments = self.postgres_keys(keys)?;
                 let query = sqlx::query_with(self.postgres.load.clone(), arguments);
                 let rows = query.fetch_all(&mut **connection).await?;
                 rows.iter().map(|row| self.postgres_values(row)).collect()
             }
             Transaction::Sqlite(connection) => self.load_sqlite(connection, keys).await,
         }
+    }
+
+    /// Returns the rows of sessions that overlap a span, of keys without their last column, the start of the session.
+    pub(crate) async fn load_sessions(
+        &self,
+        tx: &mut Transaction<'_>,
+        mut keys: Keys,
+        from: Timestamp,
+        to: Timestamp,
+    ) -> Result<Vec<Vec<Value>>, sqlx::Error> {
+        let places = &self.keys[..self.keys.len() - 1];
+        let (end, start) = (Identifier::new("window_end"), Identifier::new("window_start"));
+        let (end, start) = (end.expect("a name"), start.expect("a name"));
+        let mut rows = Vec::new();
+        match tx {
+            Transaction::Postgres(connection) => {
+                let mut sql = select(&self.table, self.columns, &self.names, true);
+                where_keys(&mut sql, self.columns, &self.names, places);
+                sql.text(" AND ").name(&end).text(" >= ").placeholder(places.len() + 1);
+                sql.text(" AND ").name(&start).text(" <= ").placeholder(places.len() + 2);
+                let query = sqlx::query_with(sql.finish(), self.postgres_keys(keys)?);
+                for row in &query.bind(from).bind(to).fetch_all(&mut **connection).await? {
+                    rows.push(self.postgres_values(row)?);
+                }
+            }
+            Transaction::Sqlite(connection) => {
+                while keys.count() > 0 {
+                    let mut sql = select(&self.table, self.columns, &self.names, false);
+                    let first = keys.split_first(SQLITE_ROWS_MAX);
+                    list_key(sql.text(" WHERE ("), &self.names, places);
+                    let arguments = key_arguments(&mut sql, first, places.len())?;
+                    sql.text(" AND ").name(&end).text(" >= ?");
+                    sql.text(" AND ").name(&start).text(" <= ?");
+                    let mut query = sqlx::query_with(sql.finish(), arguments).persistent(false);
+                    for time in [from, to] {
+                        query = query.bind(time.to_rfc3339_opts(SecondsFormat::Micros, true));
+                    }
+                    for row in &query.fetch_all(&mut **connection).await? {
+                        rows.push(self.sqlite_values(row)?);
+                    }
+                }
+            }
+        }
+        Ok(rows)
     }
 
     /// Takes about so many rows that are not there yet; on PostgreSQL many, as a worker that is behind
@@ -147,19 +253,44 @@ impl Table {
     pub(crate) async fn delete(
         &self,
         tx: &mut Transaction<'_>,
-        keys: Vec<Value>,
+        keys: Keys,
     ) -> Result<(), sqlx::Error> {
-        if keys.is_empty() {
+        if keys.count() == 0 {
             return Ok(());
         }
         match tx {
             Transaction::Postgres(connection) => {
-                let mut arguments = PgArguments::default();
-                add_array(&mut arguments, &self.columns[self.key], keys)?;
+                let arguments = self.postgres_keys(keys)?;
                 let query = sqlx::query_with(self.postgres.delete.clone(), arguments);
                 query.execute(&mut **connection).await.map(drop)
             }
             Transaction::Sqlite(connection) => self.delete_sqlite(connection, keys).await,
+        }
+    }
+
+    /// Deletes rows of windows that ended before a moment, at most `limit`. Returns the number of rows.
+    pub(crate) async fn expire(
+        &self,
+        tx: &mut Transaction<'_>,
+        before: Timestamp,
+        limit: u64,
+    ) -> Result<u64, sqlx::Error> {
+        let end = Identifier::new("window_end").expect("a name");
+        let mut sql = SqlText::new("DELETE FROM ");
+        self.list_key(sql.name(&self.table).text(" WHERE (")).text(") IN (SELECT ");
+        self.list_key(&mut sql).text(" FROM ").name(&self.table).text(" WHERE ").name(&end);
+        sql.text(" < $1 LIMIT ").number(limit);
+        match tx {
+            Transaction::Postgres(connection) => {
+                // Another worker deletes the rows that are locked.
+                let sql = sql.text(" FOR UPDATE SKIP LOCKED)").finish();
+                Ok(sqlx::query(sql).bind(before).execute(&mut **connection).await?.rows_affected())
+            }
+            Transaction::Sqlite(connection) => {
+                let before = before.to_rfc3339_opts(SecondsFormat::Micros, true);
+                let query = sqlx::query(sql.text(")").finish()).bind(before);
+                Ok(query.execute(&mut **connection).await?.rows_affected())
+            }
         }
     }
 
@@ -168,9 +299,14 @@ impl Table {
         select(&self.view, self.columns, &self.names, on_postgres)
     }
 
-    /// The key column and its name.
-    pub(crate) fn key(&self) -> (&'static Column, &Identifier) {
-        (&self.columns[self.key], &self.names[self.key])
+    /// Returns the key columns and their names, in the order of the key.
+    pub(crate) fn key(&self) -> impl Iterator<Item = (&'static Column, &Identifier)> {
+        self.keys.iter().map(|place| (&self.columns[*place], &self.names[*place]))
+    }
+
+    /// Adds the names of the key columns.
+    pub(crate) fn list_key<'s>(&self, sql: &'s mut SqlText) -> &'s mut SqlText {
+        list_key(sql, &self.names, &self.keys)
     }
 
     /// Returns the name of a column of this table.
@@ -189,6 +325,15 @@ impl Table {
     pub(crate) fn sqlite_values(&self, row: &SqliteRow) -> Result<Vec<Value>, sqlx::Error> {
         let columns = self.columns.iter().enumerate();
         columns.map(|(index, column)| from_sqlite(row, index, column)).collect()
+    }
+
+    /// Returns the arrays of the statements by key.
+    fn postgres_keys(&self, keys: Keys) -> Result<PgArguments, sqlx::Error> {
+        let mut arguments = PgArguments::default();
+        for ((column, _), values) in self.key().zip(keys.columns) {
+            add_array(&mut arguments, column, values)?;
+        }
+        Ok(arguments)
     }
 
     async fn upsert_postgres(
@@ -212,12 +357,12 @@ impl Table {
     async fn load_sqlite(
         &self,
         connection: &mut SqliteConnection,
-        keys: Vec<Value>,
+        mut keys: Keys,
     ) -> Result<Vec<Vec<Value>>, sqlx::Error> {
-        let mut loaded = Vec::with_capacity(keys.len());
-        for chunk in chunks(keys, SQLITE_ROWS_MAX) {
+        let mut loaded = Vec::with_capacity(keys.count());
+        while keys.count() > 0 {
             let mut sql = select(&self.table, self.columns, &self.names, false);
-            let query = self.with_keys(&mut sql, chunk)?;
+            let query = self.with_keys(&mut sql, keys.split_first(SQLITE_ROWS_MAX))?;
             let rows = query.fetch_all(&mut *connection).await?;
             for row in &rows {
                 loaded.push(self.sqlite_values(row)?);
@@ -229,30 +374,27 @@ impl Table {
     async fn delete_sqlite(
         &self,
         connection: &mut SqliteConnection,
-        keys: Vec<Value>,
+        mut keys: Keys,
     ) -> Result<(), sqlx::Error> {
-        for chunk in chunks(keys, SQLITE_ROWS_MAX) {
-            let mut sql = SqlText::new("DELETE FROM ");
-            let query = self.with_keys(sql.name(&self.table), chunk)?;
+        while keys.count() > 0 {
+            let (mut sql, first) =
+                (SqlText::new("DELETE FROM "), keys.split_first(SQLITE_ROWS_MAX));
+            let query = self.with_keys(sql.name(&self.table), first)?;
             query.execute(&mut *connection).await?;
         }
         Ok(())
     }
 
-    /// The statement with `WHERE key IN (…)` behind it. Not kept prepared when it is one of many
-    /// that differ only in the number of keys.
+    /// Adds the condition on these keys to the statement. A statement that differs from many others only in the
+    /// number of keys is not kept prepared.
     fn with_keys(
         &self,
         sql: &mut SqlText,
-        keys: Vec<Value>,
+        keys: Keys,
     ) -> Result<sqlx::query::Query<'static, sqlx::Sqlite, SqliteArguments>, sqlx::Error> {
-        let often = keys.len() == 1 || keys.len() == SQLITE_ROWS_MAX;
-        sql.text(" WHERE ").name(&self.names[self.key]).text(" IN (");
-        list_places(sql, keys.len()).text(")");
-        let mut arguments = SqliteArguments::default();
-        for key in keys {
-            add_value(&mut arguments, key)?;
-        }
+        let often = [1, SQLITE_ROWS_MAX].contains(&keys.count());
+        self.list_key(sql.text(" WHERE ("));
+        let arguments = key_arguments(sql, keys, self.keys.len())?;
         Ok(sqlx::query_with(sql.finish(), arguments).persistent(often))
     }
 
@@ -268,11 +410,8 @@ impl Table {
             let mut sql = SqlText::new("INSERT INTO ");
             sql.name(&self.table).text(" (");
             list_names(&mut sql, &self.names).text(") VALUES ");
-            sql.list(", ", 0..chunk.len(), |sql, _| {
-                sql.text("(");
-                list_places(sql, width).text(")");
-            });
-            on_conflict(&mut sql, &self.names, self.key);
+            list_tuples(&mut sql, chunk.len(), width);
+            on_conflict(&mut sql, &self.names, &self.keys);
             let mut arguments = SqliteArguments::default();
             for value in chunk.into_iter().flatten() {
                 add_value(&mut arguments, value)?;
@@ -323,10 +462,8 @@ impl Inserts<'_> {
 }
 
 impl PostgresStatements {
-    fn new(table: &Identifier, columns: &[Column], names: &[Identifier], key: usize) -> Self {
-        let key_in_array = |sql: &mut SqlText| {
-            sql.text(" WHERE ").name(&names[key]).text(" = ANY(").placeholder(1).text(")").finish()
-        };
+    fn new(table: &Identifier, columns: &[Column], names: &[Identifier], keys: &[usize]) -> Self {
+        let of_keys = |sql: &mut SqlText| where_keys(sql, columns, names, keys).finish();
         let mut upsert = SqlText::new("INSERT INTO ");
         list_names(upsert.name(table).text(" ("), names);
         upsert.text(") SELECT ");
@@ -338,15 +475,15 @@ impl PostgresStatements {
             sql.placeholder(index + 1).text("::").text(array_type(column.kind));
         });
         list_names(upsert.text(") AS u ("), names).text(")");
-        on_conflict(&mut upsert, names, key);
+        on_conflict(&mut upsert, names, keys);
         let mut copy = SqlText::new("COPY ");
         list_names(copy.name(table).text(" ("), names);
         copy.text(") FROM STDIN WITH (FORMAT binary)");
         Self {
-            load: key_in_array(&mut select(table, columns, names, true)),
+            load: of_keys(&mut select(table, columns, names, true)),
             copy: copy.finish(),
             upsert: upsert.finish(),
-            delete: key_in_array(SqlText::new("DELETE FROM ").name(table)),
+            delete: of_keys(SqlText::new("DELETE FROM ").name(table)),
         }
     }
 }
@@ -355,6 +492,56 @@ impl PostgresStatements {
 fn list_names<'s>(sql: &'s mut SqlText, names: &[Identifier]) -> &'s mut SqlText {
     sql.list(", ", names, |sql, name| {
         sql.name(name);
+    })
+}
+
+/// Adds the names of the key columns with commas between them.
+fn list_key<'s>(sql: &'s mut SqlText, names: &[Identifier], keys: &[usize]) -> &'s mut SqlText {
+    sql.list(", ", keys, |sql, key| {
+        sql.name(&names[*key]);
+    })
+}
+
+/// Adds the condition on keys on PostgreSQL, whose values are one array a column.
+fn where_keys<'s>(
+    sql: &'s mut SqlText,
+    columns: &[Column],
+    names: &[Identifier],
+    keys: &[usize],
+) -> &'s mut SqlText {
+    if let [key] = keys {
+        let sql = sql.text(" WHERE ").name(&names[*key]).text(" = ANY(");
+        return sql.placeholder(1).text(")");
+    }
+    list_key(sql.text(" WHERE ("), names, keys).text(") IN (SELECT * FROM UNNEST(");
+    sql.list(", ", keys.iter().enumerate(), |sql, (nth, key)| {
+        sql.placeholder(nth + 1).text("::").text(array_type(columns[*key].kind));
+    });
+    sql.text("))")
+}
+
+/// Adds the end of the condition on keys on SQLite, behind the names of the key columns. Returns its values.
+fn key_arguments(
+    sql: &mut SqlText,
+    keys: Keys,
+    width: usize,
+) -> Result<SqliteArguments, sqlx::Error> {
+    if width == 1 {
+        list_places(sql.text(") IN ("), keys.count()).text(")");
+    } else {
+        list_tuples(sql.text(") IN (VALUES "), keys.count(), width).text(")");
+    }
+    let mut arguments = SqliteArguments::default();
+    for value in keys.into_values() {
+        add_value(&mut arguments, value)?;
+    }
+    Ok(arguments)
+}
+
+/// Adds tuples of bound values on SQLite, with commas between them.
+pub(crate) fn list_tuples(sql: &mut SqlText, count: usize, width: usize) -> &mut SqlText {
+    sql.list(", ", 0..count, |sql, _| {
+        list_places(sql.text("("), width).text(")");
     })
 }
 
@@ -383,13 +570,13 @@ fn select(
 }
 
 /// Replaces every column but the key.
-fn on_conflict(sql: &mut SqlText, names: &[Identifier], key: usize) {
-    sql.text(" ON CONFLICT (").name(&names[key]).text(") DO ");
-    if names.len() == 1 {
+fn on_conflict(sql: &mut SqlText, names: &[Identifier], keys: &[usize]) {
+    list_key(sql.text(" ON CONFLICT ("), names, keys).text(") DO ");
+    if names.len() == keys.len() {
         sql.text("NOTHING");
         return;
     }
-    let others = names.iter().enumerate().filter(|(index, _)| *index != key);
+    let others = names.iter().enumerate().filter(|(place, _)| !keys.contains(place));
     sql.text("UPDATE SET ");
     sql.list(", ", others, |sql, (_, name)| {
         sql.name(name).text(" = excluded.").name(name);

@@ -1,6 +1,6 @@
 //! The open transaction of the chosen database, as a [`Projection`](crate::Projection) gets it.
 
-use kafold_migrations::{Database, WriteTransaction, is_transient, refusal};
+use kafold_migrations::{Database, WriteTransaction, begin, is_transient, refusal};
 use sqlx::{PgConnection, Postgres, SqliteConnection};
 
 /// An open transaction on one of the two databases.
@@ -53,7 +53,7 @@ impl OpenTransaction {
     /// On SQLite it waits for its turn among the writers of the file.
     pub(crate) async fn begin(database: &Database) -> Result<Self, sqlx::Error> {
         Ok(match database {
-            Database::Postgres(database) => Self::Postgres(database.pool().begin().await?),
+            Database::Postgres(database) => Self::Postgres(begin(database.pool(), "BEGIN").await?),
             Database::Sqlite(database) => Self::Sqlite(database.write().await?),
         })
     }
@@ -62,8 +62,8 @@ impl OpenTransaction {
     /// forgotten it, with all that was committed after it, unless a later commit did wait.
     pub(crate) async fn begin_forgettable(database: &Database) -> Result<Self, sqlx::Error> {
         let Database::Postgres(database) = database else { return Self::begin(database).await };
-        let begin = "BEGIN; SET LOCAL synchronous_commit = off";
-        Ok(Self::Postgres(database.pool().begin_with(begin).await?))
+        let sql = "BEGIN; SET LOCAL synchronous_commit = off";
+        Ok(Self::Postgres(begin(database.pool(), sql).await?))
     }
 
     pub(crate) fn lend(&mut self) -> Transaction<'_> {

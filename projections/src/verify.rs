@@ -4,26 +4,30 @@
 //! again up to those checkpoints into tables of their own; then the database compares the two, row by
 //! row. Queries and workers go on meanwhile. What is parked or skipped is left out on both sides.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::time::Duration;
 
+use chrono::SecondsFormat;
 use kafold_core::store::{Batch, ReadError, SourceMessage, Subscription};
+use kafold_core::window::Timestamp;
 use kafold_core::{Offset, Partition, Position};
 use kafold_migrations::{Identifier, SqlText};
 use serde::Serialize;
 use sqlx::SqlStr;
 
+use crate::clock_step::{EventCounts, PartitionClock};
 use crate::definition::Definition;
 use crate::generation::{self, Generation};
 use crate::handler::{ApplyError, Handler, Target};
 use crate::parked;
 use crate::projection::ProjectionBatch;
+use crate::retention;
 use crate::sql::either;
 use crate::transaction::{OpenTransaction, Transaction};
 use crate::worker::{Context, ProjectionWorker};
 
-/// The tables that the log is folded into; no generation that is ever live.
-const FRESH: Generation = Generation(0);
+/// The tables that the log is folded into.
+const FRESH: Generation = Generation::VERIFIED;
 /// Events in one transaction.
 const BATCH_EVENTS_MAX: usize = 5_000;
 /// How long the log may have nothing to say before its end.
@@ -46,6 +50,26 @@ pub struct Verification {
     pub rows: i64,
     /// What differs, a table an entry; nothing when all is as it must be.
     pub differences: Vec<TableDifference>,
+    /// For a windowed model, the numbers of its events. They differ if rows or late events do.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub counts: Option<CountsComparison>,
+}
+
+/// The numbers of events of a windowed model, stored and folded again.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct CountsComparison {
+    /// The numbers in the checkpoints.
+    pub stored: EventCounts,
+    /// The numbers from the fold of the log.
+    pub folded: EventCounts,
+}
+
+impl Verification {
+    /// Returns `true` if rows and counts are those of the log.
+    pub fn is_equal(&self) -> bool {
+        let counts = self.counts.is_none_or(|counts| counts.stored == counts.folded);
+        self.differences.is_empty() && counts
+    }
 }
 
 /// How a table differs from the fold of the log.
@@ -147,6 +171,17 @@ struct Snapshot {
     /// … but these events.
     parked: HashSet<Position>,
     skipped: HashSet<Position>,
+    /// The numbers of events of a windowed model.
+    counts: EventCounts,
+}
+
+/// The result of folding the log again.
+#[derive(Default)]
+struct Folded {
+    events: u64,
+    left_out: u64,
+    clocks: HashMap<Partition, PartitionClock>,
+    counts: EventCounts,
 }
 
 impl Verifying<'_> {
@@ -181,6 +216,7 @@ impl Verifying<'_> {
         let sql = "SELECT partition, \"offset\" FROM kafold_skipped_event \
                    WHERE projection = $1 AND generation = $2";
         let skipped = pairs(tx, sql, name, generation).await?;
+        let counts = EventCounts::of_live(tx, name).await?;
         for table in self.definition().tables() {
             let mut sql = SqlText::new("CREATE TABLE ");
             sql.name(&copy_of(&table)).text(" AS SELECT * FROM ");
@@ -198,14 +234,21 @@ impl Verifying<'_> {
             ends: ends.into_iter().collect(),
             parked: parked.into_iter().map(position).collect(),
             skipped: skipped.into_iter().map(position).collect(),
+            counts,
         }))
     }
 
     async fn compare(&self, snapshot: Snapshot) -> Result<Verification, VerifyError> {
-        let (events, left_out) = self.fold(&snapshot).await?;
+        let Folded { events, left_out, counts, clocks } = self.fold(&snapshot).await?;
+        let partitions = (0..self.context.source.partitions()).map(Partition);
+        let clock = |partition| clocks.get(&partition).map(|clock| clock.clock).unwrap_or_default();
+        let expired = retention::expired_before(self.definition(), partitions.map(clock));
         let mut open = OpenTransaction::begin(&self.context.database).await?;
         let tx = &mut open.lend();
         let (mut rows, mut differences) = (0, Vec::new());
+        if let Some(before) = expired {
+            self.expire(tx, before).await?;
+        }
         for table in self.definition().tables() {
             let (copy, fresh) = (copy_of(&table), FRESH.table(table.as_str()));
             rows += count(tx, SqlText::new("SELECT COUNT(*) FROM ").name(&copy).finish()).await?;
@@ -229,24 +272,48 @@ impl Verifying<'_> {
             left_out,
             rows,
             differences,
+            counts: self
+                .definition()
+                .window
+                .map(|_| CountsComparison { stored: snapshot.counts, folded: counts }),
         })
     }
 
-    /// Folds the log up to the snapshot. Answers how many events it took, and how many it left out.
-    async fn fold(&self, snapshot: &Snapshot) -> Result<(u64, u64), VerifyError> {
+    /// Deletes the rows of windows that are not kept, which the live table may have or not.
+    async fn expire(&self, tx: &mut Transaction<'_>, before: Timestamp) -> Result<(), sqlx::Error> {
+        for table in self.definition().tables() {
+            for name in [copy_of(&table), FRESH.table(table.as_str())] {
+                let mut sql = SqlText::new("DELETE FROM ");
+                let sql = sql.name(&name).text(" WHERE window_end < $1").finish();
+                match tx {
+                    Transaction::Postgres(connection) => {
+                        sqlx::query(sql).bind(before).execute(&mut **connection).await?;
+                    }
+                    Transaction::Sqlite(connection) => {
+                        let before = before.to_rfc3339_opts(SecondsFormat::Micros, true);
+                        sqlx::query(sql).bind(before).execute(&mut **connection).await?;
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Folds the log up to the snapshot.
+    async fn fold(&self, snapshot: &Snapshot) -> Result<Folded, VerifyError> {
         let Context { source, clock, .. } = self.context;
         let name = format!("{}__verify", self.definition().name);
         let mut subscription = source.subscribe(&name, None, BATCH_EVENTS_MAX).await?;
         let total = snapshot.ends.values().map(|end| end.0).sum();
         let mut reached: BTreeMap<Partition, Offset> = BTreeMap::new();
-        let (mut events, mut left_out) = (0, 0);
+        let mut folded = Folded::default();
         loop {
             let done =
                 |(p, end): (&Partition, &Offset)| reached.get(p).map_or(0, |at| at.0).min(end.0);
             let done: u64 = snapshot.ends.iter().map(done).sum();
             (self.progress)(VerifyProgress { done, total });
             if done == total {
-                return Ok((events, left_out));
+                return Ok(folded);
             }
             let message = tokio::select! {
                 biased;
@@ -269,9 +336,9 @@ impl Verifying<'_> {
             let within = batch.events.len();
             parked::leave_out(&mut batch.events, |at| snapshot.skipped.contains(&at));
             batch.events.retain(|event| !snapshot.parked.contains(&event.position));
-            events += batch.events.len() as u64;
-            left_out += (within - batch.events.len()) as u64;
-            self.apply(batch).await?;
+            folded.events += batch.events.len() as u64;
+            folded.left_out += (within - batch.events.len()) as u64;
+            self.apply(batch, &mut folded).await?;
             reached.insert(partition, next);
             if next >= end {
                 subscription.stop(partition);
@@ -279,7 +346,7 @@ impl Verifying<'_> {
         }
     }
 
-    async fn apply(&self, batch: Batch) -> Result<(), VerifyError> {
+    async fn apply(&self, batch: Batch, folded: &mut Folded) -> Result<(), VerifyError> {
         let mut round = ProjectionBatch::default();
         round.parts_mut().push(batch.into());
         let name = &self.definition().name;
@@ -287,13 +354,20 @@ impl Verifying<'_> {
         if round.count() == 0 {
             return Ok(());
         }
-        let work = self.handler.prepare(&round).map_err(|fault| failed(fault.reason))?;
+        let clocks = &folded.clocks;
+        let clock_of = |partition| Some(clocks.get(&partition).copied().unwrap_or_default());
+        let work = self.handler.prepare(&round, &clock_of);
+        let work = work.map_err(|fault| failed(fault.reason))?;
         let mut open = OpenTransaction::begin(&self.context.database).await?;
         let target = Target { name, generation: FRESH };
         work.apply(target, &mut open.lend(), None).await.map_err(|error| match error {
             ApplyError::Database(error) => error.into(),
             ApplyError::Fault(fault) => failed(fault.reason),
         })?;
+        for (partition, step) in work.clock_steps().into_iter().flatten() {
+            folded.clocks.entry(*partition).or_default().clock = step.clock;
+            folded.counts += step.counts;
+        }
         Ok(open.commit().await?)
     }
 

@@ -2,8 +2,11 @@
 
 use std::collections::HashSet;
 use std::sync::Arc;
+use std::time::Duration;
 
 use kafold_core::clock::{RandomIds, SystemClock};
+use kafold_core::row::Merge;
+use kafold_core::window::Window;
 use kafold_core::{Clock, EventSource, IdGenerator};
 use kafold_migrations::{Database, Role};
 use tokio::sync::{Notify, watch};
@@ -17,6 +20,7 @@ use crate::read_model::{ModelHandler, ReadModel};
 use crate::runner::Orders;
 use crate::status::{ProjectionState, SharedStatus};
 use crate::supervisor::Supervisor;
+use crate::windowed::{Fixed, Sessions, WindowHandler, Windowed};
 
 /// What every projection of a worker shares.
 #[derive(Clone)]
@@ -41,6 +45,7 @@ pub struct ProjectionWorker {
     pub(crate) context: Context,
     pub(crate) handlers: Vec<Arc<dyn Handler>>,
     spawned: Option<OnSpawn>,
+    grace: Option<Duration>,
 }
 
 impl ProjectionWorker {
@@ -54,34 +59,59 @@ impl ProjectionWorker {
             ids: Arc::new(RandomIds),
             look: Arc::new(Notify::new()),
         };
-        Self { context, handlers: Vec::new(), spawned: None }
+        Self { context, handlers: Vec::new(), spawned: None, grace: None }
     }
 
     /// Runs a read model.
-    #[must_use]
-    pub fn with<M: ReadModel>(mut self, model: M) -> Self {
-        // The value only names the type.
-        drop(model);
+    #[must_use = "projections run after `spawn`"]
+    pub fn with<M: ReadModel>(mut self) -> Self {
         self.handlers.push(Arc::new(ModelHandler::<M>::new()));
         self
     }
 
+    /// Runs a windowed model, except one of sessions.
+    #[must_use = "projections run after `spawn`"]
+    pub fn with_windows<M: Windowed>(mut self) -> Self {
+        self.handlers.push(Arc::new(WindowHandler::<M, Fixed>::fixed(self.window_of::<M>())));
+        self
+    }
+
+    /// Runs a windowed model of sessions.
+    #[must_use = "projections run after `spawn`"]
+    pub fn with_sessions<M: Windowed + Merge>(mut self) -> Self {
+        self.handlers.push(Arc::new(WindowHandler::<M, Sessions>::sessions(self.window_of::<M>())));
+        self
+    }
+
+    /// Sets the grace of the windowed models that are added after this call, in place of the grace of
+    /// [`Windowed::WINDOW`]. A model with another grace is another definition: the worker refuses its rows until they
+    /// are rebuilt.
+    #[must_use = "projections run after `spawn`"]
+    pub fn grace(mut self, grace: Duration) -> Self {
+        self.grace = Some(grace);
+        self
+    }
+
+    fn window_of<M: Windowed>(&self) -> Window {
+        self.grace.map_or(M::WINDOW, |grace| M::WINDOW.with_grace(grace))
+    }
+
     /// Runs a projection written by hand.
-    #[must_use]
+    #[must_use = "projections run after `spawn`"]
     pub fn with_projection(mut self, projection: impl Projection) -> Self {
         self.handlers.push(Arc::new(ProjectionHandler::new(projection)));
         self
     }
 
     /// Sets the limits.
-    #[must_use]
+    #[must_use = "projections run after `spawn`"]
     pub fn config(mut self, config: ProjectionConfig) -> Self {
         self.context.config = config;
         self
     }
 
     /// Sets where time and jitter come from.
-    #[must_use]
+    #[must_use = "projections run after `spawn`"]
     pub fn clock(mut self, clock: Arc<dyn Clock>, ids: Arc<dyn IdGenerator>) -> Self {
         self.context.clock = clock;
         self.context.ids = ids;
@@ -90,15 +120,15 @@ impl ProjectionWorker {
 
     /// Sets a function that gets the handle of the spawned projections, such as one that keeps the handle
     /// for a graceful stop.
-    #[must_use]
+    #[must_use = "projections run after `spawn`"]
     pub fn on_spawn(mut self, spawned: impl FnOnce(&Projections) + Send + 'static) -> Self {
         self.spawned = Some(Box::new(spawned));
         self
     }
 
     /// Starts every projection. Waits for nothing: while the log or the database is down the
-    /// projections wait, and say so in their status. Needs a tokio runtime around it.
-    #[must_use = "dropped, it ends the projections"]
+    /// projections wait, and say so in their status. Needs a tokio runtime around it. The projections end when
+    /// the last clone of the returned handle is dropped.
     pub fn spawn(self) -> Projections {
         let (shutdown, asked) = watch::channel(false);
         let (told, desired) = watch::channel(AllDesired::default());

@@ -15,7 +15,7 @@ use kafold::{Database, Mode};
 use crate::Failure;
 use crate::baselines::copy;
 use crate::baselines::upsert::Target;
-use crate::domain::{Balances, Movements};
+use crate::domain::{Balance, Movement};
 use crate::fill::Fill;
 use crate::harness::{Bench, Goal, Sample, Size};
 use crate::measure::{now, per_second, until};
@@ -52,18 +52,14 @@ impl Topic {
     }
 
     /// Runs a read model of ours over all of it.
-    async fn worker(
-        &self,
-        model: impl ReadModel,
-        database: &Database,
-    ) -> Result<Projections, Failure> {
+    async fn worker<M: ReadModel>(&self, database: &Database) -> Result<Projections, Failure> {
         let source = Arc::new(source(&log_url(&self.brokers, &self.name)).await?);
-        Ok(ProjectionWorker::new(source, database.clone()).with(model).spawn())
+        Ok(ProjectionWorker::new(source, database.clone()).with::<M>().spawn())
     }
 
     async fn ours(&self, database: &Database) -> Result<Sample, Failure> {
         let began = now();
-        let projections = self.worker(Balances, database).await?;
+        let projections = self.worker::<Balance>(database).await?;
         applied(&projections, self.offsets).await?;
         let took = now() - began;
         projections.shutdown().await;
@@ -175,7 +171,7 @@ pub async fn rebuild(bench: &Bench) -> Result<(), Failure> {
     let events = bench.size.of(5_000, 100_000, 2_000_000);
     let topic = Topic::fill(bench, events, events / 10).await?;
     let scratch = bench.servers.database().await?;
-    let projections = topic.worker(Movements, &scratch.database).await?;
+    let projections = topic.worker::<Movement>(&scratch.database).await?;
     applied(&projections, topic.offsets).await?;
     let rows = rows_as_text(&scratch, events).await?;
     let figures = [("per_s", Goal::AtLeast(REBUILD_GOAL))];
@@ -220,7 +216,7 @@ async fn rebuilt(
 ) -> Result<Sample, Failure> {
     let by = By { actor: "bench", reason: None };
     let began = now();
-    let next = Control::new(scratch.database.clone()).rebuild(Movements::NAME, false, by).await?;
+    let next = Control::new(scratch.database.clone()).rebuild(Movement::NAME, false, by).await?;
     let is_live =
         |next: Generation| projections.status().iter().all(|status| status.generation == next);
     until("it is rebuilt", LONG_WAIT_MAX, async || Ok(is_live(next).then_some(()))).await?;

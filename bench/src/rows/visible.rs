@@ -17,7 +17,7 @@ use crate::Failure;
 use crate::baselines::consumer::{From, Moments, consumer, each};
 use crate::baselines::producer::{Records, Waiting, settings};
 use crate::baselines::upsert::Target;
-use crate::domain::{Account, Balances, Deposit};
+use crate::domain::{Account, Balance, Deposit};
 use crate::harness::{Bench, Goal, Sample};
 use crate::measure::{Latencies, Until, closed_loop, now, open_loop, per_second};
 use crate::ours::{WAIT_MAX, applied, deposit, index_caught_up, indexed, log_url, make_log, open};
@@ -95,7 +95,7 @@ impl Ours {
         let scratch = bench.servers.database().await?;
         let log = open(&log_url(brokers, name), &scratch.database).await?;
         let worker = ProjectionWorker::new(log.source(), scratch.database.clone());
-        let projections = worker.with(Balances).spawn();
+        let projections = worker.with::<Balance>().spawn();
         let handler = CommandHandler::new(log.store());
         let command = Arc::new(Deposit::of_bytes(PAYLOAD_BYTES, &mut Rng::with_seed(7)));
         Ok(Self { log, scratch, projections, handler, command })
@@ -130,7 +130,7 @@ impl Ours {
                 let acknowledged = now();
                 if number % WATCHED_EVERY == 0 {
                     let position = handled.position.ok_or("an event has no position")?;
-                    projections.wait_for_position(Balances::NAME, position, WAIT_MAX).await?;
+                    projections.wait_for_position(Balance::NAME, position, WAIT_MAX).await?;
                     let latency = (now() - acknowledged).max(LEAST);
                     latencies.lock().unwrap_or_else(PoisonError::into_inner).add(latency);
                 }

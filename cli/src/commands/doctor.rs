@@ -167,7 +167,7 @@ async fn check_all(context: &Context, url: Option<&LogUrl>, checks: &mut Checks)
     };
     let database = database::check(context, checks).await;
     if let (Some(url @ LogUrl::Kafka(_)), Some(_)) = (url, &log) {
-        kafka::check_groups(context, url, checks).await;
+        kafka::check_groups(context, url, database.as_ref(), checks).await;
     }
     if let Some(database) = &database {
         index::check(log.as_ref(), database, checks).await;

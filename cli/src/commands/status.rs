@@ -3,7 +3,8 @@
 use std::collections::BTreeMap;
 use std::fmt;
 
-use kafold::projections::Overview;
+use kafold::kafka::operate::TopicReport;
+use kafold::projections::{Overview, OverviewState};
 use kafold::{Offset, Partition, ReadError};
 use serde::Serialize;
 use serde_json::{Value, json};
@@ -24,6 +25,8 @@ struct Status {
     database: Option<DatabaseStatus>,
     /// Sentences about members of the log's consumer groups that are no part of the service.
     strangers: Vec<String>,
+    /// Sentences about topics that take smaller records than Kafka's default.
+    limits: Vec<String>,
 }
 
 struct LogStatus {
@@ -37,6 +40,7 @@ struct LogStatus {
 
 struct DatabaseStatus {
     url: String,
+    identity: String,
     /// Where the stream index stands; a log in a file has none.
     index: Option<BTreeMap<Partition, Offset>>,
     projections: Vec<Overview>,
@@ -47,7 +51,7 @@ pub(crate) async fn run(context: &mut Context) -> Result<(), Error> {
     let mut status = Status::default();
     let log = log(context, &mut status).await;
     let database = database(context, &mut status).await;
-    status.strangers = strangers(context, &status).await;
+    brokers(context, &mut status).await;
     if !status.ahead().is_empty() {
         // A running service may have advanced the database since the first read of the log.
         self::log(context, &mut status).await?;
@@ -57,7 +61,7 @@ pub(crate) async fn run(context: &mut Context) -> Result<(), Error> {
         false => status.print(&mut context.out)?,
     }
     log.and(database)?;
-    let problems: Vec<_> = status.problems().collect();
+    let problems: Vec<_> = status.problems().chain(status.stopped()).collect();
     match status.ahead().as_slice() {
         [] if problems.is_empty() => Ok(()),
         [] => Err(Error::failed(problems.join("; "))),
@@ -106,13 +110,33 @@ async fn log(context: &Context, status: &mut Status) -> Result<(), Error> {
     Ok(())
 }
 
-/// Returns nothing without a log on Kafka that is there.
-async fn strangers(context: &Context, status: &Status) -> Vec<String> {
-    let Some(url @ LogUrl::Kafka(_)) = status.log.as_ref().map(|log| &log.url) else {
-        return Vec::new();
+/// Asks the brokers of a log on Kafka that is there for members of its groups and settings of its topics.
+async fn brokers(context: &Context, status: &mut Status) {
+    let Some(url @ LogUrl::Kafka(_)) = status.log.as_ref().map(|log| &log.url) else { return };
+    let identity = status.database.as_ref().map(|database| database.identity.as_str());
+    let told = |error: Error| vec![error.reason().to_owned()];
+    (status.strangers, status.limits) = match operator(url, &context.clock).await {
+        Ok(operator) => {
+            let strangers = operator.strangers(identity).await;
+            // `topic check` and `doctor` report why settings cannot be read.
+            let limits =
+                operator.check_topics().await.map_or_else(|_| Vec::new(), |all| limits(&all));
+            (strangers.unwrap_or_else(|error| told(error.into())), limits)
+        }
+        Err(error) => (told(error), Vec::new()),
     };
-    let found = async { Ok::<_, Error>(operator(url, &context.clock).await?.strangers().await?) };
-    found.await.unwrap_or_else(|error| vec![error.reason().to_owned()])
+}
+
+/// Returns a sentence for each topic that takes smaller records than Kafka's default.
+fn limits(reports: &[TopicReport]) -> Vec<String> {
+    let sentences = reports.iter().flat_map(|report| {
+        let settings = report.settings.iter().filter(|one| one.setting == "max.message.bytes");
+        settings.filter_map(|setting| {
+            let why = &setting.finding.as_ref()?.why;
+            Some(format!("{}: {}={}: {why}", report.topic, setting.setting, setting.value))
+        })
+    });
+    sentences.collect()
 }
 
 async fn database(context: &Context, status: &mut Status) -> Result<(), Error> {
@@ -126,8 +150,8 @@ async fn database(context: &Context, status: &mut Status) -> Result<(), Error> {
             Some(cursors.into_iter().map(|(partition, at)| (partition, at.next)).collect())
         }
     };
-    let url = database.url().to_owned();
-    status.database = Some(DatabaseStatus { url, index, projections });
+    let (url, identity) = (database.url().to_owned(), database.identity().to_owned());
+    status.database = Some(DatabaseStatus { url, identity, index, projections });
     Ok(())
 }
 
@@ -176,13 +200,24 @@ impl Status {
             "projections": projections,
             "ahead": self.ahead(),
             "problems": self.problems().collect::<Vec<_>>(),
+            "warnings": self.limits,
         })
     }
 
     /// Returns one sentence for each problem of the log.
-    fn problems(&self) -> impl Iterator<Item = &str> {
-        let refusal = self.log.iter().filter_map(|log| log.refusal.as_deref());
-        refusal.chain(self.strangers.iter().map(String::as_str))
+    fn problems(&self) -> impl Iterator<Item = String> {
+        let refusal = self.log.iter().filter_map(|log| log.refusal.clone());
+        refusal.chain(self.strangers.iter().cloned())
+    }
+
+    /// Returns one sentence for each projection that has stopped.
+    fn stopped(&self) -> impl Iterator<Item = String> {
+        let projections = self.database.iter().flat_map(|database| &database.projections);
+        let stopped = projections.filter(|seen| matches!(seen.state, OverviewState::Stopped));
+        stopped.map(|seen| {
+            let reason = seen.reason.as_deref().unwrap_or("see the log of its worker");
+            format!("projection {} has stopped: {reason}", seen.name)
+        })
     }
 
     /// Returns the database's positions beyond the end of the log; none without both.
@@ -225,7 +260,7 @@ impl Status {
                 ))?;
             }
         }
-        for problem in self.problems() {
+        for problem in self.problems().chain(self.limits.iter().cloned()) {
             out.line(&format!("warning   {problem}"))?;
         }
         let Some(database) = &self.database else {

@@ -3,7 +3,9 @@
 use std::collections::{BTreeMap, HashMap};
 
 use futures_util::TryStreamExt;
-use kafold::projections::{Control, SqlIndex, Verification, VerifyError};
+use kafold::projections::{
+    Control, CountsComparison, EventCounts, SqlIndex, Verification, VerifyError,
+};
 use kafold::{
     Database, Offset, Partition, ReadError, RecordedEvent, StreamId, StreamIndex, Version,
 };
@@ -53,7 +55,7 @@ impl Report {
     fn differs_anywhere(&self) -> bool {
         !self.log_differences.is_empty()
             || !self.index_differences.is_empty()
-            || self.projections.iter().any(|projection| !projection.differences.is_empty())
+            || !self.projections.iter().all(Verification::is_equal)
     }
 }
 
@@ -278,21 +280,30 @@ fn print(out: &mut Output, report: &Report) -> Result<(), Error> {
         out.line(&format!("stream index: {indexed}, {}", verdict(&report.index_differences)))?;
     }
     for projection in &report.projections {
-        let Verification { projection: name, generation, events, left_out, rows, differences } =
-            projection;
+        let Verification { projection: name, generation, events, left_out, rows, .. } = projection;
         let left_out = match left_out {
             0 => String::new(),
             left_out => format!(", {} parked or skipped", count(*left_out, "event")),
         };
         let (events, rows) = (count(*events, "event"), count(rows.unsigned_abs(), "row"));
         let mut shown = Vec::new();
-        for table in differences {
+        for table in &projection.differences {
             let (name, unexpected, missing) = (&table.table, table.unexpected, table.missing);
             shown.push(format!(
                 "{name}: {unexpected} rows that the log does not give, {missing} missing"
             ));
             shown.extend(table.first_unexpected.iter().map(|row| format!("- {row}")));
             shown.extend(table.first_missing.iter().map(|row| format!("+ {row}")));
+        }
+        if let Some(counts) = projection.counts.filter(|_| !projection.is_equal()) {
+            let of = |counts: EventCounts| {
+                let EventCounts { in_windows, late, future, keyless, .. } = counts;
+                format!(
+                    "{in_windows} in windows, {late} late, {future} future, {keyless} without a key"
+                )
+            };
+            let CountsComparison { stored, folded } = counts;
+            shown.push(format!("events: {}; by the log: {}", of(stored), of(folded)));
         }
         out.line(&format!(
             "{name} (generation {generation}): {rows} of {events}{left_out}, {}",

@@ -29,21 +29,18 @@ struct Sum {
     sum: i64,
 }
 
-struct Sums;
-
-impl ReadModel for Sums {
+impl ReadModel for Sum {
     const NAME: &'static str = "sums";
     type Event = OrderEvent;
-    type Row = Sum;
 
     fn keys(event: &Recorded<OrderEvent>) -> Vec<String> {
         vec![event.stream.id().to_owned()]
     }
 
-    fn fold(order_id: &String, row: Option<Sum>, event: &Recorded<OrderEvent>) -> Option<Sum> {
+    fn fold(order_id: &String, row: Option<Self>, event: &Recorded<OrderEvent>) -> Option<Self> {
         let OrderEvent::Changed { step } = event.event;
         let sum = row.map_or(0, |row| row.sum) + step;
-        Some(Sum { order_id: order_id.clone(), sum })
+        Some(Self { order_id: order_id.clone(), sum })
     }
 }
 
@@ -85,7 +82,7 @@ impl Stack {
             ..ProjectionConfig::default()
         };
         let worker = ProjectionWorker::new(log.source(), database.clone());
-        let projections = worker.config(config).with(Sums).spawn();
+        let projections = worker.config(config).with::<Sum>().spawn();
         Service { log, database, projections }
     }
 
@@ -123,7 +120,7 @@ impl Service {
     async fn shows(&self, wanted: &[(&str, i64)]) {
         let wanted: Vec<_> =
             wanted.iter().map(|(id, sum)| Sum { order_id: (*id).to_owned(), sum: *sum }).collect();
-        let query = Query::<Sums>::new(self.database.clone());
+        let query = Query::<Sum>::new(self.database.clone());
         let what = format!("the rows are {wanted:?}");
         eventually(&what, async || query.all(10).await.is_ok_and(|rows| rows == wanted)).await;
     }

@@ -30,18 +30,15 @@ struct Sum {
 /// Whether the fold fails at step 13.
 static IS_BROKEN: AtomicBool = AtomicBool::new(true);
 
-struct Sums;
-
-impl ReadModel for Sums {
+impl ReadModel for Sum {
     const NAME: &'static str = "sums";
     type Event = OrderEvent;
-    type Row = Sum;
 
-    fn fold(order_id: &String, row: Option<Sum>, event: &Recorded<OrderEvent>) -> Option<Sum> {
+    fn fold(order_id: &String, row: Option<Self>, event: &Recorded<OrderEvent>) -> Option<Self> {
         let OrderEvent::Changed { step } = event.event;
         assert!(step != 13 || !IS_BROKEN.load(Ordering::SeqCst), "thirteen brings bad luck");
         let sum = row.map_or(0, |row| row.sum) + step;
-        Some(Sum { order_id: order_id.clone(), sum })
+        Some(Self { order_id: order_id.clone(), sum })
     }
 }
 
@@ -62,7 +59,7 @@ impl Service {
             control_poll_interval: Duration::from_millis(20),
             ..ProjectionConfig::default()
         };
-        let worker = ProjectionWorker::new(log.source(), database).config(config).with(Sums);
+        let worker = ProjectionWorker::new(log.source(), database).config(config).with::<Sum>();
         Self { folder, log, _projections: worker.spawn() }
     }
 

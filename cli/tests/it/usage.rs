@@ -25,6 +25,36 @@ fn help_names_every_command() {
     insta::assert_snapshot!("show_help", run(folder.path(), &["stream", "show", "-h"]).ok());
 }
 
+/// The template itself is compiled and tested as the example `accounts`.
+#[test]
+fn a_new_service_is_a_package_that_cargo_can_resolve() {
+    let folder = TempDir::new().expect("a folder");
+    for name in ["Shop", "1shop", "a b", "", "../shop", &"a".repeat(51)] {
+        run(folder.path(), &["new", name]).says(2, &["name of a service", "[a-z][a-z0-9-]*"]);
+    }
+    for name in ["build", "kafold-core"] {
+        run(folder.path(), &["new", name]).says(2, &["choose another name"]);
+    }
+    run(folder.path(), &["new", "shop", "--kafold-path", "."]).says(2, &["--kafold-path DIR"]);
+    let made = run(folder.path(), &["new", "shop", "--kafka"]).ok();
+    assert!(made.contains("cd shop") && made.contains("cargo run"), "{made}");
+    run(folder.path(), &["new", "shop"]).says(1, &["shop exists here already"]);
+    run(folder.path(), &["new", "plain"]).ok();
+    assert!(folder.path().join("shop/compose.yaml").is_file());
+    assert!(!folder.path().join("plain/compose.yaml").exists());
+    for (name, has_kafka) in [("shop", true), ("plain", false)] {
+        let cargo = std::env::var("CARGO").unwrap_or_else(|_| "cargo".to_owned());
+        let resolved = std::process::Command::new(cargo)
+            .args(["tree", "--offline", "--prefix", "none"])
+            .current_dir(folder.path().join(name))
+            .output()
+            .expect("cargo runs");
+        let tree = String::from_utf8_lossy(&resolved.stdout);
+        assert!(resolved.status.success(), "{}", String::from_utf8_lossy(&resolved.stderr));
+        assert_eq!(tree.contains("kafold-kafka-store"), has_kafka, "{tree}");
+    }
+}
+
 #[test]
 fn what_cannot_be_is_wrong_usage() {
     let folder = TempDir::new().expect("a folder");

@@ -5,14 +5,16 @@ use quote::quote;
 use syn::parse::{Parse, ParseStream};
 use syn::punctuated::Punctuated;
 use syn::{
-    Attribute, Data, DataEnum, DeriveInput, Error, Expr, Ident, LitInt, LitStr, Meta, Path, Token,
-    Variant,
+    Attribute, Data, DataEnum, DeriveInput, Error, Expr, ExprLit, Ident, Lit, LitInt, LitStr, Meta,
+    Path, Token, Variant,
 };
 
 use crate::support::{Mistakes, core_path, is_name_char, is_snake_case, refuse_generics};
 
 /// Longest name of an event, in bytes: it is a header of every record.
 const NAME_BYTES_MAX: usize = 100;
+/// Longest category, in bytes, as in `kafold_core::ids`.
+const CATEGORY_BYTES_MAX: usize = 50;
 
 pub(crate) fn expand(input: &DeriveInput) -> Result<TokenStream, Error> {
     let core = core_path()?;
@@ -149,7 +151,13 @@ impl Parse for EnumAttribute {
             match key.to_string().as_str() {
                 "category" => {
                     input.parse::<Token![=]>()?;
-                    found.category = Some(input.parse()?);
+                    let category = input.parse()?;
+                    if let Some(mistake) = category_mistake(&category) {
+                        return Err(Error::new_spanned(&category, mistake));
+                    }
+                    if found.category.replace(category).is_some() {
+                        return Err(Error::new(key.span(), "the enum has a category already"));
+                    }
                 }
                 "upcasters" => {
                     input.parse::<Token![=]>()?;
@@ -222,6 +230,18 @@ fn event_type(enum_name: &Ident, variant: &Variant) -> Result<TypeAttribute, Err
         Some(mistake) => Err(Error::new_spanned(&found.name, mistake)),
         None => Ok(found),
     }
+}
+
+/// Returns the mistake of a category that is written as a literal.
+fn category_mistake(category: &Expr) -> Option<String> {
+    let Expr::Lit(ExprLit { lit: Lit::Str(literal), .. }) = category else { return None };
+    let (category, bytes) = (literal.value(), literal.value().len());
+    (!is_snake_case(&category) || bytes > CATEGORY_BYTES_MAX).then(|| {
+        format!(
+            "a category is [a-z][a-z0-9_]* of at most {CATEGORY_BYTES_MAX} bytes, such as \"bank_account\": it is the \
+             first half of the name of each stream"
+        )
+    })
 }
 
 fn name_mistake(name: &str) -> Option<String> {

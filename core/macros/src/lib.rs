@@ -1,6 +1,7 @@
 //! The derive macros of kafold-core, which re-exports them beside the traits: depend on that.
 //!
 //! - `domain_event`: `#[derive(DomainEvent)]`;
+//! - `event_set`: `#[derive(EventSet)]`;
 //! - `row`: `#[derive(Row)]`;
 //! - `support`: what both need.
 
@@ -8,6 +9,7 @@ use proc_macro::TokenStream;
 use syn::{DeriveInput, parse_macro_input};
 
 mod domain_event;
+mod event_set;
 mod row;
 mod support;
 
@@ -35,10 +37,23 @@ pub fn derive_domain_event(input: TokenStream) -> TokenStream {
     domain_event::expand(&input).unwrap_or_else(syn::Error::into_compile_error).into()
 }
 
+/// Makes an enum the events of several aggregates. Each variant holds the events of one: `Order(OrderEvent)`.
+///
+/// The events of each variant declare their category, and no two variants have the same. The enum also derives
+/// `Clone` and `Debug`.
+#[proc_macro_derive(EventSet)]
+pub fn derive_event_set(input: TokenStream) -> TokenStream {
+    let input = parse_macro_input!(input as DeriveInput);
+    event_set::expand(&input).unwrap_or_else(syn::Error::into_compile_error).into()
+}
+
 /// Makes a struct the row of a read model: every field is a column of its name.
 ///
-/// - `#[row(key)]` on exactly one field: it identifies the row and is not an `Option`;
+/// - `#[row(key)]` on one field, or on two to four: they identify the row and are no `Option`s;
+/// - `#[row(stream)]` on a key of type `String` that is the id of the stream;
 /// - `#[row(index)]` on fields that rows are searched by;
+/// - `#[row(sum)]`, `#[row(min)]`, `#[row(max)]` on fields that are added up: a row whose fields, but the key, all
+///   have one of them implements `Merge`;
 /// - `#[row(json)]` on fields of any other type with serde, stored as JSON text. A value which JSON would
 ///   give back as another one is a fault of its event.
 ///

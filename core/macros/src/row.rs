@@ -1,30 +1,33 @@
 //! `#[derive(Row)]`.
 
 use proc_macro2::TokenStream;
-use quote::{quote, quote_spanned};
+use quote::{format_ident, quote, quote_spanned};
 use syn::ext::IdentExt;
+use syn::meta::ParseNestedMeta;
 use syn::spanned::Spanned;
 use syn::{Data, DeriveInput, Error, Field, Fields, FieldsNamed, Ident, Type};
 
 use crate::support::{Mistakes, core_path, is_snake_case, refuse_generics};
 
+/// Most columns of a key: `RowKey` is implemented for tuples of so many values.
+const KEY_COLUMNS_MAX: usize = 4;
 /// Longest name of a column, in bytes: databases cut at 63, and indexes are named after columns.
 const NAME_BYTES_MAX: usize = 50;
 
 pub(crate) fn expand(input: &DeriveInput) -> Result<TokenStream, Error> {
     let core = core_path()?;
     let columns = columns_of(fields_of(input)?)?;
-    let key = the_key(input, &columns)?;
+    let keys = key_columns(input, &columns)?;
 
     let struct_name = &input.ident;
-    let (key_name, key_type) = (key.field, key.ty);
     let constants = columns.iter().map(|column| column.constant(&core));
     let normalized = columns.iter().map(|column| column.normalize(&core));
-    let entries = columns.iter().filter_map(|column| column.check_entry(key, &core));
+    let entries = check_entries(&columns, &keys, &core);
     let values = columns.iter().map(|column| column.write(&core));
     let fields = columns.iter().map(|column| column.read(&core));
     let visibility = &input.vis;
-    let indexed = columns.iter().enumerate().filter(|(_, column)| column.is_key || column.is_index);
+    let is_found_by = |column: &Column<'_>| column.is_index || (column.is_key && keys.len() == 1);
+    let indexed = columns.iter().enumerate().filter(|(_, column)| is_found_by(column));
     let indexed = indexed.map(|(place, Column { field, ty, .. })| {
         let docs = format!("The column `{field}`, for conditions on rows.");
         quote! {
@@ -33,18 +36,31 @@ pub(crate) fn expand(input: &DeriveInput) -> Result<TokenStream, Error> {
                 #core::row::IndexedColumn::at(#place);
         }
     });
-    let stream_key = key.is_stream.then(|| {
-        quote_spanned! {key_type.span()=>
+    let stream_key = keys.iter().find(|key| key.is_stream).map(|Column { ty, .. }| {
+        quote_spanned! {ty.span()=>
             const STREAM_KEY: ::core::option::Option<fn(&str) -> Self::Key> =
-                ::core::option::Option::Some(|id| <#key_type as ::core::convert::From<&str>>::from(id));
+                ::core::option::Option::Some(|id| <#ty as ::core::convert::From<&str>>::from(id));
         }
     });
-    let key_is_present = quote_spanned! {key_type.span()=>
-        const _: () = assert!(
-            !<#key_type as #core::row::ColumnValue>::NULLABLE,
-            "the key of a row is always present: it cannot be an Option"
-        );
-    };
+    let (key_type, key) = key_of(&keys);
+    let keys_are_present = keys.iter().map(|Column { ty, .. }| {
+        quote_spanned! {ty.span()=>
+            const _: () = assert!(
+                !<#ty as #core::row::ColumnValue>::NULLABLE,
+                "the key of a row is always present: it cannot be an Option"
+            );
+        }
+    });
+    let merge = merge(&columns, &core).map(|fields| {
+        quote! {
+            #[automatically_derived]
+            impl #core::row::Merge for #struct_name {
+                fn merge(self, other: Self) -> Self {
+                    Self { #(#fields),* }
+                }
+            }
+        }
+    });
     Ok(quote! {
         #[automatically_derived]
         impl #core::row::Row for #struct_name {
@@ -55,12 +71,12 @@ pub(crate) fn expand(input: &DeriveInput) -> Result<TokenStream, Error> {
             #stream_key
 
             fn key(&self) -> Self::Key {
-                ::core::clone::Clone::clone(&self.#key_name)
+                #key
             }
 
             fn normalize(self) -> ::core::result::Result<Self, #core::row::InvalidValue> {
                 let row = Self { #(#normalized),* };
-                #(#entries)*
+                #entries
                 ::core::result::Result::Ok(row)
             }
 
@@ -84,8 +100,43 @@ pub(crate) fn expand(input: &DeriveInput) -> Result<TokenStream, Error> {
             #(#indexed)*
         }
 
-        #key_is_present
+        #merge
+
+        #(#keys_are_present)*
     })
+}
+
+/// Returns the type of the key, and the expression of its value.
+fn key_of(keys: &[&Column<'_>]) -> (TokenStream, TokenStream) {
+    let types = keys.iter().map(|key| key.ty);
+    let values =
+        keys.iter().map(|Column { field, .. }| quote!(::core::clone::Clone::clone(&self.#field)));
+    match keys {
+        [_] => (quote!(#(#types)*), quote!(#(#values)*)),
+        _ => (quote!((#(#types),*)), quote!((#(#values),*))),
+    }
+}
+
+/// Checks the lengths of index entries: the entry of the key, and entries of an indexed column and the key.
+fn check_entries(columns: &[Column<'_>], keys: &[&Column<'_>], core: &TokenStream) -> TokenStream {
+    let part = |column: &Column<'_>| {
+        let (field, name, text) = (column.field, &column.name, column.in_trait(core, "text"));
+        quote!((#name, #text(&row.#field)))
+    };
+    let key = keys.iter().map(|key| part(key));
+    let key = quote!(#(#key),*);
+    let indexed = columns.iter().filter(|column| column.is_index).map(part);
+    let check = quote!(#core::row::derived::check_index_entry);
+    quote! {
+        #check(&[#key])?;
+        #(#check(&[#indexed, #key])?;)*
+    }
+}
+
+/// Returns the fields of a merged row, unless a column has no role in merging, or none but the key is there.
+fn merge(columns: &[Column<'_>], core: &TokenStream) -> Option<Vec<TokenStream>> {
+    columns.iter().find(|column| !column.is_key)?;
+    columns.iter().map(|column| column.merged(core)).collect()
 }
 
 fn fields_of(input: &DeriveInput) -> Result<&FieldsNamed, Error> {
@@ -115,6 +166,15 @@ struct Column<'a> {
     is_stream: bool,
     is_index: bool,
     is_json: bool,
+    merge: Option<MergeRole>,
+}
+
+/// The part of a column in merging rows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum MergeRole {
+    Sum,
+    Min,
+    Max,
 }
 
 fn columns_of(fields: &FieldsNamed) -> Result<Vec<Column<'_>>, Error> {
@@ -129,24 +189,32 @@ fn columns_of(fields: &FieldsNamed) -> Result<Vec<Column<'_>>, Error> {
     mistakes.into_result().map(|()| columns)
 }
 
-fn the_key<'a, 'b>(
+fn key_columns<'a, 'b>(
     input: &DeriveInput,
     columns: &'a [Column<'b>],
-) -> Result<&'a Column<'b>, Error> {
-    let mut keys = columns.iter().filter(|column| column.is_key);
-    let Some(key) = keys.next() else {
-        let message = "no field identifies the row: mark one with #[row(key)]";
-        return Err(Error::new_spanned(&input.ident, message));
+) -> Result<Vec<&'a Column<'b>>, Error> {
+    let keys: Vec<_> = columns.iter().filter(|column| column.is_key).collect();
+    let mistake = match keys.as_slice() {
+        [] => {
+            let message = "no field identifies the row: mark one with #[row(key)]";
+            return Err(Error::new_spanned(&input.ident, message));
+        }
+        [_] => None,
+        [_, .., last] if keys.len() > KEY_COLUMNS_MAX => {
+            Some((*last, format!("a key has at most {KEY_COLUMNS_MAX} columns")))
+        }
+        several => several.iter().find(|key| key.is_stream).map(|stream| {
+            let mistake = format!(
+                "a key with #[row(stream)] is the id of the stream and nothing else: write #[row(key)] on `{}`, \
+                 implement `keys`, and set `SHARED` to false",
+                stream.name
+            );
+            (*stream, mistake)
+        }),
     };
-    match keys.next() {
-        Some(second) => Err(Error::new_spanned(
-            second.field,
-            format!(
-                "`{}` is the key already: a row has one (join several values into one field)",
-                key.name
-            ),
-        )),
-        None => Ok(key),
+    match mistake {
+        Some((column, mistake)) => Err(Error::new_spanned(column.field, mistake)),
+        None => Ok(keys),
     }
 }
 
@@ -159,23 +227,30 @@ impl<'a> Column<'a> {
             return Err(Error::new_spanned(ident, mistake));
         }
         let (field, ty) = (ident, &field.ty);
-        let (is_key, is_stream, is_index, is_json) = (false, false, false, false);
-        let mut column = Self { field, ty, name, is_key, is_stream, is_index, is_json };
+        let (is_key, is_stream, is_index, is_json, merge) = (false, false, false, false, None);
+        let mut column = Self { field, ty, name, is_key, is_stream, is_index, is_json, merge };
         for attribute in attributes.iter().filter(|attribute| attribute.path().is_ident("row")) {
             attribute.parse_nested_meta(|meta| {
-                let flag = match () {
-                    () if meta.path.is_ident("key") => &mut column.is_key,
+                match () {
+                    () if meta.path.is_ident("key") => column.is_key = true,
                     () if meta.path.is_ident("stream") => {
-                        column.is_stream = true;
-                        &mut column.is_key
+                        (column.is_stream, column.is_key) = (true, true);
                     }
-                    () if meta.path.is_ident("index") => &mut column.is_index,
-                    () if meta.path.is_ident("json") => &mut column.is_json,
-                    () => return Err(meta.error("expected `key`, `stream`, `index` or `json`")),
-                };
-                *flag = true;
+                    () if meta.path.is_ident("index") => column.is_index = true,
+                    () if meta.path.is_ident("json") => column.is_json = true,
+                    () => {
+                        let merge = MergeRole::parse(&meta)?;
+                        if column.merge.replace(merge).is_some_and(|other| other != merge) {
+                            return Err(meta.error("a column has one of `sum`, `min` and `max`"));
+                        }
+                    }
+                }
                 Ok(())
             })?;
+        }
+        if column.is_stream && !is_string(ty) {
+            let mistake = "the key with #[row(stream)] is the id of a stream: its type is `String`";
+            return Err(Error::new_spanned(ty, mistake));
         }
         match column.contradiction() {
             Some(mistake) => Err(Error::new_spanned(ident, mistake)),
@@ -188,6 +263,12 @@ impl<'a> Column<'a> {
             (true, _, true) => Some("a key is compared and cannot be json"),
             (_, true, true) => Some("json cannot be searched by: index a field of its own"),
             (true, true, _) => Some("the key is indexed already: remove `index`"),
+            (true, ..) if self.merge.is_some() => {
+                Some("rows of one key are merged, so the key has neither `sum` nor `min` nor `max`")
+            }
+            (_, _, true) if self.merge.is_some() => {
+                Some("json can be neither summed nor compared: give the value a field of its own")
+            }
             _ => None,
         }
     }
@@ -204,14 +285,42 @@ impl<'a> Column<'a> {
         } else {
             (self.in_trait(core, "KIND"), self.in_trait(core, "NULLABLE"))
         };
+        let merge = match self.merge {
+            Some(merge) => {
+                let merge = merge.ident();
+                quote!(::core::option::Option::Some(#core::row::MergeRole::#merge))
+            }
+            None => quote!(::core::option::Option::None),
+        };
         quote! {
             #core::row::Column {
                 name: #name,
                 kind: #kind,
                 nullable: #nullable,
                 role: #core::row::ColumnRole::#role,
+                merge: #merge,
             }
         }
+    }
+
+    /// Returns the field of a merged row; `None` for a column without a role in merging.
+    fn merged(&self, core: &TokenStream) -> Option<TokenStream> {
+        let (field, name, ty) = (self.field, &self.name, self.ty);
+        if self.is_key {
+            return Some(quote!(#field: self.#field));
+        }
+        let both = quote!(self.#field, other.#field);
+        Some(match self.merge? {
+            MergeRole::Sum => {
+                quote_spanned!(ty.span()=> #field: #core::row::derived::sum::<#ty>(#name, #both))
+            }
+            MergeRole::Min => {
+                quote_spanned!(ty.span()=> #field: <#ty as #core::row::Ordered>::least(#both))
+            }
+            MergeRole::Max => {
+                quote_spanned!(ty.span()=> #field: <#ty as #core::row::Ordered>::greatest(#both))
+            }
+        })
     }
 
     fn normalize(&self, core: &TokenStream) -> TokenStream {
@@ -222,21 +331,6 @@ impl<'a> Column<'a> {
             let normalize = self.in_trait(core, "normalize");
             quote!(#field: #core::row::derived::named(#name, #normalize(self.#field))?)
         }
-    }
-
-    /// Checks the length of an index entry. An index holds its column and the key.
-    fn check_entry(&self, key: &Column<'_>, core: &TokenStream) -> Option<TokenStream> {
-        let (field, name) = (self.field, &self.name);
-        let text = self.in_trait(core, "text");
-        let key = match (self.is_key, self.is_index) {
-            (true, _) => quote!(::core::option::Option::None),
-            (_, true) => {
-                let (key_field, key_text) = (key.field, key.in_trait(core, "text"));
-                quote!(#key_text(&row.#key_field))
-            }
-            _ => return None,
-        };
-        Some(quote!(#core::row::derived::check_index_entry(#name, #text(&row.#field), #key)?;))
     }
 
     fn write(&self, core: &TokenStream) -> TokenStream {
@@ -265,6 +359,26 @@ impl<'a> Column<'a> {
         let item = Ident::new(item, ty.span());
         quote_spanned!(ty.span()=> <#ty as #core::row::ColumnValue>::#item)
     }
+}
+
+impl MergeRole {
+    fn parse(meta: &ParseNestedMeta<'_>) -> Result<Self, Error> {
+        let all = [Self::Sum, Self::Min, Self::Max];
+        let named = |role: &Self| meta.path.is_ident(&role.ident().to_string().to_lowercase());
+        let expected = "expected `key`, `stream`, `index`, `json`, `sum`, `min` or `max`";
+        all.into_iter().find(named).ok_or_else(|| meta.error(expected))
+    }
+
+    /// Returns the name of the variant of `kafold_core::row::MergeRole`.
+    fn ident(self) -> Ident {
+        format_ident!("{self:?}")
+    }
+}
+
+/// Returns whether the type is written as `String`, by any path.
+fn is_string(ty: &Type) -> bool {
+    let Type::Path(path) = ty else { return false };
+    path.path.segments.last().is_some_and(|last| last.ident == "String")
 }
 
 fn name_mistake(name: &str) -> Option<String> {

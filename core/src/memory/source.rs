@@ -90,6 +90,10 @@ impl EventSource for MemoryStore {
             last: Partition(0),
         }))
     }
+
+    fn partitions(&self) -> u32 {
+        self.shared.config.partitions.max(1)
+    }
 }
 
 struct MemorySubscription {

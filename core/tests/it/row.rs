@@ -4,7 +4,7 @@ use chrono::{DateTime, NaiveDate, Utc};
 use kafold_core::Row;
 use kafold_core::row::ColumnKind::{Boolean, Date, Integer, Json, Real, Text, Timestamp};
 use kafold_core::row::ColumnRole::{Index, Key, Plain};
-use kafold_core::row::{Column, InvalidValue, Value};
+use kafold_core::row::{Column, InvalidValue, Merge, MergeRole, RowKey, Value};
 use proptest::prelude::*;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
@@ -51,7 +51,7 @@ fn details(amount_cents: i64, note: Option<String>, lines: Vec<Line>) -> OrderDe
 
 #[test]
 fn every_field_is_a_column_of_its_name() {
-    let column = |name, kind, nullable, role| Column { name, kind, nullable, role };
+    let column = |name, kind, nullable, role| Column { name, kind, nullable, role, merge: None };
     let expected = [
         column("customer", Text, false, Index),
         column("order_id", kafold_core::row::ColumnKind::Uuid, false, Key),
@@ -223,4 +223,89 @@ fn a_row_that_no_database_holds_names_its_column() {
     );
     let nul = refused(|row| row.json.untyped = "\0".into());
     assert!(nul.starts_with("column json: a text contains the character NUL"), "{nul}");
+}
+
+/// A row with a key of two columns, which is added up.
+#[derive(Debug, Clone, PartialEq, Row)]
+struct DailySearches {
+    #[row(key)]
+    day: NaiveDate,
+    #[row(sum)]
+    searches: i64,
+    #[row(min)]
+    shortest: Option<String>,
+    #[row(key)]
+    user: String,
+    #[row(max, index)]
+    slowest: f64,
+}
+
+fn daily(searches: i64, shortest: Option<&str>, slowest: f64) -> DailySearches {
+    let day = NaiveDate::from_ymd_opt(1997, 9, 16).expect("a date");
+    let shortest = shortest.map(str::to_owned);
+    DailySearches { day, searches, shortest, user: "u1".into(), slowest }
+}
+
+#[test]
+fn a_key_of_several_columns_is_a_tuple_in_the_order_of_the_fields() {
+    let (day, user): (NaiveDate, String) = daily(1, None, 0.0).key();
+    assert_eq!((day.to_string().as_str(), user.as_str()), ("1997-09-16", "u1"));
+    let mut columns = vec![Vec::new(); 2];
+    (day, user).append_to(&mut columns);
+    assert_eq!(columns, [vec![Value::Date(day)], vec![Value::Text("u1".into())]]);
+    let invalid = (day, "\0".to_owned()).normalized().expect_err("PostgreSQL stores no NUL");
+    assert_eq!(invalid.0, 1, "the second column: {}", invalid.1);
+}
+
+#[test]
+fn merged_rows_add_up_by_the_roles_of_their_columns() {
+    let merged = daily(2, Some("dvd"), 1.5).merge(daily(3, Some("car"), 0.5));
+    assert_eq!(merged, daily(5, Some("car"), 1.5));
+    assert_eq!(
+        daily(2, None, -1.5).merge(daily(-3, Some("car"), -2.0)),
+        daily(-1, Some("car"), -1.5)
+    );
+    let roles: Vec<_> = DailySearches::COLUMNS.iter().map(|column| column.merge).collect();
+    let (sum, min, max) = (Some(MergeRole::Sum), Some(MergeRole::Min), Some(MergeRole::Max));
+    assert_eq!(roles, [None, sum, min, None, max]);
+}
+
+proptest! {
+    #[test]
+    fn rows_are_merged_in_any_order_and_grouping(
+        rows: [(i32, Option<String>, i32); 3],
+    ) {
+        let [one, two, three] = rows.map(|(searches, shortest, slowest)| {
+            daily(searches.into(), shortest.as_deref(), slowest.into())
+        });
+        let expected = one.clone().merge(two.clone()).merge(three.clone());
+        prop_assert_eq!(&three.clone().merge(one.clone()).merge(two.clone()), &expected);
+        prop_assert_eq!(&one.merge(two.merge(three)), &expected);
+    }
+}
+
+#[test]
+#[should_panic(expected = "column searches: the sum is too large")]
+fn a_sum_never_wraps() {
+    let _ = daily(i64::MAX, None, 0.0).merge(daily(1, None, 0.0));
+}
+
+#[test]
+fn the_texts_of_one_index_entry_have_a_common_limit() {
+    #[derive(Debug, Clone, PartialEq, Row)]
+    struct Pages {
+        #[row(key)]
+        host: String,
+        #[row(key)]
+        path: String,
+        #[row(index)]
+        title: String,
+    }
+    let page = |host, path, title| {
+        let text = |length| "x".repeat(length);
+        Pages { host: text(host), path: text(path), title: text(title) }.normalize()
+    };
+    assert!(page(1_000, 600, 1_000).is_ok());
+    assert_eq!(page(1_000, 1_601, 0).expect_err("a long key").column, "path");
+    assert_eq!(page(1_000, 600, 1_001).expect_err("a long index entry").column, "title");
 }

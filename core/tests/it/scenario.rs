@@ -154,4 +154,9 @@ fn stored_events_and_fixtures_are_read_through_the_upcasters() {
     assert!(unknown.contains("counter.x.v1") && unknown.contains("cannot be read"), "{unknown}");
     let no_line = refused(&|| drop(scenario::<Counter>().given_fixture("no json")));
     assert!(no_line.contains("kafold log export"), "{no_line}");
+    let two_streams = fixture.replacen("counter-a", "counter-b", 1);
+    let two_streams = refused(&|| drop(scenario::<Counter>().given_fixture(&two_streams)));
+    assert!(two_streams.contains("events of counter-b and of counter-a"), "{two_streams}");
+    let empty = refused(&|| drop(scenario::<Counter>().given_fixture("\n")));
+    assert!(empty.contains("no event"), "{empty}");
 }

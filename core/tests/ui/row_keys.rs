@@ -6,9 +6,23 @@ struct Keyless {
 }
 
 #[derive(Row, Clone, PartialEq)]
-struct TwoKeys {
+struct FiveKeys {
     #[row(key)]
-    day: String,
+    year: i32,
+    #[row(key)]
+    month: i32,
+    #[row(key)]
+    day: i32,
+    #[row(key)]
+    hour: i32,
+    #[row(key)]
+    sku: String,
+}
+
+#[derive(Row, Clone, PartialEq)]
+struct StreamAndSku {
+    #[row(stream)]
+    order_id: String,
     #[row(key)]
     sku: String,
 }
@@ -17,6 +31,14 @@ struct TwoKeys {
 struct JsonKey {
     #[row(key, json)]
     day: Vec<u8>,
+}
+
+#[derive(Row, Clone, PartialEq)]
+struct RealKey {
+    #[row(key)]
+    day: String,
+    #[row(key)]
+    weight: f64,
 }
 
 fn main() {}

@@ -4,8 +4,7 @@
 //! - [`read_models`] and [`sales_by_sku`]: what is read, folded by kafold and by hand;
 //! - [`service`]: both joined to a log and a database;
 //! - [`http`]: the outside surface;
-//! - [`serve`]: start, waiting for what is down, graceful stop; [`work`]: a process with
-//!   projections only;
+//! - [`serve`]: the options and the start; [`work`]: a process with projections only;
 //! - [`import`]: a client that feeds the service a file;
 //! - `admin`: the operator's commands of kafold, with the code of this domain.
 
@@ -16,8 +15,9 @@ use clap::{Parser, Subcommand};
 use kafold_cli::{Admin, AdminArgs, PrintableStderr, printable};
 
 use import::ImportArgs;
+use logging::LogFormat;
 use order::Order;
-use serve::ServeArgs;
+use serve::{ServeArgs, ServeError};
 use work::WorkArgs;
 
 mod http;
@@ -56,7 +56,7 @@ Examples:
   orders admin stream show order-17
 
 Exit code: 0 ended as asked, 1 failed, 2 wrong usage, 130 interrupted.
-RUST_LOG sets what is logged, such as RUST_LOG=debug or RUST_LOG=info,orders=debug.
+RUST_LOG sets what is logged, such as RUST_LOG=debug or RUST_LOG=info,kafold_axum=debug.
 OTEL_EXPORTER_OTLP_ENDPOINT names a collector for the spans, if built with --features otlp.";
 
 #[derive(Debug, Subcommand)]
@@ -75,46 +75,37 @@ enum Command {
 
 fn main() -> ExitCode {
     let cli: Cli = kafold_cli::parse();
-    match cli.command.unwrap_or(Command::Serve(cli.serve)) {
-        Command::Serve(args) => {
-            let spans = match logging::start_with_spans("info", args.log_format) {
-                Ok(spans) => spans,
-                Err(error) => return failed(2, &error),
-            };
-            match run(serve::run(args, spans)) {
-                Ok(()) => ExitCode::SUCCESS,
-                Err(error) => failed(error.exit_code(), &error),
+    let ended = match cli.command.unwrap_or(Command::Serve(cli.serve)) {
+        Command::Serve(args) => logged(args.stack.log_format, serve::run(args)),
+        Command::Work(args) => logged(args.stack.log_format, work::run(args)),
+        Command::Import(args) => logging::start("warn", LogFormat::Text)
+            .map_err(|error| failed(2, &error))
+            .and_then(|()| run(import::run(args)).map_err(|e| failed(e.exit_code(), &e))),
+        Command::Admin(args) => match logging::start("error", LogFormat::Text) {
+            Ok(()) => {
+                let admin = Admin::new("orders admin")
+                    .default_log(serve::LOG_DEFAULT)
+                    .projections(service::projections);
+                Err(run(admin.aggregate::<Order>().run(args)))
             }
-        }
-        Command::Work(args) => {
-            let spans = match logging::start_with_spans("info", args.log_format) {
-                Ok(spans) => spans,
-                Err(error) => return failed(2, &error),
-            };
-            match run(work::run(args, spans)) {
-                Ok(()) => ExitCode::SUCCESS,
-                Err(error) => failed(error.exit_code(), &error),
-            }
-        }
-        Command::Import(args) => {
-            if let Err(error) = logging::start("warn", logging::LogFormat::Text) {
-                return failed(2, &error);
-            }
-            match run(import::run(args)) {
-                Ok(()) => ExitCode::SUCCESS,
-                Err(error) => failed(error.exit_code(), &error),
-            }
-        }
-        Command::Admin(args) => {
-            if let Err(error) = logging::start("error", logging::LogFormat::Text) {
-                return failed(2, &error);
-            }
-            let admin = Admin::new("orders admin")
-                .default_log(serve::LOG_DEFAULT)
-                .projections(service::projections);
-            run(admin.aggregate::<Order>().run(args))
-        }
-    }
+            Err(error) => Err(failed(2, &error)),
+        },
+    };
+    ended.map_or_else(|code| code, |()| ExitCode::SUCCESS)
+}
+
+/// Runs a service with its log lines, and exports its spans at the end.
+fn logged(
+    format: LogFormat,
+    service: impl Future<Output = Result<(), ServeError>>,
+) -> Result<(), ExitCode> {
+    let spans = logging::start_with_spans("info", format).map_err(|error| failed(2, &error))?;
+    let ended = run(async {
+        let ended = service.await;
+        spans.flush().await;
+        ended
+    });
+    ended.map_err(|error| failed(error.exit_code(), &error))
 }
 
 fn run<T>(work: impl Future<Output = T>) -> T {
@@ -127,7 +118,7 @@ fn run<T>(work: impl Future<Output = T>) -> T {
 }
 
 fn failed(code: u8, error: &(dyn std::error::Error + 'static)) -> ExitCode {
-    let line = format!("orders: {}", http::problem::chain(error));
+    let line = format!("orders: {}", kafold_axum::chain(error));
     // With a closed standard error there is no place left for the report.
     drop(writeln!(PrintableStderr::new(), "{line}"));
     ExitCode::from(code)

@@ -7,6 +7,7 @@ use std::borrow::Cow;
 use chrono::{DateTime, TimeZone, Utc};
 use kafold::{Aggregate, DomainEvent};
 use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
 
 /// Most lines of one order.
 pub(crate) const LINES_MAX: usize = 100;
@@ -27,7 +28,7 @@ pub(crate) const PLACED_YEAR_MIN: i32 = 1900;
 pub(crate) const PLACED_YEAR_END: i32 = 2200;
 
 /// Some pieces of one article.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct Line {
     /// The article. It may stand in several lines of an order.

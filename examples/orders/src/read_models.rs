@@ -4,6 +4,8 @@
 use chrono::{DateTime, NaiveDate, Utc};
 use kafold::projections::ReadModel;
 use kafold::{Recorded, Row};
+use serde::Serialize;
+use utoipa::ToSchema;
 use uuid::Uuid;
 
 use crate::order::{Line, OrderEvent, amount_cents_of, quantity_of};
@@ -19,9 +21,9 @@ fn status(event: &OrderEvent) -> String {
     status.to_owned()
 }
 
-/// Everything about one order.
-#[derive(Debug, Clone, PartialEq, Row)]
-pub(crate) struct OrderRow {
+/// Everything about one order, as `GET /orders/{id}` shows it.
+#[derive(Debug, Clone, PartialEq, Row, Serialize, ToSchema)]
+pub(crate) struct OrderDetails {
     #[row(stream)]
     pub(crate) order_id: String,
     pub(crate) customer: String,
@@ -31,33 +33,30 @@ pub(crate) struct OrderRow {
     pub(crate) quantity: i64,
     pub(crate) amount_cents: i64,
     pub(crate) placed_at: DateTime<Utc>,
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) carrier: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) tracking: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) reason: Option<String>,
-    /// The version of the order's last event …
+    /// The version of the order's last event.
     pub(crate) version: i64,
-    /// … and where in the log that is.
+    /// The position of that event in the log.
+    #[serde(skip)]
     pub(crate) position: String,
-    /// The command that placed it: finds the order when its `Idempotency-Key` comes again.
+    /// The command that placed the order: finds the order when its `Idempotency-Key` comes again.
     #[row(index)]
+    #[serde(skip)]
     pub(crate) placed_by: Uuid,
 }
-
-/// The orders, each with its details.
-pub(crate) struct OrderDetails;
 
 impl ReadModel for OrderDetails {
     const NAME: &'static str = "order_details";
     type Event = OrderEvent;
-    type Row = OrderRow;
 
-    fn fold(
-        order_id: &String,
-        row: Option<OrderRow>,
-        event: &Recorded<OrderEvent>,
-    ) -> Option<OrderRow> {
+    fn fold(order_id: &String, row: Option<Self>, event: &Recorded<OrderEvent>) -> Option<Self> {
         let mut row = match (&event.event, row) {
-            (OrderEvent::Placed { customer, lines, placed_at }, _) => OrderRow {
+            (OrderEvent::Placed { customer, lines, placed_at }, _) => Self {
                 order_id: order_id.clone(),
                 customer: customer.clone(),
                 status: String::new(),
@@ -91,11 +90,12 @@ impl ReadModel for OrderDetails {
 }
 
 /// One order in the list of its customer.
-#[derive(Debug, Clone, PartialEq, Row)]
+#[derive(Debug, Clone, PartialEq, Row, Serialize, ToSchema)]
 pub(crate) struct CustomerOrder {
     #[row(stream)]
     pub(crate) order_id: String,
     #[row(index)]
+    #[serde(skip)]
     pub(crate) customer: String,
     pub(crate) status: String,
     pub(crate) quantity: i64,
@@ -103,21 +103,13 @@ pub(crate) struct CustomerOrder {
     pub(crate) placed_at: DateTime<Utc>,
 }
 
-/// The orders of a customer.
-pub(crate) struct CustomerOrders;
-
-impl ReadModel for CustomerOrders {
+impl ReadModel for CustomerOrder {
     const NAME: &'static str = "customer_orders";
     type Event = OrderEvent;
-    type Row = CustomerOrder;
 
-    fn fold(
-        order_id: &String,
-        row: Option<CustomerOrder>,
-        event: &Recorded<OrderEvent>,
-    ) -> Option<CustomerOrder> {
+    fn fold(order_id: &String, row: Option<Self>, event: &Recorded<OrderEvent>) -> Option<Self> {
         let row = match &event.event {
-            OrderEvent::Placed { customer, lines, placed_at } => CustomerOrder {
+            OrderEvent::Placed { customer, lines, placed_at } => Self {
                 order_id: order_id.clone(),
                 customer: customer.clone(),
                 status: String::new(),
@@ -127,7 +119,7 @@ impl ReadModel for CustomerOrders {
             },
             _ => row?,
         };
-        Some(CustomerOrder { status: status(&event.event), ..row })
+        Some(Self { status: status(&event.event), ..row })
     }
 }
 
@@ -157,7 +149,7 @@ impl<'e> Sale<'e> {
 
 /// Sums of a report. Additions only, so the order between partitions does not matter; the bounds in
 /// [`crate::order`] keep them far inside an `i64`.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Serialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, ToSchema)]
 pub(crate) struct Sums {
     pub(crate) orders: i64,
     pub(crate) quantity: i64,
@@ -217,26 +209,18 @@ impl DaySales {
     }
 }
 
-/// Sales by the UTC date of `placed_at`.
-pub(crate) struct SalesByDay;
-
-impl ReadModel for SalesByDay {
+impl ReadModel for DaySales {
     const NAME: &'static str = "sales_by_day";
     type Event = OrderEvent;
-    type Row = DaySales;
 
     fn keys(event: &Recorded<OrderEvent>) -> Vec<NaiveDate> {
         Sale::of(&event.event).iter().map(|sale| sale.placed_at.date_naive()).collect()
     }
 
-    fn fold(
-        day: &NaiveDate,
-        row: Option<DaySales>,
-        event: &Recorded<OrderEvent>,
-    ) -> Option<DaySales> {
+    fn fold(day: &NaiveDate, row: Option<Self>, event: &Recorded<OrderEvent>) -> Option<Self> {
         let Sums { orders, quantity, amount_cents } =
             Sums::after(row.map(|row| row.sums()), event)?;
-        Some(DaySales { day: *day, orders, quantity, amount_cents })
+        Some(Self { day: *day, orders, quantity, amount_cents })
     }
 }
 
@@ -257,25 +241,17 @@ impl CustomerSales {
     }
 }
 
-/// Sales by customer.
-pub(crate) struct SalesByCustomer;
-
-impl ReadModel for SalesByCustomer {
+impl ReadModel for CustomerSales {
     const NAME: &'static str = "sales_by_customer";
     type Event = OrderEvent;
-    type Row = CustomerSales;
 
     fn keys(event: &Recorded<OrderEvent>) -> Vec<String> {
         Sale::of(&event.event).iter().map(|sale| sale.customer.to_owned()).collect()
     }
 
-    fn fold(
-        customer: &String,
-        row: Option<CustomerSales>,
-        event: &Recorded<OrderEvent>,
-    ) -> Option<CustomerSales> {
+    fn fold(customer: &String, row: Option<Self>, event: &Recorded<OrderEvent>) -> Option<Self> {
         let Sums { orders, quantity, amount_cents } =
             Sums::after(row.map(|row| row.sums()), event)?;
-        Some(CustomerSales { customer: customer.clone(), orders, quantity, amount_cents })
+        Some(Self { customer: customer.clone(), orders, quantity, amount_cents })
     }
 }

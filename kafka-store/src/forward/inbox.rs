@@ -4,10 +4,10 @@
 //! handled side by side: none waits for another's outcome. What is found out under one claim is worth
 //! nothing under the next: with the claim everything here begins anew, where the log says.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::future::poll_fn;
 use std::panic::AssertUnwindSafe;
-use std::sync::{Arc, PoisonError, RwLock, Weak};
+use std::sync::{Arc, Mutex, PoisonError, RwLock, Weak};
 use std::task::Poll;
 use std::time::{Duration, Instant};
 
@@ -59,9 +59,14 @@ pub(crate) struct Inboxes {
     /// The executors of each category, oldest first. A command handler keeps its executor, which keeps the
     /// store.
     executors: RwLock<HashMap<&'static str, Vec<Weak<dyn CommandExecutor>>>>,
+    /// The categories of commands that came and had no executor, at most [`UNKNOWN_MAX`].
+    unknown: Mutex<BTreeSet<String>>,
     /// How far each partition is with its end.
     stages: Vec<watch::Sender<Stage>>,
 }
+
+/// Most categories without an executor that are remembered.
+const UNKNOWN_MAX: usize = 20;
 
 /// The life of an inbox.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -148,6 +153,7 @@ impl Inboxes {
             limits: config.limits.clone(),
             begin_anew: config.begin_commands_anew,
             executors: RwLock::default(),
+            unknown: Mutex::default(),
             stages: (0..partitions).map(|_| watch::Sender::new(Stage::Drained)).collect(),
         }
     }
@@ -157,6 +163,31 @@ impl Inboxes {
         let of_category = executors.entry(category).or_default();
         of_category.retain(|executor| executor.strong_count() > 0);
         of_category.push(Arc::downgrade(executor));
+    }
+
+    /// Returns one sentence for each category whose commands come to this node and are handled by nobody.
+    pub(crate) fn complaints(&self) -> Vec<String> {
+        let mut unknown = self.unknown.lock().unwrap_or_else(PoisonError::into_inner);
+        unknown.retain(|category| self.executor(category).is_none());
+        let sentence = |category: &String| {
+            format!(
+                "commands of category {category} come to this node, and no command handler of this process \
+                 takes them: make the handler when the process starts"
+            )
+        };
+        unknown.iter().map(sentence).collect()
+    }
+
+    /// Remembers that a command had no executor.
+    fn note_unknown(&self, category: &str) {
+        let mut unknown = self.unknown.lock().unwrap_or_else(PoisonError::into_inner);
+        if unknown.len() < UNKNOWN_MAX && !unknown.contains(category) {
+            tracing::warn!(
+                category,
+                "no command handler of this process takes commands of this category"
+            );
+            unknown.insert(category.to_owned());
+        }
     }
 
     fn executor(&self, category: &str) -> Option<Arc<dyn CommandExecutor>> {
@@ -214,7 +245,10 @@ impl Inboxes {
             attempt += 1;
             let answer = match self.executor(command.stream.category()) {
                 Some(executor) => executor.execute(command, bound).await,
-                None => Ok(Reply::unavailable(RETRY_AFTER, "no program here knows the category")),
+                None => {
+                    self.note_unknown(command.stream.category());
+                    Ok(Reply::unavailable(RETRY_AFTER, "no program here knows the category"))
+                }
             };
             let pause = backoff(&*self.ids, attempt, RETRY_BASE, RETRY_MAX);
             match answer {

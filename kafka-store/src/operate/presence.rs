@@ -55,15 +55,16 @@ impl Operator {
     }
 
     /// Returns one sentence for each of the log's groups with members that are no part of the service:
-    /// other programs, and nodes with different databases. Groups that are not visible to this user
+    /// other programs, and nodes with another database than the one of this identity. Without an identity,
+    /// nodes with different databases are compared with each other. Groups that are not visible to this user
     /// are left out.
-    pub async fn strangers(&self) -> Result<Vec<String>, OpenError> {
+    pub async fn strangers(&self, database: Option<&str>) -> Result<Vec<String>, OpenError> {
         let doing = "asking for the members of the log's groups";
         let listing = move |this: &Self| {
             groups(&this.config, &this.inquirer).map_err(|error| this.error(doing, error))
         };
         let groups = self.blocking(doing, listing).await?;
-        Ok(group::complaints(&groups))
+        Ok(group::complaints(&groups, database))
     }
 
     /// Returns the nodes with a newest announcement in this range other than their end.

@@ -826,7 +826,7 @@ async fn another_program_in_a_group_of_the_log_is_named_until_it_leaves() {
     let mut tasks = tokio::task::JoinSet::new();
     tasks.spawn(async move { while reading.next().await.is_ok() {} });
     let operator = Operator::connect(config.clone(), support::clock()).await.expect("connected");
-    assert_eq!(operator.strangers().await.expect("answers"), Vec::<String>::new());
+    assert_eq!(operator.strangers(None).await.expect("answers"), Vec::<String>::new());
     let groups = operator.presence().await.expect("answers").groups;
     let groups: Vec<_> = groups.into_iter().map(|(group, _)| group).collect();
     assert_eq!(groups.len(), 2, "{groups:?}");
@@ -843,7 +843,7 @@ async fn another_program_in_a_group_of_the_log_is_named_until_it_leaves() {
         });
         let named = named.await;
         assert!(named.contains(group) && named.contains("a stranger at 127.0.0.1"), "{named}");
-        let strangers = operator.strangers().await.expect("answers");
+        let strangers = operator.strangers(None).await.expect("answers");
         assert!(strangers.len() == 1 && strangers[0].contains("a stranger"), "{strangers:?}");
         drop(foreign);
         support::ready(&store).await;

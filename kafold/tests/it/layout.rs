@@ -26,7 +26,9 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("kafold-bench", &["kafold"]),
     ("kafold-chaos", &["kafold"]),
     ("kafold-cli", &["kafold"]),
-    ("orders", &["kafold", "kafold-cli"]),
+    ("kafold-axum", &["kafold"]),
+    ("accounts", &["kafold", "kafold-axum"]),
+    ("orders", &["kafold", "kafold-axum", "kafold-cli"]),
 ];
 
 /// Foreign crates that only these crates of ours may name.
@@ -42,6 +44,7 @@ const NAMED_ONLY_BY: &[(&str, &[&str])] = &[
     ("tracing-opentelemetry", &["kafold-core", "kafold"]),
     ("opentelemetry_sdk", &["kafold"]),
     ("opentelemetry-otlp", &["kafold"]),
+    ("hyper", &["kafold-axum"]),
 ];
 
 fn metadata() -> Metadata {

@@ -18,6 +18,7 @@ fn read(path: impl AsRef<Path>) -> String {
 fn sources() -> Vec<PathBuf> {
     let crates = ["core", "embedded-store", "kafka-store", "kafold", "migrations", "projections"];
     let mut folders: Vec<_> = crates.iter().map(|name| root().join(name).join("src")).collect();
+    folders.push(root().join("axum/src"));
     folders.push(root().join("examples/orders/src"));
     let mut files = Vec::new();
     while let Some(folder) = folders.pop() {

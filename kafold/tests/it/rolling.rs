@@ -32,6 +32,8 @@ const COMMAND_RETRY: Duration = Duration::from_millis(20);
 /// A release of the program.
 trait Release: Clone + Default + Send + Sync + 'static {
     type Event: DomainEvent + Send + Sync + 'static;
+    type Sum: ReadModel + Into<Summed>;
+    type Total: ReadModel + Into<Summed>;
 
     fn event(amount: i64) -> Self::Event;
 
@@ -50,6 +52,8 @@ struct Old;
 
 impl Release for Old {
     type Event = OldEvent;
+    type Sum = OldSum;
+    type Total = OldTotal;
 
     fn event(amount: i64) -> OldEvent {
         OldEvent::Added { amount }
@@ -74,6 +78,8 @@ struct NewType;
 
 impl Release for NewType {
     type Event = NewTypeEvent;
+    type Sum = NewTypeSum;
+    type Total = NewTypeTotal;
 
     fn event(amount: i64) -> NewTypeEvent {
         match amount < 0 {
@@ -109,6 +115,8 @@ struct NewVersion;
 
 impl Release for NewVersion {
     type Event = NewVersionEvent;
+    type Sum = NewVersionSum;
+    type Total = NewVersionTotal;
 
     fn event(cents: i64) -> NewVersionEvent {
         NewVersionEvent::Added { cents }
@@ -139,33 +147,50 @@ impl<R: Release> Aggregate for Tally<R> {
 #[error("no rule refuses")]
 struct NeverRefused;
 
-#[derive(Debug, Clone, PartialEq, Row)]
-struct Sum {
-    #[row(key)]
-    tally: String,
-    events: i64,
-    amount: i64,
+type Summed = (String, (i64, i64));
+
+/// Sums of a release: the sum of a stream, or with `shared` that of all streams.
+macro_rules! sums {
+    ($($model:ident of $release:ty, $name:literal, shared: $shared:literal;)*) => {$(
+        #[derive(Debug, Clone, PartialEq, Row)]
+        struct $model {
+            #[row(key)]
+            tally: String,
+            events: i64,
+            amount: i64,
+        }
+
+        impl ReadModel for $model {
+            const NAME: &'static str = $name;
+            const SHARED: bool = $shared;
+            type Event = <$release as Release>::Event;
+
+            fn keys(event: &Recorded<Self::Event>) -> Vec<String> {
+                let all = || "all".to_owned();
+                vec![if $shared { all() } else { event.stream.to_string() }]
+            }
+
+            fn fold(tally: &String, row: Option<Self>, event: &Recorded<Self::Event>) -> Option<Self> {
+                let (events, amount) = row.map_or((0, 0), |row| (row.events, row.amount));
+                let amount = amount + <$release>::amount(&event.event);
+                Some(Self { tally: tally.clone(), events: events + 1, amount })
+            }
+        }
+
+        impl From<$model> for Summed {
+            fn from(row: $model) -> Self {
+                (row.tally, (row.events, row.amount))
+            }
+        }
+    )*};
 }
-
-/// The sum of a stream, or with `SHARED` of all streams.
-struct Sums<R, const SHARED: bool>(PhantomData<fn() -> R>);
-
-impl<R: Release, const SHARED: bool> ReadModel for Sums<R, SHARED> {
-    const NAME: &'static str = if SHARED { "total" } else { "sums" };
-    const SHARED: bool = SHARED;
-    type Event = R::Event;
-    type Row = Sum;
-
-    fn keys(event: &Recorded<R::Event>) -> Vec<String> {
-        let all = || "all".to_owned();
-        vec![if SHARED { all() } else { event.stream.to_string() }]
-    }
-
-    fn fold(tally: &String, row: Option<Sum>, event: &Recorded<R::Event>) -> Option<Sum> {
-        let (events, amount) = row.map_or((0, 0), |row| (row.events, row.amount));
-        let (events, amount) = (events + 1, amount + R::amount(&event.event));
-        Some(Sum { tally: tally.clone(), events, amount })
-    }
+sums! {
+    OldSum of Old, "sums", shared: false;
+    OldTotal of Old, "total", shared: true;
+    NewTypeSum of NewType, "sums", shared: false;
+    NewTypeTotal of NewType, "total", shared: true;
+    NewVersionSum of NewVersion, "sums", shared: false;
+    NewVersionTotal of NewVersion, "total", shared: true;
 }
 
 /// Sends one command. Returns `false` if the command was not acknowledged.
@@ -179,10 +204,8 @@ struct Node {
 async fn start<R: Release>(url: String, database: Database) -> Node {
     let log = LogOptions::new(url).index(&database).open().await.expect("opened");
     let handler = CommandHandler::<Tally<R>>::new(log.store()).forwarding(log.commands());
-    let projections = ProjectionWorker::new(log.source(), database)
-        .with(Sums::<R, false>(PhantomData))
-        .with(Sums::<R, true>(PhantomData))
-        .spawn();
+    let projections =
+        ProjectionWorker::new(log.source(), database).with::<R::Sum>().with::<R::Total>().spawn();
     let send = move |id: String, amount: i64, command: CommandId| {
         let handler = handler.clone();
         async move { handler.handle_with(&id, &amount, command).await.is_ok() }.boxed()
@@ -293,8 +316,8 @@ async fn deploy<R: Release>(name: &str, new_first: bool) {
     callers.join_all().await;
     let acknowledged = load.acknowledged.lock().expect("no panic").clone();
     let all = acknowledged.values().fold((0, 0), |all, one| (all.0 + one.0, all.1 + one.1));
-    let sums = Query::<Sums<R, false>>::new(database.clone());
-    let total = Query::<Sums<R, true>>::new(database.clone());
+    let sums = Query::<R::Sum>::new(database.clone());
+    let total = Query::<R::Total>::new(database.clone());
     eventually("both models are right", async || {
         rows(&sums).await == acknowledged && rows(&total).await.get("all") == Some(&all)
     })
@@ -304,9 +327,9 @@ async fn deploy<R: Release>(name: &str, new_first: bool) {
     }
 }
 
-async fn rows<M: ReadModel<Row = Sum>>(query: &Query<M>) -> BTreeMap<String, (i64, i64)> {
+async fn rows<M: ReadModel + Into<Summed>>(query: &Query<M>) -> BTreeMap<String, (i64, i64)> {
     let rows = query.all(STREAMS as usize).await.expect("readable").into_iter();
-    rows.map(|row| (row.tally, (row.events, row.amount))).collect()
+    rows.map(Into::into).collect()
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -11,6 +11,7 @@ use kafold_core::index::{
 use kafold_core::mutant::{self, Mutant};
 use kafold_core::store::{Cursor, ReadError};
 use kafold_core::{Offset, Partition, RecordedEvent, StreamId, Version};
+use kafold_migrations::begin;
 use sqlx::postgres::{PgArguments, PgExecutor};
 use sqlx::query::{Query, QueryAs};
 use sqlx::{FromRow, PgConnection, PgPool, Postgres, Row};
@@ -245,7 +246,7 @@ async fn append_by_copy(
     batches: &[NumberedBatch<'_>],
     now: DateTime<Utc>,
 ) -> Result<Vec<i64>, sqlx::Error> {
-    let mut tx = pool.begin().await?;
+    let mut tx = begin(pool, "BEGIN").await?;
     let moved = append(&mut *tx, batches, &[], now).await?;
     let sql = "COPY kafold_event (category, stream_id, version, partition, \"offset\", event_id, \
                event_type, recorded_at, command_id, metadata, payload, hash, digest, stream_digest) \
@@ -281,7 +282,7 @@ async fn advance_checked(
     batch: &IndexBatch,
     now: DateTime<Utc>,
 ) -> Result<Advanced, RowError> {
-    let mut tx = pool.begin().await?;
+    let mut tx = begin(pool, "BEGIN").await?;
     let Some(position) = locked_position(&mut tx, batch, now).await? else {
         tx.rollback().await?;
         return Ok(Advanced::Behind(None));
@@ -588,7 +589,7 @@ struct FoundRow {
 
 /// Deletes in one transaction, with the setting which disarms the triggers.
 pub(super) async fn clear(pool: &PgPool, partition: Option<Partition>) -> Result<(), sqlx::Error> {
-    let mut tx = pool.begin().await?;
+    let mut tx = begin(pool, "BEGIN").await?;
     sqlx::query("SET LOCAL kafold.index_rebuild = 'on'").execute(&mut *tx).await?;
     match partition {
         None => {

@@ -11,7 +11,7 @@ use kafold_core::index::{
 use kafold_core::mutant::{self, Mutant};
 use kafold_core::store::{Cursor, ReadError};
 use kafold_core::{Offset, Partition, RecordedEvent};
-use kafold_migrations::{SqlText, SqliteDatabase, micros};
+use kafold_migrations::{SqlText, SqliteDatabase, begin, micros};
 use sqlx::{FromRow, SqliteConnection, SqlitePool};
 use uuid::Uuid;
 
@@ -172,12 +172,13 @@ pub(super) async fn load(
                     WHERE partition = $1 AND hash = $2";
     let bucket_sql = "SELECT digest FROM kafold_stream \
                       WHERE partition = $1 AND hash BETWEEN $2 AND $3";
+    // At a bare `LIMIT $4` SQLite parses the statement again at each use, to see the value.
     let events_sql = "SELECT category, stream_id, version, partition, \"offset\", event_id, \
                         event_type, recorded_at, command_id, metadata, payload, digest \
                       FROM kafold_event \
                       WHERE category = $1 AND stream_id = $2 AND version > $3 \
-                      ORDER BY version LIMIT $4";
-    let mut tx = readers.begin().await?;
+                      ORDER BY version LIMIT $4 + 0";
+    let mut tx = begin(readers, "BEGIN").await?;
     let mut answers = Vec::with_capacity(requests.len());
     for request in requests {
         let partition = partition_int(request.partition);
@@ -227,7 +228,7 @@ pub(super) async fn heads(
     readers: &SqlitePool,
     partition: Partition,
 ) -> Result<IndexHeads, RowError> {
-    let mut tx = readers.begin().await?;
+    let mut tx = begin(readers, "BEGIN").await?;
     let sql = "SELECT next_offset, events, digest FROM kafold_partition WHERE partition = $1";
     let query = sqlx::query_as(sql).bind(partition_int(partition));
     let found: Option<(i64, i64, i64)> = query.fetch_optional(&mut *tx).await?;
@@ -249,7 +250,7 @@ pub(super) async fn heads(
 /// Reads in one transaction, and so in one snapshot.
 pub(super) async fn count(readers: &SqlitePool) -> Result<Vec<IndexCount>, RowError> {
     let mut totals: BTreeMap<i32, (IndexTotal, IndexTotal)> = BTreeMap::new();
-    let mut tx = readers.begin().await?;
+    let mut tx = begin(readers, "BEGIN").await?;
     let sql = "SELECT partition, digest FROM kafold_event";
     let mut rows = sqlx::query_as(sql).fetch(&mut *tx);
     while let Some((partition, digest)) = rows.try_next().await? {
@@ -277,7 +278,7 @@ pub(super) async fn find(
     events: &[RecordedEvent],
 ) -> Result<Vec<Option<Result<RecordedEvent, ReadError>>>, RowError> {
     let sql = "SELECT * FROM kafold_event WHERE category = $1 AND stream_id = $2 AND version = $3";
-    let mut tx = readers.begin().await?;
+    let mut tx = begin(readers, "BEGIN").await?;
     let mut found = Vec::with_capacity(events.len());
     for event in events {
         let query = sqlx::query(sql).bind(event.stream.category()).bind(event.stream.id());

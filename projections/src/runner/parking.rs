@@ -249,8 +249,12 @@ impl Runner {
         let (last, count) = (last.event.position.offset, head.events.len() as u64);
         let batch = batch_of(partition, head.events);
         if batch.count() > 0 {
-            let work = self.handler.prepare(&batch).map_err(Failed::Fault)?;
+            // The clock at the place of a parked event is not known: all of them are in time.
+            let work = self.handler.prepare(&batch, &|_| None).map_err(Failed::Fault)?;
             work.apply(self.target(), tx, None).await.map_err(sorted)?;
+            if let Some(steps) = work.clock_steps() {
+                checkpoint::count(tx, self.target(), steps).await?;
+            }
         }
         parked::delete(tx, self.target(), stream, last).await?;
         open.commit().await?;

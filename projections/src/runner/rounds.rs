@@ -12,8 +12,9 @@ use tracing::{Instrument, Span};
 
 use super::{Ended, Failed, Role, Runner, sorted};
 use crate::checkpoint::{self, Step};
+use crate::clock_step::{ClockStep, ClockSteps};
 use crate::config::FaultPolicy;
-use crate::handler::{Fault, Memory, Target};
+use crate::handler::{Fault, Memory, Target, Work};
 use crate::projection::ProjectionBatch;
 use crate::status::ProjectionState;
 use crate::supervisor::ATTEMPT_LAG_MAX;
@@ -213,11 +214,14 @@ impl Runner {
         let Context { database, clock, .. } = &self.context;
         let target = self.target();
         let has_events = round.count() > 0;
+        let places = &self.places;
+        let clock_of = |partition| places.get(&partition).map(|place| place.clock);
         let work = match has_events {
-            true => Some(self.handler.prepare(round).map_err(Failed::Fault)?),
+            true => Some(self.handler.prepare(round, &clock_of).map_err(Failed::Fault)?),
             false => None,
         };
-        let steps = self.steps(round);
+        let clocks = work.as_deref().and_then(Work::clock_steps);
+        let steps = self.steps(round, clocks);
         let mut open = match self.is_forgettable(&steps) {
             true => OpenTransaction::begin_forgettable(database).await?,
             false => OpenTransaction::begin(database).await?,
@@ -253,7 +257,7 @@ impl Runner {
     }
 
     /// One step a partition, over all its batches.
-    fn steps(&self, round: &ProjectionBatch) -> Vec<Step> {
+    fn steps(&self, round: &ProjectionBatch, clocks: Option<&ClockSteps>) -> Vec<Step> {
         let mut steps: BTreeMap<Partition, Step> = BTreeMap::new();
         for batch in round.batches() {
             let Some(place) = self.places.get(&batch.partition) else { continue };
@@ -264,6 +268,10 @@ impl Runner {
                 to: batch.next.clone(),
                 end: batch.end,
                 last_event_at: None,
+                clock: clocks.map(|clocks| {
+                    let unchanged = ClockStep { clock: place.clock.clock, ..ClockStep::default() };
+                    clocks.get(&batch.partition).copied().unwrap_or(unchanged)
+                }),
             });
             step.to = batch.next.clone();
             step.end = step.end.max(batch.end);
@@ -287,6 +295,10 @@ impl Runner {
             if let Some(place) = self.places.get_mut(&step.partition) {
                 place.next = step.to.next;
                 place.state = step.to.state;
+                if let Some(step) = step.clock {
+                    place.clock.clock = step.clock;
+                    place.clock.late_rows += step.counts.late_rows.unsigned_abs();
+                }
             }
         }
     }

@@ -10,4 +10,5 @@ mod models;
 mod operators;
 mod outage;
 mod values;
+mod windows;
 mod worker;

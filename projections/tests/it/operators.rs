@@ -7,11 +7,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use common::domain::{
-    CustomerTotals, Ledger, OrderDetails, Orders, POISON_CENTS, Poisoned, StreamTotals, Total,
+    CustomerTotals, Ledger, OrderDetails, Orders, POISON_CENTS, Poisoned, StreamTotals, totals,
 };
 use common::{Dice, TestDatabase};
 use kafold_core::testing::eventually;
-use kafold_core::{Position, StreamId};
+use kafold_core::{Position, Recorded, Row, StreamId};
 use kafold_projections::{
     By, Control, ControlError, FaultPolicy, Generation, OverviewState, ProjectionConfig,
     ProjectionState, ProjectionStatus, ProjectionWorker, Projections, Query, ReadModel,
@@ -93,29 +93,29 @@ fn stream(text: &str) -> StreamId {
     text.parse().expect("a stream")
 }
 
-async fn totals<M: ReadModel<Row = Total>>(database: &TestDatabase) -> BTreeMap<String, i64> {
+async fn totals<M>(database: &TestDatabase) -> BTreeMap<String, i64>
+where
+    M: ReadModel + Into<CustomerTotals>,
+{
     let rows = Query::<M>::new(database.database.clone()).all(1_000).await.expect("readable");
-    rows.into_iter().map(|row| (row.customer, row.cents)).collect()
+    rows.into_iter().map(Into::into).map(|row: CustomerTotals| (row.customer, row.cents)).collect()
 }
 
-/// The model as it is after its fold was mended.
-struct Mended;
+totals! {
+    /// [`Poisoned`] as it is after its fold was mended.
+    Mended
+}
 
 impl ReadModel for Mended {
     const NAME: &'static str = Poisoned::NAME;
     type Event = <Poisoned as ReadModel>::Event;
-    type Row = Total;
 
-    fn keys(event: &kafold_core::Recorded<Self::Event>) -> Vec<String> {
+    fn keys(event: &Recorded<Self::Event>) -> Vec<String> {
         CustomerTotals::keys(event)
     }
 
-    fn fold(
-        key: &String,
-        row: Option<Total>,
-        event: &kafold_core::Recorded<Self::Event>,
-    ) -> Option<Total> {
-        CustomerTotals::fold(key, row, event)
+    fn fold(key: &String, row: Option<Self>, event: &Recorded<Self::Event>) -> Option<Self> {
+        CustomerTotals::fold(key, row.map(Into::into), event).map(Into::into)
     }
 }
 
@@ -125,7 +125,7 @@ async fn poisoned(orders: &Orders, database: &TestDatabase) -> Projections {
     orders.place("bad", "c2", POISON_CENTS).await;
     orders.place("bad", "c1", 100).await;
     orders.place("2", "c1", 1_000).await;
-    let projections = worker(orders, database).with(Poisoned).spawn();
+    let projections = worker(orders, database).with::<Poisoned>().spawn();
     applied(&projections, orders, Poisoned::NAME).await;
     projections
 }
@@ -138,7 +138,7 @@ async fn the_stream_of_an_event_that_fails_is_parked_and_the_others_go_on(databa
     assert_eq!((seen.parked_streams, seen.parked_events), (1, 2));
     // Later events of the stream go behind it, in another process too.
     drop(projections);
-    let projections = worker(&orders, database).with(Poisoned).spawn();
+    let projections = worker(&orders, database).with::<Poisoned>().spawn();
     orders.place("bad", "c1", 10_000).await;
     orders.place("3", "c1", 100_000).await;
     applied(&projections, &orders, Poisoned::NAME).await;
@@ -154,7 +154,7 @@ async fn the_stream_of_an_event_that_fails_is_parked_and_the_others_go_on(databa
 async fn a_retry_after_a_fix_applies_the_stream_in_order(database: &TestDatabase) {
     let orders = Orders::new(3);
     drop(poisoned(&orders, database).await);
-    let projections = worker(&orders, database).with(Mended).spawn();
+    let projections = worker(&orders, database).with::<Mended>().spawn();
     orders.place("bad", "c1", 10_000).await;
     applied(&projections, &orders, Mended::NAME).await;
     assert_eq!(status(&projections, Mended::NAME).parked_events, 3);
@@ -178,10 +178,10 @@ async fn a_long_parked_stream_is_retried_to_its_end(database: &TestDatabase) {
     for _ in 0..1_010 {
         orders.place("bad", "c1", 1).await;
     }
-    let projections = worker(&orders, database).with(Poisoned).spawn();
+    let projections = worker(&orders, database).with::<Poisoned>().spawn();
     applied(&projections, &orders, Poisoned::NAME).await;
     drop(projections);
-    let projections = worker(&orders, database).with(Mended).spawn();
+    let projections = worker(&orders, database).with::<Mended>().spawn();
     applied(&projections, &orders, Mended::NAME).await;
     // What came after the request goes with the rest, although it is more than one transaction takes.
     database.run("UPDATE kafold_parked_event SET retry = (version = 1)").await;
@@ -244,7 +244,7 @@ async fn what_is_parked_for_long_can_be_left_out_at_once(database: &TestDatabase
 async fn a_projection_that_no_worker_runs_is_named_and_can_be_removed(database: &TestDatabase) {
     let orders = Orders::new(2);
     orders.place("1", "c1", 1).await;
-    let projections = worker(&orders, database).with(CustomerTotals).spawn();
+    let projections = worker(&orders, database).with::<CustomerTotals>().spawn();
     applied(&projections, &orders, CustomerTotals::NAME).await;
     let control = control(database);
     let state = async || {
@@ -264,6 +264,12 @@ async fn a_projection_that_no_worker_runs_is_named_and_can_be_removed(database: 
         "{reason}"
     );
 
+    // A paused projection without a program is named too.
+    assert!(control.pause(CustomerTotals::NAME, ME).await.expect("asked"));
+    let (paused, reason) = state().await;
+    assert_eq!(paused, OverviewState::Paused);
+    assert!(reason.starts_with("no worker has run it for 10"), "{reason}");
+
     let nobody = By { actor: "nobody", reason: None };
     let refused = control.remove(CustomerTotals::NAME, nobody).await.expect_err("no reason");
     assert!(refused.to_string().contains("takes a reason"), "{refused}");
@@ -276,14 +282,14 @@ async fn a_projection_that_no_worker_runs_is_named_and_can_be_removed(database: 
         assert_eq!(database.number(sql).await, 0, "{sql}");
     }
     // A program that has the projection again begins anew.
-    let projections = worker(&orders, database).with(CustomerTotals).spawn();
+    let projections = worker(&orders, database).with::<CustomerTotals>().spawn();
     applied(&projections, &orders, CustomerTotals::NAME).await;
     assert_eq!(totals::<CustomerTotals>(database).await, BTreeMap::from([("c1".to_owned(), 1)]));
 }
 
 async fn a_row_that_the_database_refuses_is_parked(database: &TestDatabase) {
     let orders = Orders::new(2);
-    let projections = worker(&orders, database).with(CustomerTotals).spawn();
+    let projections = worker(&orders, database).with::<CustomerTotals>().spawn();
     orders.place("1", "c1", 1).await;
     applied(&projections, &orders, CustomerTotals::NAME).await;
     database.run("CREATE UNIQUE INDEX one_each ON customer_totals__g1 (orders)").await;
@@ -297,7 +303,7 @@ async fn a_row_that_the_database_refuses_is_parked(database: &TestDatabase) {
 
 async fn a_statement_that_the_database_refuses_stops_the_projection(database: &TestDatabase) {
     let orders = Orders::new(1);
-    let projections = worker(&orders, database).with(CustomerTotals).spawn();
+    let projections = worker(&orders, database).with::<CustomerTotals>().spawn();
     orders.place("1", "c1", 1).await;
     applied(&projections, &orders, CustomerTotals::NAME).await;
     database.run("DROP VIEW customer_totals").await;
@@ -317,7 +323,7 @@ async fn no_more_streams_are_parked_than_may_be(database: &TestDatabase) {
     for id in ["1", "2", "3"] {
         orders.place(id, "c1", POISON_CENTS).await;
     }
-    let projections = worker(&orders, database).config(config).with(Poisoned).spawn();
+    let projections = worker(&orders, database).config(config).with::<Poisoned>().spawn();
     in_state(&projections, Poisoned::NAME, "stopped: 2 streams of partition 0 are parked").await;
     let streams = "SELECT COUNT(*) FROM kafold_parked_event";
     assert_eq!(database.number(streams).await, 2);
@@ -326,7 +332,7 @@ async fn no_more_streams_are_parked_than_may_be(database: &TestDatabase) {
 
 async fn a_paused_projection_applies_nothing_until_it_is_resumed(database: &TestDatabase) {
     let orders = Orders::new(4);
-    let spawn = || worker(&orders, database).with(CustomerTotals).spawn();
+    let spawn = || worker(&orders, database).with::<CustomerTotals>().spawn();
     let workers = [spawn(), spawn()];
     orders.place("1", "c1", 1).await;
     applied(&workers[0], &orders, CustomerTotals::NAME).await;
@@ -361,7 +367,7 @@ async fn a_paused_projection_applies_nothing_until_it_is_resumed(database: &Test
 
 async fn rows_that_an_operator_mended_are_read_again(database: &TestDatabase) {
     let orders = Orders::new(1);
-    let projections = worker(&orders, database).with(StreamTotals).spawn();
+    let projections = worker(&orders, database).with::<StreamTotals>().spawn();
     for _ in 0..2 {
         orders.place("1", "c1", 10).await;
         applied(&projections, &orders, StreamTotals::NAME).await;
@@ -378,7 +384,7 @@ async fn rows_that_an_operator_mended_are_read_again(database: &TestDatabase) {
 
 async fn rows_that_a_retry_wrote_are_read_again(database: &TestDatabase) {
     let orders = Orders::new(1);
-    let projections = worker(&orders, database).with(StreamTotals).spawn();
+    let projections = worker(&orders, database).with::<StreamTotals>().spawn();
     for cents in [1, 10, POISON_CENTS, 100] {
         orders.place("1", "c1", cents).await;
         applied(&projections, &orders, StreamTotals::NAME).await;
@@ -417,7 +423,7 @@ async fn a_position_that_stops_a_projection_can_be_skipped(database: &TestDataba
     orders.place("1", "c1", 1).await;
     let bad = orders.place("2", "c1", POISON_CENTS).await;
     orders.place("3", "c1", 10).await;
-    let projections = worker(&orders, database).config(config).with(Poisoned).spawn();
+    let projections = worker(&orders, database).config(config).with::<Poisoned>().spawn();
     in_state(&projections, Poisoned::NAME, "stopped").await;
     let control = control(database);
     let passed = Position { offset: kafold_core::Offset(0), ..bad };
@@ -453,7 +459,7 @@ async fn only_a_rebuild_that_is_far_behind_does_not_wait_for_the_disk() {
     }
     let orders = Orders::new(2);
     orders.place_many(40).await;
-    let projections = worker(&orders, &database).with(CustomerTotals).spawn();
+    let projections = worker(&orders, &database).with::<CustomerTotals>().spawn();
     applied(&projections, &orders, CustomerTotals::NAME).await;
     let forgettable = "SELECT COUNT(*) FROM durability WHERE setting = 'off'";
     assert_eq!(database.number(forgettable).await, 0);
@@ -472,7 +478,10 @@ async fn only_a_rebuild_that_is_far_behind_does_not_wait_for_the_disk() {
 async fn a_rebuild_takes_the_place_of_the_live_rows_while_writes_go_on(database: &TestDatabase) {
     let (orders, mut dice) = (Orders::new(6), Dice::new(3));
     let spawn = || {
-        worker(&orders, database).with(CustomerTotals).with_projection(Ledger::default()).spawn()
+        worker(&orders, database)
+            .with::<CustomerTotals>()
+            .with_projection(Ledger::default())
+            .spawn()
     };
     let workers = [spawn(), spawn()];
     for _ in 0..500 {
@@ -533,7 +542,8 @@ async fn a_rebuild_goes_on_after_a_crash(database: &TestDatabase) {
         control_poll_interval: Duration::from_millis(5),
         ..ProjectionConfig::default()
     };
-    let spawn = || worker(&orders, database).config(config.clone()).with(CustomerTotals).spawn();
+    let spawn =
+        || worker(&orders, database).config(config.clone()).with::<CustomerTotals>().spawn();
     let projections = spawn();
     applied(&projections, &orders, CustomerTotals::NAME).await;
     let next = control(database).rebuild(CustomerTotals::NAME, false, ME).await.expect("asked");
@@ -551,7 +561,7 @@ async fn a_rebuild_goes_on_after_a_crash(database: &TestDatabase) {
 
 async fn what_the_database_forgot_is_applied_again(database: &TestDatabase) {
     let (orders, mut dice) = (Orders::new(3), Dice::new(10));
-    let projections = worker(&orders, database).with(CustomerTotals).spawn();
+    let projections = worker(&orders, database).with::<CustomerTotals>().spawn();
     let mut more = async || {
         for _ in 0..100 {
             orders.append_random(&mut dice).await;
@@ -577,7 +587,7 @@ async fn an_aborted_rebuild_leaves_the_live_rows_alone(database: &TestDatabase) 
     for _ in 0..50 {
         orders.append_random(&mut dice).await;
     }
-    let projections = worker(&orders, database).with(Poisoned).with(CustomerTotals).spawn();
+    let projections = worker(&orders, database).with::<Poisoned>().with::<CustomerTotals>().spawn();
     orders.place("bad", "c1", POISON_CENTS).await;
     applied(&projections, &orders, Poisoned::NAME).await;
     let control = control(database);
@@ -600,38 +610,80 @@ async fn an_aborted_rebuild_leaves_the_live_rows_alone(database: &TestDatabase) 
 }
 
 async fn a_changed_definition_is_rebuilt_and_switched_to(database: &TestDatabase) {
-    struct Changed;
+    totals!(Changed);
     impl ReadModel for Changed {
         const NAME: &'static str = CustomerTotals::NAME;
         const VERSION: u32 = 2;
         type Event = <CustomerTotals as ReadModel>::Event;
-        type Row = Total;
-        fn keys(event: &kafold_core::Recorded<Self::Event>) -> Vec<String> {
+        fn keys(event: &Recorded<Self::Event>) -> Vec<String> {
             CustomerTotals::keys(event)
         }
-        fn fold(
-            key: &String,
-            row: Option<Total>,
-            event: &kafold_core::Recorded<Self::Event>,
-        ) -> Option<Total> {
-            let row = CustomerTotals::fold(key, row, event)?;
-            Some(Total { orders: row.orders + 1_000, ..row })
+        fn fold(key: &String, row: Option<Self>, event: &Recorded<Self::Event>) -> Option<Self> {
+            let row = CustomerTotals::fold(key, row.map(Into::into), event)?;
+            Some(Self { orders: row.orders + 1_000, ..row.into() })
         }
     }
     let (orders, mut dice) = (Orders::new(3), Dice::new(6));
     for _ in 0..100 {
         orders.append_random(&mut dice).await;
     }
-    let projections = worker(&orders, database).with(CustomerTotals).spawn();
+    let projections = worker(&orders, database).with::<CustomerTotals>().spawn();
     applied(&projections, &orders, CustomerTotals::NAME).await;
     projections.shutdown().await;
-    let projections = worker(&orders, database).with(Changed).spawn();
+    let projections = worker(&orders, database).with::<Changed>().spawn();
     in_state(&projections, Changed::NAME, "stopped: projection customer_totals has changed").await;
     orders.assert_equals_fold::<CustomerTotals>(&database.database).await;
     let next = control(database).rebuild(Changed::NAME, false, ME).await.expect("asked");
     switched(&projections, Changed::NAME, next).await;
     applied(&projections, &orders, Changed::NAME).await;
     orders.assert_equals_fold::<Changed>(&database.database).await;
+}
+
+#[tokio::test]
+async fn views_that_depend_on_a_read_model_are_named_by_its_switch_and_its_removal() {
+    #[derive(Debug, Clone, PartialEq, Row)]
+    struct Wider {
+        #[row(key)]
+        customer: String,
+        orders: i64,
+    }
+    impl ReadModel for Wider {
+        const NAME: &'static str = CustomerTotals::NAME;
+        type Event = <CustomerTotals as ReadModel>::Event;
+        fn keys(event: &Recorded<Self::Event>) -> Vec<String> {
+            CustomerTotals::keys(event)
+        }
+        fn fold(key: &String, row: Option<Self>, _: &Recorded<Self::Event>) -> Option<Self> {
+            let orders = row.map_or(0, |row| row.orders) + 1;
+            Some(Self { customer: key.clone(), orders })
+        }
+    }
+    let Some(database) = TestDatabase::postgres().await else { return };
+    let (orders, control) = (Orders::new(1), control(&database));
+    orders.place("1", "c1", 1).await;
+    let projections = worker(&orders, &database).with::<CustomerTotals>().spawn();
+    applied(&projections, &orders, CustomerTotals::NAME).await;
+    projections.shutdown().await;
+    let (report, drop_report) =
+        ("CREATE VIEW report AS SELECT orders FROM customer_totals", "DROP VIEW report");
+    database.run(report).await;
+
+    let projections = worker(&orders, &database).with::<Wider>().spawn();
+    let next = control.rebuild(Wider::NAME, false, ME).await.expect("asked");
+    let waits = "SELECT COUNT(*) FROM kafold_projection \
+                 WHERE next_reason LIKE '%view report depends on view customer_totals: drop %'";
+    eventually("it says why it waits", async || database.number(waits).await == 1).await;
+    database.run(drop_report).await;
+    switched(&projections, Wider::NAME, next).await;
+    projections.shutdown().await;
+
+    database.run(report).await;
+    database.run("UPDATE kafold_projection SET seen_at = seen_at - 100").await;
+    let refused = control.remove(Wider::NAME, ME).await.expect_err("a view depends on it");
+    assert!(refused.to_string().starts_with("view report depends on view"), "{refused}");
+    database.run(drop_report).await;
+    control.remove(Wider::NAME, ME).await.expect("removed");
+    database.remove().await;
 }
 
 async fn a_rebuild_with_parked_streams_waits_for_the_operator(database: &TestDatabase) {
@@ -650,7 +702,7 @@ async fn a_rebuild_with_parked_streams_waits_for_the_operator(database: &TestDat
 
 async fn what_was_waited_for_is_in_the_rows_before_and_after_a_switch(database: &TestDatabase) {
     let orders = Arc::new(Orders::new(4));
-    let spawn = || worker(&orders, database).with(CustomerTotals).spawn();
+    let spawn = || worker(&orders, database).with::<CustomerTotals>().spawn();
     let workers = [spawn(), spawn()];
     applied(&workers[0], &orders, CustomerTotals::NAME).await;
     let control = control(database);
@@ -679,10 +731,10 @@ async fn the_old_generations_progress_is_not_told_for_the_new_rows(database: &Te
     let orders = Orders::new(1);
     // It has the live generation, and hears nothing of what is asked.
     let deaf = ProjectionConfig { control_poll_interval: 100 * WAIT, ..quick() };
-    let deaf = worker(&orders, database).config(deaf).with(CustomerTotals).spawn();
+    let deaf = worker(&orders, database).config(deaf).with::<CustomerTotals>().spawn();
     orders.place("1", "c1", 1).await;
     applied(&deaf, &orders, CustomerTotals::NAME).await;
-    let builder = worker(&orders, database).with(CustomerTotals).spawn();
+    let builder = worker(&orders, database).with::<CustomerTotals>().spawn();
     let control = control(database);
     let next = control.rebuild(CustomerTotals::NAME, false, ME).await.expect("asked");
     switched(&builder, CustomerTotals::NAME, next).await;
@@ -702,7 +754,7 @@ async fn the_old_generations_progress_is_not_told_for_the_new_rows(database: &Te
 
 async fn operators_at_odds_leave_every_projection_usable(database: &TestDatabase) {
     let (orders, mut dice) = (Orders::new(3), Dice::new(13));
-    let spawn = || worker(&orders, database).with(CustomerTotals).with(Poisoned).spawn();
+    let spawn = || worker(&orders, database).with::<CustomerTotals>().with::<Poisoned>().spawn();
     let workers = [spawn(), spawn()];
     orders.place("bad", "c1", POISON_CENTS).await;
     applied(&workers[0], &orders, CustomerTotals::NAME).await;
@@ -754,7 +806,7 @@ async fn a_verification_finds_what_is_not_the_fold_of_the_log(database: &TestDat
         orders.append_random(&mut dice).await;
     }
     let all = || {
-        let worker = worker(&orders, database).with(CustomerTotals).with(OrderDetails);
+        let worker = worker(&orders, database).with::<CustomerTotals>().with::<OrderDetails>();
         worker.with_projection(Ledger::default())
     };
     let projections = all().spawn();
@@ -782,7 +834,7 @@ async fn what_is_parked_or_skipped_is_no_difference(database: &TestDatabase) {
     let orders = Orders::new(2);
     let projections = poisoned(&orders, database).await;
     let verify = async || {
-        let worker = worker(&orders, database).with(Poisoned);
+        let worker = worker(&orders, database).with::<Poisoned>();
         worker.verify(Poisoned::NAME, &|_| {}).await.expect("verified")
     };
     let found = verify().await;

@@ -71,7 +71,7 @@ async fn a_database_that_restarts_loses_and_skips_nothing() {
     let projections =
         ProjectionWorker::new(Arc::new(orders.store.clone()), database.database.clone())
             .config(config)
-            .with(CustomerTotals)
+            .with::<CustomerTotals>()
             .with_projection(Ledger::default())
             .spawn();
     // Goes on as long as the outages do: an idle projection does not notice one.
@@ -183,7 +183,7 @@ async fn a_commit_whose_answer_is_lost_is_not_waited_for() {
     let orders = Arc::new(Orders::new(1));
     let projections =
         ProjectionWorker::new(Arc::new(orders.store.clone()), database.database.clone())
-            .with(CustomerTotals)
+            .with::<CustomerTotals>()
             .spawn();
     orders.place("before", "c1", 1).await;
     orders.applied(&projections, CustomerTotals::NAME, WAIT).await;
@@ -257,7 +257,7 @@ async fn a_right_that_is_taken_away_is_waited_for_by_name_and_parks_nothing() {
     let limited = Database::open(&url, Mode::Migrate).await.expect("the tables are current");
     let orders = Arc::new(Orders::new(2));
     let projections = ProjectionWorker::new(Arc::new(orders.store.clone()), limited.clone())
-        .with(CustomerTotals)
+        .with::<CustomerTotals>()
         .with_projection(Ledger::default())
         .spawn();
     orders.place("one", "c1", 1).await;

@@ -120,13 +120,10 @@ fn nested(real: f64, number: i64, text: &str, bits: u64) -> Nested {
     }
 }
 
-struct Probes;
-
-impl ReadModel for Probes {
+impl ReadModel for Probe {
     const NAME: &'static str = "probes";
     const SHARED: bool = false;
     type Event = ProbeEvent;
-    type Row = Probe;
 
     fn keys(event: &Recorded<ProbeEvent>) -> Vec<String> {
         let ProbeEvent::Sent { text, .. } = &event.event;
@@ -135,7 +132,7 @@ impl ReadModel for Probes {
     }
 
     /// Counts events with a time after the time of the row.
-    fn fold(id: &String, row: Option<Probe>, event: &Recorded<ProbeEvent>) -> Option<Probe> {
+    fn fold(id: &String, row: Option<Self>, event: &Recorded<ProbeEvent>) -> Option<Self> {
         let ProbeEvent::Sent { bits, text, at, day, number, nested } = &event.event;
         let real = f64::from_bits(*bits);
         let is_newer = row.as_ref().is_none_or(|row| *at > row.at);
@@ -143,7 +140,7 @@ impl ReadModel for Probes {
             true => self::nested(real, *number, text, *bits),
             false => Nested::default(),
         };
-        Some(Probe {
+        Some(Self {
             id: id.clone(),
             real,
             maybe: Some(real).filter(|_| number % 2 == 0),
@@ -179,16 +176,16 @@ fn worker(orders: &Orders, database: &TestDatabase, policy: FaultPolicy) -> Proj
     };
     ProjectionWorker::new(Arc::new(orders.store.clone()), database.database.clone())
         .config(config)
-        .with(Probes)
+        .with::<Probe>()
 }
 
 async fn run_through(orders: &Orders, database: &TestDatabase) {
     let projections = worker(orders, database, FaultPolicy::Park).spawn();
-    orders.applied(&projections, Probes::NAME, WAIT).await;
+    orders.applied(&projections, Probe::NAME, WAIT).await;
     projections.shutdown().await;
 }
 
-fn probes(database: &TestDatabase) -> Query<Probes> {
+fn probes(database: &TestDatabase) -> Query<Probe> {
     Query::new(database.database.clone())
 }
 
@@ -232,7 +229,7 @@ async fn random_rows_come_back_or_their_events_are_refused(database: &TestDataba
     }
     run_through(&orders, database).await;
     let mut expected = Vec::new();
-    for row in orders.fold::<Probes>().await {
+    for row in orders.fold::<Probe>().await {
         if let Ok(row) = row.normalize() {
             expected.push(row);
         }
@@ -356,9 +353,7 @@ async fn an_unreadable_row_fails_itself_and_not_the_list(database: &TestDatabase
     assert!(said.contains("the row of key text \"2\": column nested: invalid length"), "{said}");
 }
 
-/// [`Probes`] of a later program: a new column, and another type.
-struct LaterProbes;
-
+/// [`Probe`] of a later program: a new column, and another type.
 #[derive(Debug, Clone, PartialEq, Row)]
 struct LaterProbe {
     #[row(key)]
@@ -367,8 +362,6 @@ struct LaterProbe {
 }
 
 /// The same with a column of another type.
-struct RetypedProbes;
-
 #[derive(Debug, Clone, PartialEq, Row)]
 struct RetypedProbe {
     #[row(key)]
@@ -377,27 +370,26 @@ struct RetypedProbe {
 }
 
 macro_rules! later {
-    ($model:ty => $row:ty) => {
+    ($model:ty) => {
         impl ReadModel for $model {
-            const NAME: &'static str = Probes::NAME;
+            const NAME: &'static str = Probe::NAME;
             type Event = ProbeEvent;
-            type Row = $row;
 
             fn keys(_: &Recorded<ProbeEvent>) -> Vec<String> {
                 Vec::new()
             }
 
-            fn fold(_: &String, row: Option<$row>, _: &Recorded<ProbeEvent>) -> Option<$row> {
+            fn fold(_: &String, row: Option<Self>, _: &Recorded<ProbeEvent>) -> Option<Self> {
                 row
             }
         }
     };
 }
-later!(LaterProbes => LaterProbe);
-later!(RetypedProbes => RetypedProbe);
+later!(LaterProbe);
+later!(RetypedProbe);
 
 async fn rows_of_another_definition_are_refused_by_queries(database: &TestDatabase) {
-    async fn refused<M: ReadModel<Row: std::fmt::Debug>>(database: &Database) {
+    async fn refused<M: ReadModel + std::fmt::Debug>(database: &Database) {
         let found = Query::<M>::new(database.clone()).all(10).await;
         let Err(ReadError::Diverged { cause, .. }) = found else { panic!("{found:?}") };
         let said = cause.to_string();
@@ -407,6 +399,6 @@ async fn rows_of_another_definition_are_refused_by_queries(database: &TestDataba
     let orders = Orders::new(1);
     orders.append("probe-1", &[sent(1.0, "t", TIME)]).await;
     run_through(&orders, database).await;
-    refused::<LaterProbes>(&database.database).await;
-    refused::<RetypedProbes>(&database.database).await;
+    refused::<LaterProbe>(&database.database).await;
+    refused::<RetypedProbe>(&database.database).await;
 }

@@ -10,7 +10,7 @@ use common::domain::{
     CustomerTotals, Ledger, NewerOrderEvent, OrderDetails, OrderEvent, Orders, POISON_CENTS,
     Poisoned, StreamTotals, placed,
 };
-use common::source::{Alone, Switched};
+use common::source::{Alone, Panicking, Switched};
 use common::{Dice, TestDatabase, a_while};
 use kafold_core::store::Health;
 use kafold_core::testing::eventually;
@@ -35,6 +35,7 @@ on_both!(
     a_handler_that_fails_for_a_while_is_tried_again,
     an_event_of_a_newer_program_stops_the_model_by_name,
     a_source_that_is_away_is_waited_for,
+    a_defect_outside_of_the_fold_is_tried_again_and_then_stops_the_projection,
     another_log_under_the_same_name_is_refused,
     a_backlog_is_applied_in_large_batches,
     batches_grow_while_transactions_are_short,
@@ -98,8 +99,8 @@ async fn stopped(projections: &Projections, name: &str) -> String {
 async fn a_model_equals_the_fold_of_the_log(database: &TestDatabase) {
     let (orders, mut dice) = (Orders::new(12), Dice::new(1));
     let projections = worker(&orders, database)
-        .with(CustomerTotals)
-        .with(OrderDetails)
+        .with::<CustomerTotals>()
+        .with::<OrderDetails>()
         .with_projection(Ledger::default())
         .spawn();
     for round in 0..30 {
@@ -125,7 +126,7 @@ async fn killed_at_any_moment_it_counts_every_event_once(database: &TestDatabase
     let (orders, mut dice) = (Orders::new(4), Dice::new(7));
     for _ in 0..60 {
         let projections =
-            worker(&orders, database).with(CustomerTotals).with_projection(Ledger::default());
+            worker(&orders, database).with::<CustomerTotals>().with_projection(Ledger::default());
         let projections = projections.spawn();
         for _ in 0..dice.roll(40) {
             orders.append_random(&mut dice).await;
@@ -136,7 +137,7 @@ async fn killed_at_any_moment_it_counts_every_event_once(database: &TestDatabase
     }
     let ledger = Ledger::default();
     let projections =
-        worker(&orders, database).with(CustomerTotals).with_projection(ledger).spawn();
+        worker(&orders, database).with::<CustomerTotals>().with_projection(ledger).spawn();
     applied(&projections, &orders, CustomerTotals::NAME).await;
     applied(&projections, &orders, "ledger").await;
     orders.assert_equals_fold::<CustomerTotals>(&database.database).await;
@@ -149,7 +150,8 @@ async fn rows_shared_by_many_partitions_are_exact(database: &TestDatabase) {
     // small transactions at once.
     let orders = Orders::new(12);
     let config = ProjectionConfig { batch_events_max: 3, sqlite_batch_events_max: 10, ..quick() };
-    let spawn = || worker(&orders, database).config(config.clone()).with(CustomerTotals).spawn();
+    let spawn =
+        || worker(&orders, database).config(config.clone()).with::<CustomerTotals>().spawn();
     let workers = [spawn(), spawn(), spawn()];
     eventually("each has its part", async || {
         workers.iter().all(|worker| status(worker, CustomerTotals::NAME).partitions.len() == 4)
@@ -168,7 +170,7 @@ async fn rows_that_are_remembered_are_exact(database: &TestDatabase) {
     let (orders, mut dice) = (Orders::new(4), Dice::new(11));
     // Fewer than there are streams: some are remembered, some were and some are new.
     let config = ProjectionConfig { remembered_rows_max: 20, ..quick() };
-    let spawn = || worker(&orders, database).config(config.clone()).with(StreamTotals).spawn();
+    let spawn = || worker(&orders, database).config(config.clone()).with::<StreamTotals>().spawn();
     for _ in 0..3 {
         // Begins where there are rows already, but for the first time.
         let projections = spawn();
@@ -189,7 +191,7 @@ async fn rows_that_are_remembered_are_exact(database: &TestDatabase) {
 async fn rows_that_another_worker_wrote_are_read_again(database: &TestDatabase) {
     let orders = Orders::new(1);
     let config = ProjectionConfig { retake_delay: Duration::from_millis(100), ..quick() };
-    let projections = worker(&orders, database).config(config).with(StreamTotals).spawn();
+    let projections = worker(&orders, database).config(config).with::<StreamTotals>().spawn();
     for _ in 0..2 {
         orders.place("1", "c1", 10).await;
         applied(&projections, &orders, StreamTotals::NAME).await;
@@ -205,7 +207,7 @@ async fn rows_that_another_worker_wrote_are_read_again(database: &TestDatabase) 
 async fn the_older_of_two_workers_is_fenced_and_totals_are_exact(database: &TestDatabase) {
     let (orders, mut dice) = (Orders::new(3), Dice::new(3));
     let older = worker_alone(&orders, database, "older")
-        .with(CustomerTotals)
+        .with::<CustomerTotals>()
         .with_projection(Ledger::default())
         .spawn();
     for _ in 0..200 {
@@ -213,7 +215,7 @@ async fn the_older_of_two_workers_is_fenced_and_totals_are_exact(database: &Test
     }
     applied(&older, &orders, "ledger").await;
     let newer = worker_alone(&orders, database, "newer")
-        .with(CustomerTotals)
+        .with::<CustomerTotals>()
         .with_projection(Ledger::default())
         .spawn();
     eventually("the newer one has taken all", async || {
@@ -248,7 +250,7 @@ async fn the_older_of_two_workers_is_fenced_and_totals_are_exact(database: &Test
 
 async fn a_lost_fence_rolls_the_rows_back(database: &TestDatabase) {
     let orders = Orders::new(1);
-    let projections = worker(&orders, database).with(CustomerTotals).spawn();
+    let projections = worker(&orders, database).with::<CustomerTotals>().spawn();
     orders.place("1", "c1", 10).await;
     applied(&projections, &orders, CustomerTotals::NAME).await;
     database.run("UPDATE kafold_checkpoint SET fence = fence + 1").await;
@@ -263,7 +265,7 @@ async fn a_lost_fence_rolls_the_rows_back(database: &TestDatabase) {
 
 async fn workers_of_one_projection_share_its_partitions_and_take_over(database: &TestDatabase) {
     let (orders, mut dice) = (Orders::new(4), Dice::new(7));
-    let spawn = || worker(&orders, database).with(CustomerTotals).spawn();
+    let spawn = || worker(&orders, database).with::<CustomerTotals>().spawn();
     let held = |projections: &Projections| {
         status(projections, CustomerTotals::NAME).partitions.keys().copied().collect::<Vec<_>>()
     };
@@ -301,7 +303,7 @@ async fn workers_of_one_projection_share_its_partitions_and_take_over(database: 
 async fn a_partition_that_the_group_still_gives_is_taken_back(database: &TestDatabase) {
     let orders = Orders::new(2);
     let config = ProjectionConfig { retake_delay: Duration::from_millis(100), ..quick() };
-    let projections = worker(&orders, database).config(config).with(CustomerTotals).spawn();
+    let projections = worker(&orders, database).config(config).with::<CustomerTotals>().spawn();
     orders.place("1", "c1", 10).await;
     applied(&projections, &orders, CustomerTotals::NAME).await;
     // A worker that the group had given up took them, and is gone.
@@ -316,7 +318,7 @@ async fn a_partition_that_the_group_still_gives_is_taken_back(database: &TestDat
 
 async fn a_fold_that_panics_stops_only_its_projection(database: &TestDatabase) {
     let orders = Orders::new(2);
-    let projections = worker(&orders, database).with(Poisoned).with(CustomerTotals).spawn();
+    let projections = worker(&orders, database).with::<Poisoned>().with::<CustomerTotals>().spawn();
     orders.place("1", "c1", 10).await;
     let poison = orders.place("2", "c1", POISON_CENTS).await;
     orders.place("3", "c1", 10).await;
@@ -349,7 +351,7 @@ async fn everything_before_the_event_at_fault_is_applied(database: &TestDatabase
         orders.place(&format!("later{n}"), "c1", 1).await;
     }
     // One row, and a row a stream, many of them new in one batch.
-    let projections = worker(&orders, database).with(Poisoned).with(StreamTotals).spawn();
+    let projections = worker(&orders, database).with::<Poisoned>().with::<StreamTotals>().spawn();
     assert_eq!(last.offset, Offset(779));
     for name in [Poisoned::NAME, StreamTotals::NAME] {
         let reason = stopped(&projections, name).await;
@@ -385,7 +387,7 @@ async fn a_handler_that_fails_for_a_while_is_tried_again(database: &TestDatabase
 
 async fn an_event_of_a_newer_program_stops_the_model_by_name(database: &TestDatabase) {
     let orders = Orders::new(1);
-    let projections = worker(&orders, database).with(CustomerTotals).spawn();
+    let projections = worker(&orders, database).with::<CustomerTotals>().spawn();
     let newer = NewerOrderEvent::Placed { buyer: "c1".to_owned() };
     orders.append("order-1", &[newer]).await;
     let reason = stopped(&projections, CustomerTotals::NAME).await;
@@ -398,7 +400,7 @@ async fn a_source_that_is_away_is_waited_for(database: &TestDatabase) {
     let source = Arc::new(Switched { store: orders.store.clone(), is_off: is_off.clone() });
     let projections = ProjectionWorker::new(source, database.database.clone())
         .config(quick())
-        .with(CustomerTotals)
+        .with::<CustomerTotals>()
         .spawn();
     orders.place("1", "c1", 10).await;
     eventually("it says that it waits", async || {
@@ -412,14 +414,35 @@ async fn a_source_that_is_away_is_waited_for(database: &TestDatabase) {
     orders.assert_equals_fold::<CustomerTotals>(&database.database).await;
 }
 
+async fn a_defect_outside_of_the_fold_is_tried_again_and_then_stops_the_projection(
+    database: &TestDatabase,
+) {
+    let orders = Orders::new(2);
+    orders.place("1", "c1", 10).await;
+    let spawn = |panics: u32| {
+        let source = Panicking { store: orders.store.clone(), left: panics.into() };
+        let worker = ProjectionWorker::new(Arc::new(source), database.database.clone());
+        worker.config(quick()).with::<CustomerTotals>().spawn()
+    };
+    let projections = spawn(3);
+    eventually("it runs", async || projections.health() == Health::Ready).await;
+    applied(&projections, &orders, CustomerTotals::NAME).await;
+    projections.shutdown().await;
+
+    let _stopped = spawn(4);
+    let stopped = "SELECT COUNT(*) FROM kafold_projection WHERE actual_state = 'stopped' \
+                   AND actual_state_reason LIKE 'panicked: a driver with a defect%'";
+    eventually("it has stopped", async || database.number(stopped).await == 1).await;
+}
+
 async fn another_log_under_the_same_name_is_refused(database: &TestDatabase) {
     let orders = Orders::new(1);
-    let projections = worker(&orders, database).with(CustomerTotals).spawn();
+    let projections = worker(&orders, database).with::<CustomerTotals>().spawn();
     orders.place("1", "c1", 10).await;
     applied(&projections, &orders, CustomerTotals::NAME).await;
     let recreated = Orders::new(1);
     recreated.place("1", "c1", 10).await;
-    let wrong = worker(&recreated, database).with(CustomerTotals).spawn();
+    let wrong = worker(&recreated, database).with::<CustomerTotals>().spawn();
     stopped(&wrong, CustomerTotals::NAME).await;
     drop(wrong);
     eventually("the worker of the right log stores that it goes on", async || {
@@ -430,7 +453,7 @@ async fn another_log_under_the_same_name_is_refused(database: &TestDatabase) {
     orders.place("2", "c1", 0).await;
     applied(&projections, &orders, CustomerTotals::NAME).await;
     drop(projections);
-    let projections = worker(&recreated, database).with(CustomerTotals).spawn();
+    let projections = worker(&recreated, database).with::<CustomerTotals>().spawn();
     // The old checkpoint is beyond the position, which is one of the new log.
     let first = Position { partition: Partition(0), offset: Offset(0) };
     let waited = projections.wait_for_position(CustomerTotals::NAME, first, WAIT).await;
@@ -481,7 +504,7 @@ async fn batches_grow_while_transactions_are_short(database: &TestDatabase) {
 
 async fn what_was_waited_for_is_always_there(database: &TestDatabase) {
     let orders = Arc::new(Orders::new(4));
-    let projections = worker(&orders, database).with(OrderDetails).spawn();
+    let projections = worker(&orders, database).with::<OrderDetails>().spawn();
     let tasks: Vec<_> = (0..8)
         .map(|task| {
             let (orders, projections) = (orders.clone(), projections.clone());
@@ -507,7 +530,7 @@ async fn what_was_waited_for_is_always_there(database: &TestDatabase) {
 
 async fn a_wait_sees_the_progress_of_another_process(database: &TestDatabase) {
     let orders = Orders::new(4);
-    let applies = worker(&orders, database).with(CustomerTotals).spawn();
+    let applies = worker(&orders, database).with::<CustomerTotals>().spawn();
     orders.place("first", "c1", 1).await;
     applied(&applies, &orders, CustomerTotals::NAME).await;
     let source = Arc::new(orders.store.clone()) as Arc<dyn EventSource>;
@@ -526,7 +549,7 @@ async fn a_wait_sees_the_progress_of_another_process(database: &TestDatabase) {
 
 async fn a_wait_for_nothing_ends(database: &TestDatabase) {
     let orders = Orders::new(1);
-    let projections = worker(&orders, database).with(CustomerTotals).spawn();
+    let projections = worker(&orders, database).with::<CustomerTotals>().spawn();
     let future = Position { partition: Partition(0), offset: Offset(10) };
     let short = Duration::from_millis(100);
     let waited = projections.wait_for_position(CustomerTotals::NAME, future, short).await;
@@ -537,7 +560,7 @@ async fn a_wait_for_nothing_ends(database: &TestDatabase) {
 
 async fn a_graceful_end_leaves_everything_committed(database: &TestDatabase) {
     let orders = Orders::new(4);
-    let projections = worker(&orders, database).with(CustomerTotals).spawn();
+    let projections = worker(&orders, database).with::<CustomerTotals>().spawn();
     orders.place("0", "c1", 1).await;
     applied(&projections, &orders, CustomerTotals::NAME).await;
     for n in 1..500 {
@@ -553,7 +576,7 @@ async fn a_graceful_end_leaves_everything_committed(database: &TestDatabase) {
     assert_eq!(applied, next.await);
     let cancelled = OrderEvent::Cancelled { customer: "c1".to_owned(), cents: 1 };
     orders.append("order-1", &[cancelled]).await;
-    let again = worker(&orders, database).with(CustomerTotals).spawn();
+    let again = worker(&orders, database).with::<CustomerTotals>().spawn();
     self::applied(&again, &orders, CustomerTotals::NAME).await;
     orders.assert_equals_fold::<CustomerTotals>(&database.database).await;
 }

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 
+use kafold::Database;
 use kafold::kafka::Operator;
 use kafold::kafka::operate::{Broker, Peer};
 
@@ -51,11 +52,16 @@ pub(super) async fn check(context: &Context, url: &LogUrl, checks: &mut Checks) 
 }
 
 /// Reports members of the log's groups that are no part of the service.
-pub(super) async fn check_groups(context: &Context, url: &LogUrl, checks: &mut Checks) {
+pub(super) async fn check_groups(
+    context: &Context,
+    url: &LogUrl,
+    database: Option<&Database>,
+    checks: &mut Checks,
+) {
     const NAME: &str = "groups";
     let found = async {
         let operator = operator(url, &context.clock).await?;
-        Ok::<_, Error>(operator.strangers().await?)
+        Ok::<_, Error>(operator.strangers(database.map(Database::identity)).await?)
     };
     match found.await {
         Ok(strangers) if strangers.is_empty() => {
@@ -66,7 +72,8 @@ pub(super) async fn check_groups(context: &Context, url: &LogUrl, checks: &mut C
                 checks.problem(
                     NAME,
                     stranger,
-                    "see which program uses the log's groups, and stop it",
+                    "stop a program that uses the log's groups and is no part of the service, or give the \
+                     database that the nodes of the service write",
                 );
             }
         }

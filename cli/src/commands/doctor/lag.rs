@@ -89,6 +89,10 @@ fn check_projection(view: &Overview, seen: Option<&Seen>, checks: &mut Checks) {
         let found = format!("{name} stands at {partition}:{next}, behind the end of the log");
         return checks.problem(NAME, found, "give log and database that belong together");
     }
+    if let Some(seconds) = view.unattended_seconds {
+        let found = format!("no worker has run {name} for {seconds} s");
+        return checks.problem(NAME, found, Overview::unattended_remedy(name));
+    }
     let lag = overview::lag(view);
     let is_far = view.lag_records > PROJECTION_LAG_RECORDS_MAX
         && view.lag_seconds > PROJECTION_LAG_SECONDS_MAX;

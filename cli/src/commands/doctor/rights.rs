@@ -35,9 +35,13 @@ pub(super) async fn check_kafka(context: &Context, url: &LogUrl, role: Role, che
                 let found = format!("{right} is missing for this user: {without}");
                 checks.warning(NAME, found, right.remedy(log, role));
             }
+            (Answer::NoTopic(topic), _) => {
+                let found = format!("{right} could not be tried: there is no topic {topic}");
+                checks.problem(NAME, found, "make the topic with `topic create`");
+            }
             (Answer::Untried(why), _) => {
                 let found = format!("{right} could not be tried: {why}");
-                let remedy = "make the topics with `topic create`, and see that every broker is up";
+                let remedy = "see that every broker is up";
                 checks.problem(NAME, found, remedy);
             }
         }

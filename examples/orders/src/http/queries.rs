@@ -1,6 +1,6 @@
 //! The read models, and the stream of an order.
 
-use std::sync::Arc;
+#![expect(unused_qualifications, reason = "utoipa writes them around generic parameters")]
 
 use axum::Json;
 use axum::extract::State;
@@ -8,45 +8,34 @@ use axum::http::{HeaderName, HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use chrono::{DateTime, Utc};
 use futures_util::TryStreamExt;
-use kafold::projections::{ProjectionState, ReadModel, WaitError};
-use kafold::{ExpectedVersion, Position, RecordedEvent, Version};
+use kafold::projections::ReadModel;
+use kafold::{Aggregate, Position, RecordedEvent, StreamId, Version};
+use kafold_axum::{After, Id, NoQuery, Problem, QueryProblems};
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
+use utoipa::{IntoParams, ToSchema};
 
 use super::App;
-use super::commands::{problem_of, read_problem, stream_of};
-use super::extract::{PathId, QueryOf, positions};
-use super::problem::{Problem, RETRY_SOON};
-use crate::order::{Line, check_customer};
-use crate::read_models::{
-    CustomerOrder, CustomerOrders, OrderDetails, OrderRow, SalesByCustomer, SalesByDay, Sums,
-};
+use crate::order::{Order, check_customer};
+use crate::read_models::{CustomerOrder, CustomerSales, DaySales, OrderDetails, Sums};
 use crate::sales_by_sku::SalesBySku;
-use crate::service::Service;
 
 /// Most orders of one customer in one answer.
 const CUSTOMER_ORDERS_MAX: usize = 10_000;
 /// Most rows of a report.
 const REPORT_ROWS_MAX: usize = 1_000_000;
-/// Up to where the answer is complete, as a list for `?after=`.
-const APPLIED: HeaderName = HeaderName::from_static("kafold-applied");
-/// Where in the log the order's last event is.
+/// The position of the order's last event in the log.
 const POSITION: HeaderName = HeaderName::from_static("kafold-position");
 
-#[derive(Debug, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub(super) struct After {
-    after: Option<String>,
-}
-
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Deserialize, IntoParams)]
+#[into_params(parameter_in = Query)]
 #[serde(deny_unknown_fields)]
 pub(super) struct SalesQuery {
+    #[param(required, inline, value_type = By)]
     by: Option<By>,
-    after: Option<String>,
 }
 
-#[derive(Debug, Clone, Copy, Deserialize)]
+#[derive(Debug, Clone, Copy, Deserialize, ToSchema)]
 #[serde(rename_all = "lowercase")]
 enum By {
     Day,
@@ -54,151 +43,101 @@ enum By {
     Customer,
 }
 
-/// The body of `GET /orders/{id}`.
-#[derive(Debug, Serialize)]
-struct OrderBody {
-    order_id: String,
-    customer: String,
-    status: String,
-    lines: Vec<Line>,
-    quantity: i64,
-    amount_cents: i64,
-    placed_at: DateTime<Utc>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    carrier: Option<String>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    tracking: Option<String>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    reason: Option<String>,
-    version: i64,
-}
-
-/// `GET /orders/{id}`
+/// One order, with everything about it.
+#[utoipa::path(
+    get, path = "/orders/{id}", params(("id" = String, Path), After<NoQuery>),
+    responses((status = OK, description = "the order", body = OrderDetails), QueryProblems)
+)]
 pub(super) async fn order(
-    State(app): State<Arc<App>>,
-    PathId(order_id): PathId,
-    QueryOf(query): QueryOf<After>,
+    State(app): App,
+    Id(order_id): Id,
+    after: After,
 ) -> Result<Response, Problem> {
     stream_of(&order_id)?;
     let service = app.service()?;
-    let applied = fresh(&app, service, OrderDetails::NAME, query.after.as_deref()).await?;
-    let row = service.orders.get(&order_id).await.map_err(read_problem)?;
+    let applied = after.wait::<OrderDetails>(&service.kafold).await?;
+    let row = service.kafold.query::<OrderDetails>().get(&order_id).await?;
     let row = row.ok_or_else(|| unknown_order(&order_id))?;
-    let headers = [
-        (header::ETAG, ascii(&format!("\"{}\"", row.version))),
-        (POSITION, ascii(&row.position)),
-        (APPLIED, applied),
-    ];
-    Ok((headers, Json(OrderBody::from(row))).into_response())
-}
-
-impl From<OrderRow> for OrderBody {
-    fn from(row: OrderRow) -> Self {
-        Self {
-            order_id: row.order_id,
-            customer: row.customer,
-            status: row.status,
-            lines: row.lines,
-            quantity: row.quantity,
-            amount_cents: row.amount_cents,
-            placed_at: row.placed_at,
-            carrier: row.carrier,
-            tracking: row.tracking,
-            reason: row.reason,
-            version: row.version,
-        }
-    }
+    let headers =
+        [(header::ETAG, ascii(&format!("\"{}\"", row.version))), (POSITION, ascii(&row.position))];
+    Ok((headers, applied, Json(row)).into_response())
 }
 
 /// The body of `GET /customers/{id}/orders`, the oldest order first.
-#[derive(Debug, Serialize)]
-struct CustomerBody {
+#[derive(Debug, Serialize, ToSchema)]
+pub(super) struct CustomerBody {
     customer: String,
-    orders: Vec<CustomerOrderBody>,
+    orders: Vec<CustomerOrder>,
 }
 
-#[derive(Debug, Serialize)]
-struct CustomerOrderBody {
-    order_id: String,
-    status: String,
-    quantity: i64,
-    amount_cents: i64,
-    placed_at: DateTime<Utc>,
-}
-
-impl From<CustomerOrder> for CustomerOrderBody {
-    fn from(row: CustomerOrder) -> Self {
-        let CustomerOrder { order_id, customer: _, status, quantity, amount_cents, placed_at } =
-            row;
-        Self { order_id, status, quantity, amount_cents, placed_at }
-    }
-}
-
-/// `GET /customers/{id}/orders`. Customers are nobody's stream: one without orders has an empty list.
+/// The orders of a customer, the oldest first. A customer without orders has an empty list.
+#[utoipa::path(
+    get, path = "/customers/{id}/orders", params(("id" = String, Path), After<NoQuery>),
+    responses((status = OK, description = "the orders", body = CustomerBody), QueryProblems)
+)]
 pub(super) async fn customer_orders(
-    State(app): State<Arc<App>>,
-    PathId(customer): PathId,
-    QueryOf(query): QueryOf<After>,
+    State(app): App,
+    Id(customer): Id,
+    after: After,
 ) -> Result<Response, Problem> {
     check_customer(&customer).map_err(|error| Problem::malformed(error.to_string()))?;
     let service = app.service()?;
-    let applied = fresh(&app, service, CustomerOrders::NAME, query.after.as_deref()).await?;
-    let found = service
-        .customer_orders
-        .find(CustomerOrder::customer.eq(customer.as_str()), CUSTOMER_ORDERS_MAX + 1)
-        .await
-        .map_err(read_problem)?;
-    let mut found = whole(found, CUSTOMER_ORDERS_MAX, CustomerOrders::NAME)?;
-    found.sort_by(|a, b| (a.placed_at, &a.order_id).cmp(&(b.placed_at, &b.order_id)));
-    let orders = found.into_iter().map(CustomerOrderBody::from).collect();
-    Ok(([(APPLIED, applied)], Json(CustomerBody { customer, orders })).into_response())
+    let applied = after.wait::<CustomerOrder>(&service.kafold).await?;
+    let condition = CustomerOrder::customer.eq(customer.as_str());
+    let query = service.kafold.query::<CustomerOrder>();
+    let found = query.find(condition, CUSTOMER_ORDERS_MAX + 1).await?;
+    let mut orders = whole(found, CUSTOMER_ORDERS_MAX, CustomerOrder::NAME)?;
+    orders.sort_by(|a, b| (a.placed_at, &a.order_id).cmp(&(b.placed_at, &b.order_id)));
+    Ok((applied, Json(CustomerBody { customer, orders })).into_response())
 }
 
 /// The body of `GET /reports/sales`.
-#[derive(Debug, Serialize)]
-struct Report {
+#[derive(Debug, Serialize, ToSchema)]
+pub(super) struct Report {
     rows: Vec<ReportRow>,
     total: Sums,
 }
 
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, ToSchema)]
 struct ReportRow {
     key: String,
     #[serde(flatten)]
     sums: Sums,
 }
 
-/// `GET /reports/sales?by=day|sku|customer`
-pub(super) async fn sales(
-    State(app): State<Arc<App>>,
-    QueryOf(query): QueryOf<SalesQuery>,
-) -> Result<Response, Problem> {
-    let by = query.by.ok_or_else(|| Problem::malformed("add ?by=day, ?by=sku or ?by=customer"))?;
+/// Sales by day, sku or customer.
+#[utoipa::path(
+    get, path = "/reports/sales", params(After<SalesQuery>),
+    responses((status = OK, description = "the report", body = Report), QueryProblems)
+)]
+pub(super) async fn sales(State(app): App, after: After<SalesQuery>) -> Result<Response, Problem> {
+    let by = after.query.by;
+    let by = by.ok_or_else(|| Problem::malformed("add ?by=day, ?by=sku or ?by=customer"))?;
     let service = app.service()?;
     let projection = match by {
-        By::Day => SalesByDay::NAME,
+        By::Day => DaySales::NAME,
         By::Sku => SalesBySku::NAME,
-        By::Customer => SalesByCustomer::NAME,
+        By::Customer => CustomerSales::NAME,
     };
-    let applied = fresh(&app, service, projection, query.after.as_deref()).await?;
+    let applied = after.wait_for(&service.kafold, projection).await?;
     let report = match by {
         By::Day => {
-            let rows = service.by_day.all(REPORT_ROWS_MAX + 1).await.map_err(read_problem)?;
+            let rows = service.kafold.query::<DaySales>().all(REPORT_ROWS_MAX + 1).await?;
             let rows = whole(rows, REPORT_ROWS_MAX, projection)?;
             Report::of(rows.into_iter().map(|row| (row.day.to_string(), row.sums())))
         }
         By::Customer => {
-            let rows = service.by_customer.all(REPORT_ROWS_MAX + 1).await.map_err(read_problem)?;
+            let rows = service.kafold.query::<CustomerSales>().all(REPORT_ROWS_MAX + 1).await?;
             let rows = whole(rows, REPORT_ROWS_MAX, projection)?;
             Report::of(rows.into_iter().map(|row| (row.customer.clone(), row.sums())))
         }
         By::Sku => {
-            let sales = SalesBySku::read(&service.database).await.map_err(read_problem)?;
+            let sales = SalesBySku::read(service.kafold.database()).await?;
             // Rows do not tell how many orders there are: one may stand in several.
             Report { total: sales.total, ..Report::of(sales.rows) }
         }
     };
-    Ok(([(APPLIED, applied)], Json(report)).into_response())
+    Ok((applied, Json(report)).into_response())
 }
 
 impl Report {
@@ -213,44 +152,48 @@ impl Report {
 }
 
 /// The body of `GET /orders/{id}/events`.
-#[derive(Debug, Serialize)]
-struct StreamBody {
+#[derive(Debug, Serialize, ToSchema)]
+pub(super) struct StreamBody {
     order_id: String,
     events: Vec<EventBody>,
 }
 
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, ToSchema)]
 struct EventBody {
+    #[schema(value_type = u64)]
     version: Version,
+    #[schema(value_type = String)]
     position: Position,
     event_id: uuid::Uuid,
     #[serde(rename = "type")]
     event_type: String,
     recorded_at: DateTime<Utc>,
+    #[schema(value_type = uuid::Uuid)]
     command_id: kafold::CommandId,
     #[serde(skip_serializing_if = "Option::is_none")]
     correlation_id: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     traceparent: Option<String>,
+    #[schema(value_type = Object)]
     data: Box<RawValue>,
 }
 
-/// `GET /orders/{id}/events`: from the log, so it needs no `?after=`.
-pub(super) async fn events(
-    State(app): State<Arc<App>>,
-    PathId(order_id): PathId,
-) -> Result<Response, Problem> {
+/// The events of an order, from the log: the answer needs no `?after=`.
+#[utoipa::path(
+    get, path = "/orders/{id}/events", params(("id" = String, Path)),
+    responses((status = OK, description = "the events", body = StreamBody), QueryProblems)
+)]
+pub(super) async fn events(State(app): App, Id(order_id): Id) -> Result<Response, Problem> {
     let stream = stream_of(&order_id)?;
     let service = app.service()?;
     let read = async || -> Result<Vec<_>, Problem> {
-        service.store.read(&stream, Version::EMPTY).try_collect().await.map_err(read_problem)
+        Ok(service.handler.store().read(&stream, Version::EMPTY).try_collect().await?)
     };
     let mut events = read().await?;
     if events.is_empty() {
         // The stream index is fed behind the write, and other programs can change its tables: the owner
         // of the stream knows whether there are events.
-        let loaded = service.handler.load(&order_id).await;
-        loaded.map_err(|error| problem_of(error, ExpectedVersion::Any))?;
+        service.handler.load(&order_id).await?;
         events = read().await?;
     }
     let Some(last) = events.last() else { return Err(unknown_order(&order_id)) };
@@ -279,56 +222,6 @@ impl EventBody {
     }
 }
 
-/// Waits for the positions of `?after=`, and tells up to where the answer will be complete.
-async fn fresh(
-    app: &App,
-    service: &Service,
-    projection: &str,
-    after: Option<&str>,
-) -> Result<HeaderValue, Problem> {
-    if let Some(after) = after {
-        let positions = positions(after)?;
-        let begun = app.clock.instant();
-        for position in positions {
-            check_partition(service, position)?;
-            let waited = app.clock.instant().saturating_duration_since(begun);
-            let left = app.limits.wait.saturating_sub(waited);
-            let applied = service.projections.wait_for_position(projection, position, left).await;
-            applied.map_err(|error| wait_problem(service, projection, &error))?;
-        }
-    }
-    let applied = service.applied(projection).await.map_err(read_problem)?;
-    let applied = applied.iter().map(ToString::to_string).collect::<Vec<_>>();
-    Ok(ascii(&applied.join(",")))
-}
-
-fn check_partition(service: &Service, after: Position) -> Result<(), Problem> {
-    let count = service.log.partitions();
-    if after.partition.0 < count {
-        return Ok(());
-    }
-    Err(Problem::malformed(format!(
-        "after: {after} is in no partition of this log, it has {count}; take the position that a \
-         command of this service answered"
-    )))
-}
-
-fn wait_problem(service: &Service, projection: &str, error: &WaitError) -> Problem {
-    match (error, service.state(projection)) {
-        (WaitError::Timeout { .. }, Some(ProjectionState::Waiting(reason))) => {
-            let detail = format!("the read model {projection} waits: {reason}");
-            Problem::unavailable("unavailable", RETRY_SOON, detail)
-        }
-        (WaitError::Timeout { .. }, _) => {
-            let detail = format!("{error}: try again, or ask without ?after for what there is");
-            Problem::new(StatusCode::GATEWAY_TIMEOUT, "not-applied-yet", detail)
-        }
-        (WaitError::Stopped { .. } | WaitError::UnknownProjection(_), _) => {
-            Problem::unavailable("projection-stopped", RETRY_SOON, error.to_string())
-        }
-    }
-}
-
 /// All rows, or a refusal: an answer that silently lacks some would be a wrong one.
 fn whole<T>(rows: Vec<T>, rows_max: usize, view: &str) -> Result<Vec<T>, Problem> {
     if rows.len() <= rows_max {
@@ -336,6 +229,12 @@ fn whole<T>(rows: Vec<T>, rows_max: usize, view: &str) -> Result<Vec<T>, Problem
     }
     let detail = format!("there are more than {rows_max} rows: query the view {view} in SQL");
     Err(Problem::new(StatusCode::UNPROCESSABLE_ENTITY, "too-many-rows", detail))
+}
+
+/// Returns the stream of an order, or the mistake in its id.
+pub(super) fn stream_of(order_id: &str) -> Result<StreamId, Problem> {
+    StreamId::new(Order::CATEGORY, order_id)
+        .map_err(|error| Problem::invalid_id(Order::CATEGORY, &error))
 }
 
 fn unknown_order(order_id: &str) -> Problem {

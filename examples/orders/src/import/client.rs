@@ -10,7 +10,7 @@ use reqwest::{Response, StatusCode, Url};
 use serde::Deserialize;
 use serde_json::Value;
 
-use crate::http::problem::chain;
+use kafold_axum::chain;
 
 /// One attempt takes at most this long: more than the service's own deadline.
 const ATTEMPT_TIMEOUT: Duration = Duration::from_secs(30);

@@ -3,6 +3,7 @@
 mod support;
 
 mod admin;
+mod fuzz;
 mod hostile;
 mod import;
 mod life;

@@ -7,7 +7,7 @@ use std::path::Path;
 use std::process::Command;
 
 use kafold_migrations::sqlx::{self, AssertSqlSafe, Connection, PgConnection};
-use kafold_migrations::{Database, DatabaseError, Mode, PostgresDatabase, is_transient};
+use kafold_migrations::{Database, DatabaseError, Mode, PostgresDatabase, begin, is_transient};
 
 /// The URL of the server to test on, or nothing when there is none.
 fn server(test: &str) -> Option<String> {
@@ -82,6 +82,7 @@ async fn migrating_twice_and_at_once_makes_one_set_of_tables() {
         "audit_head",
         "checkpoint",
         "event",
+        "late_event",
         "migrations",
         "parked_event",
         "partition",
@@ -103,7 +104,7 @@ async fn checking_creates_nothing_and_a_newer_schema_is_refused_by_name() {
     };
     let url = new_database(&server, "checking").await;
     let error = Database::open(&url, Mode::Check).await.expect_err("no tables");
-    assert!(matches!(error, DatabaseError::NotMigrated { found: 0, known: 17, .. }), "{error}");
+    assert!(matches!(error, DatabaseError::NotMigrated { found: 0, known: 19, .. }), "{error}");
 
     let database = open(&url).await;
     sqlx::query("INSERT INTO kafold_migrations VALUES (9999, 'later', now(), TRUE, '\\x00', 0)")
@@ -113,7 +114,7 @@ async fn checking_creates_nothing_and_a_newer_schema_is_refused_by_name() {
     for mode in [Mode::Check, Mode::Migrate] {
         let error = Database::open(&url, mode).await.expect_err("newer");
         assert!(
-            matches!(error, DatabaseError::NewerSchema { found: 9999, known: 17, .. }),
+            matches!(error, DatabaseError::NewerSchema { found: 9999, known: 19, .. }),
             "{error}"
         );
         assert!(error.to_string().contains("migrations_checking"), "{error}");
@@ -166,6 +167,34 @@ async fn a_server_that_is_down_is_unavailable() {
     let error = error.expect_err("nobody there");
     assert!(matches!(error, DatabaseError::Unavailable { .. }), "{error:?}");
     assert!(error.to_string().contains("postgres://u@127.0.0.1:1/d"), "{error}");
+}
+
+/// A statement outside of a transaction is there for others as soon as it is acknowledged, also on a connection that
+/// was returned to the pool while the answer to its BEGIN was awaited.
+#[tokio::test]
+async fn a_cancelled_begin_leaves_no_transaction_open() {
+    let Some(server) = server("a_cancelled_begin_leaves_no_transaction_open") else { return };
+    let url = new_database(&server, "cancelled_begin").await;
+    let database = open(&url).await;
+    let pool = database.pool();
+    execute(&url, "CREATE TABLE written (n INTEGER)").await;
+    let mut other = PgConnection::connect(&url).await.expect("connects");
+    for polls in 1..=50 {
+        let polled = async {
+            for _ in 0..polls {
+                tokio::task::yield_now().await;
+            }
+        };
+        tokio::select! {
+            biased;
+            begun = begin(pool, "BEGIN") => drop(begun.expect("a transaction")),
+            () = polled => {}
+        }
+        sqlx::query("INSERT INTO written VALUES (1)").execute(pool).await.expect("acknowledged");
+        let count = sqlx::query_scalar("SELECT COUNT(*) FROM written");
+        let count: i64 = count.fetch_one(&mut other).await.expect("readable");
+        assert_eq!(count, polls, "after {polls} polls");
+    }
 }
 
 #[tokio::test]

@@ -1,4 +1,4 @@
-//! Databases behind PgBouncer, and databases that cannot store every text.
+//! Databases behind PgBouncer, read-only databases, and databases that cannot store every text.
 
 use kafold_migrations::rights::Role;
 use kafold_migrations::sqlx::postgres::PgConnectOptions;
@@ -145,6 +145,31 @@ async fn a_database_that_cannot_store_every_text_is_refused() {
     }
     execute(&server, "DROP DATABASE migrations_latin1").await;
     execute(&server, "DROP DATABASE migrations_sql_ascii").await;
+}
+
+#[tokio::test]
+async fn a_read_only_database_is_refused_at_the_start_and_named_while_running() {
+    let Some(server) =
+        server("a_read_only_database_is_refused_at_the_start_and_named_while_running")
+    else {
+        return;
+    };
+    let url = new_database(&server, "read_only").await;
+    let running = open(&url).await;
+    let watched = Database::Postgres(running);
+    watched.watch(Role::Service);
+    let set = "ALTER DATABASE migrations_read_only SET default_transaction_read_only = on";
+    execute(&server, set).await;
+    let reason = refused(&url).await;
+    let remedy = "ALTER DATABASE migrations_read_only RESET default_transaction_read_only";
+    assert!(reason.contains("is read-only") && reason.contains(remedy), "{reason}");
+    let is_named = async || watched.complaint().is_some_and(|complaint| complaint.contains(remedy));
+    eventually("it is named", is_named).await;
+    // A tool that only reads goes on.
+    drop(Database::open(&url, Mode::Check).await.expect("can be read"));
+    execute(&server, remedy).await;
+    eventually("it is mended", async || watched.complaint().is_none()).await;
+    drop(open(&url).await);
 }
 
 /// The isolation level of a role or a database does not reach the statements, which lock and then

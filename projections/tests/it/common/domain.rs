@@ -10,6 +10,7 @@ use async_trait::async_trait;
 use chrono::{DateTime, NaiveDate, Utc};
 use futures_util::TryStreamExt;
 use kafold_core::clock::RandomIds;
+use kafold_core::event_set::{EventSet, ReadEvent};
 use kafold_core::memory::{MemoryConfig, MemoryStore};
 use kafold_core::{
     CommandId, Commit, DomainEvent, EventStore, ExpectedVersion, IdGenerator, Metadata, Position,
@@ -50,19 +51,50 @@ pub(crate) enum NewerOrderEvent {
 
 /// Rows that many streams of all partitions share; gone when their last order is cancelled.
 #[derive(Debug, Clone, PartialEq, Row)]
-pub(crate) struct Total {
+pub(crate) struct CustomerTotals {
     #[row(key)]
     pub(crate) customer: String,
     pub(crate) orders: i64,
     pub(crate) cents: i64,
 }
 
-pub(crate) struct CustomerTotals;
+/// Models with the columns of [`CustomerTotals`].
+macro_rules! totals {
+    ($($(#[$attribute:meta])* $model:ident)*) => {$(
+        $(#[$attribute])*
+        #[derive(Debug, Clone, PartialEq, kafold_core::Row)]
+        pub(crate) struct $model {
+            #[row(key)]
+            pub(crate) customer: String,
+            pub(crate) orders: i64,
+            pub(crate) cents: i64,
+        }
+
+        impl From<$model> for $crate::common::domain::CustomerTotals {
+            fn from($model { customer, orders, cents }: $model) -> Self {
+                Self { customer, orders, cents }
+            }
+        }
+
+        impl From<$crate::common::domain::CustomerTotals> for $model {
+            fn from(total: $crate::common::domain::CustomerTotals) -> Self {
+                Self { customer: total.customer, orders: total.orders, cents: total.cents }
+            }
+        }
+    )*};
+}
+pub(crate) use totals;
+
+totals! {
+    /// A model whose fold cannot take one event.
+    Poisoned
+    /// The same a stream, so that each row is one worker's alone.
+    StreamTotals
+}
 
 impl ReadModel for CustomerTotals {
     const NAME: &'static str = "customer_totals";
     type Event = OrderEvent;
-    type Row = Total;
 
     fn keys(event: &Recorded<OrderEvent>) -> Vec<String> {
         match &event.event {
@@ -72,8 +104,8 @@ impl ReadModel for CustomerTotals {
         }
     }
 
-    fn fold(key: &String, row: Option<Total>, event: &Recorded<OrderEvent>) -> Option<Total> {
-        let mut row = row.unwrap_or(Total { customer: key.clone(), orders: 0, cents: 0 });
+    fn fold(key: &String, row: Option<Self>, event: &Recorded<OrderEvent>) -> Option<Self> {
+        let mut row = row.unwrap_or(Self { customer: key.clone(), orders: 0, cents: 0 });
         match &event.event {
             OrderEvent::Placed { cents, .. } => {
                 row.orders += 1;
@@ -90,7 +122,7 @@ impl ReadModel for CustomerTotals {
 
 /// One row a stream, with every kind of column.
 #[derive(Debug, Clone, PartialEq, Row)]
-pub(crate) struct Detail {
+pub(crate) struct OrderDetails {
     #[row(stream)]
     pub(crate) id: String,
     #[row(index)]
@@ -108,16 +140,13 @@ pub(crate) struct Detail {
     pub(crate) tags: Vec<String>,
 }
 
-pub(crate) struct OrderDetails;
-
 impl ReadModel for OrderDetails {
     const NAME: &'static str = "order_details";
     type Event = OrderEvent;
-    type Row = Detail;
 
-    fn fold(id: &String, row: Option<Detail>, event: &Recorded<OrderEvent>) -> Option<Detail> {
+    fn fold(id: &String, row: Option<Self>, event: &Recorded<OrderEvent>) -> Option<Self> {
         match &event.event {
-            OrderEvent::Placed { customer, cents, tags, at } => Some(Detail {
+            OrderEvent::Placed { customer, cents, tags, at } => Some(Self {
                 id: id.clone(),
                 customer: customer.clone(),
                 cents: *cents,
@@ -131,7 +160,7 @@ impl ReadModel for OrderDetails {
                 event_id: event.metadata.event_id,
                 tags: tags.clone(),
             }),
-            OrderEvent::Cancelled { .. } => row.map(|row| Detail {
+            OrderEvent::Cancelled { .. } => row.map(|row| Self {
                 is_open: false,
                 cancelled_version: u32::try_from(event.version.0).ok(),
                 last_seen: Some(event.metadata.recorded_at),
@@ -145,41 +174,36 @@ impl ReadModel for OrderDetails {
 /// The amount at which [`Poisoned`] panics.
 pub(crate) const POISON_CENTS: i64 = 666;
 
-/// A model whose fold cannot take one event.
-pub(crate) struct Poisoned;
-
 impl ReadModel for Poisoned {
     const NAME: &'static str = "poisoned";
     type Event = OrderEvent;
-    type Row = Total;
 
     fn keys(event: &Recorded<OrderEvent>) -> Vec<String> {
         CustomerTotals::keys(event)
     }
 
-    fn fold(key: &String, row: Option<Total>, event: &Recorded<OrderEvent>) -> Option<Total> {
+    fn fold(key: &String, row: Option<Self>, event: &Recorded<OrderEvent>) -> Option<Self> {
         if let OrderEvent::Placed { cents, .. } = &event.event {
             assert!(*cents != POISON_CENTS, "the number of the beast");
         }
-        CustomerTotals::fold(key, row, event)
+        CustomerTotals::fold(key, row.map(Into::into), event).map(Into::into)
     }
 }
-
-/// The same a stream, so that each row is one worker's alone.
-pub(crate) struct StreamTotals;
 
 impl ReadModel for StreamTotals {
     const NAME: &'static str = "stream_totals";
     const SHARED: bool = false;
     type Event = OrderEvent;
-    type Row = Total;
 
     fn keys(event: &Recorded<OrderEvent>) -> Vec<String> {
         vec![event.stream.id().to_owned()]
     }
 
-    fn fold(key: &String, row: Option<Total>, event: &Recorded<OrderEvent>) -> Option<Total> {
-        Poisoned::fold(key, row, event)
+    fn fold(key: &String, row: Option<Self>, event: &Recorded<OrderEvent>) -> Option<Self> {
+        let before =
+            row.map(|Self { customer, orders, cents }| Poisoned { customer, orders, cents });
+        let Poisoned { customer, orders, cents } = Poisoned::fold(key, before, event)?;
+        Some(Self { customer, orders, cents })
     }
 }
 
@@ -366,10 +390,11 @@ impl Orders {
     }
 
     /// What the model must hold: the fold of the log, event by event.
-    pub(crate) async fn fold<M: ReadModel>(&self) -> Vec<M::Row> {
+    pub(crate) async fn fold<M: ReadModel>(&self) -> Vec<M> {
         let mut rows = BTreeMap::new();
         for event in self.events().await {
-            let Ok(event) = codec::decode_recorded::<M::Event>(&event) else { continue };
+            let Ok(ReadEvent::Event(decoded)) = M::Event::read(&event) else { continue };
+            let event = event.with(decoded);
             for key in M::keys(&event) {
                 let row = rows.remove(&key);
                 if let Some(row) = M::fold(&key, row, &event) {
@@ -380,7 +405,7 @@ impl Orders {
         rows.into_values().collect()
     }
 
-    pub(crate) async fn assert_equals_fold<M: ReadModel<Row: Debug>>(&self, database: &Database) {
+    pub(crate) async fn assert_equals_fold<M: ReadModel + Debug>(&self, database: &Database) {
         let rows = Query::<M>::new(database.clone()).all(1_000_000).await.expect("readable");
         assert_eq!(rows, self.fold::<M>().await, "{} differs from the fold of the log", M::NAME);
     }

@@ -1,7 +1,7 @@
 //! Sources that misbehave.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -27,6 +27,10 @@ impl EventSource for Alone {
     ) -> Result<Box<dyn Subscription>, ReadError> {
         self.store.subscribe(&format!("{name}/{}", self.name), database, batch_events_max).await
     }
+
+    fn partitions(&self) -> u32 {
+        self.store.partitions()
+    }
 }
 
 /// A source that can be switched off.
@@ -45,6 +49,10 @@ impl EventSource for Switched {
     ) -> Result<Box<dyn Subscription>, ReadError> {
         let inner = self.store.subscribe(name, database, batch_events_max).await?;
         Ok(Box::new(SwitchedSubscription { inner, is_off: self.is_off.clone() }))
+    }
+
+    fn partitions(&self) -> u32 {
+        self.store.partitions()
     }
 }
 
@@ -68,5 +76,30 @@ impl Subscription for SwitchedSubscription {
 
     fn stop(&mut self, partition: Partition) {
         self.inner.stop(partition);
+    }
+}
+
+/// A source that panics at its first `left` subscriptions.
+pub(crate) struct Panicking {
+    pub(crate) store: MemoryStore,
+    pub(crate) left: AtomicU32,
+}
+
+#[async_trait]
+impl EventSource for Panicking {
+    async fn subscribe(
+        &self,
+        name: &str,
+        database: Option<&str>,
+        batch_events_max: usize,
+    ) -> Result<Box<dyn Subscription>, ReadError> {
+        let left =
+            self.left.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |left| left.checked_sub(1));
+        assert!(left.is_err(), "a driver with a defect");
+        self.store.subscribe(name, database, batch_events_max).await
+    }
+
+    fn partitions(&self) -> u32 {
+        self.store.partitions()
     }
 }

@@ -256,7 +256,7 @@ impl Service {
         let any_port = ["--listen", "127.0.0.1:0"];
         let listen = if args.contains(&"--listen") { &[][..] } else { &any_port[..] };
         let child = orders(folder.path(), &[&[command], listen, args].concat())
-            .env("RUST_LOG", "info,orders=debug")
+            .env("RUST_LOG", "info,orders=debug,kafold_axum=debug")
             .envs(environment.iter().copied())
             .stdout(output)
             .stderr(File::create(&log).expect("a file"))

@@ -11,16 +11,16 @@ use kafold::trace;
 use tokio::sync::OwnedSemaphorePermit;
 use tracing::Instrument;
 
-use super::App;
-use super::extract::has_valid_escapes;
-use super::problem::{Problem, RETRY_SOON};
+use crate::app::Shared;
+use crate::extract::has_valid_escapes;
+use crate::problem::{Problem, RETRY_SOON};
 
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 const CORRELATION_ID: HeaderName = HeaderName::from_static("x-correlation-id");
 /// Longest id taken over from a request's headers, in bytes; a longer one is replaced by ours.
 const ID_BYTES_MAX: usize = 128;
 
-/// Where a request comes from, for the metadata of the events it leads to.
+/// The origin of a request, for the metadata of the events that follow from it.
 #[derive(Debug, Clone)]
 pub(crate) struct Origin {
     /// `x-correlation-id`, else the request's own id.
@@ -29,9 +29,9 @@ pub(crate) struct Origin {
     pub(crate) trace_parent: Option<String>,
 }
 
-/// Gives the request an id, runs it within deadline and concurrency, and tells log and metrics.
+/// Gives the request an id, runs it within deadline and concurrency, and records logs and metrics.
 pub(crate) async fn around(
-    State(app): State<Arc<App>>,
+    State(app): State<Arc<Shared>>,
     mut request: Request,
     next: Next,
 ) -> Response {
@@ -69,7 +69,7 @@ pub(crate) async fn around(
     response
 }
 
-/// The request as OpenTelemetry describes one; the rest is told when it is answered.
+/// Returns the span of a request by the conventions of OpenTelemetry. The status is recorded later.
 fn span_of(request: &Request, id: &str, route: Option<&str>) -> tracing::Span {
     use tracing::field::Empty;
     let method = known_method(request.method());
@@ -96,7 +96,7 @@ pub(crate) struct Turn(Arc<OnceLock<OwnedSemaphorePermit>>);
 
 impl Turn {
     /// Takes the place, or returns 503 when all places are taken.
-    pub(crate) fn take(&self, app: &App) -> Result<(), Problem> {
+    pub(crate) fn take(&self, app: &Shared) -> Result<(), Problem> {
         let permit = Arc::clone(&app.permits).try_acquire_owned().map_err(|_| {
             let detail = "as many requests as this service takes are under way: try again";
             Problem::unavailable("overloaded", RETRY_SOON, detail)
@@ -107,7 +107,7 @@ impl Turn {
     }
 }
 
-async fn within_limits(app: &App, mut request: Request, next: Next) -> Response {
+async fn within_limits(app: &Shared, mut request: Request, next: Next) -> Response {
     if !has_valid_escapes(request.uri().path()) {
         let detail = "the path has a '%' without two hexadecimal digits: percent-encode it";
         return Problem::malformed(detail).into_response();

@@ -1,41 +1,34 @@
-//! What a request brings: ids, JSON bodies, query strings, and the headers of commands.
+//! Ids, JSON bodies and query strings of requests, with problems that name the place of a mistake.
 
-use std::fmt;
-use std::str::FromStr;
-use std::sync::Arc;
-
-use axum::body::Body;
-use axum::extract::{FromRequest, FromRequestParts, Path, Query, Request};
+use axum::body;
+use axum::extract::{self, FromRequest, FromRequestParts, Path, Request};
 use axum::http::request::Parts;
-use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
+use axum::http::{HeaderMap, HeaderValue, StatusCode, Uri, header};
 use futures_util::StreamExt;
 use kafold::clock::within;
-use kafold::{CommandId, ExpectedVersion, Position, Version};
 use serde::de::DeserializeOwned;
 use serde_path_to_error::Segment;
 use tokio::sync::SemaphorePermit;
-use uuid::Uuid;
 
-use super::App;
-use super::observe::Turn;
-use super::problem::{Problem, RETRY_SOON};
-use super::server::BODY_TIMEOUT;
+use crate::app::{Http, Shared};
+use crate::observe::Turn;
+use crate::problem::{Problem, RETRY_SOON};
+use crate::server::BODY_TIMEOUT;
 
-/// Largest body that is read; an order of the most and longest lines has a tenth of it.
-pub(crate) const BODY_BYTES_MAX: usize = 1024 * 1024;
+/// Largest body, in bytes; a longer body is answered 413.
+pub const BODY_BYTES_MAX: usize = 1024 * 1024;
 /// A body up to this size is always read. Larger bodies share a limit, because a client may send
 /// most of a body and wait.
 pub(crate) const SMALL_BODY_BYTES_MAX: usize = 16 * 1024;
 /// Of a body that is too large, as much is read and thrown away: a client that sends without
 /// waiting for an answer would otherwise see a broken connection instead of the 413.
 const DRAIN_BYTES_MAX: usize = 64 * 1024 * 1024;
-/// Most positions in one `?after=`: more than any log has partitions.
-const POSITIONS_MAX: usize = 10_000;
 
-/// The `{id}` of a path.
-pub(crate) struct PathId(pub(crate) String);
+/// Extracts the `{id}` of a path.
+#[derive(Debug, Clone)]
+pub struct Id(pub String);
 
-impl<S: Send + Sync> FromRequestParts<S> for PathId {
+impl<S: Send + Sync> FromRequestParts<S> for Id {
     type Rejection = Problem;
 
     async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Problem> {
@@ -49,31 +42,40 @@ impl<S: Send + Sync> FromRequestParts<S> for PathId {
     }
 }
 
-/// The query string as `T`.
-pub(crate) struct QueryOf<T>(pub(crate) T);
+/// Extracts the query string as `T`.
+#[derive(Debug, Clone)]
+pub struct Query<T>(pub T);
 
-impl<S: Send + Sync, T: DeserializeOwned> FromRequestParts<S> for QueryOf<T> {
+impl<S: Send + Sync, T: DeserializeOwned> FromRequestParts<S> for Query<T> {
     type Rejection = Problem;
 
-    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Problem> {
-        match Query::<T>::from_request_parts(parts, state).await {
-            Ok(Query(query)) => Ok(Self(query)),
-            Err(rejection) => Err(Problem::malformed(format!(
-                "the query string cannot be read: {}",
-                std::error::Error::source(&rejection)
-                    .map_or_else(|| rejection.body_text(), ToString::to_string)
-            ))),
-        }
+    async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, Problem> {
+        query(&parts.uri).map(Self)
     }
 }
 
-/// A JSON body as `T`.
-pub(crate) struct JsonOf<T>(pub(crate) T);
+/// Reads the query string of a URI as `T`.
+pub(crate) fn query<T: DeserializeOwned>(uri: &Uri) -> Result<T, Problem> {
+    match extract::Query::<T>::try_from_uri(uri) {
+        Ok(extract::Query(query)) => Ok(query),
+        Err(rejection) => Err(Problem::malformed(format!(
+            "the query string cannot be read: {}",
+            std::error::Error::source(&rejection)
+                .map_or_else(|| rejection.body_text(), ToString::to_string)
+        ))),
+    }
+}
 
-impl<T: DeserializeOwned> FromRequest<Arc<App>> for JsonOf<T> {
+/// Extracts a JSON body as `T`. The problem of a body that cannot be read names the field by JSON pointer
+/// (RFC 6901). Limits: 1 MiB, 10 s and the deadline of the request.
+#[derive(Debug, Clone)]
+pub struct Body<T>(pub T);
+
+impl<S: Send + Sync, T: DeserializeOwned> FromRequest<Http<S>> for Body<T> {
     type Rejection = Problem;
 
-    async fn from_request(request: Request, app: &Arc<App>) -> Result<Self, Problem> {
+    async fn from_request(request: Request, http: &Http<S>) -> Result<Self, Problem> {
+        let app = &*http.shared;
         let (parts, body) = request.into_parts();
         let is_json = is_json(&parts.headers);
         let patience = app.limits.work().min(BODY_TIMEOUT);
@@ -144,9 +146,9 @@ fn is_json(headers: &HeaderMap) -> bool {
 /// Reads a body. A body which is not small holds a permit in `large`, as long as the caller holds
 /// the bytes.
 async fn read_body<'a>(
-    app: &'a App,
+    app: &'a Shared,
     headers: &HeaderMap,
-    body: Body,
+    body: body::Body,
     large: &mut Option<SemaphorePermit<'a>>,
 ) -> Result<Vec<u8>, Problem> {
     let too_large = || {
@@ -185,123 +187,6 @@ async fn read_body<'a>(
     if seen > BODY_BYTES_MAX { Err(too_large()) } else { Ok(bytes) }
 }
 
-/// The headers of a command.
-#[derive(Debug, Clone)]
-pub(crate) struct CommandHeaders {
-    /// `Idempotency-Key`: the command id, when the client gave one.
-    pub(crate) key: Option<CommandId>,
-    /// `If-Match`.
-    pub(crate) precondition: Precondition,
-}
-
-/// What `If-Match` demands of the order.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Precondition {
-    /// Nothing (no header, or `*`: every command but the first needs an order anyway).
-    None,
-    /// Exactly this version.
-    Version(Version),
-    /// Something no order ever satisfies: a weak entity tag, which `If-Match` never matches.
-    Never,
-}
-
-impl Precondition {
-    /// As a store checks it; `None` for [`Precondition::Never`].
-    pub(crate) fn expected(self) -> Option<ExpectedVersion> {
-        match self {
-            Self::None => Some(ExpectedVersion::Any),
-            Self::Version(version) => Some(ExpectedVersion::Exact(version)),
-            Self::Never => None,
-        }
-    }
-}
-
-impl FromStr for Precondition {
-    type Err = ();
-
-    fn from_str(text: &str) -> Result<Self, ()> {
-        let text = text.trim();
-        if text == "*" {
-            return Ok(Self::None);
-        }
-        let (weak, tag) = text.strip_prefix("W/").map_or((false, text), |tag| (true, tag));
-        let digits = tag.strip_prefix('"').and_then(|tag| tag.strip_suffix('"')).ok_or(())?;
-        if digits.is_empty() || !digits.bytes().all(|byte| byte.is_ascii_digit()) {
-            return Err(());
-        }
-        let version = Version(digits.parse().map_err(drop)?);
-        Ok(if weak { Self::Never } else { Self::Version(version) })
-    }
-}
-
-impl<S: Send + Sync> FromRequestParts<S> for CommandHeaders {
-    type Rejection = Problem;
-
-    async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, Problem> {
-        // The IETF's draft writes the key in quotes, as a string of a structured field.
-        let unquoted = |text: &str| {
-            let inner = text.strip_prefix('"').and_then(|text| text.strip_suffix('"'));
-            Uuid::from_str(inner.unwrap_or(text))
-        };
-        let key = parsed(&parts.headers, "idempotency-key", "a UUID", unquoted)?;
-        let precondition = parsed(
-            &parts.headers,
-            "if-match",
-            "one version in quotes, such as \"3\", as the ETag of GET /orders/{id} has it",
-            Precondition::from_str,
-        )?;
-        Ok(Self {
-            key: key.map(CommandId),
-            precondition: precondition.unwrap_or(Precondition::None),
-        })
-    }
-}
-
-/// The header's value, when it is there at most once and can be read.
-fn parsed<T, E>(
-    headers: &HeaderMap,
-    name: &str,
-    expected: &str,
-    parse: impl Fn(&str) -> Result<T, E>,
-) -> Result<Option<T>, Problem> {
-    let mut values = headers.get_all(name).iter();
-    let Some(value) = values.next() else { return Ok(None) };
-    let read = value.to_str().ok().and_then(|text| parse(text.trim()).ok());
-    match (read, values.next()) {
-        (Some(read), None) => Ok(Some(read)),
-        (None, _) => Err(Problem::malformed(format!(
-            "the header {name} must be {expected}, not {}",
-            Shown(value)
-        ))),
-        (_, Some(_)) => Err(Problem::malformed(format!("the header {name} may stand only once"))),
-    }
-}
-
-/// A header value cut to what an error message bears.
-struct Shown<'a>(&'a HeaderValue);
-
-impl fmt::Display for Shown<'_> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let text: String = String::from_utf8_lossy(self.0.as_bytes()).chars().take(60).collect();
-        write!(f, "{text:?}")
-    }
-}
-
-/// The positions of `?after=`: one, or several separated by commas.
-pub(crate) fn positions(text: &str) -> Result<Vec<Position>, Problem> {
-    if text.split(',').count() > POSITIONS_MAX {
-        return Err(Problem::malformed(format!("after takes at most {POSITIONS_MAX} positions")));
-    }
-    let parse = |part: &str| {
-        part.parse().map_err(|error| {
-            Problem::malformed(format!(
-                "after: {error}; it takes the position that a command answered"
-            ))
-        })
-    };
-    text.split(',').map(parse).collect()
-}
-
 /// Whether every `%` in a path begins an escape of two hexadecimal digits.
 pub(crate) fn has_valid_escapes(path: &str) -> bool {
     path.split('%')
@@ -312,17 +197,6 @@ pub(crate) fn has_valid_escapes(path: &str) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_precondition_is_one_quoted_version() {
-        let read = |text: &str| text.parse::<Precondition>();
-        assert_eq!(read("\"3\""), Ok(Precondition::Version(Version(3))));
-        assert_eq!(read("*"), Ok(Precondition::None));
-        assert_eq!(read("W/\"3\""), Ok(Precondition::Never));
-        for bad in ["", "3", "\"", "\"\"", "\"x\"", "\"-1\"", "\"+1\"", "\"1\", \"2\"", "W/3"] {
-            assert_eq!(read(bad), Err(()), "{bad}");
-        }
-    }
 
     #[test]
     fn escapes_are_two_hexadecimal_digits() {
@@ -369,15 +243,5 @@ mod tests {
             assert!(reason.starts_with(begin), "{body}: {reason}");
         }
         assert!(from_json::<Body>(br#"{"lines":[]}"#).is_ok());
-    }
-
-    #[test]
-    fn positions_are_a_list_without_holes() {
-        let count = |text: &str| positions(text).map(|list| list.len()).ok();
-        assert_eq!(count("0:1"), Some(1));
-        assert_eq!(count("0:1,3:1042"), Some(2));
-        for bad in ["", ",", "0:1,", "x", "0:1 ,1:1", "-1:0"] {
-            assert_eq!(count(bad), None, "{bad}");
-        }
     }
 }

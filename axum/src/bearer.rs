@@ -15,7 +15,7 @@ use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use subtle::ConstantTimeEq;
 
-use super::problem::Problem;
+use crate::problem::Problem;
 
 /// Shortest token: a shorter token can be guessed.
 const TOKEN_BYTES_MIN: usize = 16;
@@ -24,7 +24,7 @@ const TOKEN_BYTES_MAX: usize = 4096;
 
 /// A bearer token. `Debug` and errors never show the token.
 #[derive(Clone)]
-pub(crate) struct BearerToken(String);
+pub struct BearerToken(String);
 
 impl fmt::Debug for BearerToken {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -34,11 +34,9 @@ impl fmt::Debug for BearerToken {
 
 /// The reason for a missing token.
 #[derive(Debug, thiserror::Error)]
-pub(crate) enum BearerTokenError {
+pub enum BearerTokenError {
     /// The token is written on the command line, visible to every user of the machine.
-    #[error(
-        "a token is not written on the command line, which others can read: write @FILE or $NAME"
-    )]
+    #[error("a token is not written itself, where others can read it: write @FILE or $NAME")]
     Literal,
     /// The variable is not set.
     #[error("the environment has no variable {0}: set it to the token")]
@@ -52,9 +50,7 @@ pub(crate) enum BearerTokenError {
         error: std::io::Error,
     },
     /// Other users can read the file.
-    #[error(
-        "the token's file {0} can be read by others: chmod 0600 {0}, or allow it with --allow-unsafe readable_secret"
-    )]
+    #[error("the token's file {0} can be read by others: chmod 0600 {0}")]
     Readable(String),
     /// The text is no valid token.
     #[error(
@@ -65,7 +61,7 @@ pub(crate) enum BearerTokenError {
 
 impl BearerToken {
     /// Reads the token named by `@FILE` or `$NAME`. Removes line breaks at the end.
-    pub(crate) fn read(source: &str, allow_readable: bool) -> Result<Self, BearerTokenError> {
+    pub fn read(source: &str, allow_readable: bool) -> Result<Self, BearerTokenError> {
         let (place, text) = if let Some(path) = source.strip_prefix('@') {
             (path, read_file(path, allow_readable)?)
         } else if let Some(name) = source.strip_prefix('$') {

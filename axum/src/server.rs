@@ -1,7 +1,7 @@
 //! An HTTP/1.1 server with limits on connections, against every hostile or slow client.
 //!
 //! `axum::serve` limits neither the time of a request head nor the number of connections. This
-//! module contains nothing specific to orders and serves any [`Router`].
+//! module serves any [`Router`].
 //!
 //! A connection is in one [`Phase`] at a time, and each phase has a time limit. The reader of the
 //! connection detects the beginning of a head, and the service detects the end of the head and of

@@ -1,0 +1,1 @@
+../../examples/accounts/src/main.rs
