@@ -3,7 +3,6 @@
 use crate::support;
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use kafold_core::StreamId;
 use kafold_core::clock::RandomIds;
