@@ -5,7 +5,7 @@ use std::future::IntoFuture;
 use async_trait::async_trait;
 use kafold::forward::Node;
 use kafold::store::Health;
-use kafold::{Kafold, OpenError, Opening};
+use kafold::{Kafold, LogReader, OpenError, OpenedLog, Opening, OpeningReader};
 
 /// Log and database of a running service: a [`Kafold`], or parts that a program composes itself.
 #[async_trait]
@@ -29,7 +29,7 @@ pub trait Backend: Send + Sync + 'static {
 }
 
 #[async_trait]
-impl Backend for Kafold {
+impl<L: OpenedLog> Backend for Kafold<L> {
     async fn health(&self) -> Health {
         self.check().await
     }
@@ -44,7 +44,7 @@ impl Backend for Kafold {
     }
 
     fn nodes(&self) -> Option<(Vec<Node>, u32)> {
-        Some((Self::nodes(self), self.log().partitions()))
+        Some((self.log().nodes()?, self.log().partitions()))
     }
 
     async fn close(&self) {
@@ -52,7 +52,7 @@ impl Backend for Kafold {
     }
 }
 
-/// Opens a [`Backend`]. [`Opening`] opens a [`Kafold`].
+/// Opens a [`Backend`]. [`Opening`] opens a [`Kafold`], and [`OpeningReader`] one without commands.
 pub trait Open: Send + Sync {
     /// The opened backend.
     type Backend: Backend + Clone;
@@ -66,6 +66,17 @@ impl Open for Opening {
     type Backend = Kafold;
 
     fn open(&self, address: &str) -> impl Future<Output = Result<Kafold, OpenError>> + Send {
+        self.clone().address(address).into_future()
+    }
+}
+
+impl Open for OpeningReader {
+    type Backend = Kafold<LogReader>;
+
+    fn open(
+        &self,
+        address: &str,
+    ) -> impl Future<Output = Result<Kafold<LogReader>, OpenError>> + Send {
         self.clone().address(address).into_future()
     }
 }

@@ -43,7 +43,8 @@ const INDEX_POLL: Duration = Duration::from_millis(20);
 ///   [`RECENT_KEYS_MAX`](crate::RECENT_KEYS_MAX) keys are remembered; the log knows the commands of each stream. Another
 ///   process, or this one after a restart, does not know for which stream a key was used: there the key counts for
 ///   each stream by itself.
-/// - `If-Match: "VERSION"` demands the version of the stream that an `ETag` had; otherwise the answer is 412.
+/// - `If-Match: "VERSION"` demands the version of the stream that an `ETag` had, and `If-Match: *` a stream with
+///   events; otherwise the answer is 412.
 /// - `x-correlation-id` and `traceparent` become metadata of the events.
 /// - The deadline is that of the request.
 #[derive(Debug)]
@@ -219,6 +220,12 @@ impl Call {
                 Ok(Done { id: stream.id().to_owned(), version, position, is_repeat: true })
             }
             Some(expected) => {
+                // A stream that exists goes on existing, so the look before the command is enough.
+                if self.precondition == Precondition::Exists
+                    && handler.load(stream.id()).await?.1 == Version(0)
+                {
+                    return Err(problem::absent(A::CATEGORY));
+                }
                 let request = Request {
                     command_id: Some(self.id),
                     expected,
@@ -356,8 +363,10 @@ impl Problem {
 /// The demand of `If-Match` on the stream.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Precondition {
-    /// Nothing (no header, or `*`: most commands need an existing stream anyway).
+    /// Nothing.
     None,
+    /// A stream with events: `*`.
+    Exists,
     /// Exactly this version.
     Version(Version),
     /// A demand that no stream ever satisfies: a weak entity tag, which `If-Match` never matches.
@@ -368,7 +377,7 @@ impl Precondition {
     /// Returns the demand as a store checks it; `None` for [`Precondition::Never`].
     fn expected(self) -> Option<ExpectedVersion> {
         match self {
-            Self::None => Some(ExpectedVersion::Any),
+            Self::None | Self::Exists => Some(ExpectedVersion::Any),
             Self::Version(version) => Some(ExpectedVersion::Exact(version)),
             Self::Never => None,
         }
@@ -381,7 +390,7 @@ impl FromStr for Precondition {
     fn from_str(text: &str) -> Result<Self, ()> {
         let text = text.trim();
         if text == "*" {
-            return Ok(Self::None);
+            return Ok(Self::Exists);
         }
         let (weak, tag) = text.strip_prefix("W/").map_or((false, text), |tag| (true, tag));
         let digits = tag.strip_prefix('"').and_then(|tag| tag.strip_suffix('"')).ok_or(())?;
@@ -431,7 +440,7 @@ mod tests {
     fn a_precondition_is_one_quoted_version() {
         let read = |text: &str| text.parse::<Precondition>();
         assert_eq!(read("\"3\""), Ok(Precondition::Version(Version(3))));
-        assert_eq!(read("*"), Ok(Precondition::None));
+        assert_eq!(read("*"), Ok(Precondition::Exists));
         assert_eq!(read("W/\"3\""), Ok(Precondition::Never));
         for bad in ["", "3", "\"", "\"\"", "\"x\"", "\"-1\"", "\"+1\"", "\"1\", \"2\"", "W/3"] {
             assert_eq!(read(bad), Err(()), "{bad}");

@@ -7,7 +7,7 @@ use axum::http::request::Parts;
 use axum::http::{HeaderName, StatusCode, Uri};
 use axum::response::{IntoResponseParts, ResponseParts};
 use kafold::projections::{ProjectionState, ReadModel, WaitError};
-use kafold::{Kafold, Position};
+use kafold::{Kafold, OpenedLog, Position};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 
@@ -79,12 +79,19 @@ fn with_after(detail: &str) -> String {
 
 impl<Q> After<Q> {
     /// Waits for the positions, and returns up to where rows of the model that are read now are complete.
-    pub async fn wait<M: ReadModel>(&self, kafold: &Kafold) -> Result<Applied, Problem> {
+    pub async fn wait<M: ReadModel>(
+        &self,
+        kafold: &Kafold<impl OpenedLog>,
+    ) -> Result<Applied, Problem> {
         self.wait_for(kafold, M::NAME).await
     }
 
     /// As [`wait`](Self::wait), for a projection by name.
-    pub async fn wait_for(&self, kafold: &Kafold, projection: &str) -> Result<Applied, Problem> {
+    pub async fn wait_for(
+        &self,
+        kafold: &Kafold<impl OpenedLog>,
+        projection: &str,
+    ) -> Result<Applied, Problem> {
         let Shared { clock, limits, .. } = &*self.shared;
         let begun = clock.instant();
         for &position in &self.positions {
@@ -112,7 +119,7 @@ impl IntoResponseParts for Applied {
     }
 }
 
-fn check_partition(kafold: &Kafold, after: Position) -> Result<(), Problem> {
+fn check_partition(kafold: &Kafold<impl OpenedLog>, after: Position) -> Result<(), Problem> {
     let count = kafold.log().partitions();
     if after.partition.0 < count {
         return Ok(());
@@ -123,7 +130,7 @@ fn check_partition(kafold: &Kafold, after: Position) -> Result<(), Problem> {
     )))
 }
 
-fn wait_problem(kafold: &Kafold, projection: &str, error: &WaitError) -> Problem {
+fn wait_problem(kafold: &Kafold<impl OpenedLog>, projection: &str, error: &WaitError) -> Problem {
     let state = kafold.projection(projection).map(|status| status.state);
     match (error, state) {
         (WaitError::Timeout { .. }, Some(ProjectionState::Waiting(reason))) => {

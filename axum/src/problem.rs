@@ -167,6 +167,13 @@ pub(crate) fn precondition_failed(category: &str, actual: Option<Version>) -> Pr
     Problem::new(StatusCode::PRECONDITION_FAILED, "precondition-failed", detail)
 }
 
+/// The answer to `If-Match: *` on a stream without events.
+pub(crate) fn absent(category: &str) -> Problem {
+    let detail =
+        format!("if-match demands a {category} that exists, and there is none with this id");
+    Problem::new(StatusCode::PRECONDITION_FAILED, "precondition-failed", detail)
+}
+
 impl<E: Rule> From<HandleError<E>> for Problem {
     fn from(error: HandleError<E>) -> Self {
         of_command("stream", error, ExpectedVersion::Any)

@@ -77,6 +77,11 @@ impl<A: Aggregate> Scenario<A> {
     #[must_use = "go on with `when`"]
     #[track_caller]
     pub fn given_stored(mut self, event_type: &str, payload: &str) -> Self {
+        let version = event_type.rsplit_once(".v").map(|(_, version)| version.parse::<u32>());
+        assert!(
+            matches!(version, Some(Ok(_))),
+            "{event_type:?} has no version: write it as recorded, such as \"order.placed.v1\""
+        );
         let event: A::Event = decode(event_type, payload.as_bytes()).unwrap_or_else(|error| {
             panic!("{event_type} {payload} cannot be read: {error}");
         });

@@ -176,8 +176,9 @@ impl AppendError {
     }
 }
 
-/// Why a stream or the log cannot be read.
-#[derive(Debug, Clone, thiserror::Error)]
+/// Why a stream or the log cannot be read. `Debug` writes the sentence of `Display`, so that a `main` which returns the
+/// error prints it.
+#[derive(Clone, thiserror::Error)]
 pub enum ReadError {
     /// The store cannot answer now: try again.
     #[error("unavailable, retry in {retry_after:?}: {cause}")]
@@ -197,6 +198,12 @@ pub enum ReadError {
         #[source]
         cause: Cause,
     },
+}
+
+impl fmt::Debug for ReadError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
 }
 
 impl ReadError {

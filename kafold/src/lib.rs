@@ -43,7 +43,7 @@ pub use error::OpenError;
 pub use log::{Log, LogOptions, open_log, shown_url};
 pub use reader::LogReader;
 #[cfg(feature = "projections")]
-pub use service::{Kafold, Opening, check_database, open, open_from_env};
+pub use service::{Kafold, OpenedLog, Opening, OpeningReader, check_database, open, open_from_env};
 
 #[cfg(any(feature = "embedded", feature = "projections"))]
 pub use kafold_migrations::{

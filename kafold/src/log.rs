@@ -95,6 +95,12 @@ impl LogOptions {
         (Arc::clone(&self.clock), Arc::clone(&self.ids))
     }
 
+    /// Returns the name of this process.
+    #[cfg(feature = "projections")]
+    pub(crate) fn name(&self) -> &str {
+        &self.owner.name
+    }
+
     /// Returns `true` if the log has no file of its own.
     #[cfg(feature = "projections")]
     pub(crate) fn needs_database(&self) -> bool {

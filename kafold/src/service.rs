@@ -8,20 +8,23 @@ use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use async_trait::async_trait;
 use kafold_core::forward::Node;
 use kafold_core::handler::HandlerConfig;
 use kafold_core::store::{Health, ReadError};
-use kafold_core::{Aggregate, Clock, CommandHandler, IdGenerator, Offset, Position};
+use kafold_core::{Aggregate, Clock, CommandHandler, EventSource, IdGenerator, Offset, Position};
+use kafold_migrations::rights::Role;
 use kafold_migrations::{Database, Mode};
 use kafold_projections::{
-    Freshness, ProjectionConfig, ProjectionStatus, ProjectionWorker, Projections, Query, ReadModel,
-    SqlSnapshots, WaitError, WindowQuery, Windowed,
+    Freshness, NodeReporter, ProjectionConfig, ProjectionStatus, ProjectionWorker, Projections,
+    Query, ReadModel, SqlSnapshots, WaitError, WindowQuery, Windowed,
 };
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use crate::error::OpenError;
 use crate::log::{Log, LogOptions};
+use crate::reader::LogReader;
 
 /// Longest wait for the database in [`check_database`].
 const DATABASE_TIMEOUT: Duration = Duration::from_secs(2);
@@ -113,31 +116,66 @@ impl Opening {
         self
     }
 
+    /// Opens the log read-only, for a process with projections and queries alone: it takes no commands, claims
+    /// no partitions, and needs the rights of a worker only (`kafold acl print --role worker`, `kafold grants
+    /// print --role worker`). Creates no topics and no file of a log.
+    pub fn reader(self) -> OpeningReader {
+        OpeningReader(self)
+    }
+
+    /// Opens the database, if one is given.
+    async fn open_database(&self) -> Result<Option<Database>, OpenError> {
+        match &self.database {
+            Some(url) => Ok(Some(Database::open(url, Mode::Migrate).await?)),
+            None if self.log.needs_database() => Err(OpenError::NoDatabase),
+            None => Ok(None),
+        }
+    }
+
     async fn open(self) -> Result<Kafold, OpenError> {
-        let database = match &self.database {
-            Some(url) => Some(Database::open(url, Mode::Migrate).await?),
-            None if self.log.needs_database() => return Err(OpenError::NoDatabase),
-            None => None,
-        };
-        let mut options = self.log;
+        let database = self.open_database().await?;
+        let mut options = self.log.clone();
         if let Some(database) = &database {
             options = options.index(database);
         }
-        let (clock, ids) = options.clock_and_ids();
         let log = options.open().await?;
         let database = database.or_else(|| log.database().cloned()).ok_or(OpenError::NoDatabase)?;
-        Ok(Kafold {
+        Ok(self.opened(log, database))
+    }
+
+    async fn open_reader(self) -> Result<Kafold<LogReader>, OpenError> {
+        let database = self.open_database().await?;
+        let log = self.log.clone().open_reader().await?;
+        let database = database.or_else(|| log.database().cloned()).ok_or(OpenError::NoDatabase)?;
+        database.require(Role::Worker).await?;
+        Ok(self.opened(log, database))
+    }
+
+    fn opened<L: OpenedLog>(self, log: L, database: Database) -> Kafold<L> {
+        let (clock, ids) = self.log.clock_and_ids();
+        let name = self.log.name().to_owned();
+        let handlers = Arc::new(Mutex::default());
+        let spawned = Arc::new(Mutex::default());
+        let health = {
+            let (log, handlers, spawned) =
+                (log.clone(), Arc::clone(&handlers), Arc::clone(&spawned));
+            move || health(&log, &handlers, &spawned)
+        };
+        let reporter =
+            NodeReporter::spawn(database.clone(), ids.event_id(), name, Arc::clone(&clock), health);
+        Kafold {
             inner: Arc::new(Inner {
+                reporter,
                 log,
                 database,
                 clock,
                 ids,
                 handler_config: self.handlers,
                 projection_config: self.projections,
-                handlers: Mutex::default(),
-                spawned: Arc::default(),
+                handlers,
+                spawned,
             }),
-        })
+        }
     }
 }
 
@@ -150,10 +188,122 @@ impl IntoFuture for Opening {
     }
 }
 
+/// The options of [`Opening::reader`].
+#[derive(Debug, Clone)]
+#[must_use = "opens nothing until it is awaited"]
+pub struct OpeningReader(Opening);
+
+impl OpeningReader {
+    /// Sets the address at which others reach this process. Default: none.
+    pub fn address(self, address: impl Into<String>) -> Self {
+        Self(self.0.address(address))
+    }
+}
+
+impl IntoFuture for OpeningReader {
+    type Output = Result<Kafold<LogReader>, OpenError>;
+    type IntoFuture = Pin<Box<dyn Future<Output = Self::Output> + Send>>;
+
+    fn into_future(self) -> Self::IntoFuture {
+        Box::pin(self.0.open_reader())
+    }
+}
+
+/// A [`Log`] or a [`LogReader`], of a [`Kafold`].
+#[async_trait]
+pub trait OpenedLog: fmt::Debug + Clone + Send + Sync + 'static {
+    /// Returns the source of events for projections.
+    fn source(&self) -> Arc<dyn EventSource>;
+
+    /// Returns the number of partitions of the log.
+    fn partitions(&self) -> u32;
+
+    /// Returns the nodes of the service, this one first; `None` for a process that takes no commands.
+    fn nodes(&self) -> Option<Vec<Node>>;
+
+    /// Returns the brokers' refusals, one sentence each with cause and remedy.
+    fn refusals(&self) -> Vec<String>;
+
+    /// Returns `Ready`, or the reasons why not, of a process with or without command handlers.
+    fn health(&self, has_handlers: bool) -> Health;
+
+    /// Settles what is pending and closes the log.
+    async fn close(self);
+}
+
+#[async_trait]
+impl OpenedLog for Log {
+    fn source(&self) -> Arc<dyn EventSource> {
+        Self::source(self)
+    }
+
+    fn partitions(&self) -> u32 {
+        Self::partitions(self)
+    }
+
+    fn nodes(&self) -> Option<Vec<Node>> {
+        Some(Self::nodes(self))
+    }
+
+    fn refusals(&self) -> Vec<String> {
+        Self::refusals(self)
+    }
+
+    fn health(&self, has_handlers: bool) -> Health {
+        let health = Self::health(self);
+        // A log in a file has no other process that would send commands to this one.
+        if has_handlers || self.commands().is_none() {
+            return health;
+        }
+        health.and(Health::NotReady(vec![
+            "this process takes partitions of the log and has no command handler: make the handlers when it \
+             starts, with handler::<A>(), or open the log with reader()"
+                .to_owned(),
+        ]))
+    }
+
+    async fn close(self) {
+        Self::close(self).await;
+    }
+}
+
+#[async_trait]
+impl OpenedLog for LogReader {
+    fn source(&self) -> Arc<dyn EventSource> {
+        Self::source(self)
+    }
+
+    fn partitions(&self) -> u32 {
+        Self::partitions(self)
+    }
+
+    fn nodes(&self) -> Option<Vec<Node>> {
+        None
+    }
+
+    fn refusals(&self) -> Vec<String> {
+        Self::refusals(self)
+    }
+
+    fn health(&self, _: bool) -> Health {
+        Self::health(self)
+    }
+
+    async fn close(self) {}
+}
+
 /// An open log with its database. Cheap to clone.
-#[derive(Clone)]
-pub struct Kafold {
-    inner: Arc<Inner>,
+///
+/// [`open`] opens a log for commands; [`reader`](Opening::reader) opens a `Kafold<LogReader>`, which has
+/// projections and queries only.
+pub struct Kafold<L = Log> {
+    inner: Arc<Inner<L>>,
+}
+
+impl<L> Clone for Kafold<L> {
+    fn clone(&self) -> Self {
+        Self { inner: Arc::clone(&self.inner) }
+    }
 }
 
 /// The handlers of a process.
@@ -165,19 +315,20 @@ struct Handlers {
     categories: HashMap<&'static str, &'static str>,
 }
 
-struct Inner {
-    log: Log,
+struct Inner<L> {
+    log: L,
+    reporter: NodeReporter,
     database: Database,
     clock: Arc<dyn Clock>,
     ids: Arc<dyn IdGenerator>,
     handler_config: HandlerConfig,
     projection_config: ProjectionConfig,
-    handlers: Mutex<Handlers>,
+    handlers: Arc<Mutex<Handlers>>,
     /// All projections of this process.
     spawned: Arc<Mutex<Vec<Projections>>>,
 }
 
-impl fmt::Debug for Kafold {
+impl<L: fmt::Debug> fmt::Debug for Kafold<L> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Kafold")
             .field("log", &self.inner.log)
@@ -230,6 +381,13 @@ impl Kafold {
         handler
     }
 
+    /// Returns the nodes of the service, this one first, and the partitions of each.
+    pub fn nodes(&self) -> Vec<Node> {
+        self.inner.log.nodes()
+    }
+}
+
+impl<L: OpenedLog> Kafold<L> {
     /// Returns a worker for read models and projections. They run until [`close`](Self::close), once the
     /// worker is spawned.
     pub fn projections(&self) -> ProjectionWorker {
@@ -260,7 +418,7 @@ impl Kafold {
     }
 
     /// Returns the log, for its store, its source and its refusals.
-    pub fn log(&self) -> &Log {
+    pub fn log(&self) -> &L {
         &self.inner.log
     }
 
@@ -310,17 +468,11 @@ impl Kafold {
         found.unwrap_or_else(|| self.projections().spawn())
     }
 
-    /// Returns the nodes of the service, this one first, and the partitions of each.
-    pub fn nodes(&self) -> Vec<Node> {
-        self.inner.log.nodes()
-    }
-
     /// Returns `Ready` while commands are accepted and every projection of this process runs; otherwise
-    /// the reasons, one sentence each.
+    /// the reasons, one sentence each. A process on Kafka without a [`handler`](Self::handler) is not ready.
     pub fn health(&self) -> Health {
-        let spawned = lock(&self.inner.spawned).clone();
-        let health = spawned.iter().map(Projections::health);
-        health.fold(self.inner.log.health(), Health::and).and(spawned_twice(&spawned))
+        let Inner { log, handlers, spawned, .. } = &*self.inner;
+        health(log, handlers, spawned)
     }
 
     /// As [`health`](Self::health), and reads from the database, because idle projections do not notice a lost
@@ -339,8 +491,20 @@ impl Kafold {
         for projections in spawned {
             projections.shutdown().await;
         }
+        inner.reporter.close().await;
         inner.database.clone().close().await;
     }
+}
+
+fn health(
+    log: &impl OpenedLog,
+    handlers: &Mutex<Handlers>,
+    spawned: &Mutex<Vec<Projections>>,
+) -> Health {
+    let has_handlers = !lock(handlers).of_type.is_empty();
+    let spawned = lock(spawned).clone();
+    let health = spawned.iter().map(Projections::health);
+    health.fold(log.health(has_handlers), Health::and).and(spawned_twice(&spawned))
 }
 
 /// Returns the projections that run twice in this process: only one of the two gets the partitions.

@@ -84,6 +84,11 @@ const TABLES: &[(&str, Rights, Rights)] = &[
         &["SELECT", "INSERT", "UPDATE", "DELETE"],
         &["SELECT", "INSERT", "UPDATE", "DELETE"],
     ),
+    (
+        "kafold_node",
+        &["SELECT", "INSERT", "UPDATE", "DELETE"],
+        &["SELECT", "INSERT", "UPDATE", "DELETE"],
+    ),
     ("kafold_skipped_event", &["SELECT", "DELETE"], &["SELECT", "DELETE"]),
     ("kafold_audit", &["SELECT", "INSERT"], &["SELECT", "INSERT"]),
     ("kafold_audit_head", &["SELECT", "UPDATE"], &["SELECT", "UPDATE"]),

@@ -321,8 +321,8 @@ impl Overview {
     /// Returns the remedy for a projection of this name which no worker runs.
     pub fn unattended_remedy(name: &str) -> String {
         format!(
-            "start a program that has this projection; if no program has it any more, run `kafold projections \
-             remove {name} --reason TEXT`"
+            "start a program that has this projection, or see why its worker cannot write to the database; if no \
+             program has the projection any more, run `kafold projections remove {name} --reason TEXT`"
         )
     }
 

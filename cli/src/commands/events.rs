@@ -136,6 +136,12 @@ impl Wanted {
             .from
             .as_deref()
             .map(|text| text.parse().map_err(|error| Error::usage(format!("--from {error}"))));
+        let (since, until) = (time("--since", &args.since)?, time("--until", &args.until)?);
+        if since.zip(until).is_some_and(|(since, until)| since >= until) {
+            return Err(Error::usage(
+                "--until must be after --since: 10m is ten minutes before now, so --since is the longer one",
+            ));
+        }
         Ok(Self {
             category: args.category.clone(),
             event_type: args.event_type.clone(),
@@ -143,8 +149,8 @@ impl Wanted {
             correlation: args.correlation.clone(),
             predicate: predicate.transpose()?,
             from: from.transpose()?,
-            since: time("--since", &args.since)?,
-            until: time("--until", &args.until)?,
+            since,
+            until,
             starts: BTreeMap::new(),
             left: args.limit,
         })

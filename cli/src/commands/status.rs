@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 
 use kafold::kafka::operate::TopicReport;
-use kafold::projections::{Overview, OverviewState};
+use kafold::projections::{NodeReport, Overview, OverviewState};
 use kafold::{Offset, Partition, ReadError};
 use serde::Serialize;
 use serde_json::{Value, json};
@@ -44,6 +44,7 @@ struct DatabaseStatus {
     /// Where the stream index stands; a log in a file has none.
     index: Option<BTreeMap<Partition, Offset>>,
     projections: Vec<Overview>,
+    nodes: Vec<NodeReport>,
 }
 
 pub(crate) async fn run(context: &mut Context) -> Result<(), Error> {
@@ -74,6 +75,15 @@ pub(crate) async fn run(context: &mut Context) -> Result<(), Error> {
             )))
         }
     }
+}
+
+fn row(node: &NodeReport) -> [String; 3] {
+    let state = match node.unready_seconds {
+        _ if node.is_silent() => "silent".to_owned(),
+        None => "ready".to_owned(),
+        Some(seconds) => format!("not ready for {seconds} s: {}", node.reasons.join("; ")),
+    };
+    [node.name.clone(), format!("{} s ago", node.seen_seconds), state]
 }
 
 /// A stored position beyond the end of the log.
@@ -143,6 +153,7 @@ async fn database(context: &Context, status: &mut Status) -> Result<(), Error> {
     let Some(database) = context.options.maybe_database().await? else { return Ok(()) };
     let ends = status.log.as_ref().map(|log| log.partitions.as_slice());
     let projections = overview::projections(&database, ends).await?;
+    let nodes = NodeReport::all(&database).await?;
     let index = match context.options.maybe_log()? {
         Some(LogUrl::Sqlite(_)) => None,
         Some(LogUrl::Kafka(_)) | None => {
@@ -151,7 +162,7 @@ async fn database(context: &Context, status: &mut Status) -> Result<(), Error> {
         }
     };
     let (url, identity) = (database.url().to_owned(), database.identity().to_owned());
-    status.database = Some(DatabaseStatus { url, identity, index, projections });
+    status.database = Some(DatabaseStatus { url, identity, index, projections, nodes });
     Ok(())
 }
 
@@ -198,16 +209,27 @@ impl Status {
             "database": database.map(|database| &database.url),
             "index": index,
             "projections": projections,
+            "nodes": database.map(|database| &database.nodes),
             "ahead": self.ahead(),
             "problems": self.problems().collect::<Vec<_>>(),
-            "warnings": self.limits,
+            "warnings": self.warnings().collect::<Vec<_>>(),
         })
     }
 
-    /// Returns one sentence for each problem of the log.
+    /// Returns one sentence for each problem of the log and of its nodes.
     fn problems(&self) -> impl Iterator<Item = String> {
         let refusal = self.log.iter().filter_map(|log| log.refusal.clone());
-        refusal.chain(self.strangers.iter().cloned())
+        let unready = self.nodes().filter_map(NodeReport::complaint);
+        refusal.chain(self.strangers.iter().cloned()).chain(unready)
+    }
+
+    /// Returns one sentence for each fact that may become a problem.
+    fn warnings(&self) -> impl Iterator<Item = String> {
+        self.limits.iter().cloned().chain(self.nodes().filter_map(NodeReport::silence))
+    }
+
+    fn nodes(&self) -> impl Iterator<Item = &NodeReport> {
+        self.database.iter().flat_map(|database| &database.nodes)
     }
 
     /// Returns one sentence for each projection that has stopped.
@@ -260,7 +282,7 @@ impl Status {
                 ))?;
             }
         }
-        for problem in self.problems().chain(self.limits.iter().cloned()) {
+        for problem in self.problems().chain(self.warnings()) {
             out.line(&format!("warning   {problem}"))?;
         }
         let Some(database) = &self.database else {
@@ -274,6 +296,11 @@ impl Status {
             out.line(&format!("index     {} behind the log", count(lag, "record")))?;
         }
         self.print_owners(out)?;
+        if !database.nodes.is_empty() {
+            let rows: Vec<_> = database.nodes.iter().map(row).collect();
+            out.line("")?;
+            out.table(["NODE", "REPORTED", "STATE"], &rows)?;
+        }
         out.line("")?;
         projections::print(out, &database.projections)
     }

@@ -40,10 +40,10 @@ fn migrate_tells_what_it_applied_and_applies_it_once() {
     let migrate = ["migrate", "--database", "sqlite://a.db"];
     let first = run(folder.path(), &migrate).ok();
     assert!(first.starts_with("applied 0001 kafold event\n"), "{first}");
-    assert!(first.ends_with("sqlite://a.db is current: schema 20\n"), "{first}");
-    assert_eq!(run(folder.path(), &migrate).ok(), "sqlite://a.db was current: schema 20\n");
+    assert!(first.ends_with("sqlite://a.db is current: schema 21\n"), "{first}");
+    assert_eq!(run(folder.path(), &migrate).ok(), "sqlite://a.db was current: schema 21\n");
     let json = run(folder.path(), &[&migrate[..], &["--json"]].concat()).json();
-    assert_eq!(json, json!({"database": "sqlite://a.db", "schema": 20, "applied": []}));
+    assert_eq!(json, json!({"database": "sqlite://a.db", "schema": 21, "applied": []}));
     // The log's own file is the database when none is named.
     run(folder.path(), &with(&["migrate"])).ok();
 }
@@ -165,6 +165,7 @@ async fn tail_prints_what_is_asked_for_in_the_order_of_the_log() {
     };
     mistaken(&["--where", "data.step = 1"], &["--where", "column 11", "&&, || or the end"]);
     mistaken(&["--where", "payload.step == 1"], &["column 1", "one of data, type, stream"]);
+    mistaken(&["--since", "10m", "--until", "1h"], &["--until must be after --since"]);
     mistaken(&["--since", "yesterday"], &["--since", "yesterday", "10m"]);
 
     let lines =

@@ -6,6 +6,7 @@ use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use kafold::projections::sqlx::{Connection, SqliteConnection, query};
 use kafold::projections::{ProjectionConfig, ProjectionWorker, Projections, ReadModel};
 use kafold::{Database, DomainEvent, Log, Mode, Recorded, Row};
 use serde::{Deserialize, Serialize};
@@ -69,6 +70,16 @@ impl Service {
 
     async fn step(&self, order: &str, step: i64) {
         append(&self.log.store(), order, &format!("{{\"step\":{step}}}")).await;
+    }
+
+    /// Stores the report of a node which has not been ready for a minute.
+    async fn node_with_an_old_complaint(&self) {
+        let file = self.path().join("a.db");
+        let mut connection =
+            SqliteConnection::connect(&file.display().to_string()).await.expect("the file");
+        let sql = "INSERT INTO kafold_node (id, name, seen_at, unready_at, reasons) \
+                   SELECT 'x', 'n1', unixepoch(), unixepoch() - 60, '[\"the clock is ahead\"]'";
+        query(sql).execute(&mut connection).await.expect("stored");
     }
 
     fn says(&self, args: &[&str]) -> support::Ended {
@@ -145,6 +156,17 @@ async fn an_operator_parks_retries_rebuilds_and_verifies() {
     service.says(&["audit", "prune", "--older-than", "1"]).only_says(2, &["--reason"]);
     let prune = service.says(&["audit", "prune", "--older-than", "1", "--reason", "old"]);
     assert_eq!(prune.ok(), "0 acts removed\n");
+
+    service.node_with_an_old_complaint().await;
+    let complaint = "node n1 has not been ready for";
+    service.says(&["status"]).says(1, &[complaint, "the clock is ahead"]);
+    let status = service.says(&["status", "--json"]);
+    status.says(1, &[complaint]);
+    let status: Value = serde_json::from_str(&status.stdout).expect("JSON beside the failure");
+    assert_eq!(status["nodes"][0]["reasons"][0], "the clock is ahead", "{status}");
+    let doctor = service.says(&["doctor"]);
+    doctor.says(1, &["1 problem"]);
+    assert!(doctor.stdout.contains(complaint), "{doctor:?}");
 
     let top = service.says(&["top", "--json", "--looks", "1"]).ok();
     let top: Value = serde_json::from_str(&top).expect("one line of JSON");

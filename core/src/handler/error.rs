@@ -1,5 +1,6 @@
 //! Why a command was not handled.
 
+use std::fmt;
 use std::sync::Arc;
 
 use tracing::Span;
@@ -11,8 +12,9 @@ use crate::ids::{ExpectedVersion, InvalidStreamId, StreamId, Version};
 use crate::store::{AppendError, ReadError};
 use crate::trace;
 
-/// Why a command was not handled; each variant tells the caller what to do.
-#[derive(Debug, Clone, thiserror::Error)]
+/// Why a command was not handled; each variant tells the caller what to do. `Debug` writes the sentence of `Display`,
+/// so that a `main` which returns the error prints it.
+#[derive(Clone, thiserror::Error)]
 pub enum HandleError<E: std::error::Error + 'static> {
     /// The aggregate refuses, on a state that was the newest when it was answered: tell the user.
     #[error(transparent)]
@@ -61,6 +63,12 @@ pub enum HandleError<E: std::error::Error + 'static> {
     /// The command decided more events than a commit holds: nothing was appended, split it.
     #[error(transparent)]
     InvalidCommit(#[from] InvalidCommit),
+}
+
+impl<E: std::error::Error + 'static> fmt::Debug for HandleError<E> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
 }
 
 impl<E: std::error::Error + 'static> HandleError<E> {

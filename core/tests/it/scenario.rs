@@ -150,6 +150,8 @@ fn stored_events_and_fixtures_are_read_through_the_upcasters() {
         let panic = catch_unwind(AssertUnwindSafe(given)).expect_err("is refused");
         panic.downcast_ref::<String>().expect("a message").clone()
     };
+    let unversioned = refused(&|| drop(scenario::<Counter>().given_stored("counter.x", "{}")));
+    assert!(unversioned.contains("has no version"), "{unversioned}");
     let unknown = refused(&|| drop(scenario::<Counter>().given_stored("counter.x.v1", "{}")));
     assert!(unknown.contains("counter.x.v1") && unknown.contains("cannot be read"), "{unknown}");
     let no_line = refused(&|| drop(scenario::<Counter>().given_fixture("no json")));

@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use kafold::clock::RandomIds;
-use kafold::{IdGenerator, shown_url};
+use kafold::{IdGenerator, Opening, shown_url};
 use kafold_axum::{BearerToken, BearerTokenError, Service};
 
 use crate::http::{INDEX, routes};
@@ -114,6 +114,15 @@ impl ServeError {
 }
 
 impl StackArgs {
+    /// Returns the options of log and database.
+    pub(crate) fn opening(&self) -> Opening {
+        let opening = kafold::open(&self.log);
+        match &self.database {
+            Some(database) => opening.database(database),
+            None => opening,
+        }
+    }
+
     /// Sets the address of a service. Rejects an address that others reach, unless it is allowed.
     pub(crate) fn listener<S>(&self, service: Service<S>) -> Result<Service<S>, ServeError>
     where
@@ -143,10 +152,7 @@ pub(crate) async fn run(args: ServeArgs) -> Result<(), ServeError> {
         tracing::warn!("readable_secret is allowed: others on this machine may read the token");
     }
     let token = bearer_token.map(|source| BearerToken::read(&source, allow_readable));
-    let mut opening = kafold::open(&stack.log);
-    if let Some(database) = &stack.database {
-        opening = opening.database(database);
-    }
+    let opening = stack.opening();
     let service = service
         .bearer_token(token.transpose().map_err(|error| match error {
             BearerTokenError::Readable(_) => ServeError::ReadableToken(error),

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use kafold::projections::ProjectionWorker;
 use kafold::store::ReadError;
-use kafold::{CommandHandler, CommandId, Database, EventSource, Kafold};
+use kafold::{CommandHandler, CommandId, Database, EventSource, Kafold, LogReader};
 
 use crate::order::Order;
 use crate::read_models::{CustomerOrder, CustomerSales, DaySales, OrderDetails};
@@ -19,6 +19,11 @@ pub(crate) struct Service {
 /// Returns a worker with all read models of orders.
 pub(crate) fn projections(source: Arc<dyn EventSource>, database: Database) -> ProjectionWorker {
     with_models(ProjectionWorker::new(source, database))
+}
+
+/// Starts the projections of a process without commands.
+pub(crate) fn start_projections(kafold: &Kafold<LogReader>) {
+    with_models(kafold.projections()).spawn();
 }
 
 fn with_models(worker: ProjectionWorker) -> ProjectionWorker {

@@ -1,13 +1,6 @@
 //! `orders work`: projections only, without the right to write the log.
 
-use async_trait::async_trait;
-use kafold::clock::SystemClock;
-use kafold::forward::Node;
-use kafold::projections::Projections;
-use kafold::rights::Role;
-use kafold::store::Health;
-use kafold::{Database, LogOptions, LogReader, Mode, OpenError};
-use kafold_axum::{Backend, Open, Service};
+use kafold_axum::Service;
 use utoipa_axum::router::OpenApiRouter;
 
 use crate::serve::{ServeError, StackArgs};
@@ -31,14 +24,6 @@ pub(crate) struct WorkArgs {
 const EXISTING_LOG: &str =
     "The existing event log: sqlite://FILE, or kafka://HOST:PORT,HOST:PORT/NAME";
 
-/// Projections on an open log and database.
-#[derive(Clone)]
-pub(crate) struct Worker {
-    log: LogReader,
-    database: Database,
-    projections: Projections,
-}
-
 /// Runs projections until a signal asks to stop.
 pub(crate) async fn run(args: WorkArgs) -> Result<(), ServeError> {
     let stack = args.stack;
@@ -49,46 +34,5 @@ pub(crate) async fn run(args: WorkArgs) -> Result<(), ServeError> {
             "orders works on the projections of {log}; see http://{address}/health/ready"
         ));
     });
-    Ok(service.run(stack, |_| ()).await?)
-}
-
-impl Open for StackArgs {
-    type Backend = Worker;
-
-    async fn open(&self, _: &str) -> Result<Worker, OpenError> {
-        let log = LogOptions::new(&self.log).open_reader().await?;
-        let database = match &self.database {
-            Some(url) => Database::open(url, Mode::Migrate).await?,
-            None => log.database().cloned().ok_or(OpenError::NoDatabase)?,
-        };
-        database.require(Role::Worker).await?;
-        let projections = service::projections(log.source(), database.clone()).spawn();
-        Ok(Worker { log, database, projections })
-    }
-}
-
-#[async_trait]
-impl Backend for Worker {
-    async fn health(&self) -> Health {
-        let database = kafold::check_database(&self.database, &SystemClock).await;
-        self.log.health().and(self.projections.health()).and(database)
-    }
-
-    fn refusals(&self) -> Vec<String> {
-        self.log.refusals()
-    }
-
-    fn measure(&self) {
-        // The lag is measured when the health is read.
-        self.projections.health();
-    }
-
-    fn nodes(&self) -> Option<(Vec<Node>, u32)> {
-        None
-    }
-
-    async fn close(&self) {
-        self.projections.shutdown().await;
-        self.database.clone().close().await;
-    }
+    Ok(service.run(stack.opening().reader(), |kafold| service::start_projections(&kafold)).await?)
 }

@@ -7,6 +7,7 @@ mod audit;
 mod categories;
 mod index;
 mod models;
+mod nodes;
 mod operators;
 mod outage;
 mod values;

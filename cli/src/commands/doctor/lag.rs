@@ -1,6 +1,6 @@
 //! How far stream index and projections are behind the log, and whether they are of this log.
 
-use kafold::projections::{Overview, OverviewState};
+use kafold::projections::{NodeReport, Overview, OverviewState};
 use kafold::{Database, ReadError};
 
 use super::{Checks, Seen};
@@ -27,6 +27,26 @@ pub(super) async fn check(seen: Option<&Seen>, database: &Database, checks: &mut
             projections.iter().for_each(|view| check_projection(view, seen, checks));
         }
         Err(error) => checks.failed("projections", &error),
+    }
+    match NodeReport::all(database).await {
+        Ok(nodes) => check_nodes(&nodes, checks),
+        Err(error) => checks.failed("nodes", &error.into()),
+    }
+}
+
+fn check_nodes(nodes: &[NodeReport], checks: &mut Checks) {
+    const NAME: &str = "nodes";
+    let before = checks.0.len();
+    for node in nodes {
+        if let Some(complaint) = node.complaint() {
+            checks.problem(NAME, complaint, "mend the cause: the node goes on by itself");
+        } else if let Some(silence) = node.silence() {
+            let remedy = "see whether the process runs, and what its log says; a report is forgotten after a day";
+            checks.warning(NAME, silence, remedy);
+        }
+    }
+    if checks.0.len() == before && !nodes.is_empty() {
+        checks.ok(NAME, format!("{} without a complaint", count(nodes.len() as u64, "node")));
     }
 }
 

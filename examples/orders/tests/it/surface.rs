@@ -170,6 +170,9 @@ fn a_precondition_holds_or_nothing_happens(stack: &Stack) {
     for stale in ["\"0\"", "\"2\"", "\"18446744073709551615\"", "W/\"1\""] {
         pay(stale).is_problem(412, "precondition-failed");
     }
+    let body = json!({"amount_cents": 700});
+    let absent = service.post_with("/orders/absent/payment", &[("if-match", "*")], &body);
+    absent.is_problem(412, "precondition-failed");
     for malformed in ["1", "\"\"", "\"x\"", "\"1\", \"2\"", "\"-1\"", "\"99999999999999999999\""] {
         pay(malformed).is_problem(400, "malformed");
     }
