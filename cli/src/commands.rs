@@ -2,10 +2,12 @@
 
 mod acl;
 mod audit;
+mod clock;
 mod doctor;
 mod events;
 mod grants;
 mod index;
+mod late;
 mod lists;
 mod migrate;
 mod parked;
@@ -40,6 +42,12 @@ pub(crate) enum Command {
     /// Tells which streams are set aside because an event of theirs failed, and has them retried or skipped.
     #[command(subcommand)]
     Parked(parked::ParkedCommand),
+    /// Shows the late events of a windowed model, and the grace that would take them in.
+    #[command(subcommand)]
+    Late(late::LateCommand),
+    /// Shows the event time of windowed models, and moves it forward.
+    #[command(subcommand)]
+    Clock(clock::ClockCommand),
     /// Begins anew with a log that is not the one any more that positions in the database are of.
     #[command(subcommand)]
     Positions(positions::PositionsCommand),
@@ -85,6 +93,8 @@ pub(crate) async fn run(command: Command, context: &mut Context) -> Result<(), E
         Command::Top(args) => top::run(context, args).await,
         Command::Projections(command) => projections::run(context, command).await,
         Command::Parked(command) => parked::run(context, command).await,
+        Command::Late(command) => late::run(context, command).await,
+        Command::Clock(command) => clock::run(context, command).await,
         Command::Positions(command) => positions::run(context, command).await,
         Command::Audit(command) => audit::run(context, command).await,
         Command::Verify => verify::run(context).await,

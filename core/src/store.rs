@@ -176,7 +176,7 @@ impl AppendError {
     }
 }
 
-/// Why a stream or the log cannot be read. `Debug` writes the sentence of `Display`, so that a `main` which returns the
+/// The reason for which a stream or the log cannot be read. `Debug` writes the sentence of `Display`, so that a `main` which returns the
 /// error prints it.
 #[derive(Clone, thiserror::Error)]
 pub enum ReadError {
@@ -366,6 +366,12 @@ pub trait EventSource: Send + Sync + 'static {
 
     /// Returns the number of partitions of the log.
     fn partitions(&self) -> u32;
+
+    /// Returns the partition of the events of a stream.
+    fn partition_of(&self, stream: &StreamId) -> Partition;
+
+    /// Returns the end of a partition, which is where the next record will be.
+    async fn end_of(&self, partition: Partition) -> Result<Offset, ReadError>;
 }
 
 /// One reader's place in an [`EventSource`].

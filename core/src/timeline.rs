@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 use crate::Partition;
 use crate::aggregate::Aggregate;
 use crate::ids::{InvalidStreamId, StreamId};
+use crate::snapshot::SnapshotSchema;
 
 /// The category of the streams of clock events.
 pub const CATEGORY: &str = "kafold_clock";
@@ -37,7 +38,7 @@ pub enum TimelineCommand {
 }
 
 /// The clock events of one timeline in one partition. A clock moves only forward.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Timeline {
     advanced_to: Option<DateTime<Utc>>,
 }
@@ -50,6 +51,8 @@ impl Aggregate for Timeline {
     type Command = TimelineCommand;
     type Event = TimelineEvent;
     type Error = NoRule;
+
+    const SNAPSHOT: Option<SnapshotSchema<Self>> = Some(SnapshotSchema::new("timeline.1"));
 
     fn decide(&self, command: &TimelineCommand) -> Result<Vec<TimelineEvent>, NoRule> {
         let TimelineCommand::Advance { to } = *command;

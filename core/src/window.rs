@@ -254,6 +254,13 @@ impl Window {
         least.0?.checked_sub_signed(self.gap() * 2 + self.grace())
     }
 
+    /// Returns the least clock of all partitions with which a window with this end is closed, or a session with its last
+    /// event then.
+    pub fn closes_at(&self, end: Timestamp) -> Timestamp {
+        let after = TimeDelta::microseconds(if self.is_session() { 1 } else { 0 });
+        end + self.gap() * 2 + self.grace() + after
+    }
+
     /// Returns the moment before which windows have ended whose rows are not kept any more. `None` if rows are kept
     /// for ever, and while a partition has no clock.
     pub fn expired_before(&self, least: EventClock) -> Option<Timestamp> {

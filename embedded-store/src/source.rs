@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use async_trait::async_trait;
 use kafold_core::store::{Batch, Cursor, SourceMessage, Subscription};
-use kafold_core::{Clock, EventSource, Offset, Partition, ReadError, RecordedEvent};
+use kafold_core::{Clock, EventSource, Offset, Partition, ReadError, RecordedEvent, StreamId};
 use kafold_migrations::SqliteDatabase;
 use tokio::sync::{Mutex as AsyncMutex, OwnedMutexGuard, watch};
 use uuid::Uuid;
@@ -102,6 +102,14 @@ impl EventSource for EmbeddedSource {
 
     fn partitions(&self) -> u32 {
         1
+    }
+
+    fn partition_of(&self, _: &StreamId) -> Partition {
+        PARTITION
+    }
+
+    async fn end_of(&self, _: Partition) -> Result<Offset, ReadError> {
+        self.end().await
     }
 }
 

@@ -10,7 +10,10 @@ use futures_util::StreamExt;
 use futures_util::future::BoxFuture;
 use futures_util::stream::FuturesUnordered;
 use kafold_core::store::{Batch, Consumer, Cursor, Health, SourceMessage, Subscription};
-use kafold_core::{Clock, EventSource, Offset, Partition, Position, ReadError, RecordedEvent};
+use kafold_core::{
+    Clock, EventSource, Offset, Partition, Position, ReadError, RecordedEvent, StreamId,
+};
+use rdkafka::error::KafkaError;
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinSet;
 
@@ -23,6 +26,7 @@ use crate::guard;
 use crate::inspect::Inspector;
 use crate::membership::{Denials, Membership, Rebalance};
 use crate::partition::Reach;
+use crate::partitioner::partition_of;
 use crate::reader::{Chunk, LogReader, ReadFailure};
 use crate::rights::Role;
 use crate::store::{connect, watch};
@@ -186,6 +190,19 @@ impl EventSource for KafkaSource {
 
     fn partitions(&self) -> u32 {
         self.partitions
+    }
+
+    fn partition_of(&self, stream: &StreamId) -> Partition {
+        partition_of(stream, self.partitions)
+    }
+
+    async fn end_of(&self, partition: Partition) -> Result<Offset, ReadError> {
+        let (inquirer, topic) = (Arc::clone(&self.inquirer), self.config.events_topic());
+        let asked = tokio::task::spawn_blocking(move || inquirer.ends(&topic, partition)).await;
+        let (_, end) = asked
+            .unwrap_or(Err(KafkaError::Canceled))
+            .map_err(|error| ReadError::unavailable(RETRY_AFTER, error))?;
+        Ok(end)
     }
 }
 

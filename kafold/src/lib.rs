@@ -43,7 +43,9 @@ pub use error::OpenError;
 pub use log::{Log, LogOptions, open_log, shown_url};
 pub use reader::LogReader;
 #[cfg(feature = "projections")]
-pub use service::{Kafold, OpenedLog, Opening, OpeningReader, check_database, open, open_from_env};
+pub use service::{
+    CommandPath, Kafold, OpenedLog, Opening, OpeningReader, check_database, open, open_from_env,
+};
 
 #[cfg(any(feature = "embedded", feature = "projections"))]
 pub use kafold_migrations::{
@@ -59,7 +61,9 @@ pub mod prelude {
         crate::Kafold,
         kafold_core::row::Merge,
         kafold_core::window::{Timestamp, Window},
-        kafold_projections::{Place, ReadModel, Windowed, projection_test},
+        kafold_projections::{
+            Place, ReadModel, Windowed, projection_test, session_test, stream_test,
+        },
     };
 }
 

@@ -9,10 +9,16 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use async_trait::async_trait;
+use chrono::{DateTime, Utc};
 use kafold_core::forward::Node;
+use kafold_core::handler::HandleError;
 use kafold_core::handler::HandlerConfig;
 use kafold_core::store::{Health, ReadError};
-use kafold_core::{Aggregate, Clock, CommandHandler, EventSource, IdGenerator, Offset, Position};
+use kafold_core::timeline::{self, NoRule, Timeline, TimelineCommand};
+use kafold_core::{
+    Aggregate, Clock, CommandBus, CommandHandler, EventSource, EventStore, IdGenerator, Offset,
+    Partition, Position,
+};
 use kafold_migrations::rights::Role;
 use kafold_migrations::{Database, Mode};
 use kafold_projections::{
@@ -153,6 +159,11 @@ impl Opening {
 
     fn opened<L: OpenedLog>(self, log: L, database: Database) -> Kafold<L> {
         let (clock, ids) = self.log.clock_and_ids();
+        let timelines = log.commands().map(|(store, bus)| {
+            let handler = CommandHandler::with_parts(store, clock.clone(), ids.clone());
+            let snapshots = Arc::new(SqlSnapshots::new(database.clone()));
+            handler.config(self.handlers.clone()).with_snapshots(snapshots).forwarding(bus)
+        });
         let name = self.log.name().to_owned();
         let handlers = Arc::new(Mutex::default());
         let spawned = Arc::new(Mutex::default());
@@ -173,6 +184,7 @@ impl Opening {
                 handler_config: self.handlers,
                 projection_config: self.projections,
                 handlers,
+                timelines,
                 spawned,
             }),
         }
@@ -209,6 +221,9 @@ impl IntoFuture for OpeningReader {
     }
 }
 
+/// A store, and the carrier of commands to other nodes where there are others.
+pub type CommandPath = (Arc<dyn EventStore>, Option<Arc<dyn CommandBus>>);
+
 /// A [`Log`] or a [`LogReader`], of a [`Kafold`].
 #[async_trait]
 pub trait OpenedLog: fmt::Debug + Clone + Send + Sync + 'static {
@@ -217,6 +232,9 @@ pub trait OpenedLog: fmt::Debug + Clone + Send + Sync + 'static {
 
     /// Returns the number of partitions of the log.
     fn partitions(&self) -> u32;
+
+    /// Returns the store and the carrier of commands to other nodes; `None` for a process that takes no commands.
+    fn commands(&self) -> Option<CommandPath>;
 
     /// Returns the nodes of the service, this one first; `None` for a process that takes no commands.
     fn nodes(&self) -> Option<Vec<Node>>;
@@ -241,6 +259,10 @@ impl OpenedLog for Log {
         Self::partitions(self)
     }
 
+    fn commands(&self) -> Option<CommandPath> {
+        Some((self.store(), Self::commands(self)))
+    }
+
     fn nodes(&self) -> Option<Vec<Node>> {
         Some(Self::nodes(self))
     }
@@ -252,7 +274,7 @@ impl OpenedLog for Log {
     fn health(&self, has_handlers: bool) -> Health {
         let health = Self::health(self);
         // A log in a file has no other process that would send commands to this one.
-        if has_handlers || self.commands().is_none() {
+        if has_handlers || Self::commands(self).is_none() {
             return health;
         }
         health.and(Health::NotReady(vec![
@@ -275,6 +297,10 @@ impl OpenedLog for LogReader {
 
     fn partitions(&self) -> u32 {
         Self::partitions(self)
+    }
+
+    fn commands(&self) -> Option<CommandPath> {
+        None
     }
 
     fn nodes(&self) -> Option<Vec<Node>> {
@@ -324,6 +350,8 @@ struct Inner<L> {
     handler_config: HandlerConfig,
     projection_config: ProjectionConfig,
     handlers: Arc<Mutex<Handlers>>,
+    /// `None` for a process that takes no commands.
+    timelines: Option<CommandHandler<Timeline>>,
     /// All projections of this process.
     spawned: Arc<Mutex<Vec<Projections>>>,
 }
@@ -381,6 +409,30 @@ impl Kafold {
         handler
     }
 
+    /// Moves the clock of a timeline forward in all partitions, by clock events in the log: no event of the timeline
+    /// before this time is to come. For importers at the end of their data, and for tests. A model's timeline is
+    /// [`Windowed::TIMELINE`]. Returns the position of the clock event in each partition, for
+    /// [`wait_for_position`](Self::wait_for_position); none where the clock was there already.
+    ///
+    /// A time after the present counts as the present. An event that comes later with a time before this one may be late.
+    pub async fn advance_clock(
+        &self,
+        timeline: &str,
+        to: DateTime<Utc>,
+    ) -> Result<Vec<Position>, HandleError<NoRule>> {
+        let (source, timelines) = (self.inner.log.source(), self.inner.timelines.as_ref());
+        let timelines = timelines.expect("a log for commands has timelines");
+        let to = to.min(self.inner.clock.now());
+        let mut positions = Vec::new();
+        for partition in (0..source.partitions()).map(Partition) {
+            let stream = timeline::stream(timeline, partition, |s| source.partition_of(s))?;
+            let advance = TimelineCommand::Advance { to };
+            let handled = timelines.handle(stream.id(), &advance).await?;
+            positions.extend(handled.position.filter(|_| handled.events > 0));
+        }
+        Ok(positions)
+    }
+
     /// Returns the nodes of the service, this one first, and the partitions of each.
     pub fn nodes(&self) -> Vec<Node> {
         self.inner.log.nodes()
@@ -393,10 +445,14 @@ impl<L: OpenedLog> Kafold<L> {
     pub fn projections(&self) -> ProjectionWorker {
         let Inner { log, database, clock, ids, projection_config, spawned, .. } = &*self.inner;
         let spawned = Arc::clone(spawned);
-        ProjectionWorker::new(log.source(), database.clone())
+        let worker = ProjectionWorker::new(log.source(), database.clone())
             .config(projection_config.clone())
             .clock(clock.clone(), ids.clone())
-            .on_spawn(move |projections| lock(&spawned).push(projections.clone()))
+            .on_spawn(move |projections| lock(&spawned).push(projections.clone()));
+        match &self.inner.timelines {
+            Some(timelines) => worker.timelines(timelines.clone()),
+            None => worker,
+        }
     }
 
     /// Returns a query on a read model.

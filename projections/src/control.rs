@@ -57,7 +57,7 @@ pub enum ControlError {
     Database(#[from] sqlx::Error),
 }
 
-fn list(names: &[String]) -> String {
+pub(crate) fn list(names: &[String]) -> String {
     if names.is_empty() { "none".to_owned() } else { names.join(", ") }
 }
 

@@ -23,6 +23,8 @@ pub(crate) struct Definition {
     pub(crate) tables: Vec<String>,
     /// The windows of a windowed model.
     pub(crate) window: Option<Window>,
+    /// The name of the time of a windowed model.
+    pub(crate) timeline: Option<&'static str>,
     /// `true` if each partition has rows of its own, which the view merges.
     pub(crate) is_spread: bool,
 }
@@ -32,7 +34,15 @@ impl Definition {
         let fingerprint = format!("projection v{version}: {}", tables.join(", "));
         let tables = tables.iter().map(|&table| table.to_owned()).collect();
         let name = name.to_owned();
-        Self { name, fingerprint, columns: None, tables, window: None, is_spread: false }
+        Self {
+            name,
+            fingerprint,
+            columns: None,
+            tables,
+            window: None,
+            timeline: None,
+            is_spread: false,
+        }
     }
 
     pub(crate) fn of_model<M: ReadModel>() -> Self {
@@ -49,6 +59,7 @@ impl Definition {
             columns: Some(columns),
             tables: vec![M::NAME.to_owned()],
             window: None,
+            timeline: None,
             is_spread: false,
         }
     }
@@ -73,6 +84,7 @@ impl Definition {
             columns: Some(columns),
             tables: vec![M::NAME.to_owned()],
             window: Some(*window),
+            timeline: Some(M::TIMELINE),
             is_spread: M::PLACE == Place::Spread,
         }
     }

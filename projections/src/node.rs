@@ -138,7 +138,7 @@ pub struct NodeReport {
     pub seen_seconds: i64,
     /// Seconds for which the node has not been ready; `None` for a ready node.
     pub unready_seconds: Option<i64>,
-    /// Why the node is not ready, one sentence each.
+    /// The reasons for which the node is not ready, one sentence each.
     pub reasons: Vec<String>,
 }
 

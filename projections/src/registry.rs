@@ -74,11 +74,13 @@ async fn set_windows(
     definition: &Definition,
     partitions: u32,
 ) -> Result<(), sqlx::Error> {
-    let sql = "UPDATE kafold_projection SET live_window = $2, partitions = $3 WHERE name = $1";
+    let sql = "UPDATE kafold_projection SET live_window = $2, partitions = $3, live_timeline = $4 \
+               WHERE name = $1";
     let partitions = i32::try_from(partitions).unwrap_or(i32::MAX);
     either!(tx, connection => {
         let query = sqlx::query(sql).bind(&definition.name).bind(definition.window_json());
-        query.bind(partitions).execute(&mut **connection).await.map(drop)
+        let query = query.bind(partitions).bind(definition.timeline);
+        query.execute(&mut **connection).await.map(drop)
     })
 }
 
@@ -143,7 +145,7 @@ pub(crate) async fn reset(
                SET fingerprint = $2, next_generation = $3, \
                    last_generation = COALESCE($3, last_generation), next_fingerprint = NULL, \
                    next_requested_at = $4, next_takes_parked = $5, next_reason = NULL, \
-                   resumptions = resumptions + 1, actual_state = 'stopped', \
+                   resumptions = resumptions + 1, actual_state = 'stopped', advance_to = NULL, \
                    actual_state_reason = $6, updated_at = $4 WHERE name = $1";
     let fingerprint = format!("{RESET}{}", found.built_by());
     either!(tx, connection => {
@@ -430,13 +432,14 @@ async fn finish_switch(
                SET live_generation = next_generation, fingerprint = next_fingerprint, \
                    next_generation = NULL, next_fingerprint = NULL, next_requested_at = NULL, \
                    next_takes_parked = $3, next_reason = NULL, actual_state = $4, \
-                   actual_state_reason = NULL, updated_at = $2, live_window = $5 \
+                   actual_state_reason = NULL, updated_at = $2, live_window = $5, \
+                   live_timeline = $6 \
                WHERE name = $1";
     let state = if found.is_paused() { State::Paused } else { State::Running };
     let name = &definition.name;
     either!(tx, connection => {
         let query = sqlx::query(sql).bind(name).bind(Time(now)).bind(false).bind(state.text());
-        let query = query.bind(definition.window_json());
+        let query = query.bind(definition.window_json()).bind(definition.timeline);
         query.execute(&mut **connection).await.map(drop)?;
     });
     forget(tx, name, next).await?;
@@ -542,7 +545,15 @@ impl Found {
             None => vec![self.name.clone()],
         };
         let name = self.name.clone();
-        Definition { name, fingerprint, columns: None, tables, window: None, is_spread: false }
+        Definition {
+            name,
+            fingerprint,
+            columns: None,
+            tables,
+            window: None,
+            timeline: None,
+            is_spread: false,
+        }
     }
 
     pub(crate) fn is_paused(&self) -> bool {

@@ -294,6 +294,14 @@ impl Table {
         }
     }
 
+    /// Returns the statement for the least end of a window above `$1`, or from `$1` on.
+    pub(crate) fn first_end(&self, is_inclusive: bool) -> SqlStr {
+        let end = Identifier::new("window_end").expect("a name");
+        let mut sql = SqlText::new("SELECT MIN(");
+        sql.name(&end).text(") FROM ").name(&self.table).text(" WHERE ").name(&end);
+        sql.text(if is_inclusive { " >= $1" } else { " > $1" }).finish()
+    }
+
     /// `SELECT` of all columns `FROM` the view, for queries; JSON as text.
     pub(crate) fn select_from_view(&self, on_postgres: bool) -> SqlText {
         select(&self.view, self.columns, &self.names, on_postgres)

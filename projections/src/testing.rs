@@ -50,20 +50,13 @@ use crate::read_model::{ReadModel, fold_batch};
 /// Begins the test of a read model with a log that has no events.
 #[must_use = "go on with `given`"]
 pub fn projection_test<M: ReadModel>() -> ProjectionTest<M> {
-    ProjectionTest {
-        stream: "1".to_owned(),
-        recorded_at: DateTime::UNIX_EPOCH + Duration::days(18_262),
-        events: Vec::new(),
-        model: PhantomData,
-    }
+    ProjectionTest { log: TestLog::new(), model: PhantomData }
 }
 
 /// The events that a read model is tested with.
 #[derive(Debug, Clone)]
 pub struct ProjectionTest<M> {
-    stream: String,
-    recorded_at: DateTime<Utc>,
-    events: Vec<RecordedEvent>,
+    log: TestLog,
     model: PhantomData<fn() -> M>,
 }
 
@@ -72,7 +65,7 @@ impl<M: ReadModel> ProjectionTest<M> {
     /// events.
     #[must_use = "go on with `given`"]
     pub fn stream(mut self, id: &str) -> Self {
-        id.clone_into(&mut self.stream);
+        id.clone_into(&mut self.log.stream);
         self
     }
 
@@ -80,27 +73,28 @@ impl<M: ReadModel> ProjectionTest<M> {
     /// Default: 2020-01-01T00:00:00Z.
     #[must_use = "go on with `given`"]
     pub fn recorded_at(mut self, at: DateTime<Utc>) -> Self {
-        self.recorded_at = at;
+        self.log.recorded_at = at;
         self
     }
 
     /// Adds events to the stream, after those given before.
     #[must_use = "go on with `rows`"]
     #[track_caller]
-    pub fn given(self, events: impl IntoIterator<Item = M::Event>) -> Self {
-        events.into_iter().fold(self, |test, event| {
-            let payload = event.to_payload().unwrap_or_else(|error| {
-                panic!("{event:?} does not survive being stored: {error}");
-            });
-            test.recorded(&event.stored_type().to_string(), &payload)
-        })
+    pub fn given(mut self, events: impl IntoIterator<Item = M::Event>) -> Self {
+        for event in events {
+            self.log.add(&event);
+            self.log.recorded_at += Duration::seconds(1);
+        }
+        self
     }
 
     /// Adds an event in the stored form that the log has: an older shape is lifted by the upcasters.
     #[must_use = "go on with `rows`"]
     #[track_caller]
-    pub fn given_stored(self, event_type: &str, payload: &str) -> Self {
-        self.recorded(event_type, payload.as_bytes())
+    pub fn given_stored(mut self, event_type: &str, payload: &str) -> Self {
+        self.log.add_stored::<M::Event>(event_type, payload.as_bytes());
+        self.log.recorded_at += Duration::seconds(1);
+        self
     }
 
     /// Checks that the events lead to exactly these rows, given in any order.
@@ -119,10 +113,10 @@ impl<M: ReadModel> ProjectionTest<M> {
             })
             .collect();
         expected.sort_by_key(Row::key);
-        let one_by_one = self.folded(&self.events, 1);
+        let one_by_one = self.folded(&self.log.events, 1);
         assert_eq!(one_by_one, expected, "rows of {} after these events", M::NAME);
-        for size in [2, 3, self.events.len().max(1)] {
-            let rows = self.folded(&self.events, size);
+        for size in [2, 3, self.log.events.len().max(1)] {
+            let rows = self.folded(&self.log.events, size);
             assert_eq!(rows, expected, "{} depends on the size of a batch ({size})", M::NAME);
         }
         if M::SHARED {
@@ -132,38 +126,11 @@ impl<M: ReadModel> ProjectionTest<M> {
         self
     }
 
-    #[track_caller]
-    fn recorded(mut self, event_type: &str, payload: &[u8]) -> Self {
-        let place = self.events.len();
-        let category = M::Event::category_of(event_type).unwrap_or("test");
-        let stream = StreamId::new(category, &self.stream);
-        let stream = stream.unwrap_or_else(|invalid| panic!("{invalid}"));
-        let version = self.events.iter().filter(|event| event.stream == stream).count() + 1;
-        let id = Uuid::from_u128(place as u128 + 1);
-        self.events.push(RecordedEvent {
-            stream,
-            version: Version(version as u64),
-            position: Position { partition: Partition(0), offset: Offset(place as u64) },
-            command_id: CommandId(id),
-            event_type: Arc::from(event_type),
-            payload: Arc::from(payload),
-            metadata: Metadata {
-                event_id: id,
-                recorded_at: self.recorded_at,
-                correlation_id: None,
-                causation_id: None,
-                trace_parent: None,
-            },
-        });
-        self.recorded_at += Duration::seconds(1);
-        self
-    }
-
     /// Returns the events with the last stream first, and the events of each stream in their order.
     fn other_order(&self) -> Vec<RecordedEvent> {
-        let streams: Vec<_> = self.events.iter().map(|event| &event.stream).collect();
+        let streams: Vec<_> = self.log.events.iter().map(|event| &event.stream).collect();
         let first = |event: &RecordedEvent| streams.iter().position(|&one| *one == event.stream);
-        let mut events = self.events.clone();
+        let mut events = self.log.events.clone();
         events.sort_by_key(|event| Reverse(first(event)));
         events
     }
@@ -193,7 +160,61 @@ impl<M: ReadModel> ProjectionTest<M> {
     }
 }
 
-fn batch(events: &[RecordedEvent]) -> Batch {
+/// The events of a test in the order in which they are recorded, in one partition.
+#[derive(Debug, Clone)]
+pub(crate) struct TestLog {
+    /// The id of the stream of the next event.
+    pub(crate) stream: String,
+    /// The time at which the next event is recorded.
+    pub(crate) recorded_at: DateTime<Utc>,
+    pub(crate) events: Vec<RecordedEvent>,
+}
+
+impl TestLog {
+    pub(crate) fn new() -> Self {
+        let recorded_at = DateTime::UNIX_EPOCH + Duration::days(18_262);
+        Self { stream: "1".to_owned(), recorded_at, events: Vec::new() }
+    }
+
+    /// Adds an event as a store has it.
+    #[track_caller]
+    pub(crate) fn add<E: EventSet>(&mut self, event: &E) {
+        let payload = event.to_payload().unwrap_or_else(|error| {
+            panic!("{event:?} does not survive being stored: {error}");
+        });
+        self.add_stored::<E>(&event.stored_type().to_string(), &payload);
+    }
+
+    /// Adds an event in its stored form. The category of the stream is that of the event.
+    #[track_caller]
+    pub(crate) fn add_stored<E: EventSet>(&mut self, event_type: &str, payload: &[u8]) {
+        let stream = StreamId::new(E::category_of(event_type).unwrap_or("test"), &self.stream);
+        self.add_to(stream.unwrap_or_else(|invalid| panic!("{invalid}")), event_type, payload);
+    }
+
+    pub(crate) fn add_to(&mut self, stream: StreamId, event_type: &str, payload: &[u8]) {
+        let place = self.events.len();
+        let version = self.events.iter().filter(|event| event.stream == stream).count() + 1;
+        let id = Uuid::from_u128(place as u128 + 1);
+        self.events.push(RecordedEvent {
+            stream,
+            version: Version(version as u64),
+            position: Position { partition: Partition(0), offset: Offset(place as u64) },
+            command_id: CommandId(id),
+            event_type: Arc::from(event_type),
+            payload: Arc::from(payload),
+            metadata: Metadata {
+                event_id: id,
+                recorded_at: self.recorded_at,
+                correlation_id: None,
+                causation_id: None,
+                trace_parent: None,
+            },
+        });
+    }
+}
+
+pub(crate) fn batch(events: &[RecordedEvent]) -> Batch {
     let (partition, from) = (Partition(0), Offset(0));
     let next = Cursor { next: from, state: String::new() };
     Batch { partition, from, events: events.to_vec(), next, end: from }

@@ -4,15 +4,17 @@
 //! - `judge`: the clock of each partition, and which events are late;
 //! - `session`: the rows of sessions, which merge;
 //! - `late`: the table of late events;
-//! - `query`: reads of the rows.
+//! - `query`: reads of the rows;
+//! - `testing`: the tests of a model, without a database.
 
 mod judge;
 mod late;
 mod query;
 mod row;
 mod session;
+mod testing;
 
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashSet};
 use std::marker::PhantomData;
 use std::num::NonZeroUsize;
 
@@ -28,6 +30,7 @@ pub use self::query::{InWindow, OpenOrFinal, WindowQuery};
 pub(crate) use self::row::WindowRow;
 use self::row::{WindowFold, WindowKey};
 pub(crate) use self::session::Sessions;
+pub use self::testing::{StreamTest, session_test, stream_test};
 use crate::categories::StoredCategories;
 use crate::clock_step::{ClockOf, ClockSteps};
 use crate::definition::Definition;
@@ -258,7 +261,13 @@ pub(crate) trait WindowRows<M: Windowed>: Send + Sync + 'static {
         tx: &mut Transaction<'_>,
         memory: Option<&mut RowMemory<WindowRow<M>>>,
     ) -> Result<(), ApplyError>;
+
+    /// Folds the events into rows in memory, as the database returns the rows.
+    fn fold_into(rows: &Self::Rows<'_>, stored: &mut StoredRows<M>) -> Result<(), Fault>;
 }
+
+/// The rows of a windowed model in memory, for tests.
+pub(crate) type StoredRows<M> = BTreeMap<WindowKey<M>, WindowRow<M>>;
 
 /// Tumbling and hopping windows.
 pub(crate) struct Fixed;
@@ -291,5 +300,15 @@ impl<M: Windowed> WindowRows<M> for Fixed {
         memory: Option<&mut RowMemory<WindowRow<M>>>,
     ) -> Result<(), ApplyError> {
         rows.apply(table, target, tx, memory).await
+    }
+
+    fn fold_into(rows: &Self::Rows<'_>, stored: &mut StoredRows<M>) -> Result<(), Fault> {
+        for (key, row) in rows.folded(|key| stored.get(key).cloned())? {
+            match row {
+                Some(row) => stored.insert(key, row),
+                None => stored.remove(&key),
+            };
+        }
+        Ok(())
     }
 }

@@ -6,11 +6,13 @@ use std::time::Duration;
 
 use kafold_core::clock::{RandomIds, SystemClock};
 use kafold_core::row::Merge;
+use kafold_core::timeline::Timeline;
 use kafold_core::window::Window;
-use kafold_core::{Clock, EventSource, IdGenerator};
+use kafold_core::{Clock, CommandHandler, EventSource, IdGenerator};
 use kafold_migrations::{Database, Role};
 use tokio::sync::{Notify, watch};
 
+use crate::clock_events::ClockEvents;
 use crate::config::ProjectionConfig;
 use crate::desired::{self, AllDesired};
 use crate::handle::Projections;
@@ -46,6 +48,7 @@ pub struct ProjectionWorker {
     pub(crate) handlers: Vec<Arc<dyn Handler>>,
     spawned: Option<OnSpawn>,
     grace: Option<Duration>,
+    timelines: Option<CommandHandler<Timeline>>,
 }
 
 impl ProjectionWorker {
@@ -59,7 +62,7 @@ impl ProjectionWorker {
             ids: Arc::new(RandomIds),
             look: Arc::new(Notify::new()),
         };
-        Self { context, handlers: Vec::new(), spawned: None, grace: None }
+        Self { context, handlers: Vec::new(), spawned: None, grace: None, timelines: None }
     }
 
     /// Runs a read model.
@@ -118,6 +121,14 @@ impl ProjectionWorker {
         self
     }
 
+    /// Appends clock events through this handler: windows close although a partition has no events. Default: windows close
+    /// only with the events of all partitions.
+    #[must_use = "projections run after `spawn`"]
+    pub fn timelines(mut self, handler: CommandHandler<Timeline>) -> Self {
+        self.timelines = Some(handler);
+        self
+    }
+
     /// Sets a function that gets the handle of the spawned projections, such as one that keeps the handle
     /// for a graceful stop.
     #[must_use = "projections run after `spawn`"]
@@ -151,6 +162,12 @@ impl ProjectionWorker {
                 None => {
                     let orders = Orders { shutdown: asked.clone(), desired: desired.clone() };
                     let (context, status) = (self.context.clone(), status.clone());
+                    if let Some(handler) = &self.timelines
+                        && let Some(events) =
+                            ClockEvents::of(definition, context.clone(), handler.clone())
+                    {
+                        tokio::spawn(events.run(asked.clone()));
+                    }
                     Some(tokio::spawn(Supervisor::new(handler, context, status, orders).run()))
                 }
             };

@@ -41,7 +41,7 @@ struct LogStatus {
 struct DatabaseStatus {
     url: String,
     identity: String,
-    /// Where the stream index stands; a log in a file has none.
+    /// Where the stream index stands; `None` for a log in a file, and for a database of workers alone.
     index: Option<BTreeMap<Partition, Offset>>,
     projections: Vec<Overview>,
     nodes: Vec<NodeReport>,
@@ -123,7 +123,9 @@ async fn log(context: &Context, status: &mut Status) -> Result<(), Error> {
 /// Asks the brokers of a log on Kafka that is there for members of its groups and settings of its topics.
 async fn brokers(context: &Context, status: &mut Status) {
     let Some(url @ LogUrl::Kafka(_)) = status.log.as_ref().map(|log| &log.url) else { return };
-    let identity = status.database.as_ref().map(|database| database.identity.as_str());
+    // Workers may write a database of their own, without a stream index.
+    let with_index = status.database.as_ref().filter(|database| database.index.is_some());
+    let identity = with_index.map(|database| database.identity.as_str());
     let told = |error: Error| vec![error.reason().to_owned()];
     (status.strangers, status.limits) = match operator(url, &context.clock).await {
         Ok(operator) => {
@@ -158,7 +160,8 @@ async fn database(context: &Context, status: &mut Status) -> Result<(), Error> {
         Some(LogUrl::Sqlite(_)) => None,
         Some(LogUrl::Kafka(_)) | None => {
             let cursors = overview::index(&database).await?;
-            Some(cursors.into_iter().map(|(partition, at)| (partition, at.next)).collect())
+            let places = cursors.into_iter().map(|(partition, at)| (partition, at.next));
+            Some(places.collect()).filter(|places: &BTreeMap<_, _>| !places.is_empty())
         }
     };
     let (url, identity) = (database.url().to_owned(), database.identity().to_owned());

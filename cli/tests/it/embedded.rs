@@ -40,10 +40,10 @@ fn migrate_tells_what_it_applied_and_applies_it_once() {
     let migrate = ["migrate", "--database", "sqlite://a.db"];
     let first = run(folder.path(), &migrate).ok();
     assert!(first.starts_with("applied 0001 kafold event\n"), "{first}");
-    assert!(first.ends_with("sqlite://a.db is current: schema 21\n"), "{first}");
-    assert_eq!(run(folder.path(), &migrate).ok(), "sqlite://a.db was current: schema 21\n");
+    assert!(first.ends_with("sqlite://a.db is current: schema 22\n"), "{first}");
+    assert_eq!(run(folder.path(), &migrate).ok(), "sqlite://a.db was current: schema 22\n");
     let json = run(folder.path(), &[&migrate[..], &["--json"]].concat()).json();
-    assert_eq!(json, json!({"database": "sqlite://a.db", "schema": 21, "applied": []}));
+    assert_eq!(json, json!({"database": "sqlite://a.db", "schema": 22, "applied": []}));
     // The log's own file is the database when none is named.
     run(folder.path(), &with(&["migrate"])).ok();
 }

@@ -157,6 +157,13 @@ async fn an_operator_parks_retries_rebuilds_and_verifies() {
     let prune = service.says(&["audit", "prune", "--older-than", "1", "--reason", "old"]);
     assert_eq!(prune.ok(), "0 acts removed\n");
 
+    assert_eq!(service.says(&["clock", "list"]).ok(), "there is no windowed model\n");
+    service.says(&["late", "summary", "sums"]).only_says(1, &["no windowed model sums", "none"]);
+    service
+        .says(&["clock", "advance", "sums", "--to", "2020-01-01T00:00:00Z"])
+        .only_says(1, &["no windowed model has the timeline \"sums\""]);
+    service.says(&["clock", "advance", "sums", "--to", "noon"]).only_says(2, &["--to", "noon"]);
+
     service.node_with_an_old_complaint().await;
     let complaint = "node n1 has not been ready for";
     service.says(&["status"]).says(1, &[complaint, "the clock is ahead"]);

@@ -255,7 +255,7 @@ async fn status_and_doctor_tell_what_there_is() {
     let json = both("doctor", &["--json"]).json();
     assert_eq!(json["healthy"], true, "{json}");
     let text = both("doctor", &[]).ok();
-    for words in ["PostgreSQL", "schema 20", "connections", "librdkafka", "rights: create"] {
+    for words in ["PostgreSQL", "schema 21", "connections", "librdkafka", "rights: create"] {
         assert!(text.contains(words), "{words:?} is not in {text}");
     }
     let other = format!("kafka://{brokers}/{}?partitions=3&replication=1", unique_name());

@@ -12,7 +12,7 @@ use crate::ids::{ExpectedVersion, InvalidStreamId, StreamId, Version};
 use crate::store::{AppendError, ReadError};
 use crate::trace;
 
-/// Why a command was not handled; each variant tells the caller what to do. `Debug` writes the sentence of `Display`,
+/// The reason for which a command was not handled; each variant tells the caller what to do. `Debug` writes the sentence of `Display`,
 /// so that a `main` which returns the error prints it.
 #[derive(Clone, thiserror::Error)]
 pub enum HandleError<E: std::error::Error + 'static> {

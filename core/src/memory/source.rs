@@ -8,7 +8,7 @@ use async_trait::async_trait;
 
 use super::{Log, MemoryStore};
 use crate::event::RecordedEvent;
-use crate::ids::{Offset, Partition};
+use crate::ids::{Offset, Partition, StreamId};
 use crate::store::{Batch, Cursor, EventSource, ReadError, SourceMessage, Subscription};
 
 /// Who reads the log: members share the partitions of the name they subscribed under.
@@ -93,6 +93,14 @@ impl EventSource for MemoryStore {
 
     fn partitions(&self) -> u32 {
         self.shared.config.partitions.max(1)
+    }
+
+    fn partition_of(&self, stream: &StreamId) -> Partition {
+        Self::partition_of(self, stream)
+    }
+
+    async fn end_of(&self, partition: Partition) -> Result<Offset, ReadError> {
+        Ok(self.log().end(partition))
     }
 }
 

@@ -10,7 +10,7 @@ use kafold_core::{Partition, Recorded};
 
 use super::judge::InTime;
 use super::row::{WindowKey, WindowRow};
-use super::{WindowRows, Windowed};
+use super::{StoredRows, WindowRows, Windowed};
 use crate::handler::{ApplyError, Fault, Target, panic_text};
 use crate::memory::RowMemory;
 use crate::rows::fault_at;
@@ -97,6 +97,17 @@ impl<M: Windowed + Merge> WindowRows<M> for Sessions {
         }
         table.delete(tx, deleted).await?;
         Ok(table.upsert(tx, written).await?)
+    }
+
+    fn fold_into(rows: &SessionEvents<'_, M>, stored: &mut StoredRows<M>) -> Result<(), Fault> {
+        for touches in rows.of_keys() {
+            let key = touches[0].key;
+            let of_key = |_: &WindowKey<M>, row: &mut WindowRow<M>| row.row.key() == *key;
+            let before = stored.extract_if(.., of_key).map(|(_, row)| (row.span.start, row));
+            let after = fold(&rows.window, touches, before.collect())?;
+            stored.extend(after.into_values().map(|row| (row.key(), row)));
+        }
+        Ok(())
     }
 }
 

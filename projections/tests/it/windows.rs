@@ -4,23 +4,26 @@ use crate::common;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use async_trait::async_trait;
 use chrono::{DateTime, TimeDelta, Utc};
 use common::{Dice, TestDatabase};
-use kafold_core::clock::RandomIds;
+use futures_util::TryStreamExt;
+use kafold_core::clock::{RandomIds, SystemClock};
 use kafold_core::memory::{MemoryConfig, MemoryStore};
 use kafold_core::row::Merge;
 use kafold_core::testing::eventually;
 use kafold_core::timeline::{self, TimelineEvent};
 use kafold_core::window::{EventClock, Span, Window};
 use kafold_core::{
-    CommandId, Commit, DomainEvent, EventSource, EventStore, ExpectedVersion, IdGenerator,
-    Metadata, Partition, Position, Recorded, Row, StreamId, codec,
+    Clock, CommandHandler, CommandId, Commit, DomainEvent, EventSource, EventStore,
+    ExpectedVersion, IdGenerator, Metadata, Partition, Position, Recorded, RecordedEvent, Row,
+    StreamId, Version, codec,
 };
 use kafold_projections::{
-    By, Control, EventCounts, Place, ProjectionConfig, ProjectionWorker, Projections, WindowQuery,
-    Windowed,
+    By, Control, EventCounts, GraceSeconds, LateGroup, ModelClock, Place, ProjectionConfig,
+    ProjectionWorker, Projections, WindowQuery, Windowed,
 };
 use serde::{Deserialize, Serialize};
 
@@ -30,7 +33,12 @@ on_both!(
     a_rebuild_makes_the_same_rows_and_late_events,
     a_row_is_final_when_the_clocks_of_all_partitions_have_passed_its_window,
     clock_events_of_the_own_timeline_alone_move_the_clock,
+    a_quiet_log_closes_a_window_when_it_is_due_with_one_clock_event_a_partition,
+    quiet_partitions_follow_those_with_events,
+    an_import_that_ends_closes_no_window_after_its_newest_event,
+    an_operator_moves_the_clock_of_a_timeline,
     a_stamp_from_the_future_moves_nothing,
+    late_events_are_listed_and_added_up,
     the_listed_grace_takes_every_late_event_in,
     a_row_of_a_spread_model_is_the_sum_over_the_partitions,
     rows_of_old_windows_are_deleted_and_verified,
@@ -559,6 +567,190 @@ async fn clock_events_of_the_own_timeline_alone_move_the_clock(database: &TestDa
     assert_eq!(query.counts().await.expect("readable").late, 1);
 }
 
+/// A clock that begins at a time of the test and runs faster than the machine's.
+struct FastClock {
+    begin: Instant,
+    wall: Timestamp,
+    factor: u32,
+}
+
+impl FastClock {
+    fn at(seconds: i64) -> Arc<Self> {
+        Arc::new(Self { begin: SystemClock.instant(), wall: time(seconds), factor: 20 })
+    }
+
+    fn passed(&self) -> Duration {
+        self.begin.elapsed() * self.factor
+    }
+}
+
+#[async_trait]
+impl Clock for FastClock {
+    fn now(&self) -> Timestamp {
+        self.wall + self.passed()
+    }
+
+    fn instant(&self) -> Instant {
+        self.begin + self.passed()
+    }
+
+    async fn sleep(&self, duration: Duration) {
+        SystemClock.sleep(duration / self.factor).await;
+    }
+}
+
+/// Runs the sessions of users, and appends clock events.
+fn closing(searches: &Searches, database: &TestDatabase, clock: &Arc<FastClock>) -> Projections {
+    let store: Arc<dyn EventStore> = Arc::new(searches.store.clone());
+    let handler = CommandHandler::with_parts(store, clock.clone(), Arc::new(RandomIds));
+    worker(searches, database, 10)
+        .clock(clock.clone(), Arc::new(RandomIds))
+        .timelines(handler)
+        .with_sessions::<Visits>()
+        .spawn()
+}
+
+/// Returns the times of the clock events of a timeline, by partition.
+async fn clock_events(searches: &Searches, timeline: &str) -> Vec<Vec<Timestamp>> {
+    let mut all = Vec::new();
+    for partition in (0..searches.store.partitions()).map(Partition) {
+        let of = |stream: &StreamId| searches.store.partition_of(stream);
+        let stream = timeline::stream(timeline, partition, of).expect("a stream");
+        let read = searches.store.read(&stream, Version::EMPTY);
+        let events: Vec<RecordedEvent> = read.try_collect().await.expect("readable");
+        let to = |event: &RecordedEvent| {
+            let TimelineEvent::Advanced { to } = codec::decode_recorded(event).expect("ours").event;
+            to
+        };
+        all.push(events.iter().map(to).collect());
+    }
+    all
+}
+
+async fn closed_through(database: &TestDatabase) -> Option<Timestamp> {
+    query::<Visits>(database).closed_through().await.expect("readable")
+}
+
+/// Two gaps and the grace of [`Visits`].
+const CLOSES_AFTER: i64 = 25 * MINUTE;
+
+async fn a_quiet_log_closes_a_window_when_it_is_due_with_one_clock_event_a_partition(
+    database: &TestDatabase,
+) {
+    let mut searches = Searches::new(PARTITIONS);
+    searches.search("ada", "car", 0, 1).await;
+    // The session is due 20 s after the start; two processes look at the same time.
+    let clock = FastClock::at(CLOSES_AFTER - 20);
+    let processes = [(); 2].map(|()| closing(&searches, database, &clock));
+    eventually("the session is final", async || closed_through(database).await > Some(time(0)))
+        .await;
+    let events = clock_events(&searches, "visits").await;
+    for (partition, events) in events.iter().enumerate() {
+        assert_eq!(events.len(), 1, "of partition {partition}: {events:?}");
+        assert!(events[0] > time(CLOSES_AFTER) && events[0] <= clock.now(), "{events:?}");
+    }
+    let rows = query::<Visits>(database).of_key("ada", 10).await.expect("readable");
+    assert!(rows[0].is_final, "{rows:?}");
+    // Nothing is open any more, and nothing more is appended.
+    clock.sleep(Duration::from_secs(30)).await;
+    assert_eq!(clock_events(&searches, "visits").await, events);
+    for process in processes {
+        process.shutdown().await;
+    }
+}
+
+async fn quiet_partitions_follow_those_with_events(database: &TestDatabase) {
+    let mut searches = Searches::new(PARTITIONS);
+    let quiet = searches.search("ada", "car", 0, 0).await;
+    let clock = FastClock::at(CLOSES_AFTER + 100);
+    let projections = closing(&searches, database, &clock);
+    // A partition in which an event comes each second.
+    let busy = ["bob", "cem", "dan", "eve", "fay"].into_iter().find(|user| {
+        let stream = StreamId::new("search", user).expect("a stream");
+        searches.store.partition_of(&stream) != quiet
+    });
+    let busy = busy.expect("another partition");
+    let mut seconds = CLOSES_AFTER;
+    let deadline = SystemClock.instant() + WAIT;
+    while closed_through(database).await <= Some(time(0)) {
+        assert!(SystemClock.instant() < deadline, "the session of ada is not closed");
+        seconds += 1;
+        searches.search(busy, "dvd", seconds, seconds + 60).await;
+        clock.sleep(Duration::from_secs(1)).await;
+    }
+    let events = clock_events(&searches, "visits").await;
+    let stream = StreamId::new("search", busy).expect("a stream");
+    for (partition, events) in (0..).map(Partition).zip(&events) {
+        let is_busy = partition == searches.store.partition_of(&stream);
+        assert_eq!(events.is_empty(), is_busy, "{partition}: {events:?}");
+        assert!(
+            events.iter().all(|to| *to <= time(seconds)),
+            "no later than the events: {events:?}"
+        );
+    }
+    searches.applied(&projections, "visits").await;
+    let counts = query::<Visits>(database).counts().await.expect("readable");
+    assert_eq!((counts.late, counts.future), (0, 0));
+    projections.shutdown().await;
+}
+
+async fn an_import_that_ends_closes_no_window_after_its_newest_event(database: &TestDatabase) {
+    let mut searches = Searches::new(PARTITIONS);
+    // Events of the past, recorded a year later.
+    let later = 365 * 86_400;
+    searches.search("ada", "car", 0, later).await;
+    searches.search("bob", "dvd", CLOSES_AFTER + 60, later + 1).await;
+    let clock = FastClock::at(later + 10);
+    let begin = clock.instant();
+    let projections = closing(&searches, database, &clock);
+    eventually("the session of ada is final", async || {
+        closed_through(database).await > Some(time(0))
+    })
+    .await;
+    assert!(clock.instant() - begin >= Duration::from_secs(60), "a pause of an import is no end");
+    let newest = time(CLOSES_AFTER + 60);
+    let events = clock_events(&searches, "visits").await;
+    assert!(events.iter().flatten().all(|to| *to == newest), "{events:?}");
+    let is_final = async |user| {
+        let rows = query::<Visits>(database).of_key(user, 10).await.expect("readable");
+        rows[0].is_final
+    };
+    assert!(is_final("ada").await && !is_final("bob").await);
+    projections.shutdown().await;
+}
+
+async fn an_operator_moves_the_clock_of_a_timeline(database: &TestDatabase) {
+    let mut searches = Searches::new(PARTITIONS);
+    searches.search("ada", "car", 0, 1).await;
+    let projections = closing(&searches, database, &FastClock::at(CLOSES_AFTER - 60));
+    let control = Control::new(database.database.clone());
+    let by = By { actor: "me", reason: None };
+    let to = time(200);
+    eventually("the model is registered", async || {
+        control.advance_clock("visits", to, by).await.is_ok()
+    })
+    .await;
+    let clock = async || control.clocks().await.expect("readable").swap_remove(0);
+    eventually("the clocks of all partitions are there", async || clock().await.clock == Some(to))
+        .await;
+    let ModelClock { name, timeline, closed_through, without_clock, advance_to, .. } =
+        clock().await;
+    assert_eq!((name.as_str(), timeline.as_str(), without_clock), ("visits", "visits", 0));
+    assert_eq!(closed_through, Some(to - TimeDelta::seconds(CLOSES_AFTER)));
+    assert_eq!(advance_to, None, "it is done");
+    assert_eq!(clock_events(&searches, "visits").await, vec![vec![to]; PARTITIONS as usize]);
+
+    let refused = async |timeline, to| {
+        let refused = control.advance_clock(timeline, to, by).await;
+        refused.expect_err("is refused").to_string()
+    };
+    let unknown = refused("views", to).await;
+    assert_eq!(unknown, "no windowed model has the timeline \"views\"; timelines are: visits");
+    let future = refused("visits", SystemClock.now() + TimeDelta::hours(1)).await;
+    assert!(future.contains("is after the present"), "{future}");
+    projections.shutdown().await;
+}
+
 async fn a_stamp_from_the_future_moves_nothing(database: &TestDatabase) {
     let mut searches = Searches::new(1);
     searches.search("ada", "car", 0, 0).await;
@@ -573,6 +765,48 @@ async fn a_stamp_from_the_future_moves_nothing(database: &TestDatabase) {
     let named = "SELECT COUNT(*) FROM kafold_late_event \
                  WHERE projection = 'hourly' AND kind = 'future' AND stream_id = 'broken'";
     assert_eq!(database.number(named).await, 1);
+}
+
+async fn late_events_are_listed_and_added_up(database: &TestDatabase) {
+    let mut searches = Searches::new(PARTITIONS);
+    searches.random(&mut Dice::new(11), 400).await;
+    run_through(&searches, database, 100).await;
+    let control = Control::new(database.database.clone());
+    let counts = searches.judged::<Trending>(by_query).1;
+    let summary = control.late_summary("trending").await.expect("readable");
+    let added = (summary.late, summary.late_windows, summary.future, summary.unlisted);
+    assert_eq!(added, (counts.late, counts.late_windows, counts.future, 0));
+    let of = |groups: &[LateGroup]| groups.iter().map(|group| group.late + group.future).sum();
+    assert_eq!(
+        (of(&summary.by_hour), of(&summary.by_stream)),
+        (counts.late_rows, counts.late_rows)
+    );
+
+    let all = control.late_events("trending", None, None, 10_000).await.expect("readable");
+    assert_eq!(all.len() as i64, counts.late_rows);
+    let mut graces: Vec<_> = all.iter().filter_map(|event| event.grace_s).collect();
+    graces.sort_unstable();
+    assert_eq!(graces.len() as i64, counts.late);
+    let takes_in = |percent: usize| {
+        let grace = graces[(graces.len() * percent).div_ceil(100) - 1];
+        Some((grace + 999_999) / 1_000_000)
+    };
+    let GraceSeconds { p50, p90, p99, p100 } = summary.grace_s;
+    assert_eq!([p50, p90, p99, p100], [50, 90, 99, 100].map(takes_in));
+
+    let one: StreamId = all[0].stream.parse().expect("a stream");
+    let of_one = control.late_events("trending", Some(&one), None, 10_000).await.expect("readable");
+    let expected: Vec<_> = all.iter().filter(|event| event.stream == one.as_str()).collect();
+    assert_eq!(of_one.iter().collect::<Vec<_>>(), expected);
+    let since: Timestamp = all[all.len() / 2].at.parse().expect("a time");
+    let later = control.late_events("trending", None, Some(since), 10_000).await;
+    let later = later.expect("readable");
+    let expected: Vec<_> = all
+        .iter()
+        .filter(|event| event.at.parse::<Timestamp>().expect("a time") >= since)
+        .collect();
+    assert_eq!(later.iter().collect::<Vec<_>>(), expected);
+    assert_eq!(control.late_events("trending", None, None, 3).await.expect("readable"), all[..3]);
 }
 
 async fn the_listed_grace_takes_every_late_event_in(database: &TestDatabase) {

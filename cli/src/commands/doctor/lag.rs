@@ -69,6 +69,10 @@ async fn check_index(seen: &Seen, database: &Database, checks: &mut Checks) -> R
             }
         }
     }
+    if cursors.is_empty() {
+        checks.ok("index", "there is none in this database: no service has fed it");
+        return Ok(());
+    }
     let behind = |seen: &PartitionView| {
         let next = cursors.get(&seen.partition).map_or(0, |cursor| cursor.next.0);
         seen.end.0.saturating_sub(next)

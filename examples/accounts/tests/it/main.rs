@@ -12,6 +12,7 @@ mod changed;
 #[expect(clippy::print_stdout, reason = "a first program prints what it has done")]
 mod first;
 mod long;
+mod streams;
 
 /// Most lines of the first program of the guide, blank lines left out.
 const FIRST_LINES_MAX: usize = 65;
@@ -51,7 +52,7 @@ fn chapters() -> Vec<(String, String)> {
         })
         .collect();
     chapters.sort();
-    assert_eq!(chapters.len(), 8, "a README and seven chapters");
+    assert_eq!(chapters.len(), 9, "a README and eight chapters");
     chapters
 }
 
@@ -75,6 +76,7 @@ fn every_block_of_rust_is_compiled_and_run() {
         include_str!("changed.rs"),
         include_str!("first.rs"),
         include_str!("long.rs"),
+        include_str!("streams.rs"),
     ];
     let sources = sources.map(squeezed);
     let readme = ("README.md".to_owned(), include_str!("../../../../README.md").to_owned());

@@ -5,10 +5,9 @@ use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::Duration;
 
 use async_trait::async_trait;
-use kafold_core::EventSource;
-use kafold_core::Partition;
 use kafold_core::memory::MemoryStore;
 use kafold_core::store::{Cursor, ReadError, SourceMessage, Subscription};
+use kafold_core::{EventSource, Offset, Partition, StreamId};
 
 /// A source whose readers do not share partitions with those of other names: as a worker that has
 /// been superseded in its group and has not noticed.
@@ -30,6 +29,14 @@ impl EventSource for Alone {
 
     fn partitions(&self) -> u32 {
         self.store.partitions()
+    }
+
+    fn partition_of(&self, stream: &StreamId) -> Partition {
+        self.store.partition_of(stream)
+    }
+
+    async fn end_of(&self, partition: Partition) -> Result<Offset, ReadError> {
+        self.store.end_of(partition).await
     }
 }
 
@@ -53,6 +60,14 @@ impl EventSource for Switched {
 
     fn partitions(&self) -> u32 {
         self.store.partitions()
+    }
+
+    fn partition_of(&self, stream: &StreamId) -> Partition {
+        self.store.partition_of(stream)
+    }
+
+    async fn end_of(&self, partition: Partition) -> Result<Offset, ReadError> {
+        self.store.end_of(partition).await
     }
 }
 
@@ -101,5 +116,13 @@ impl EventSource for Panicking {
 
     fn partitions(&self) -> u32 {
         self.store.partitions()
+    }
+
+    fn partition_of(&self, stream: &StreamId) -> Partition {
+        self.store.partition_of(stream)
+    }
+
+    async fn end_of(&self, partition: Partition) -> Result<Offset, ReadError> {
+        self.store.end_of(partition).await
     }
 }
