@@ -170,7 +170,7 @@ pub(crate) fn precondition_failed(category: &str, actual: Option<Version>) -> Pr
 /// The answer to `If-Match: *` on a stream without events.
 pub(crate) fn absent(category: &str) -> Problem {
     let detail =
-        format!("if-match demands a {category} that exists, and there is none with this id");
+        format!("if-match demands an existing stream, and there is no {category} with this id");
     Problem::new(StatusCode::PRECONDITION_FAILED, "precondition-failed", detail)
 }
 
